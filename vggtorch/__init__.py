@@ -1,0 +1,26 @@
+"""Transfer learning and model surgery on pretrained VGG networks, the Keras way, on PyTorch.
+
+Importing vggtorch selects Keras's torch backend, so import it before Keras.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+
+def _select_torch_backend() -> None:
+    """Make Keras run on torch, or say clearly why it can't any more."""
+    if "keras" not in sys.modules:
+        os.environ["KERAS_BACKEND"] = "torch"
+    import keras
+
+    if keras.config.backend() != "torch":
+        raise ImportError(
+            f"vggtorch needs Keras on its torch backend, but Keras already runs on "
+            f"{keras.config.backend()!r}. Import vggtorch before keras, or set "
+            f"KERAS_BACKEND=torch before Python starts."
+        )
+
+
+_select_torch_backend()
