@@ -47,9 +47,7 @@ class Architecture:
         index, channels = 0, 3
         for block, (depth, width) in enumerate(zip(self.depths, WIDTHS, strict=True), start=1):
             for n in range(1, depth + 1):
-                yield Layer(
-                    f"block{block}_conv{n}", "conv", f"features.{index}", channels, width
-                )
+                yield Layer(f"block{block}_conv{n}", "conv", f"features.{index}", channels, width)
                 index += 1
                 if self.batch_norm:
                     yield Layer(

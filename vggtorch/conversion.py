@@ -1,0 +1,230 @@
+"""Pure maps between torchvision's tensors and Keras's: tensors in, tensors out.
+
+Every tensor has one `Rule`: view, permute, view. The way back is derived from the same rule, so a
+round trip is exact to the bit. Keras tensors are named `layer/variable` ("block1_conv1/kernel").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from math import isqrt, prod
+from typing import Literal
+
+import torch
+
+from vggtorch.architectures import (
+    ARCHITECTURES,
+    CLASSES,
+    GRID,
+    HIDDEN,
+    WIDTHS,
+    Architecture,
+    Layer,
+)
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Where one tensor stands on both sides, and how its axes move.
+
+    Attributes:
+        torch_key: name in torchvision's state_dict.
+        keras_key: `layer/variable` in Keras.
+        torch_shape: shape in torchvision.
+        split: `torch_shape` with every axis that moves on its own made explicit.
+        order: the permutation of `split`'s axes that gives Keras's order.
+        keras_shape: shape in Keras.
+    """
+
+    torch_key: str
+    keras_key: str
+    torch_shape: Shape
+    split: Shape
+    order: Shape
+    keras_shape: Shape
+
+    def to_keras(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Keras's view of a torchvision tensor; a copy only where a view can't express it."""
+        return tensor.reshape(self.split).permute(self.order).reshape(self.keras_shape)
+
+    def to_torch(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Torchvision's view of a Keras tensor; the inverse of `to_keras`."""
+        permuted = [self.split[axis] for axis in self.order]
+        inverse = sorted(range(len(self.order)), key=self.order.__getitem__)
+        return tensor.reshape(permuted).permute(inverse).reshape(self.torch_shape)
+
+
+def _vector(torch_key: str, keras_key: str, size: int) -> Rule:
+    return Rule(torch_key, keras_key, (size,), (size,), (0,), (size,))
+
+
+def _layer_rules(layer: Layer, grid: int) -> Iterable[Rule]:
+    out, path, name = layer.outputs, layer.torch_path, layer.name
+    if layer.kind == "conv":
+        oihw = (out, layer.inputs, 3, 3)
+        hwio = (3, 3, layer.inputs, out)
+        yield Rule(f"{path}.weight", f"{name}/kernel", oihw, oihw, (2, 3, 1, 0), hwio)
+        yield _vector(f"{path}.bias", f"{name}/bias", out)
+    elif layer.kind == "batch_norm":
+        yield _vector(f"{path}.weight", f"{name}/gamma", out)
+        yield _vector(f"{path}.bias", f"{name}/beta", out)
+        yield _vector(f"{path}.running_mean", f"{name}/moving_mean", out)
+        yield _vector(f"{path}.running_var", f"{name}/moving_variance", out)
+    elif layer.kind == "dense":
+        # fc1 reads the last feature map: torchvision flattens it CHW, Keras HWC.
+        chw = (WIDTHS[-1], grid, grid) if name == "fc1" else (layer.inputs,)
+        order = (2, 3, 1, 0) if name == "fc1" else (1, 0)
+        torch_shape, keras_shape = (out, layer.inputs), (layer.inputs, out)
+        yield Rule(f"{path}.weight", f"{name}/kernel", torch_shape, (out, *chw), order, keras_shape)
+        yield _vector(f"{path}.bias", f"{name}/bias", out)
+
+
+def rules(
+    architecture: Architecture, *, include_top: bool, classes: int = CLASSES, grid: int = GRID
+) -> list[Rule]:
+    """The rules of one network in network order.
+
+    Args:
+        architecture: an entry of ARCHITECTURES.
+        include_top: whether fc1, fc2 and predictions are among them.
+        classes: units of predictions.
+        grid: height and width of block5_pool, which fc1 flattens.
+    """
+    layers = list(architecture.features())
+    if include_top:
+        layers += architecture.classifier(classes, grid)
+    return [rule for layer in layers for rule in _layer_rules(layer, grid)]
+
+
+def shortened(names: Iterable[str], most: int = 8) -> str:
+    """A list of names for an error message, cut after `most`."""
+    names = list(names)
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """One network held against the tensors at hand: its rules by name, and what does not fit."""
+
+    architecture: Architecture
+    table: dict[str, Rule]
+    unexpected: list[str]
+    missing: list[str]
+    differing: list[str]
+
+    @property
+    def misfits(self) -> int:
+        return len(self.unexpected) + len(self.missing) + len(self.differing)
+
+
+def _candidates(shapes: Mapping[str, Shape], side: Literal["torch", "keras"]) -> list[_Candidate]:
+    """Every network held against `shapes`, the best fit first."""
+    # The classifier's sizes are free: they follow the image size and the number of classes.
+    fc1 = shapes.get("classifier.0.weight" if side == "torch" else "fc1/kernel", ())
+    bias = shapes.get("classifier.6.bias" if side == "torch" else "predictions/bias", ())
+    grid = isqrt(prod(fc1) // (HIDDEN * WIDTHS[-1])) if len(fc1) == 2 else GRID
+    classes = bias[0] if len(bias) == 1 else CLASSES
+
+    found = []
+    for architecture in ARCHITECTURES.values():
+        all_rules = rules(architecture, include_top=True, classes=classes, grid=max(1, grid))
+        table = {getattr(rule, f"{side}_key"): rule for rule in all_rules}
+        differing = []
+        for key in sorted(shapes.keys() & table.keys()):
+            expected = getattr(table[key], f"{side}_shape")
+            if shapes[key] != expected:
+                differing.append(f"{key} has {shapes[key]}, expected {expected}")
+        unexpected = sorted(shapes.keys() - table.keys())
+        # A network may be cut at either end; a gap in its middle means that it is another one.
+        present = [i for i, key in enumerate(table) if key in shapes]
+        run = list(table)[present[0] : present[-1] + 1] if present else list(table)
+        missing = [key for key in run if key not in shapes]
+        found.append(_Candidate(architecture, table, unexpected, missing, differing))
+    # Among those that fit, the one with the fewest tensors beyond `shapes` is the most likely.
+    return sorted(found, key=lambda c: (c.misfits, len(c.table)))
+
+
+def identify(shapes: Mapping[str, Shape]) -> list[Architecture]:
+    """The networks that Keras tensors of these names and shapes can belong to.
+
+    A part of a network, such as a truncated one, can belong to several; the smallest comes first.
+
+    Args:
+        shapes: `layer/variable` -> shape; an empty mapping belongs to none.
+    """
+    return [c.architecture for c in _candidates(shapes, "keras") if shapes and not c.misfits]
+
+
+def _choose(
+    shapes: Mapping[str, Shape], side: Literal["torch", "keras"], architecture: str | None
+) -> _Candidate:
+    """The network that the tensors belong to; ValueError with both lists where they fit none."""
+    if architecture is not None and architecture not in ARCHITECTURES:
+        raise ValueError(
+            f"Unknown architecture {architecture!r}; expected one of {', '.join(ARCHITECTURES)}."
+        )
+    if not shapes:
+        raise ValueError("Received no tensors; expected the weights of a VGG network.")
+    chosen = next(
+        c for c in _candidates(shapes, side) if architecture in (None, c.architecture.name)
+    )
+    if chosen.misfits:
+        wanted = architecture or f"any VGG network; the nearest is {chosen.architecture.name}"
+        raise ValueError(
+            f"These tensors are not those of {wanted}. "
+            f"Unexpected: {shortened(chosen.unexpected) or 'none'}. "
+            f"Missing: {shortened(chosen.missing) or 'none'}. "
+            f"Shapes that differ: {shortened(chosen.differing) or 'none'}."
+        )
+    return chosen
+
+
+def torchvision_to_keras(
+    tensors: Mapping[str, torch.Tensor], architecture: str | None = None
+) -> dict[str, torch.Tensor]:
+    """Torchvision's named tensors as Keras's, whole networks or parts of one.
+
+    Args:
+        tensors: a state_dict ("features.0.weight", (O, I, 3, 3)); `num_batches_tracked`, which
+            Keras does not have, is left out.
+        architecture: an ARCHITECTURES name; recognised from names and shapes where it isn't given.
+
+    Returns:
+        `layer/variable` -> tensor, views where possible: convolutions (3, 3, I, O), dense
+        kernels (in, out), in network order.
+
+    Raises:
+        ValueError: tensors that have no place in the network, or other shapes, with both lists.
+    """
+    kept = {k: v for k, v in tensors.items() if not k.endswith(".num_batches_tracked")}
+    table = _choose({k: tuple(v.shape) for k, v in kept.items()}, "torch", architecture).table
+    return {r.keras_key: r.to_keras(kept[key]) for key, r in table.items() if key in kept}
+
+
+def keras_to_torchvision(
+    tensors: Mapping[str, torch.Tensor], architecture: str | None = None
+) -> dict[str, torch.Tensor]:
+    """Keras's named tensors as torchvision's; the inverse of `torchvision_to_keras`.
+
+    `num_batches_tracked`, which Keras does not have, comes back as 0. Raises ValueError as
+    `torchvision_to_keras` does.
+    """
+    shapes = {k: tuple(v.shape) for k, v in tensors.items()}
+    table = _choose(shapes, "keras", architecture).table
+    converted = {}
+    for key, rule in table.items():
+        if key in tensors:
+            converted[rule.torch_key] = rule.to_torch(tensors[key])
+            if rule.torch_key.endswith(".running_var"):
+                module = rule.torch_key.removesuffix(".running_var")
+                converted[f"{module}.num_batches_tracked"] = torch.tensor(0)
+    return converted
+
+
+def architecture_of(tensors: Mapping[str, torch.Tensor]) -> Architecture:
+    """The network that Keras-named tensors belong to; ValueError where they fit none."""
+    return _choose({k: tuple(v.shape) for k, v in tensors.items()}, "keras", None).architecture
