@@ -228,3 +228,67 @@ def keras_to_torchvision(
 def architecture_of(tensors: Mapping[str, torch.Tensor]) -> Architecture:
     """The network that Keras-named tensors belong to; ValueError where they fit none."""
     return _choose({k: tuple(v.shape) for k, v in tensors.items()}, "keras", None).architecture
+
+
+def to_keras(tensors: Mapping[str, torch.Tensor], form: str) -> dict[str, torch.Tensor]:
+    """The tensors of any checkpoint that `sources.read` reads as Keras's named tensors.
+
+    Args:
+        tensors: as the file names them.
+        form: whose names these are: `keras`, `torchvision`, `timm` or `onnx`.
+
+    Raises:
+        ValueError: tensors that fit no VGG network.
+    """
+    if form == "keras":
+        return dict(tensors)
+    if form == "timm":
+        tensors = _timm_to_torchvision(tensors)
+    elif form == "onnx":
+        tensors = _onnx_to_torchvision(tensors)
+    return torchvision_to_keras(tensors)
+
+
+_TIMM = {
+    "pre_logits.fc1.": "classifier.0.",
+    "pre_logits.fc2.": "classifier.3.",
+    "head.fc.": "classifier.6.",
+}
+
+
+def _timm_to_torchvision(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """timm's names as torchvision's; its fc1 and fc2 are convolutions, (4096, 512, 7, 7)."""
+    renamed = {}
+    for key, tensor in tensors.items():
+        for prefix, replacement in _TIMM.items():
+            if key.startswith(prefix):
+                key, tensor = (
+                    key.replace(prefix, replacement),
+                    tensor.flatten(1) if tensor.ndim > 1 else tensor,
+                )
+        renamed[key] = tensor
+    return renamed
+
+
+def _onnx_to_torchvision(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A graph's layers, which have an order and no names that we know, as torchvision's."""
+    convolutions = [key for key in tensors if key.startswith("conv") and key.endswith(".weight")]
+    for architecture in ARCHITECTURES.values():
+        paths = [
+            layer.torch_path
+            for layer in (*architecture.features(), *architecture.classifier())
+            if layer.kind in ("conv", "dense")
+        ]
+        if not architecture.batch_norm and len(paths) - 3 == len(convolutions):
+            renamed = {}
+            for key, tensor in tensors.items():
+                kind, _, variable = key.partition(".")
+                index = int(kind.removeprefix("conv").removeprefix("dense"))
+                index += len(convolutions) if kind.startswith("dense") else 0
+                if index < len(paths):
+                    renamed[f"{paths[index]}.{variable}"] = tensor
+            return renamed
+    raise ValueError(
+        f"Received a graph with {len(convolutions)} convolutions; expected 8, 10, 13 or 16, as "
+        f"VGG11, 13, 16 and 19 have."
+    )
