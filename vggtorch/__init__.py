@@ -24,3 +24,27 @@ def _select_torch_backend() -> None:
 
 
 _select_torch_backend()
+
+from vggtorch.models import (  # noqa: E402 - only now that the backend is torch
+    VGG11,
+    VGG13,
+    VGG16,
+    VGG19,
+    load_weights,
+    named_variables,
+    save_weights,
+)
+from vggtorch.preprocessing import decode_predictions, preprocess, weight_set  # noqa: E402
+
+__all__ = [
+    "VGG11",
+    "VGG13",
+    "VGG16",
+    "VGG19",
+    "decode_predictions",
+    "load_weights",
+    "named_variables",
+    "preprocess",
+    "save_weights",
+    "weight_set",
+]

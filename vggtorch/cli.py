@@ -1,0 +1,90 @@
+"""The command line: each command calls one public function."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from vggtorch.architectures import ARCHITECTURES
+from vggtorch.preprocessing import WEIGHT_SETS
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="vggtorch",
+        description="Transfer learning and model surgery on pretrained VGG networks.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    demo = commands.add_parser("demo", help="the tutorial's three examples on real weights")
+    demo.set_defaults(run=_demo)
+
+    convert = commands.add_parser("convert", help="a checkpoint in another form")
+    convert.add_argument("source", metavar="SRC", help="a checkpoint, or a weight set's name")
+    convert.add_argument("target", metavar="DST", help=".safetensors, .weights.h5 or .pth")
+    convert.add_argument("--architecture", choices=ARCHITECTURES, help="where it isn't plain")
+    convert.set_defaults(run=_convert)
+
+    inspect = commands.add_parser("inspect", help="a network's layers, shapes and cost")
+    inspect.add_argument("model", metavar="MODEL", help="an architecture's name or a .keras file")
+    inspect.set_defaults(run=_inspect)
+
+    predict = commands.add_parser("predict", help="the most probable classes of images")
+    predict.add_argument("images", metavar="IMAGE", nargs="+")
+    predict.add_argument("--model", help="a .keras file; by default a pretrained network")
+    predict.add_argument("--architecture", choices=ARCHITECTURES, default="vgg16")
+    predict.add_argument(
+        "--weights", default="imagenet", help=f"{', '.join(WEIGHT_SETS)} or a path"
+    )
+    predict.add_argument("--top", type=int, default=5)
+    predict.set_defaults(run=_predict)
+    return parser
+
+
+def _demo(arguments: argparse.Namespace) -> None:
+    from vggtorch import demo
+
+    demo.run()
+
+
+def _convert(arguments: argparse.Namespace) -> None:
+    from vggtorch import models
+
+    for name, shape in models.convert(
+        arguments.source, arguments.target, arguments.architecture
+    ).items():
+        print(f"{name:32} {shape}")
+
+
+def _inspect(arguments: argparse.Namespace) -> None:
+    pass
+
+
+def _predict(arguments: argparse.Namespace) -> None:
+    import keras
+
+    from vggtorch import models, preprocessing
+
+    if arguments.model:
+        model = keras.saving.load_model(arguments.model)
+    else:
+        build = getattr(models, arguments.architecture.removesuffix("_bn").upper())
+        model = build(weights=arguments.weights, batch_norm=arguments.architecture.endswith("_bn"))
+    probabilities = model.predict(preprocessing.preprocess(arguments.images, model), verbose=0)
+    best = preprocessing.decode_predictions(probabilities, arguments.top)
+    for image, classes in zip(arguments.images, best, strict=True):
+        print(image)
+        for _, category, probability in classes:
+            print(f"  {probability:6.1%}  {category}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status, 0 if all went well."""
+    arguments = _parser().parse_args(argv)
+    try:
+        arguments.run(arguments)
+    except (ValueError, OSError) as error:
+        print(f"vggtorch: {error}", file=sys.stderr)
+        return 1
+    return 0

@@ -1,0 +1,1 @@
+"""Finds, verifies, reads and writes checkpoints."""
