@@ -6,7 +6,6 @@ import pytest
 import torch
 
 import vggtorch as vt
-from vggtorch.architectures import ARCHITECTURES
 
 CONSTRUCTORS = {
     name.upper(): getattr(vt, name.upper()) for name in ("vgg11", "vgg13", "vgg16", "vgg19")

@@ -35,6 +35,15 @@ from vggtorch.models import (  # noqa: E402 - only now that the backend is torch
     save_weights,
 )
 from vggtorch.preprocessing import decode_predictions, preprocess, weight_set  # noqa: E402
+from vggtorch.surgery import (  # noqa: E402
+    freeze_,
+    insert,
+    remove,
+    replace,
+    stack,
+    truncate,
+    unfreeze_,
+)
 
 __all__ = [
     "VGG11",
@@ -42,9 +51,16 @@ __all__ = [
     "VGG16",
     "VGG19",
     "decode_predictions",
+    "freeze_",
+    "insert",
     "load_weights",
     "named_variables",
     "preprocess",
+    "remove",
+    "replace",
     "save_weights",
+    "stack",
+    "truncate",
+    "unfreeze_",
     "weight_set",
 ]

@@ -6,6 +6,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+import keras
+
+from vggtorch import demo, models, preprocessing
 from vggtorch.architectures import ARCHITECTURES
 from vggtorch.preprocessing import WEIGHT_SETS
 
@@ -43,14 +46,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _demo(arguments: argparse.Namespace) -> None:
-    from vggtorch import demo
-
     demo.run()
 
 
 def _convert(arguments: argparse.Namespace) -> None:
-    from vggtorch import models
-
     for name, shape in models.convert(
         arguments.source, arguments.target, arguments.architecture
     ).items():
@@ -58,19 +57,14 @@ def _convert(arguments: argparse.Namespace) -> None:
 
 
 def _inspect(arguments: argparse.Namespace) -> None:
-    pass
+    models.describe(arguments.model).summary()
 
 
 def _predict(arguments: argparse.Namespace) -> None:
-    import keras
-
-    from vggtorch import models, preprocessing
-
     if arguments.model:
         model = keras.saving.load_model(arguments.model)
     else:
-        build = getattr(models, arguments.architecture.removesuffix("_bn").upper())
-        model = build(weights=arguments.weights, batch_norm=arguments.architecture.endswith("_bn"))
+        model = models.constructor(arguments.architecture)(weights=arguments.weights)
     probabilities = model.predict(preprocessing.preprocess(arguments.images, model), verbose=0)
     best = preprocessing.decode_predictions(probabilities, arguments.top)
     for image, classes in zip(arguments.images, best, strict=True):

@@ -225,9 +225,12 @@ def keras_to_torchvision(
     return converted
 
 
-def architecture_of(tensors: Mapping[str, torch.Tensor]) -> Architecture:
-    """The network that Keras-named tensors belong to; ValueError where they fit none."""
-    return _choose({k: tuple(v.shape) for k, v in tensors.items()}, "keras", None).architecture
+def architecture_of(
+    tensors: Mapping[str, torch.Tensor], architecture: str | None = None
+) -> Architecture:
+    """The network that Keras-named tensors belong to; ValueError where they fit none, or not it."""
+    shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+    return _choose(shapes, "keras", architecture).architecture
 
 
 def to_keras(tensors: Mapping[str, torch.Tensor], form: str) -> dict[str, torch.Tensor]:
@@ -260,12 +263,10 @@ def _timm_to_torchvision(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch
     """timm's names as torchvision's; its fc1 and fc2 are convolutions, (4096, 512, 7, 7)."""
     renamed = {}
     for key, tensor in tensors.items():
-        for prefix, replacement in _TIMM.items():
-            if key.startswith(prefix):
-                key, tensor = (
-                    key.replace(prefix, replacement),
-                    tensor.flatten(1) if tensor.ndim > 1 else tensor,
-                )
+        prefix = next((p for p in _TIMM if key.startswith(p)), None)
+        if prefix:
+            key = key.replace(prefix, _TIMM[prefix])
+            tensor = tensor.flatten(1) if tensor.ndim > 1 else tensor
         renamed[key] = tensor
     return renamed
 

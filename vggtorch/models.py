@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
+from math import isqrt
 from os import PathLike
 from pathlib import Path
 
@@ -13,7 +15,7 @@ from keras.src.applications.imagenet_utils import obtain_input_shape
 from keras.src.backend.torch.core import get_device
 
 from vggtorch import conversion, preprocessing, sources
-from vggtorch.architectures import ARCHITECTURES, CLASSES, Architecture
+from vggtorch.architectures import ARCHITECTURES, CLASSES, GRID, WIDTHS, Architecture
 from vggtorch.preprocessing import WEIGHT_SETS
 
 # torchvision's and the papers' batch norm; Keras's own defaults differ (1e-3 and 0.99).
@@ -215,6 +217,20 @@ VGG16 = _constructor("vgg16")
 VGG19 = _constructor("vgg19")
 
 
+def constructor(architecture: str) -> Callable[..., keras.Model]:
+    """The function that builds one of the eight networks: `VGG16`, say, for "vgg16_bn" too.
+
+    Raises ValueError for a name that isn't in ARCHITECTURES.
+    """
+    if architecture not in ARCHITECTURES:
+        raise ValueError(
+            f"Unknown architecture {architecture!r}; expected one of {', '.join(ARCHITECTURES)}."
+        )
+    plain = {"vgg11": VGG11, "vgg13": VGG13, "vgg16": VGG16, "vgg19": VGG19}
+    network = ARCHITECTURES[architecture]
+    return partial(plain[network.name.removesuffix("_bn")], batch_norm=network.batch_norm)
+
+
 def named_variables(model: keras.Model) -> dict[str, keras.Variable]:
     """A model's weights by name: `layer/variable`, with the nested model's name before it.
 
@@ -254,7 +270,7 @@ def fill_(model: keras.Model, tensors: Mapping[str, torch.Tensor]) -> keras.Mode
 
 
 def _tensors(
-    source: str | PathLike, candidates: list[Architecture], *, include_top: bool
+    source: str | PathLike, candidates: list[Architecture], *, include_top: bool = False
 ) -> tuple[dict[str, torch.Tensor], str | None]:
     """The Keras-named tensors of a weight set or a file, and which weight set they are."""
     if isinstance(source, str) and source in WEIGHT_SETS:
@@ -372,8 +388,71 @@ def save_weights(model: keras.Model, path: str | PathLike) -> None:
         ValueError: another ending, or layers that torchvision has no keys for.
         OSError: the file can't be written; one that stood there before is then still whole.
     """
-    path = Path(path)
-    tensors = {key: variable.value.detach() for key, variable in named_variables(model).items()}
-    if path.name.endswith(".pth"):
+    if str(path).endswith(".weights.h5"):
+        with sources.atomic(path) as temporary:
+            model.save_weights(temporary)
+    else:
+        tensors = {key: variable.value for key, variable in named_variables(model).items()}
+        _write(path, tensors, preprocessing.weight_set(model))
+
+
+def _write(
+    path: str | PathLike, tensors: Mapping[str, torch.Tensor], weight_set: str | None
+) -> None:
+    """Write Keras-named tensors: as they are, or for .pth as torchvision names them."""
+    if str(path).endswith(".pth"):
         tensors = conversion.keras_to_torchvision(tensors)
-    sources.write(path, tensors, weight_set=preprocessing.weight_set(model))
+    sources.write(path, tensors, weight_set)
+
+
+def convert(
+    source: str | PathLike, target: str | PathLike, architecture: str | None = None
+) -> dict[str, tuple[int, ...]]:
+    """Write a checkpoint in another form.
+
+    Args:
+        source: a weight set or a checkpoint of any form that can be read.
+        target: `.safetensors`, `.weights.h5` or `.pth`; the ending chooses the form.
+        architecture: a name in ARCHITECTURES; recognised from the tensors where it isn't given.
+
+    Returns:
+        The Keras name of each tensor -> its shape, in network order.
+
+    Raises:
+        ValueError: the source fits no network, or not this one, or the target has another ending.
+        OSError: the source can't be had or the target can't be written.
+    """
+    tensors, weight_set = _tensors(source, [ARCHITECTURES[architecture or "vgg16"]])
+    network = conversion.architecture_of(tensors, architecture)
+    if str(target).endswith(".weights.h5"):
+        # Keras orders this form by the layers of a model, so one is built around the tensors.
+        grid, classes = GRID, CLASSES
+        if top := "predictions/bias" in tensors:
+            grid = isqrt(tensors["fc1/kernel"].shape[0] // WIDTHS[-1])
+            classes = len(tensors["predictions/bias"])
+        size = grid * 2 ** len(WIDTHS)
+        with keras.device("meta"):
+            model = constructor(network.name)(
+                weights=None, include_top=top, classes=classes, input_shape=(size, size, 3)
+            )
+        _match(named_variables(model), tensors, source)
+        save_weights(fill_(model, tensors), target)
+    else:
+        _write(target, tensors, weight_set)
+    return {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+
+
+def describe(name: str | PathLike) -> keras.Model:
+    """A model to look at: a network by its name, without values, or a .keras file.
+
+    Raises:
+        ValueError: neither of the two.
+    """
+    if str(name) in ARCHITECTURES:
+        with keras.device("meta"):
+            return constructor(str(name))(weights=None)
+    if not Path(name).is_file():
+        raise ValueError(
+            f"Received {str(name)!r}; expected one of {', '.join(ARCHITECTURES)} or a .keras file."
+        )
+    return keras.saving.load_model(name)

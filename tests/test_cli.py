@@ -1,0 +1,50 @@
+import pytest
+from PIL import Image
+from sklearn.datasets import load_sample_images
+
+import vggtorch as vt
+from vggtorch import sources
+from vggtorch.cli import main
+
+
+def test_convert_prints_what_it_mapped(tmp_path, capsys):
+    with_names = tmp_path / "oxford.safetensors"
+    assert main(["convert", "oxford", str(with_names)]) == 0
+    assert "block1_conv1/kernel" in capsys.readouterr().out
+    assert main(["convert", str(with_names), str(tmp_path / "oxford.pth")]) == 0
+    assert "features.0.weight" in sources.read(tmp_path / "oxford.pth").tensors
+
+
+def test_inspect_prints_every_layer(capsys):
+    assert main(["inspect", "vgg11_bn"]) == 0
+    printed = capsys.readouterr().out
+    assert "block1_bn1" in printed and "predictions" in printed
+
+
+def test_predict_prints_the_most_probable_classes(tmp_path, capsys):
+    weights, image = tmp_path / "random.safetensors", tmp_path / "china.png"
+    vt.save_weights(vt.VGG11(weights=None), weights)
+    Image.fromarray(load_sample_images().images[0]).save(image)
+    arguments = ["--architecture", "vgg11", "--weights", str(weights), "--top", "3"]
+    assert main(["predict", str(image), *arguments]) == 1
+    assert "does not say which weight set" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["inspect", "vgg17"], "vgg17"),
+        (["convert", "nothing.pth", "x.safetensors"], "nothing.pth"),
+        (["predict", "nothing.jpg", "--weights", "oxford"], "classifier"),
+    ],
+)
+def test_errors_are_one_line_and_a_status(arguments, message, capsys):
+    assert main(arguments) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("vggtorch: ") and message in error and "Traceback" not in error
+
+
+def test_no_command_is_a_usage_error(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main([])
+    assert "usage: vggtorch" in capsys.readouterr().err
