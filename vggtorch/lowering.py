@@ -1,0 +1,722 @@
+"""A Keras model as a plain torch.nn.Module on the very same parameters, run the fast way.
+
+How it works, in the order of this file:
+
+1. Each kind of Keras layer has a small torch module (`Conv2D`, `Dense`, ...) that holds the layer's
+   own Parameters. `HANDLERS` maps layer types to them; a layer that has no handler is wrapped in
+   `KerasLayer`, which calls it as Keras does: correct and slower.
+2. `Graph` runs those modules in the order of the Functional graph. Inside it every 4-D tensor of a
+   channels_last model is an NCHW view of NHWC memory, which is what torch calls channels-last, so
+   that going from one layout to the other never copies.
+3. In inference `Graph` runs a second list of steps, in which convolution, batch norm and ReLU are
+   one kernel on weights that were prepared once.
+4. `Lowered` is the outermost graph: it takes and returns what the Keras model does. `accelerate_`
+   puts it inside the Keras model itself.
+"""
+
+# ruff: noqa: D102  (forward does what its class says)
+from __future__ import annotations
+
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial, reduce
+from typing import Any
+
+import keras
+import torch
+import torch.nn.functional as F
+from keras import activations, layers
+from keras.src.models.functional import Functional
+from keras.src.ops.symbolic_arguments import SymbolicArguments
+from torch import Tensor, nn
+
+# While images run through the convolutions in groups, a group's largest activation has about this
+# many bytes for each thread, so that the next layer still finds it in the cache.
+GROUP_BYTES = 8 << 20
+
+
+# 1. Layers
+
+
+@dataclass(frozen=True)
+class Format:
+    """What is true of a whole graph: which layout the Keras model has, and what it computes in.
+
+    Attributes:
+        channels_last: 4-D tensors are NHWC in Keras, so NCHW views of NHWC memory here.
+        dtype: computes in this dtype where Keras would in float32; None leaves it to Keras.
+    """
+
+    channels_last: bool
+    dtype: torch.dtype | None
+
+    def axis(self, axis: int, rank: int) -> int:
+        """Where an axis of a Keras tensor is here."""
+        return (0, 2, 3, 1)[axis % 4] if rank == 4 and self.channels_last else axis % rank
+
+    def compute_dtype(self, layer: keras.Layer) -> torch.dtype:
+        """What the layer computes in."""
+        dtype: torch.dtype = getattr(torch, layer.compute_dtype)
+        return self.dtype if dtype == torch.float32 and self.dtype is not None else dtype
+
+
+def _lay_out_(kernel: nn.Parameter) -> None:
+    """Put an HWIO kernel's numbers in O, H, W, I order in memory; same Parameter, shape, values.
+
+    kernel.permute(3, 2, 0, 1) is then an OIHW kernel in torch's channels-last order.
+    """
+    ohwi = kernel.detach().permute(3, 0, 1, 2)
+    if not ohwi.is_contiguous():
+        kernel.data = ohwi.contiguous().permute(1, 2, 3, 0)
+
+
+def _to_torch(x: Tensor) -> Tensor:
+    """NHWC -> NCHW, a view."""
+    return x.permute(0, 3, 1, 2) if x.ndim == 4 else x
+
+
+def _to_keras(x: Tensor) -> Tensor:
+    """NCHW -> NHWC, a view."""
+    return x.permute(0, 2, 3, 1) if x.ndim == 4 else x
+
+
+def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """What Keras does to a layer's input; under torch.autocast the operation itself decides."""
+    if x.dtype == dtype or not x.is_floating_point() or torch.is_autocast_enabled(x.device.type):
+        return x
+    return x.to(dtype)
+
+
+def _same_padding(
+    size: Sequence[int],
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int] = (1, 1),
+) -> list[tuple[int, int]]:
+    """Rows before and after, columns before and after, that Keras's padding="same" adds."""
+    padding = []
+    for n, k, s, d in zip(size, kernel, stride, dilation, strict=True):
+        total = max(0, (-(-n // s) - 1) * s + (k - 1) * d + 1 - n)
+        padding.append((total // 2, total - total // 2))
+    return padding
+
+
+def _pad(x: Tensor, padding: list[tuple[int, int]], mode: str) -> tuple[Tensor, tuple[int, int]]:
+    """Leave even padding to the operation; pad here what is uneven."""
+    (top, bottom), (left, right) = padding
+    if top == bottom and left == right:
+        return x, (top, left)
+    return F.pad(x, (left, right, top, bottom), mode=mode), (0, 0)
+
+
+# Keras's activations as torch has them. Those of ELEMENTWISE run in any layout; the others, and
+# whatever isn't here and runs as the Keras function, on the Keras layout.
+ELEMENTWISE: dict[Any, Callable[[Tensor], Tensor]] = {
+    activations.relu: F.relu,
+    activations.relu6: F.relu6,
+    activations.sigmoid: torch.sigmoid,
+    activations.hard_sigmoid: F.hardsigmoid,
+    activations.tanh: torch.tanh,
+    activations.silu: F.silu,
+    activations.hard_silu: F.hardswish,
+    activations.elu: F.elu,
+    activations.softplus: F.softplus,
+}
+LAST_AXIS: dict[Any, Callable[[Tensor], Tensor]] = {
+    activations.softmax: partial(torch.softmax, dim=-1),
+    activations.log_softmax: partial(torch.log_softmax, dim=-1),
+}
+
+
+class Activate(nn.Module):
+    """An activation function; `inplace` lets a ReLU overwrite its input."""
+
+    def __init__(self, function: Any, layer: keras.Layer, format: Format) -> None:
+        super().__init__()
+        self.function = ELEMENTWISE.get(function) or LAST_AXIS.get(function, function)
+        self.any_layout = function in ELEMENTWISE or not format.channels_last
+        self.is_relu = function is activations.relu
+        self.inplace = True  # unless the graph finds that its input is needed
+        self.dtype = format.compute_dtype(layer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = _cast(x, self.dtype)
+        if self.is_relu:
+            return F.relu_(x) if self.inplace else F.relu(x)
+        if self.any_layout:
+            return self.function(x)
+        return _to_torch(self.function(_to_keras(x)))
+
+
+def _activation(layer: keras.Layer, format: Format) -> Activate | None:
+    """The activation at the end of a layer, which may overwrite what the layer has computed."""
+    if layer.activation is None or layer.activation is activations.linear:
+        return None
+    return Activate(layer.activation, layer, format)
+
+
+class Conv2D(nn.Module):
+    """Convolution, bias and activation in one; x is (N, C, H, W), the kernel HWIO as in Keras.
+
+    A depthwise kernel is (H, W, C, multiplier).
+    """
+
+    def __init__(
+        self,
+        kernel: nn.Parameter,
+        bias: nn.Parameter | None,
+        activation: Activate | None,
+        *,
+        stride: tuple[int, int],
+        dilation: tuple[int, int],
+        same: bool,
+        depthwise: bool,
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__()
+        self.kernel, self.bias, self.activation = kernel, bias, activation
+        self.stride, self.dilation, self.same = stride, dilation, same
+        self.depthwise, self.dtype = depthwise, dtype
+        _lay_out_(kernel)
+
+    def weight(self) -> Tensor:
+        """The kernel as torch has it, (O, I, H, W): a view."""
+        kernel = self.kernel.flatten(2).unsqueeze(2) if self.depthwise else self.kernel
+        return kernel.permute(3, 2, 0, 1)
+
+    def pad(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """The input and what the convolution itself must pad it by."""
+        if not self.same:
+            return x, (0, 0)
+        size = self.kernel.shape[:2]
+        padding = _same_padding(x.shape[2:], size, self.stride, self.dilation)
+        return _pad(x, padding, "constant")
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, padding = self.pad(_cast(x, self.dtype))
+        weight = _cast(self.weight(), self.dtype)
+        bias = None if self.bias is None else _cast(self.bias, self.dtype)
+        groups = x.shape[1] // weight.shape[1]
+        y = F.conv2d(x, weight, bias, self.stride, padding, self.dilation, groups)
+        return y if self.activation is None else self.activation(y)
+
+
+class Dense(nn.Module):
+    """Product with the (in, out) kernel, bias and activation, over the last axis."""
+
+    def __init__(self, layer: keras.Layer, format: Format) -> None:
+        super().__init__()
+        self.kernel = layer.kernel.value
+        self.bias = None if layer.bias is None else layer.bias.value
+        self.dtype = format.compute_dtype(layer)
+        self.activation = _activation(layer, format)
+
+    def forward(self, x: Tensor) -> Tensor:
+        kernel = _cast(self.kernel, self.dtype)
+        bias = None if self.bias is None else _cast(self.bias, self.dtype)
+        y = F.linear(_cast(x, self.dtype), kernel.t(), bias)
+        return y if self.activation is None else self.activation(y)
+
+
+class BatchNorm(nn.Module):
+    """Batch norm with Keras's rules: biased variance, and inference where it is not trainable."""
+
+    def __init__(self, layer: keras.Layer, format: Format) -> None:
+        super().__init__()
+        self.gamma = layer.gamma.value if layer.scale else None
+        self.beta = layer.beta.value if layer.center else None
+        self.moving_mean = layer.moving_mean.value
+        self.moving_variance = layer.moving_variance.value
+        self.momentum, self.epsilon = layer.momentum, layer.epsilon
+        self.dtype = format.compute_dtype(layer)
+        self.layer = (layer,)  # in a tuple, which keeps it from being a submodule
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = _cast(x, self.dtype)
+        if not (self.training and self.layer[0].trainable):
+            return F.batch_norm(
+                x, self.moving_mean, self.moving_variance, self.gamma, self.beta, eps=self.epsilon
+            )
+        # torch would keep the unbiased variance; ask it for the batch's own and undo that.
+        n = x.numel() // x.shape[1]
+        mean, variance = torch.zeros_like(self.moving_mean), torch.zeros_like(self.moving_mean)
+        y = torch.batch_norm(
+            x, self.gamma, self.beta, mean, variance, True, 1.0, self.epsilon,
+            torch.backends.cudnn.enabled,
+        )  # fmt: skip
+        with torch.no_grad():
+            variance = variance * ((n - 1) / n) if n > 1 else torch.zeros_like(variance)
+            self.moving_mean.lerp_(mean, 1 - self.momentum)
+            self.moving_variance.lerp_(variance, 1 - self.momentum)
+        return y
+
+
+class Pool2D(nn.Module):
+    """Maximum or average over windows; x is (N, C, H, W)."""
+
+    def __init__(self, layer: keras.Layer, format: Format) -> None:
+        super().__init__()
+        self.maximum = isinstance(layer, layers.MaxPooling2D)
+        self.size, self.stride = tuple(layer.pool_size), tuple(layer.strides)
+        self.same = layer.padding == "same"
+        self.dtype = format.compute_dtype(layer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, padding = _cast(x, self.dtype), (0, 0)
+        if self.same:
+            padded = _same_padding(x.shape[2:], self.size, self.stride)
+            x, padding = _pad(x, padded, "replicate")  # as Keras does
+        if self.maximum:
+            return F.max_pool2d(x, self.size, self.stride, padding)
+        return F.avg_pool2d(x, self.size, self.stride, padding, count_include_pad=False)
+
+
+class GlobalPool2D(nn.Module):
+    """Maximum or average over each whole map; x is (N, C, H, W)."""
+
+    def __init__(self, layer: keras.Layer, format: Format) -> None:
+        super().__init__()
+        self.maximum = isinstance(layer, layers.GlobalMaxPooling2D)
+        self.keepdim = layer.keepdims
+        self.dtype = format.compute_dtype(layer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = _cast(x, self.dtype)
+        return (torch.amax if self.maximum else torch.mean)(x, (2, 3), self.keepdim)
+
+
+class ZeroPadding2D(nn.Module):
+    """Zeros around each map; x is (N, C, H, W)."""
+
+    def __init__(self, layer: keras.Layer, format: Format) -> None:
+        super().__init__()
+        (top, bottom), (left, right) = layer.padding
+        self.padding = (left, right, top, bottom)
+        self.dtype = format.compute_dtype(layer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.pad(_cast(x, self.dtype), self.padding)
+
+
+class Flatten(nn.Module):
+    """All but the batch as one axis; in NHWC order, as Keras has it, a view of NHWC memory."""
+
+    def __init__(self, nhwc: bool) -> None:
+        super().__init__()
+        self.nhwc = nhwc
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (_to_keras(x) if self.nhwc else x).flatten(1)
+
+
+class Dropout(nn.Module):
+    """Dropout from torch's global generator, as Keras's Dropout without a seed."""
+
+    def __init__(self, layer: keras.Layer, format: Format) -> None:
+        super().__init__()
+        self.rate = layer.rate
+        self.dtype = format.compute_dtype(layer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.dropout(_cast(x, self.dtype), self.rate, self.training)
+
+
+class Merge(nn.Module):
+    """A sum, product, concatenation ... of tensors of one rank."""
+
+    def __init__(self, function: Callable[[list[Tensor]], Tensor], dtype: torch.dtype) -> None:
+        super().__init__()
+        self.function, self.dtype = function, dtype
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return self.function([_cast(x, self.dtype) for x in inputs])
+
+
+class Rescale(nn.Module):
+    """x * scale + offset."""
+
+    def __init__(self, layer: keras.Layer, format: Format) -> None:
+        super().__init__()
+        self.scale, self.offset = layer.scale, layer.offset
+        self.dtype = format.compute_dtype(layer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.to(self.dtype) * self.scale + self.offset
+
+
+class KerasLayer(nn.Module):
+    """A layer, or an operation of keras.ops, that runs as Keras runs it, on Keras's layout."""
+
+    def __init__(self, operation: Any, format: Format) -> None:
+        super().__init__()
+        self.operation = (operation,)  # in a tuple, which keeps it from being a submodule
+        self.channels_last = format.channels_last
+        self.takes_training = getattr(operation, "_call_has_training_arg", False)
+        prefix = f"{getattr(operation, 'path', '')}/"
+        for variable in getattr(operation, "variables", ()):
+            name = variable.path.removeprefix(prefix).replace("/", "_").replace(".", "_")
+            self.register_parameter(name, variable.value)
+
+    def forward(self, arguments: SymbolicArguments, *inputs: Tensor) -> list[Tensor]:
+        values: Iterable[Tensor] = map(_to_keras, inputs) if self.channels_last else inputs
+        pairs = zip(arguments.keras_tensors, values, strict=True)
+        args, kwargs = arguments.fill_in({id(tensor): x for tensor, x in pairs})
+        if self.takes_training:
+            kwargs = kwargs | {"training": self.training}
+        outputs = keras.tree.flatten(self.operation[0](*args, **kwargs))
+        return [_to_torch(y) for y in outputs] if self.channels_last else outputs
+
+
+# 2. From layers to modules
+
+
+def _conv2d(layer: keras.Layer, format: Format, inputs: list[Any]) -> nn.Module | None:
+    if getattr(layer, "lora_enabled", False) or layer.quantization_mode is not None:
+        return None
+    return Conv2D(
+        layer.kernel.value,
+        None if layer.bias is None else layer.bias.value,
+        _activation(layer, format),
+        stride=tuple(layer.strides),
+        dilation=tuple(layer.dilation_rate),
+        same=layer.padding == "same",
+        depthwise=isinstance(layer, layers.DepthwiseConv2D),
+        dtype=format.compute_dtype(layer),
+    )
+
+
+def _separable_conv2d(layer: keras.Layer, format: Format, inputs: list[Any]) -> nn.Module:
+    depthwise = Conv2D(
+        layer.depthwise_kernel.value,
+        None,
+        None,
+        stride=tuple(layer.strides),
+        dilation=tuple(layer.dilation_rate),
+        same=layer.padding == "same",
+        depthwise=True,
+        dtype=format.compute_dtype(layer),
+    )
+    pointwise = Conv2D(
+        layer.pointwise_kernel.value,
+        None if layer.bias is None else layer.bias.value,
+        _activation(layer, format),
+        stride=(1, 1),
+        dilation=(1, 1),
+        same=False,
+        depthwise=False,
+        dtype=format.compute_dtype(layer),
+    )
+    return nn.Sequential(OrderedDict(depthwise=depthwise, pointwise=pointwise))
+
+
+def _dense(layer: keras.Layer, format: Format, inputs: list[Any]) -> nn.Module | None:
+    if layer.lora_enabled or layer.quantization_mode is not None or len(inputs[0].shape) == 4:
+        return None
+    return Dense(layer, format)
+
+
+def _batch_norm(layer: keras.Layer, format: Format, inputs: list[Any]) -> nn.Module | None:
+    rank = len(inputs[0].shape)
+    if getattr(layer, "renorm", False) or format.axis(layer.axis, rank) != 1:
+        return None
+    return BatchNorm(layer, format)
+
+
+def _activation_layer(layer: keras.Layer, format: Format, inputs: list[Any]) -> nn.Module:
+    return Activate(layer.activation, layer, format)
+
+
+def _relu(layer: keras.Layer, format: Format, inputs: list[Any]) -> nn.Module | None:
+    if layer.negative_slope or layer.threshold or layer.max_value not in (None, 6):
+        return None
+    relu = activations.relu if layer.max_value is None else activations.relu6
+    return Activate(relu, layer, format)
+
+
+def _dropout(layer: keras.Layer, format: Format, inputs: list[Any]) -> nn.Module | None:
+    if layer.seed is not None or layer.noise_shape is not None:
+        return None
+    return Dropout(layer, format)
+
+
+def _flatten(layer: keras.Layer, format: Format, inputs: list[Any]) -> nn.Module | None:
+    last = layer.data_format == "channels_last"
+    if len(inputs[0].shape) != 4:
+        return Flatten(nhwc=False) if last else None
+    if format.channels_last and not last:
+        return None
+    return Flatten(nhwc=format.channels_last or not last)  # channels_first: Keras transposes
+
+
+def _merge(layer: keras.Layer, format: Format, inputs: list[Any]) -> nn.Module | None:
+    ranks = {len(x.shape) for x in inputs}
+    if len(ranks) > 1 or len(inputs) < 2:
+        return None
+    function: Callable[[list[Tensor]], Tensor]
+    if isinstance(layer, layers.Concatenate):
+        function = partial(torch.cat, dim=format.axis(layer.axis, ranks.pop()))
+    else:
+        pair = {layers.Add: torch.add, layers.Multiply: torch.mul, layers.Subtract: torch.sub}
+        function = partial(reduce, pair[type(layer)])
+    return Merge(function, format.compute_dtype(layer))
+
+
+def _rescale(layer: keras.Layer, format: Format, inputs: list[Any]) -> nn.Module | None:
+    if not all(isinstance(x, int | float) for x in (layer.scale, layer.offset)):
+        return None
+    return Rescale(layer, format)
+
+
+def _module(kind: type[nn.Module]) -> Handler:
+    return lambda layer, format, inputs: kind(layer, format)
+
+
+# A handler makes the module for a layer that is called on `inputs` (KerasTensors), or returns None
+# where the layer is set to something that only Keras itself can do.
+Handler = Callable[[keras.Layer, Format, list[Any]], nn.Module | None]
+HANDLERS: dict[type[keras.Layer], Handler] = {
+    layers.Activation: _activation_layer,
+    layers.Add: _merge,
+    layers.AveragePooling2D: _module(Pool2D),
+    layers.BatchNormalization: _batch_norm,
+    layers.Concatenate: _merge,
+    layers.Conv2D: _conv2d,
+    layers.Dense: _dense,
+    layers.DepthwiseConv2D: _conv2d,
+    layers.Dropout: _dropout,
+    layers.Flatten: _flatten,
+    layers.GlobalAveragePooling2D: _module(GlobalPool2D),
+    layers.GlobalMaxPooling2D: _module(GlobalPool2D),
+    layers.MaxPooling2D: _module(Pool2D),
+    layers.Multiply: _merge,
+    layers.ReLU: _relu,
+    layers.Rescaling: _rescale,
+    layers.SeparableConv2D: _separable_conv2d,
+    layers.Subtract: _merge,
+    layers.ZeroPadding2D: _module(ZeroPadding2D),
+}
+
+
+# 3. Graphs
+
+
+@dataclass(frozen=True)
+class Step:
+    """One call of one module.
+
+    Attributes:
+        run: the module.
+        inputs, outputs: numbers of the values that it takes and makes.
+        last_use: inputs that nobody needs afterwards.
+        arguments: how Keras was called, for a KerasLayer.
+    """
+
+    run: Callable[..., Any]
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    last_use: tuple[int, ...] = ()
+    arguments: SymbolicArguments | None = None
+
+
+FRESH = (BatchNorm, Conv2D, Dense, Merge)  # their backward doesn't need what they return
+
+
+class Graph(nn.Module):
+    """A Functional graph; takes and returns tensors in torch's layout."""
+
+    def __init__(self, model: Functional, format: Format) -> None:
+        super().__init__()
+        numbers = {id(tensor): i for i, tensor in enumerate(model.inputs)}
+        made: dict[int, tuple[nn.Module, list[int]]] = {}
+        steps = []
+        for depth in sorted(model._nodes_by_depth, reverse=True):
+            for node in model._nodes_by_depth[depth]:
+                if node.is_input:
+                    continue
+                for tensor in node.outputs:
+                    numbers[id(tensor)] = len(numbers)
+                ranks = [len(tensor.shape) for tensor in node.input_tensors]
+                module, built_for = made.get(id(node.operation), (None, ranks))
+                if module is None or built_for != ranks:
+                    module = _lower(node, format)
+                    self._register(node.operation.name, module)
+                    made[id(node.operation)] = module, ranks
+                steps.append(
+                    Step(
+                        module,
+                        tuple(numbers[id(tensor)] for tensor in node.input_tensors),
+                        tuple(numbers[id(tensor)] for tensor in node.outputs),
+                        arguments=node.arguments if isinstance(module, KerasLayer) else None,
+                    )
+                )
+        self.inputs = tuple(numbers[id(tensor)] for tensor in model.inputs)
+        self.outputs = tuple(numbers[id(tensor)] for tensor in model.outputs)
+        self.steps = _with_last_use(steps, self.outputs)
+        self._allow_in_place()
+
+    def _register(self, name: str, module: nn.Module) -> None:
+        """Add a submodule under its layer's name, or the nearest that torch allows."""
+        name = name.replace(".", "_")
+        while hasattr(self, name):
+            name += "_"
+        self.add_module(name, module)
+
+    def _allow_in_place(self) -> None:
+        """Let a ReLU overwrite its input where that is nobody else's business."""
+        uses = Counter(i for step in self.steps for i in step.inputs) + Counter(self.outputs)
+        fresh = {
+            step.outputs[0]
+            for step in self.steps
+            if isinstance(step.run, FRESH) and getattr(step.run, "activation", None) is None
+        }
+        for step in self.steps:
+            if isinstance(step.run, Activate):
+                step.run.inplace &= step.inputs[0] in fresh and uses[step.inputs[0]] == 1
+
+    def forward(self, *inputs: Tensor) -> list[Tensor]:
+        values = dict(zip(self.inputs, inputs, strict=True))
+        _run(self.steps, values)
+        return [values[i] for i in self.outputs]
+
+
+def _run(steps: list[Step], values: dict[int, Tensor]) -> None:
+    """Run the steps; `values` keeps what later steps and the caller need."""
+    for step in steps:
+        inputs = [values[i] for i in step.inputs]
+        for i in step.last_use:
+            del values[i]
+        extra = () if step.arguments is None else (step.arguments,)
+        outputs = step.run(*extra, *inputs)
+        if isinstance(outputs, Tensor):
+            values[step.outputs[0]] = outputs
+        else:
+            values.update(zip(step.outputs, outputs, strict=True))
+
+
+def _with_last_use(steps: list[Step], outputs: tuple[int, ...]) -> list[Step]:
+    """Note at each step which values it is the last to need."""
+    needed = set(outputs)
+    result = []
+    for step in reversed(steps):
+        result.append(replace(step, last_use=tuple(set(step.inputs) - needed)))
+        needed.update(step.inputs)
+    return result[::-1]
+
+
+def _lower(node: Any, format: Format) -> nn.Module:
+    """The module for one call of a layer or operation."""
+    layer, arguments = node.operation, node.arguments
+    args, options = arguments.args, set(arguments.kwargs) - {"training", "mask"}
+    plain = len(args) == 1 and not options and _flat(args[0])
+    graph = _functional(layer)
+    if plain and graph is not None:
+        return Graph(graph, format)
+    handler = HANDLERS.get(type(layer))
+    own = "channels_last" if format.channels_last else "channels_first"
+    same_layout = handler is _flatten or getattr(layer, "data_format", own) == own
+    if plain and handler is not None and same_layout and layer.activity_regularizer is None:
+        module = handler(layer, format, node.input_tensors)
+        if module is not None:
+            return module
+    return KerasLayer(layer, format)
+
+
+def _flat(argument: Any) -> bool:
+    """Whether it is a tensor or a list of tensors."""
+    return isinstance(argument, keras.KerasTensor) or (
+        isinstance(argument, list | tuple)
+        and all(isinstance(x, keras.KerasTensor) for x in argument)
+    )
+
+
+def _functional(model: Any) -> Functional | None:
+    """The Functional graph that a model runs; None if it runs code of its own, or isn't a model."""
+    if isinstance(model, keras.Sequential) and type(model).call is keras.Sequential.call:
+        return model._functional
+    if isinstance(model, Functional) and type(model).call is Functional.call:
+        return model
+    return None
+
+
+# 4. Models
+
+
+class Lowered(Graph):
+    """What `lower` returns: takes and returns what the Keras model does."""
+
+    def __init__(self, model: Functional, format: Format, data_format: str) -> None:
+        super().__init__(model, format)
+        self.data_format = data_format
+        self.input_dtypes = [getattr(torch, x.dtype) for x in model.inputs]
+        # Shapes as the caller has them: the Keras model's, unless asked for the other layout.
+        axes = {(True, "channels_first"): (0, 3, 1, 2), (False, "channels_last"): (0, 2, 3, 1)}
+        order = axes.get((format.channels_last, data_format), (0, 1, 2, 3))
+        self.input_shapes = [
+            tuple(x.shape[i] for i in order) if len(x.shape) == 4 else tuple(x.shape)
+            for x in model.inputs
+        ]
+        number = {id(tensor): i for i, tensor in enumerate(model.outputs)}
+        self.structure = keras.tree.map_structure(lambda x: number[id(x)], model._outputs_struct)
+
+    def forward(self, inputs: Any) -> Any:  # type: ignore[override]
+        """Run the model on a tensor, or on the list or dict that the Keras model takes."""
+        flat = [inputs] if isinstance(inputs, Tensor) else keras.tree.flatten(inputs)
+        if len(flat) != len(self.inputs):
+            raise ValueError(f"Received {len(flat)} inputs; this model takes {len(self.inputs)}.")
+        values = []
+        for x, shape, dtype in zip(flat, self.input_shapes, self.input_dtypes, strict=True):
+            if x.ndim != len(shape) or any(
+                expected not in (None, received)
+                for expected, received in zip(shape, x.shape, strict=True)
+            ):
+                raise ValueError(
+                    f"Received an input of shape {tuple(x.shape)}; expected {shape} with "
+                    f"data_format={self.data_format!r}. Reshape the input, or lower the model "
+                    f"with the data_format that the input has."
+                )
+            x = x.to(dtype)
+            values.append(_to_torch(x) if self.data_format == "channels_last" else x)
+        outputs = super().forward(*values)
+        if self.data_format == "channels_last":
+            outputs = [_to_keras(y) for y in outputs]
+        if isinstance(self.structure, int):
+            return outputs[0]
+        return keras.tree.map_structure(lambda i: outputs[i], self.structure)
+
+
+def lower(
+    model: keras.Model, *, data_format: str | None = None, dtype: torch.dtype | None = None
+) -> Lowered:
+    """Return a torch module that runs a Keras model on the model's own parameters.
+
+    `train()` and `eval()` decide what Keras's `training` argument does; train either and both
+    change. The kernels' storage is put in another order in place; their values stay.
+
+    Args:
+        model: a Functional or Sequential model; any layers, the fast way for those in `HANDLERS`.
+        data_format: layout of 4-D inputs and outputs, "channels_last" (N, H, W, C) or
+            "channels_first" (N, C, H, W); the Keras model's own by default.
+        dtype: what layers compute in that Keras would run in float32, as a mixed dtype policy
+            would do; the parameters stay as they are.
+    """
+    graph = _functional(model)
+    if graph is None:
+        raise ValueError(
+            f"Received {model!r}, which is not a Functional model or a built Sequential one; "
+            f"only a graph of layers can be lowered. Build the model from keras.Input, or call "
+            f"the Keras model itself in the torch loop."
+        )
+    formats = {"channels_last", "channels_first"}
+    if data_format not in formats | {None}:
+        raise ValueError(f"Received data_format={data_format!r}; expected one of {formats}.")
+    own = _data_format(graph)
+    return Lowered(graph, Format(own == "channels_last", dtype), data_format or own)
+
+
+def _data_format(model: keras.Model) -> str:
+    """The layout that the model's spatial layers have; Flatten has an option of the same name."""
+    for layer in model._flatten_layers():
+        if hasattr(layer, "data_format") and not isinstance(layer, layers.Flatten):
+            return str(layer.data_format)
+    return str(keras.config.image_data_format())
