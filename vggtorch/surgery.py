@@ -33,6 +33,8 @@ from keras.src.ops.node import Node
 from keras.src.saving.serialization_lib import SafeModeScope
 from keras.src.utils.naming import to_snake_case
 
+from vggtorch import fitting
+
 New: TypeAlias = Layer | torch.nn.Module | Sequence[Layer | torch.nn.Module]
 
 
@@ -142,8 +144,8 @@ def replace(
     Raises ValueError if the set has more than one way in or out (it names the edges), and if what
     follows can't take what `new` puts out (it gives both shapes).
     """
-    if init is not None:  # fitting.compose_ and fitting.fit_ work on the result, once they land
-        raise ValueError(f"replace expects init=None, received {init!r}.")
+    if init not in (None, "compose"):
+        raise ValueError(f"replace expects init=None or 'compose', received {init!r}.")
     graph = _Graph(model)
     names = _names(layers, "replace")
     nodes = graph.nodes_of(names, "replace")
@@ -151,7 +153,16 @@ def replace(
         pairs = [graph.way_through([node]) for node in nodes]
     else:
         pairs = [graph.way_through(nodes)]
-    return _splice(graph, pairs, _new_layers(new, "replace"))
+    added = _new_layers(new, "replace")
+    if init == "compose" and len(added) != 1:
+        raise ValueError(
+            f"replace with init='compose' needs one new layer, received {len(added)}: what one "
+            f"chain composes to can't be shared out among several."
+        )
+    result = _splice(graph, pairs, added)
+    if init == "compose":
+        fitting.compose_(list(dict.fromkeys(node.operation for node in nodes)), added[0])
+    return result
 
 
 def freeze_(model: keras.Model, until: str | None = None) -> keras.Model:
