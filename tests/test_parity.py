@@ -2,13 +2,16 @@
 
 import keras
 import numpy as np
+import onnx
+import onnxruntime
 import pytest
 import torch
 import torchvision
+from keras.applications.vgg16 import preprocess_input
 from sklearn.datasets import load_sample_images
 
 import vggtorch as vt
-from vggtorch import conversion, models
+from vggtorch import conversion, models, sources
 from vggtorch.architectures import ARCHITECTURES
 
 PHOTOS = np.stack([photo[:, 100:527] for photo in load_sample_images().images])  # 427x427
@@ -70,3 +73,70 @@ def test_logits_and_every_blocks_output_equal_torchvisions(name):
     )
     assert list(back) == list(state)
     assert all(torch.equal(back[key], state[key]) for key in state)
+
+
+@pytest.fixture(scope="module")
+def oxford():
+    return vt.VGG16(weights="oxford", include_top=False)
+
+
+def test_oxford_equals_onnx_runtime_on_the_same_file(oxford):
+    graph = onnx.load(sources.find("oxford", "vgg16", include_top=False))
+    (pool,) = [
+        node.output[0]
+        for node in graph.graph.node
+        if node.op_type == "MaxPool" and "block5_pool" in node.output[0]
+    ]
+    graph.graph.output.append(
+        onnx.helper.make_tensor_value_info(pool, onnx.TensorProto.FLOAT, None)
+    )
+    session = onnxruntime.InferenceSession(graph.SerializeToString())
+    images = vt.preprocess(PHOTOS, "oxford", size=240)  # the size that the file is fixed to
+    (expected,) = session.run([pool], {session.get_inputs()[0].name: images})
+    with torch.no_grad():
+        received = oxford(images)
+    assert_close(received, expected.transpose(0, 2, 3, 1), "block5_pool")
+
+
+def test_oxford_in_keras_applications_own_model_gives_identical_outputs(oxford):
+    theirs = keras.applications.VGG16(weights=None, include_top=False)
+    vt.load_weights(theirs, "oxford")
+    images = preprocess_input(PHOTOS.astype("float32").copy())
+    with torch.no_grad():
+        assert torch.equal(oxford(images), theirs(images))
+    assert vt.weight_set(theirs) == "oxford"
+
+
+@pytest.mark.parametrize("name", ["vgg16", "vgg19"])
+def test_same_arrays_same_outputs_as_keras_applications_at_full_size(name):
+    theirs = getattr(keras.applications, name.upper())(weights=None)
+    ours = models.fill_(
+        build(name), {key: v.value for key, v in vt.named_variables(theirs).items()}
+    )
+    images = vt.preprocess(PHOTOS, "oxford", size=224)
+    with torch.no_grad():
+        assert torch.equal(ours(images), theirs(images))
+
+
+@pytest.mark.parametrize("cut", ["block5_pool", "block3_conv2", "block1_conv1"])
+@pytest.mark.parametrize("ending", [".pth", ".safetensors"])
+def test_without_top_and_truncated_models_survive_a_round_trip(oxford, cut, ending, tmp_path):
+    model = vt.truncate(oxford, cut)
+    vt.save_weights(model, tmp_path / f"part{ending}")
+    again = keras.models.clone_model(model)
+    vt.load_weights(again, tmp_path / f"part{ending}")
+    received, expected = again.get_weights(), model.get_weights()
+    assert len(received) == len(expected) > 0
+    assert all(np.array_equal(a, b) for a, b in zip(received, expected, strict=True))
+
+
+def test_a_saved_pth_is_what_torchvision_loads(oxford, tmp_path):
+    path = tmp_path / "oxford.pth"
+    vt.save_weights(oxford, path)
+    reference = torchvision.models.vgg16()
+    missing, unexpected = reference.load_state_dict(torch.load(path), strict=False)
+    assert not unexpected and all(key.startswith("classifier.") for key in missing)
+    images = torch.from_numpy(vt.preprocess(PHOTOS, "oxford", size=224))
+    with torch.no_grad():
+        expected = reference.features.eval()(images.movedim(-1, 1))
+        assert_close(oxford(images), expected.movedim(1, -1), "block5_pool")
