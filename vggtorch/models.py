@@ -289,8 +289,8 @@ def _tensors(
                 f"Received weights={str(source)!r}; expected one of {', '.join(WEIGHT_SETS)} or "
                 f"the path of an existing file."
             )
-    checkpoint = sources.read(path)
-    return conversion.to_keras(checkpoint.tensors, checkpoint.form), checkpoint.weight_set
+    checkpoint = sources.converted(path, lambda c: conversion.to_keras(c.tensors, c.form))
+    return checkpoint.tensors, checkpoint.weight_set
 
 
 def _match(

@@ -26,10 +26,11 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any, Literal, cast
 
@@ -278,25 +279,35 @@ def sha256(path: Path, start: int = 0, *, fresh: bool = False) -> str:
     `fresh` hashes it in any case.
     """
     path = path.resolve()
-    name = hashlib.sha256(f"{path}:{start}".encode()).hexdigest()[:32]
-    memory = home() / "digests" / f"{name}.json"
     stamp = _stamp(path)
     if not fresh:
         with suppress(OSError, ValueError, TypeError, KeyError):
-            remembered = json.loads(memory.read_text())
+            remembered = json.loads(_memory(path, start).read_text())
             if remembered["stamp"] == stamp:
                 return str(remembered["sha256"])
     digest = _hash(path, start)
+    _remember(path, start, stamp, digest)
+    return digest
+
+
+def _memory(path: Path, start: int) -> Path:
+    name = hashlib.sha256(f"{path}:{start}".encode()).hexdigest()[:32]
+    return home() / "digests" / f"{name}.json"
+
+
+def _remember(path: Path, start: int, stamp: list[int], digest: str) -> None:
+    """Note the hash of a file that had `stamp` before it was taken."""
     # A clock tick is 10 ms at most: from here on a write would show in the times.
     if time.time_ns() - stamp[2] < 20_000_000:
         time.sleep(0.02)
-    if _stamp(path) == stamp:
-        with suppress(OSError):  # a read-only home costs time, not correctness
-            memory.parent.mkdir(parents=True, exist_ok=True)
-            with atomic(memory) as temporary:
-                record = {"stamp": stamp, "sha256": digest, "path": str(path)}
-                temporary.write_text(json.dumps(record))
-    return digest
+    if _stamp(path) != stamp:
+        return
+    memory = _memory(path, start)
+    with suppress(OSError):  # a read-only home costs time, not correctness
+        memory.parent.mkdir(parents=True, exist_ok=True)
+        with atomic(memory) as temporary:
+            record = {"stamp": stamp, "sha256": digest, "path": str(path)}
+            temporary.write_text(json.dumps(record))
 
 
 def _hash(path: Path, start: int = 0) -> str:
@@ -564,10 +575,11 @@ _SAFETENSORS_DTYPES = {
 
 def _write_safetensors(
     file: IO[bytes], tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]
-) -> None:
+) -> tuple[int, str]:
     """Write the safetensors form, one tensor after another, the data's SHA-256 in its metadata.
 
-    The header is padded so that the data begins on a page of its own.
+    The header is padded so that the data begins on a page of its own. Returns where it begins, and
+    its SHA-256.
     """
     codes = {dtype: code for code, dtype in _SAFETENSORS_DTYPES.items()}
     header: dict[str, Any] = {"__metadata__": {**metadata, "sha256": "0" * 64}}
@@ -586,7 +598,7 @@ def _write_safetensors(
         size = -(-(8 + len(encoded)) // mmap.PAGESIZE) * mmap.PAGESIZE - 8
         return struct.pack("<Q", size) + encoded.ljust(size)
 
-    file.write(packed())
+    begin = file.write(packed())
     digest = hashlib.sha256()
     for tensor in tensors.values():
         values = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
@@ -595,6 +607,7 @@ def _write_safetensors(
     header["__metadata__"]["sha256"] = digest.hexdigest()
     file.seek(0)
     file.write(packed())
+    return begin, digest.hexdigest()
 
 
 # Reading -----------------------------------------------------------------------------------------
@@ -721,6 +734,99 @@ def _check_tensors(tensors: Mapping[str, torch.Tensor]) -> None:
             raise ValueError(f"{key} has dtype {tensor.dtype}, expected floating point")
         if tensor.numel() and not all(map(math.isfinite, torch.stack(tensor.aminmax()).tolist())):
             raise ValueError(f"{key} holds NaN or infinite values")
+
+
+# Converted copies --------------------------------------------------------------------------------
+
+
+def converted(
+    path: str | os.PathLike, convert: Callable[[Checkpoint], Mapping[str, torch.Tensor]]
+) -> Checkpoint:
+    """A checkpoint's Keras tensors, mapped from a converted copy that is made where there is none.
+
+    The copy stands in the cache as safetensors under the source's hash, with every kernel stored
+    output channels first, (O, H, W, I) and (out, in), behind its Keras shape: that is what
+    convolution and matrix product read without a further copy. A source or a copy that was written
+    to since is noticed by its hash (see `sha256`), and the copy is made again. Without room for a
+    copy the tensors are those that `convert` gives.
+
+    Args:
+        path: any file that `read` reads.
+        convert: gives the Keras tensors of what was read.
+
+    Raises:
+        ValueError and OSError as `read` does, and what `convert` raises.
+    """
+    path = Path(path).resolve()
+    digest = sha256(path) if path.name not in KNOWN else _verified(path)
+    copy = home() / "converted" / f"{path.stem}-{digest[:16]}.safetensors"
+    with suppress(OSError, ValueError):
+        return _read_copy(copy, digest)
+    checkpoint = read(path)
+    tensors = convert(checkpoint)
+    if checkpoint.form == "keras" and path.suffix == ".safetensors":
+        return replace(checkpoint, tensors=dict(tensors))  # is mapped as it is
+    metadata = {"layout": _LAYOUT, "source": str(path), "source_sha256": digest}
+    if checkpoint.weight_set:
+        metadata["weight_set"] = checkpoint.weight_set
+    try:
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(f"{copy}.lock"):
+            if not copy.exists() or _damaged(copy, digest):
+                stored = {key: _output_first(key, tensor) for key, tensor in tensors.items()}
+                with atomic(copy) as temporary, temporary.open("wb") as file:
+                    begin, hashed = _write_safetensors(file, stored, metadata)
+                _remember(copy, begin, _stamp(copy), hashed)
+                _forget_copies_of(path, copy)
+        return _read_copy(copy, digest)
+    except OSError as error:
+        warnings.warn(f"Loading stays slow: {error}", stacklevel=2)
+        return replace(checkpoint, form="keras", tensors=dict(tensors))
+
+
+_LAYOUT = "keras, output channels first"
+
+
+def _verified(path: Path) -> str:
+    _check(path, KNOWN[path.name])
+    return sha256(path)
+
+
+def _output_first(key: str, tensor: torch.Tensor) -> torch.Tensor:
+    """A kernel (..., I, O) as (O, ..., I), in which order it is stored; other tensors as they are.
+
+    Returns a view.
+    """
+    return tensor.movedim(-1, 0) if key.endswith("/kernel") else tensor
+
+
+def _read_copy(copy: Path, digest: str) -> Checkpoint:
+    """A converted copy of the source with this hash; ValueError where it is anything else."""
+    tensors, metadata = _read_safetensors(copy)
+    if metadata.get("layout") != _LAYOUT or metadata.get("source_sha256") != digest:
+        raise ValueError(f"{copy} is a copy of another file")
+    for key, tensor in tensors.items():
+        if key.endswith("/kernel"):
+            tensors[key] = tensor.movedim(0, -1)  # (O, ..., I) -> (..., I, O) view
+    return Checkpoint(tensors, "keras", metadata.get("weight_set"), copy)
+
+
+def _damaged(copy: Path, digest: str) -> bool:
+    try:
+        _read_copy(copy, digest)
+    except ValueError:
+        return True
+    return False
+
+
+def _forget_copies_of(source: Path, newest: Path) -> None:
+    """Delete the copies of what `source` held before, and of sources that are no more."""
+    for copy in newest.parent.glob("*.safetensors"):
+        with suppress(OSError, ValueError, struct.error):
+            metadata = _safetensors_header(copy, copy.stat().st_size)[0]["__metadata__"]
+            origin = Path(metadata["source"])
+            if copy != newest and (origin == source or not origin.exists()):
+                copy.unlink()
 
 
 # Each reader gives what one form of file holds. What they raise names no file: `read` does.
