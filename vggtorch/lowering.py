@@ -27,6 +27,7 @@ import keras
 import torch
 import torch.nn.functional as F
 from keras import activations, layers
+from keras.src.backend.common.stateless_scope import in_stateless_scope
 from keras.src.models.functional import Functional
 from keras.src.ops.symbolic_arguments import SymbolicArguments
 from torch import Tensor, nn
@@ -46,10 +47,12 @@ class Format:
     Attributes:
         channels_last: 4-D tensors are NHWC in Keras, so NCHW views of NHWC memory here.
         dtype: computes in this dtype where Keras would in float32; None leaves it to Keras.
+        masked: masks travel with the tensors, which Keras's own layers alone pass on.
     """
 
     channels_last: bool
     dtype: torch.dtype | None
+    masked: bool
 
     def axis(self, axis: int, rank: int) -> int:
         """Where an axis of a Keras tensor is here."""
@@ -62,13 +65,15 @@ class Format:
 
 
 def _lay_out_(kernel: nn.Parameter) -> None:
-    """Put an HWIO kernel's numbers in O, H, W, I order in memory; same Parameter, shape, values.
+    """Put a kernel's numbers in O, H, W, I order in memory; same Parameter, shape and values.
 
-    kernel.permute(3, 2, 0, 1) is then an OIHW kernel in torch's channels-last order.
+    A kernel (H, W, I, O) permuted to OIHW is then in torch's channels-last order, and one of
+    (I, O) transposed is contiguous, so that torch's operations take them as they are.
     """
-    ohwi = kernel.detach().permute(3, 0, 1, 2)
-    if not ohwi.is_contiguous():
-        kernel.data = ohwi.contiguous().permute(1, 2, 3, 0)
+    rank = kernel.ndim
+    outputs_first = kernel.detach().permute(rank - 1, *range(rank - 1))
+    if not outputs_first.is_contiguous():
+        kernel.data = outputs_first.contiguous().permute(*range(1, rank), 0)
 
 
 def _to_torch(x: Tensor) -> Tensor:
@@ -211,6 +216,7 @@ class Dense(nn.Module):
         self.bias = None if layer.bias is None else layer.bias.value
         self.dtype = format.compute_dtype(layer)
         self.activation = _activation(layer, format)
+        _lay_out_(self.kernel)
 
     def forward(self, x: Tensor) -> Tensor:
         kernel = _cast(self.kernel, self.dtype)
@@ -498,7 +504,129 @@ HANDLERS: dict[type[keras.Layer], Handler] = {
 }
 
 
-# 3. Graphs
+# 3. Inference: what is constant is prepared once
+
+
+def _onednn() -> bool:
+    """Whether this torch has oneDNN's fused convolution and product, which it keeps private."""
+    return (
+        torch.backends.mkldnn.is_available()
+        and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
+        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+        and hasattr(torch.ops.aten, "mkldnn_reorder_conv2d_weight")
+    )
+
+
+def _fuses(x: Tensor, dtype: torch.dtype) -> bool:
+    """Whether oneDNN's fused operations take this input."""
+    if x.device.type != "cpu" or not torch.backends.mkldnn.enabled or not _onednn():
+        return False
+    return dtype == torch.float32 or (
+        dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
+
+
+class Prepared:
+    """Tensors made from parameters, made anew when a parameter changes.
+
+    A parameter's version says that it was written to, its address that its storage was replaced.
+    Writing through `.data` shows in neither, so on a CPU a sample of the first parameter's values
+    is compared as well.
+    """
+
+    def __init__(self, parameters: list[nn.Parameter], make: Callable[..., Any]) -> None:
+        self.parameters, self.make = parameters, make
+        self.key: Any = None
+        self.sample, self.made = torch.empty(0), None
+
+    def __call__(self, *args: Any) -> Any:
+        key = [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in self.parameters]
+        first = self.parameters[0].detach()
+        step = max(1, first.numel() // 64)
+        sample = first.as_strided((first.numel() // step,), (step,))
+        if key != self.key or not (first.is_cuda or torch.equal(sample, self.sample)):
+            self.made = self.make(*args)
+            self.key, self.sample = key, sample.clone()
+        return self.made
+
+
+class FusedConv2D:
+    """Conv2D, the BatchNorm that follows it and the activation after that as one step."""
+
+    def __init__(self, conv: Conv2D, norm: BatchNorm | None, activation: Activate | None) -> None:
+        self.conv, self.norm, self.activation = conv, norm, activation
+        modules = [conv] if norm is None else [conv, norm]
+        parameters = [p for module in modules for p in module.parameters()]
+        self.constants = Prepared(parameters, self._constants)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        conv = self.conv
+        x = _cast(x, conv.dtype).contiguous(memory_format=torch.channels_last)
+        x, padding = conv.pad(x)
+        fuses = _fuses(x, conv.dtype)
+        weight, bias, groups = self.constants(x, padding, fuses)
+        if not fuses:
+            y = F.conv2d(x, weight, bias, conv.stride, padding, conv.dilation, groups)
+            return y if self.activation is None else self.activation(y)
+        relu = self.activation is not None and self.activation.is_relu
+        y = torch.ops.mkldnn._convolution_pointwise(
+            x, weight, bias, padding, conv.stride, conv.dilation, groups,
+            "relu" if relu else "none", [], "",
+        )  # fmt: skip
+        return y if relu or self.activation is None else self.activation(y)
+
+    def _constants(
+        self, x: Tensor, padding: tuple[int, int], fuses: bool
+    ) -> tuple[Tensor, Tensor | None, int]:
+        """Weight (O, I, H, W), bias and groups; batch norm is a scale of one and a shift."""
+        conv, norm = self.conv, self.norm
+        weight = conv.weight().detach()
+        bias: Tensor | None = conv.bias
+        groups = x.shape[1] // weight.shape[1]
+        if norm is not None:
+            scale = torch.rsqrt(norm.moving_variance + norm.epsilon)
+            scale = scale if norm.gamma is None else scale * norm.gamma
+            shift = -norm.moving_mean if bias is None else bias - norm.moving_mean
+            shift = shift * scale
+            bias = shift if norm.beta is None else shift + norm.beta
+            weight = weight * scale.reshape(-1, 1, 1, 1)
+        weight = weight.to(conv.dtype)
+        bias = None if bias is None else bias.detach().to(conv.dtype)
+        if fuses:
+            # The size is a hint: a weight prepared for one size is right for all.
+            weight = torch.ops.aten.mkldnn_reorder_conv2d_weight(
+                weight.to_mkldnn(), padding, conv.stride, conv.dilation, groups, x.shape
+            )
+        return weight, bias, groups
+
+
+class FusedDense:
+    """Dense and its ReLU as one step of inference."""
+
+    def __init__(self, dense: Dense) -> None:
+        self.dense = dense
+        self.constants = Prepared(list(dense.parameters()), self._constants)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        activation, dtype = self.dense.activation, self.dense.dtype
+        x = _cast(x, dtype)
+        weight, bias = self.constants()
+        if not _fuses(x, dtype):
+            y = F.linear(x, weight, bias)
+            return y if activation is None else activation(y)
+        if activation is not None and activation.is_relu:
+            return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "relu", [], "")
+        y = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+        return y if activation is None else activation(y)
+
+    def _constants(self) -> tuple[Tensor, Tensor | None]:
+        """Weight (out, in) and bias; the parameters themselves where their dtype is right."""
+        dense = self.dense
+        bias = None if dense.bias is None else dense.bias.detach().to(dense.dtype)
+        return dense.kernel.detach().t().to(dense.dtype), bias
+
+
+# 4. Graphs
 
 
 @dataclass(frozen=True)
@@ -519,7 +647,19 @@ class Step:
     arguments: SymbolicArguments | None = None
 
 
+@dataclass(frozen=True)
+class Segment:
+    """Steps that run one after the other; `grouped`, also for some of the images at a time."""
+
+    steps: list[Step]
+    grouped: bool
+
+
 FRESH = (BatchNorm, Conv2D, Dense, Merge)  # their backward doesn't need what they return
+POOLS = (Pool2D, GlobalPool2D)
+# What one image becomes doesn't depend on the others (of BatchNorm and Dropout: in inference).
+# Dense isn't here because it would read its large kernel once for each group.
+BY_IMAGE = (Activate, Conv2D, Flatten, FusedConv2D, Merge, Rescale, ZeroPadding2D, *POOLS)
 
 
 class Graph(nn.Module):
@@ -552,8 +692,10 @@ class Graph(nn.Module):
                 )
         self.inputs = tuple(numbers[id(tensor)] for tensor in model.inputs)
         self.outputs = tuple(numbers[id(tensor)] for tensor in model.outputs)
-        self.steps = _with_last_use(steps, self.outputs)
-        self._allow_in_place()
+        self._allow_in_place(steps)
+        self.segments = self._segments(steps, BY_IMAGE)
+        self.inference = self._segments(self._fuse(steps), (*BY_IMAGE, BatchNorm, Dropout))
+        self.group_sizes: dict[Any, int] = {}
 
     def _register(self, name: str, module: nn.Module) -> None:
         """Add a submodule under its layer's name, or the nearest that torch allows."""
@@ -562,26 +704,119 @@ class Graph(nn.Module):
             name += "_"
         self.add_module(name, module)
 
-    def _allow_in_place(self) -> None:
+    def _uses(self, steps: list[Step]) -> Counter[int]:
+        return Counter(i for step in steps for i in step.inputs) + Counter(self.outputs)
+
+    def _allow_in_place(self, steps: list[Step]) -> None:
         """Let a ReLU overwrite its input where that is nobody else's business."""
-        uses = Counter(i for step in self.steps for i in step.inputs) + Counter(self.outputs)
+        uses = self._uses(steps)
         fresh = {
             step.outputs[0]
-            for step in self.steps
+            for step in steps
             if isinstance(step.run, FRESH) and getattr(step.run, "activation", None) is None
         }
-        for step in self.steps:
+        for step in steps:
             if isinstance(step.run, Activate):
                 step.run.inplace &= step.inputs[0] in fresh and uses[step.inputs[0]] == 1
 
+    def _fuse(self, steps: list[Step]) -> list[Step]:
+        """The steps of inference: a convolution takes the batch norm and activation after it."""
+        uses = self._uses(steps)
+        only_use = {i: step for step in steps for i in step.inputs if uses[i] == 1}
+        fused: list[Step] = []
+        absorbed = set()
+        for step in steps:
+            if id(step) in absorbed:
+                continue
+            if isinstance(step.run, Dense):
+                step = replace(step, run=FusedDense(step.run))
+            elif isinstance(step.run, Conv2D):
+                norm, activation, end = None, step.run.activation, step
+                after = only_use.get(end.outputs[0])
+                if activation is None and after is not None and isinstance(after.run, BatchNorm):
+                    norm, end = after.run, after
+                    after = only_use.get(end.outputs[0])
+                    absorbed.add(id(end))
+                if activation is None and after is not None and isinstance(after.run, Activate):
+                    activation, end = after.run, after
+                    absorbed.add(id(end))
+                run = FusedConv2D(step.run, norm, activation)
+                step = replace(step, run=run, outputs=end.outputs)
+            fused.append(step)
+        return fused
+
+    def _segments(self, steps: list[Step], by_image: tuple[type, ...]) -> list[Segment]:
+        """Cut the steps after each pool where all that is needed later is one value.
+
+        After a pool the maps are smaller, so that more images fit in a group.
+        """
+        steps = _with_last_use(steps, self.outputs)
+        segments: list[Segment] = []
+        live, start, grouped = set(self.inputs), 0, len(self.inputs) == 1
+        for i, step in enumerate(steps):
+            if not isinstance(step.run, by_image):
+                if start < i:
+                    segments.append(_segment(steps[start:i], grouped and len(live) == 1))
+                start, grouped = i, False
+            live = (live | set(step.outputs)) - set(step.last_use)
+            if len(live) == 1 and (isinstance(step.run, POOLS) or not grouped):
+                segments.append(_segment(steps[start : i + 1], grouped))
+                start, grouped = i + 1, True
+        if start < len(steps):
+            segments.append(_segment(steps[start:], grouped and len(live) == 1))
+        return segments
+
+    def _infers(self) -> bool:
+        """Whether only the outputs are asked for, and of real tensors."""
+        return not (
+            self.training
+            or torch.is_grad_enabled()
+            or torch.compiler.is_compiling()
+            or torch.jit.is_tracing()
+            or torch.is_autocast_enabled("cpu")
+            or torch.is_autocast_enabled("cuda")
+        )
+
     def forward(self, *inputs: Tensor) -> list[Tensor]:
         values = dict(zip(self.inputs, inputs, strict=True))
-        _run(self.steps, values)
+        on_cpu = inputs[0].device.type == "cpu" and not torch.compiler.is_compiling()
+        for segment in self.inference if self._infers() else self.segments:
+            if segment.grouped and on_cpu:
+                self._run_in_groups(segment.steps, values)
+            else:
+                _run(segment.steps, values)
         return [values[i] for i in self.outputs]
 
+    def _run_in_groups(self, steps: list[Step], values: dict[int, Tensor]) -> None:
+        """Run steps that have one value in and one out for a few images after the other.
 
-def _run(steps: list[Step], values: dict[int, Tensor]) -> None:
-    """Run the steps; `values` keeps what later steps and the caller need."""
+        What one layer writes is then still in the cache when the next reads it, and memory is
+        used again instead of being taken from the system for each large activation.
+        """
+        (number,) = steps[0].inputs
+        (result,) = steps[-1].outputs
+        x = values.pop(number)
+        parts: list[Tensor] = []
+        done, size = 0, self.group_sizes.get(x.shape[1:], 1)
+        while done < len(x):
+            group = x[done : done + size]
+            part = {number: group}
+            largest = _run(steps, part)
+            parts.append(part[result])
+            done += size
+            size = max(1, GROUP_BYTES * torch.get_num_threads() * len(group) // largest)
+        self.group_sizes[x.shape[1:]] = size
+        values[result] = parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _segment(steps: list[Step], grouped: bool) -> Segment:
+    convolves = any(isinstance(step.run, Conv2D | FusedConv2D) for step in steps)
+    return Segment(steps, grouped and convolves)
+
+
+def _run(steps: list[Step], values: dict[int, Tensor]) -> int:
+    """Run the steps; `values` keeps what is needed later. Returns the largest value's bytes."""
+    largest = 1
     for step in steps:
         inputs = [values[i] for i in step.inputs]
         for i in step.last_use:
@@ -590,8 +825,10 @@ def _run(steps: list[Step], values: dict[int, Tensor]) -> None:
         outputs = step.run(*extra, *inputs)
         if isinstance(outputs, Tensor):
             values[step.outputs[0]] = outputs
+            largest = max(largest, outputs.nbytes)
         else:
             values.update(zip(step.outputs, outputs, strict=True))
+    return largest
 
 
 def _with_last_use(steps: list[Step], outputs: tuple[int, ...]) -> list[Step]:
@@ -615,7 +852,8 @@ def _lower(node: Any, format: Format) -> nn.Module:
     handler = HANDLERS.get(type(layer))
     own = "channels_last" if format.channels_last else "channels_first"
     same_layout = handler is _flatten or getattr(layer, "data_format", own) == own
-    if plain and handler is not None and same_layout and layer.activity_regularizer is None:
+    plain = plain and not format.masked and same_layout
+    if plain and handler is not None and layer.activity_regularizer is None:
         module = handler(layer, format, node.input_tensors)
         if module is not None:
             return module
@@ -639,7 +877,7 @@ def _functional(model: Any) -> Functional | None:
     return None
 
 
-# 4. Models
+# 5. Models
 
 
 class Lowered(Graph):
@@ -707,11 +945,20 @@ def lower(
             f"only a graph of layers can be lowered. Build the model from keras.Input, or call "
             f"the Keras model itself in the torch loop."
         )
-    formats = {"channels_last", "channels_first"}
-    if data_format not in formats | {None}:
-        raise ValueError(f"Received data_format={data_format!r}; expected one of {formats}.")
+    if data_format not in (None, "channels_last", "channels_first"):
+        raise ValueError(
+            f"Received data_format={data_format!r}; expected 'channels_last' or 'channels_first'."
+        )
+    if dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(
+            f"Received dtype={dtype!r}; expected torch.float32, torch.bfloat16 or torch.float16."
+        )
     own = _data_format(graph)
-    return Lowered(graph, Format(own == "channels_last", dtype), data_format or own)
+    masked = any(
+        isinstance(layer, layers.Masking) or getattr(layer, "mask_zero", False)
+        for layer in graph._flatten_layers()
+    )
+    return Lowered(graph, Format(own == "channels_last", dtype, masked), data_format or own)
 
 
 def _data_format(model: keras.Model) -> str:
@@ -720,3 +967,37 @@ def _data_format(model: keras.Model) -> str:
         if hasattr(layer, "data_format") and not isinstance(layer, layers.Flatten):
             return str(layer.data_format)
     return str(keras.config.image_data_format())
+
+
+def accelerate_(model: keras.Model, compile: bool = False, enabled: bool = True) -> keras.Model:
+    """Make a Keras model run its lowered module in fit, evaluate, predict and calls, in place.
+
+    Results, callbacks, metrics, saving and surgery stay what they are; neither a saved model nor a
+    clone of this one is accelerated. Call it again after layers were changed otherwise than by
+    training or by their `trainable` flags. Returns the model.
+
+    Args:
+        model: what `lower` takes.
+        compile: run the module through torch.compile.
+        enabled: False gives the model its own `call` back.
+    """
+    model.__dict__.pop("call", None)
+    if not enabled:
+        return model
+    lowered = lower(model)
+    run = torch.compile(lowered) if compile else lowered
+    graph = _functional(model)
+
+    def call(inputs: Any, training: bool | None = None, mask: Any = None) -> Any:
+        # Keras's own way where it works out shapes, which it does on tensors that are not real.
+        if mask is not None or in_stateless_scope():
+            return type(model).call(model, inputs, training=training, mask=mask)
+        values = graph._standardize_inputs(inputs)
+        if any(x is None or x.is_meta for x in values):
+            return type(model).call(model, inputs, training=training, mask=mask)
+        if lowered.training != bool(training):
+            lowered.train(bool(training))
+        return run(values)
+
+    model.__dict__["call"] = call
+    return model
