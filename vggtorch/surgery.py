@@ -628,10 +628,12 @@ def _shapes(shapes: Sequence[tuple[int | None, ...]]) -> str:
 
 def _copy_input(tensor: Tensor) -> Tensor:
     """A new input that stands for `tensor`, which may come from the middle of the graph."""
-    layer = tensor._keras_history.operation
-    if isinstance(layer, keras.layers.InputLayer):
-        return type(layer).from_config(layer.get_config()).output
-    return keras.Input(batch_shape=tensor.shape, dtype=tensor.dtype, name=f"{layer.name}_output")
+    old = tensor._keras_history.operation
+    if not isinstance(old, keras.layers.InputLayer):
+        return keras.Input(batch_shape=tensor.shape, dtype=tensor.dtype, name=f"{old.name}_output")
+    new = type(old).from_config(old.get_config())
+    new.trainable, new.dtype_policy = old.trainable, old.dtype_policy
+    return new.output
 
 
 def _copy(old: Any, weights: bool) -> Any:
