@@ -22,12 +22,14 @@ import difflib
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from types import BuiltinFunctionType, FunctionType
 from typing import Any, Literal, TypeAlias
 
 import keras
 import torch
 from keras import KerasTensor as Tensor
-from keras.layers import Layer
+from keras.layers import Layer, TorchModuleWrapper
+from keras.src.backend.torch.core import to_torch_dtype
 from keras.src.models.functional import Functional, functional_like_constructor
 from keras.src.ops.node import Node
 from keras.src.saving.serialization_lib import SafeModeScope
@@ -450,7 +452,7 @@ def _new_layers(new: New, verb: str) -> list[Layer]:
     made = []
     for layer in layers:
         if isinstance(layer, torch.nn.Module) and not isinstance(layer, Layer):
-            layer = keras.layers.TorchModuleWrapper(layer)
+            layer = TorchModuleWrapper(layer)
         if not isinstance(layer, Layer) or isinstance(layer, keras.layers.InputLayer):
             raise ValueError(
                 f"{verb} expects Keras layers, a Keras model or a torch.nn.Module, received "
@@ -574,6 +576,8 @@ def _rebuild(
 
 def _call_new(layer: Layer, x: Tensor) -> Tensor:
     try:
+        if isinstance(layer, TorchModuleWrapper) and layer.output_shape is None:
+            layer.output_shape = _torch_output_shape(layer.module, x)
         y = layer(x)
     except Exception as error:
         raise ValueError(
@@ -590,9 +594,25 @@ def _call_new(layer: Layer, x: Tensor) -> Tensor:
 
 def _call_kept(new: Any, args: Any, kwargs: Any, node: Node) -> list[Tensor]:
     try:
+        if isinstance(new, TorchModuleWrapper) and args[0].shape != node.input_tensors[0].shape:
+            new.output_shape = _torch_output_shape(new.module, *args)
         return keras.tree.flatten(new(*args, **kwargs))
     except Exception as error:
         raise _misfit(node, args, kwargs, str(error)) from error
+
+
+def _torch_output_shape(module: torch.nn.Module, x: Tensor) -> tuple[int | None, ...]:
+    """The shape that a torch module puts out for `x`, which Keras doesn't find out."""
+    state = [*module.named_parameters(), *module.named_buffers()]
+    meta = {name: torch.empty_like(tensor, device="meta") for name, tensor in state}
+
+    def run(size: int) -> torch.Size:
+        shape = [size if n is None else n for n in x.shape]
+        argument = torch.empty(shape, dtype=to_torch_dtype(x.dtype), device="meta")
+        return torch.func.functional_call(module, meta, argument).shape
+
+    # Where two sizes for what is unknown give two results, the result is unknown.
+    return tuple(a if a == b else None for a, b in zip(run(83), run(89), strict=True))
 
 
 def _misfit(node: Node, args: Any, kwargs: Any, reason: str) -> ValueError:
@@ -619,10 +639,12 @@ def _shapes(shapes: Sequence[tuple[int | None, ...]]) -> str:
 
 def _copy_input(tensor: Tensor) -> Tensor:
     """A new input that stands for `tensor`, which may come from the middle of the graph."""
-    layer = tensor._keras_history.operation
-    if isinstance(layer, keras.layers.InputLayer):
-        return type(layer).from_config(layer.get_config()).output
-    return keras.Input(batch_shape=tensor.shape, dtype=tensor.dtype, name=f"{layer.name}_output")
+    old = tensor._keras_history.operation
+    if not isinstance(old, keras.layers.InputLayer):
+        return keras.Input(batch_shape=tensor.shape, dtype=tensor.dtype, name=f"{old.name}_output")
+    new = type(old).from_config(old.get_config())
+    new.trainable, new.dtype_policy = old.trainable, old.dtype_policy
+    return new.output
 
 
 def _copy(old: Any, weights: bool) -> Any:
@@ -647,8 +669,8 @@ def _copy(old: Any, weights: bool) -> Any:
 
 def _from_config(old: Layer) -> Layer:
     base = {"name": old.name, "trainable": old.trainable, "dtype": old.dtype_policy}
-    # Two layers hold what a config can't: code and torch modules.
-    if isinstance(old, keras.layers.TorchModuleWrapper):
+    # Two layers hold what a config can't carry: code and torch modules.
+    if isinstance(old, TorchModuleWrapper):
         return type(old)(copy.deepcopy(old.module), output_shape=old.output_shape, **base)
     if isinstance(old, keras.layers.Lambda):
         return type(old)(
@@ -658,7 +680,12 @@ def _from_config(old: Layer) -> Layer:
             arguments=old.arguments,
             **base,
         )
-    new = type(old).from_config(old.get_config())
+    config = old.get_config()
+    for key, value in config.items():  # nor can it write down a function that Keras doesn't know
+        live = getattr(old, key, None)
+        if isinstance(live, FunctionType | BuiltinFunctionType) and not isinstance(value, str):
+            config[key] = live
+    new = type(old).from_config(config)
     if old.built and type(old).build_from_config is not Layer.build_from_config:
         new.build_from_config(old.get_build_config())  # it has a way of its own to make its state
     return new
@@ -698,9 +725,7 @@ def _where(layer: Any) -> str | None:
         return None
     if all(
         type(sub).__module__.startswith("keras.") for sub in layer._flatten_layers()
-    ) and not any(
-        isinstance(sub, keras.layers.TorchModuleWrapper) for sub in layer._flatten_layers()
-    ):
+    ) and not any(isinstance(sub, TorchModuleWrapper) for sub in layer._flatten_layers()):
         return "meta"
     return next((v._value.device for v in layer.variables), None)
 
