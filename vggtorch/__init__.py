@@ -25,7 +25,8 @@ def _select_torch_backend() -> None:
 
 _select_torch_backend()
 
-from vggtorch.models import (  # noqa: E402 - only now that the backend is torch
+from vggtorch.lowering import accelerate_, lower  # noqa: E402 - only now that it is torch
+from vggtorch.models import (  # noqa: E402
     VGG11,
     VGG13,
     VGG16,
@@ -50,10 +51,12 @@ __all__ = [
     "VGG13",
     "VGG16",
     "VGG19",
+    "accelerate_",
     "decode_predictions",
     "freeze_",
     "insert",
     "load_weights",
+    "lower",
     "named_variables",
     "preprocess",
     "remove",

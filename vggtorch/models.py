@@ -264,7 +264,8 @@ def fill_(model: keras.Model, tensors: Mapping[str, torch.Tensor]) -> keras.Mode
     for layer in model._flatten_layers():
         # A seed's value was lost on the meta device too.
         for generator in getattr(layer, "_seed_generators", ()):
-            generator.state._initialize([generator._initial_seed, 0])
+            fresh = keras.random.SeedGenerator(generator._initial_seed)
+            generator.state._initialize(fresh.state.value)
         layer._track_variables()
     return model
 
