@@ -261,12 +261,12 @@ def fill_(model: keras.Model, tensors: Mapping[str, torch.Tensor]) -> keras.Mode
         dtype = getattr(torch, variable.dtype)
         value = tensors[key].to(device=device, dtype=dtype)
         variable._value = torch.nn.Parameter(value, requires_grad=variable.trainable)
-    for layer in model._flatten_layers():
-        # A seed's value was lost on the meta device too.
-        for generator in getattr(layer, "_seed_generators", ()):
-            fresh = keras.random.SeedGenerator(generator._initial_seed)
-            generator.state._initialize(fresh.state.value)
-        layer._track_variables()
+    inner = list(model._flatten_layers())
+    # A seed's value was lost on the meta device too.
+    for generator in (g for layer in inner for g in getattr(layer, "_seed_generators", ())):
+        generator.state._initialize(keras.random.SeedGenerator(generator._initial_seed).state.value)
+    for layer in inner:
+        layer._track_variables()  # Keras listed the Parameters that were replaced
     return model
 
 
