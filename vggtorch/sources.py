@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import http.client
 import json
 import math
 import mmap
@@ -433,11 +434,12 @@ def download(url: str, target: Path, sha256_prefix: str) -> None:
         resumed = part.stat().st_size if part.exists() else 0
         try:
             _receive(url, part, resumed)
-        except OSError as error:
+        except (OSError, http.client.HTTPException) as error:
             # Asking again helps where the server is in trouble (5xx) or the connection broke, not
             # where there is no way to the server or it has no such file.
             answered = isinstance(error, urllib.error.HTTPError) and error.code >= 500
-            broke = not isinstance(error, urllib.error.URLError) and error.errno != errno.ENOSPC
+            broke = not isinstance(error, urllib.error.URLError)
+            broke = broke and getattr(error, "errno", None) != errno.ENOSPC
             if attempt == ATTEMPTS or not (answered or broke):
                 raise OSError(f"{url}: {error}") from error
             time.sleep(pause)
@@ -479,7 +481,10 @@ def _receive(url: str, part: Path, resumed: int) -> None:
             return
         raise
     with response:
-        if resumed and response.status != 206:
+        sent = response.headers.get("Content-Range", "")
+        if resumed and not (response.status == 206 and sent.startswith(f"bytes {resumed}-")):
+            if response.status == 206:
+                raise OSError(f"asked for bytes {resumed}-, the server sends {sent!r}")
             resumed = 0  # the server sends all of it again
         length = response.headers.get("Content-Length")
         size = resumed + int(length) if length and length.isdigit() else None
@@ -526,10 +531,11 @@ def atomic(path: str | os.PathLike) -> Iterator[Path]:
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # PyTorch's writer has no OSError of its own
         kept = " The file that was there before is unchanged." if path.exists() else ""
-        reason = error.strerror or str(error)
-        raise type(error)(error.errno, f"Could not write {path}: {reason}.{kept}") from error
+        reason = getattr(error, "strerror", None) or _first_line(error)
+        number = getattr(error, "errno", None) or errno.EIO
+        raise OSError(number, f"Could not write {path}: {reason}.{kept}") from error
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -652,7 +658,8 @@ def read(path: str | os.PathLike) -> Checkpoint:
         tensors, metadata = reader(path)
         _check_tensors(tensors)
     except OSError as error:
-        if error.errno is not None:  # h5py also raises OSError, without a number, for bad content
+        # For bad content h5py raises OSError without a number, and zipfile seeks to nowhere.
+        if error.errno not in (None, errno.EINVAL):
             raise
         raise ValueError(f"{path} is damaged: {error}") from error
     except Exception as error:  # whatever a parser makes of hostile bytes
@@ -822,7 +829,7 @@ def _damaged(copy: Path, digest: str) -> bool:
 def _forget_copies_of(source: Path, newest: Path) -> None:
     """Delete the copies of what `source` held before, and of sources that are no more."""
     for copy in newest.parent.glob("*.safetensors"):
-        with suppress(OSError, ValueError, struct.error):
+        with suppress(OSError, ValueError, KeyError):
             metadata = _safetensors_header(copy, copy.stat().st_size)[0]["__metadata__"]
             origin = Path(metadata["source"])
             if copy != newest and (origin == source or not origin.exists()):
@@ -868,6 +875,8 @@ def _read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], Mapping[str,
 def _safetensors_header(path: Path, size: int) -> tuple[dict[str, Any], int]:
     """The header of a safetensors file, and where its data begins."""
     with path.open("rb") as file:
+        if size < 8:
+            raise ValueError("it is too short for a header")
         (length,) = struct.unpack("<Q", file.read(8))
         if length > min(size - 8, 100_000_000):
             raise ValueError(f"its header claims {length} bytes in a file of {size}")
@@ -897,8 +906,11 @@ def _read_zip(path: Path) -> tuple[dict[str, torch.Tensor], Mapping[str, str]]:
         if broken is not None:
             raise ValueError(f"{broken} does not match its checksum")
         if "model.weights.h5" in names:
+            # A model of ours remembers its weight set in its class (preprocessing.py).
+            kind = json.loads(archive.read("config.json")).get("class_name")
+            weight_set = {f"{name.capitalize()}Model": name for name in WEIGHT_SETS}.get(kind)
             with archive.open("model.weights.h5") as member:
-                return _h5_tensors(member), {}
+                return _h5_tensors(member), {"weight_set": weight_set} if weight_set else {}
     if not any(name.endswith("data.pkl") for name in names):
         raise ValueError("the archive holds neither PyTorch's nor Keras's weights")
     return _unwrapped(torch.load(path, map_location="cpu", weights_only=True, mmap=True)), {}
