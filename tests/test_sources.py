@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 import torch
 
-from vggtorch import conversion, preprocessing, sources
+from vggtorch import conversion, models, preprocessing, sources
 
 
 @pytest.fixture(autouse=True)
@@ -317,6 +317,22 @@ def test_addresses_are_torchvisions_own() -> None:
             if known.accuracy:
                 metrics = weights.meta["_metrics"]["ImageNet-1K"]
                 assert known.accuracy == (metrics["acc@1"], metrics["acc@5"])
+
+
+def test_readme_has_the_table() -> None:
+    readme = Path(__file__).parent.parent / "weights" / "README.md"
+    lines = [line for line in readme.read_text().splitlines() if line.startswith("| `")]
+    rows = [[cell.strip(" `") for cell in line.strip("|").split("|")] for line in lines]
+    assert [row[0] for row in rows] == list(sources.KNOWN)
+    for (_, *cells, licence), known in zip(rows, sources.KNOWN.values(), strict=True):
+        weight_set, network, classifier, source, digest, accuracy = cells
+        assert (weight_set, network) == (known.weight_set, known.architecture)
+        assert (classifier == "yes") is known.include_top
+        assert source.endswith(f"`{known.address}")
+        assert digest == known.sha256
+        numbers = "{:.3f} / {:.3f}".format(*known.accuracy) if known.accuracy else "not defined"
+        assert accuracy == numbers
+        assert licence == known.licence
 
 
 def test_find_refuses_what_was_never_published() -> None:
@@ -680,7 +696,229 @@ def test_eight_processes_cost_one_download(tmp_path: Path, server: str) -> None:
     assert _Handler.asked == [("slow", None)]
 
 
+# Commands and conversions ------------------------------------------------------------------------
+
+
+def test_weights_on_the_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from vggtorch.cli import main
+
+    target = sources.home() / "vgg16-397923af.pth"
+    target.parent.mkdir()
+    sources.write(target, first_block())
+    known = dataclasses.replace(sources.KNOWN[target.name], sha256=sources.sha256(target))
+    monkeypatch.setitem(sources.KNOWN, target.name, known)
+    copy = sources.converted(target, to_keras).path
+
+    assert main(["weights"]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) == len(sources.KNOWN)
+    assert [str(target) in line for line in printed].count(True) == 1
+    assert "not here" in printed[0]
+    assert main(["weights", "fetch", target.name]) == 0
+    assert capsys.readouterr().out.strip() == str(target)
+    assert main(["weights", "fetch", "vgg17.pth"]) == 1
+    assert "Unknown checkpoint 'vgg17.pth'; expected one of vgg11" in capsys.readouterr().err
+    assert main(["weights", "verify"]) == 0
+    assert capsys.readouterr().out == f"{target} is whole\n{copy} is whole\n"
+
+
+def test_verify_finds_what_the_file_system_did_not_tell(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from vggtorch.cli import main
+
+    path = tmp_path / "a.pth"
+    sources.write(path, first_block())
+    expected = to_keras(sources.read(path))
+    copy = sources.converted(path, to_keras).path
+    stamp = sources._stamp
+    stood = stamp(copy)
+    content = copy.read_bytes()
+    copy.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    # As if the disk itself had failed: all that tells of a write is as it was.
+    monkeypatch.setattr(sources, "_stamp", lambda p: stood if p == copy else stamp(p))
+    sources.converted(path, never)
+    assert main(["weights", "verify"]) == 1
+    assert f"{copy} is damaged: its values do not match" in capsys.readouterr().out
+    assert_same(sources.converted(path, to_keras).tensors, expected)
+    assert copy.read_bytes() == content
+
+
+@pytest.fixture(scope="module")
+def vgg11(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """VGG11 without its top, with random values, in torchvision's form."""
+    import torchvision
+
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        model = torchvision.models.vgg11()
+    shapes = {k: t.shape for k, t in model.features.state_dict(prefix="features.").items()}
+    path = tmp_path_factory.mktemp("vgg11") / "vgg11.pth"
+    torch.save({key: torch.rand(shape) for key, shape in shapes.items()}, path)
+    return path
+
+
+def test_any_form_to_any(tmp_path: Path, vgg11: Path) -> None:
+    expected = torch.load(vgg11, weights_only=True)
+    source = vgg11
+    for ending in ("safetensors", "weights.h5", "bin", "keras", "h5", "pth"):
+        target = tmp_path / f"a.{ending}"
+        mapped = models.convert(source, target)
+        assert mapped["block1_conv1/kernel"] == (3, 3, 3, 64)
+        source = target
+    assert_same(torch.load(source, weights_only=True), expected)
+
+
+def test_timm_names_and_shapes_both_ways(tmp_path: Path) -> None:
+    # The classifier by itself, of a network whose last map is 1x1.
+    generator = torch.Generator().manual_seed(0)
+    state = {
+        "pre_logits.fc1.weight": torch.randn(4096, 512, 1, 1, generator=generator),
+        "pre_logits.fc1.bias": torch.randn(4096, generator=generator),
+        "pre_logits.fc2.weight": torch.randn(4096, 4096, 1, 1, generator=generator),
+        "pre_logits.fc2.bias": torch.randn(4096, generator=generator),
+        "head.fc.weight": torch.randn(10, 4096, generator=generator),
+        "head.fc.bias": torch.randn(10, generator=generator),
+    }
+    sources.write(tmp_path / "timm.safetensors", state)
+    checkpoint = sources.read(tmp_path / "timm.safetensors")
+    assert checkpoint.form == "timm"
+    tensors = to_keras(checkpoint)
+    assert torch.equal(tensors["fc1/kernel"], state["pre_logits.fc1.weight"].flatten(1).T)
+    assert torch.equal(tensors["predictions/kernel"], state["head.fc.weight"].T)
+    assert_same(conversion.keras_to_timm(tensors), state)
+
+
 # Hostile files -----------------------------------------------------------------------------------
+
+
+def safetensors_file(path: Path, header: bytes, values: bytes = b"") -> Path:
+    path.write_bytes(len(header).to_bytes(8, "little") + header + values)
+    return path
+
+
+_ENTRY = '"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}'
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        ("{" + _ENTRY + "," + _ENTRY + "}", "a name stands in its header twice"),
+        ('{"a":' + "[" * 100_000, "damaged"),
+        ('{"a":{"dtype":"F32","shape":[3],"data_offsets":[0,8]}}', r"shape \[3\] but 8 bytes"),
+        ('{"a":{"dtype":"I32","shape":[2],"data_offsets":[0,8]}}', "dtype I32"),
+        ('{"a":{"dtype":"I64","shape":[1],"data_offsets":[0,8]}}', "dtype torch.int64"),
+        ('{"a":{"dtype":"F32","shape":[-2],"data_offsets":[8,0]}}', r"shape \[-2\]"),
+        ('{"a":{"dtype":"F32","shape":[true,2],"data_offsets":[0,8]}}', "shape"),
+        ('{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}', "do not fill the file"),
+        ('{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},'
+         '"b":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}', "do not fill the file"),
+        ('{"a":{"dtype":"F32","shape":[' + "1," * 99 + '2],"data_offsets":[0,8]}}', "shape"),
+        ('{"__metadata__":{"weight_set":7},' + _ENTRY + "}", "not a mapping of names to text"),
+        ('{"__metadata__":{"sha256":"0"},' + _ENTRY + "}", "do not match the SHA-256"),
+        ('{"a":7}', "damaged"),
+        ("{}", "do not fill the file"),
+    ],
+)  # fmt: skip
+def test_hostile_safetensors_headers(tmp_path: Path, header: str, message: str) -> None:
+    path = safetensors_file(tmp_path / "a", header.encode(), bytes(8))
+    with pytest.raises(ValueError, match=message) as caught:
+        sources.read(path)
+    assert str(path) in str(caught.value)
+
+
+def test_header_that_claims_more_than_the_file(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes((1 << 60).to_bytes(8, "little") + b"{}")
+    with pytest.raises(ValueError, match="claims 1152921504606846976 bytes in a file of 10"):
+        sources.read(tmp_path / "a")
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (torch.zeros(1).expand(10**12), "a claims more values than are stored"),
+        (torch.zeros(2, dtype=torch.int32), "a has dtype torch.int32"),
+        (torch.zeros(2, dtype=torch.complex64), "a has dtype torch.complex64"),
+        (torch.eye(2).to_sparse(), "a is not a plain tensor"),
+        (torch.tensor([1.0, torch.inf]), "a holds NaN or infinite values"),
+        ("text", "'a' is a str, expected a tensor"),
+        ({"b": torch.zeros(2)}, "'a' is a dict, expected a tensor"),
+    ],
+)
+def test_state_dicts_that_are_none(tmp_path: Path, value: object, message: str) -> None:
+    torch.save({"a": value}, tmp_path / "a.pth")
+    with pytest.raises(ValueError, match=message):
+        sources.read(tmp_path / "a.pth")
+
+
+def test_names_with_and_without_a_prefix(tmp_path: Path) -> None:
+    torch.save({"a": torch.zeros(1), "module.a": torch.ones(1)}, tmp_path / "a.pth")
+    with pytest.raises(ValueError, match=r"a name stands in it with and without 'module\.'"):
+        sources.read(tmp_path / "a.pth")
+
+
+def test_archives_that_hide_something(tmp_path: Path) -> None:
+    path = tmp_path / "a.pth"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a/data.pkl", bytes(10**7))
+    with pytest.raises(ValueError, match="its members are compressed"):
+        sources.read(path)
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("a/data.pkl", b"1")
+        with pytest.warns(UserWarning, match="Duplicate name"):
+            archive.writestr("a/data.pkl", b"2")
+    with pytest.raises(ValueError, match="a member of the archive is there twice"):
+        sources.read(path)
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("readme.txt", "nothing")
+    with pytest.raises(ValueError, match="neither PyTorch's nor Keras's weights"):
+        sources.read(path)
+
+
+def test_hdf5_that_reaches_out_of_itself(tmp_path: Path) -> None:
+    other = tmp_path / "other.h5"
+    write_legacy_weights(other, {"c/kernel": torch.zeros(2, 2)})
+    path = tmp_path / "a.h5"
+
+    def write(change: Callable[[h5py.Group], None], message: str) -> None:
+        with h5py.File(path, "w") as file:
+            file.attrs["layer_names"] = ["c"]
+            file.create_group("c").attrs["weight_names"] = ["k"]
+            change(file["c"])
+        with pytest.raises(ValueError, match=message) as caught:
+            sources.read(path)
+        assert str(path) in str(caught.value)
+
+    def link(group: h5py.Group) -> None:
+        group["k"] = h5py.ExternalLink(str(other), "/c/c/c_kernel_1:0")
+
+    def external(group: h5py.Group) -> None:
+        group.create_dataset("k", (4,), "f4", external=[(str(other), 0, 16)])
+
+    def huge(group: h5py.Group) -> None:
+        group.create_dataset("k", (10**6, 10**6), "f4", chunks=(10, 10))
+
+    def integers(group: h5py.Group) -> None:
+        group["k"] = np.zeros(3, np.int32)
+
+    write(link, "k is a link")
+    write(external, "k keeps its values outside of the file")
+    write(huge, "k claims more values than are stored")
+    write(integers, "k has dtype int32")
+
+
+def test_onnx_with_values_in_another_file(tmp_path: Path) -> None:
+    import onnx
+
+    write_onnx(tmp_path / "a", onnx_state(), channels_last=False)
+    onnx.save(
+        onnx.load(tmp_path / "a"), tmp_path / "b", save_as_external_data=True, size_threshold=0
+    )
+    with pytest.raises(ValueError, match="its values stand in another file"):
+        sources.read(tmp_path / "b")
+
 
 FUZZ_CASES = int(os.environ.get("VGGTORCH_FUZZ_CASES", "150"))  # for each form
 

@@ -77,7 +77,8 @@ def _imagenet() -> Iterator[Known]:
     for name, acc1, acc5, torchvision, timm in (
         ("vgg11", 69.020, 88.628, "8a719046",
          "682c023808812148d4e60c76d80ad83dbeaf5d50eb1a952a0b836895003151e5"),
-        ("vgg13", 69.928, 89.246, "19584684", None),
+        ("vgg13", 69.928, 89.246, "19584684",
+         "0646b051329fb1361118694368b128f7b0564a808e493fa849e17cf92353880f"),
         ("vgg16", 71.592, 90.382, "397923af",
          "57b026918159a6bf9faf8405c3a551903768e7138989d9c6224a14227203fad8"),
         ("vgg19", 72.376, 90.876, "dcbb9e9d",
@@ -102,14 +103,16 @@ def _imagenet() -> Iterator[Known]:
             "BSD-3-Clause",
         )
         if timm:
+            # The published hash of vgg13's is that of its other file.
+            file = "pytorch_model.bin" if name == "vgg13" else "model.safetensors"
             yield Known(
-                f"{name}.tv_in1k-{timm[:8]}.safetensors",
+                f"{name}.tv_in1k-{timm[:8]}{Path(file).suffix}",
                 "imagenet",
                 name,
                 True,
                 timm,
                 "hub",
-                f"timm/{name}.tv_in1k/model.safetensors",
+                f"timm/{name}.tv_in1k/{file}",
                 (acc1, acc5),
                 "BSD-3-Clause",
             )
@@ -252,16 +255,27 @@ def fetch(file: str) -> Path:
 
 
 def verify() -> dict[Path, str | None]:
-    """Hash every known checkpoint that is here afresh: its path -> what is wrong, or None."""
+    """Hash all that is here afresh, known checkpoints and converted copies.
+
+    Returns:
+        The path of each -> what is wrong with it, or None. A damaged copy is made again when it
+        is next wanted.
+    """
     found: dict[Path, str | None] = {}
     for known in KNOWN.values():
         for path in here(known):
-            sha256(path, fresh=True)
             try:
-                _check(path, known)
+                _check(path, known, sha256(path, fresh=True))
                 found[path] = None
             except ValueError as error:
                 found[path] = str(error)
+    for path in sorted((home() / "converted").glob("*.safetensors")):
+        try:
+            sha256(path, _safetensors_header(path, path.stat().st_size)[1], fresh=True)
+            _read_safetensors(path)
+            found[path] = None
+        except ValueError as error:
+            found[path] = f"{path} is damaged: {error}"
     return found
 
 
@@ -544,24 +558,24 @@ def atomic(path: str | os.PathLike) -> Iterator[Path]:
 def write(
     path: str | os.PathLike, tensors: Mapping[str, torch.Tensor], weight_set: str | None = None
 ) -> None:
-    """Write named tensors to a .safetensors or .pth file, whole or not at all.
+    """Write named tensors to a .safetensors, .pth or .bin file, whole or not at all.
 
     Args:
         path: its ending chooses the form.
         tensors: name -> tensor, on any device.
-        weight_set: kept in a .safetensors file; a .pth file has no place for it.
+        weight_set: kept in a .safetensors file; PyTorch's own form has no place for it.
 
     Raises:
         ValueError: another ending.
         OSError: the disk is full or the folder can't be written to; the old file is then whole.
     """
     path = Path(path)
-    if path.suffix not in (".safetensors", ".pth"):
+    if path.suffix not in (".safetensors", ".pth", ".bin"):
         raise ValueError(
-            f"Received {str(path)!r}; expected a name that ends in .safetensors or .pth."
+            f"Received {str(path)!r}; expected a name that ends in .safetensors, .pth or .bin."
         )
     with atomic(path) as temporary, temporary.open("wb") as file:
-        if path.suffix == ".pth":
+        if path.suffix != ".safetensors":
             torch.save({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, file)
         else:
             metadata = {"format": "vggtorch"}
