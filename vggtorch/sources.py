@@ -596,13 +596,16 @@ _SAFETENSORS_DTYPES = {
 def _write_safetensors(
     file: IO[bytes], tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]
 ) -> tuple[int, str]:
-    """Write the safetensors form, one tensor after another, the data's SHA-256 in its metadata.
+    """Write the safetensors form, with the SHA-256 of its data and of its header in its metadata.
 
     The header is padded so that the data begins on a page of its own. Returns where it begins, and
     its SHA-256.
     """
     codes = {dtype: code for code, dtype in _SAFETENSORS_DTYPES.items()}
-    header: dict[str, Any] = {"__metadata__": {**metadata, "sha256": "0" * 64}}
+    unknown = "0" * 64
+    header: dict[str, Any] = {
+        "__metadata__": {**metadata, "sha256": unknown, "header_sha256": unknown}
+    }
     offset = 0
     for key, tensor in tensors.items():
         end = offset + tensor.numel() * tensor.element_size()
@@ -625,9 +628,17 @@ def _write_safetensors(
         digest.update(values)
         file.write(values)
     header["__metadata__"]["sha256"] = digest.hexdigest()
+    header["__metadata__"]["header_sha256"] = _header_sha256(header)
     file.seek(0)
     file.write(packed())
     return begin, digest.hexdigest()
+
+
+def _header_sha256(header: Mapping[str, Any]) -> str:
+    """SHA-256 of all that a safetensors header says but for this hash."""
+    metadata = {k: v for k, v in header["__metadata__"].items() if k != "header_sha256"}
+    said = json.dumps({**header, "__metadata__": metadata}, sort_keys=True)
+    return hashlib.sha256(said.encode()).hexdigest()
 
 
 # Reading -----------------------------------------------------------------------------------------
@@ -856,9 +867,13 @@ def _forget_copies_of(source: Path, newest: Path) -> None:
 def _read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], Mapping[str, str]]:
     size = path.stat().st_size
     header, begin = _safetensors_header(path, size)
-    metadata = header.pop("__metadata__", {})
+    metadata = header.get("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise ValueError("its __metadata__ is not a mapping of names to text")
+    hashed = "sha256" in metadata or "header_sha256" in metadata  # written by us
+    if hashed and metadata.get("header_sha256") != _header_sha256(header):
+        raise ValueError("its header does not match the SHA-256 in it")
+    header.pop("__metadata__", None)
     spans = []
     for key, entry in header.items():
         dtype, shape, (start, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
@@ -872,7 +887,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], Mapping[str,
     spans.sort()
     if [start for start, _ in spans] + [size - begin] != [0] + [end for _, end in spans]:
         raise ValueError("its tensors do not fill the file: truncated, or its header is damaged")
-    if "sha256" in metadata and sha256(path, begin) != metadata["sha256"]:
+    if hashed and sha256(path, begin) != metadata.get("sha256"):
         raise ValueError("its values do not match the SHA-256 in its header")
     # Mapped privately: pages are read when touched, and writing to a tensor never reaches the file.
     storage = torch.UntypedStorage.from_file(str(path), False, size)
