@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import keras
 
-from vggtorch import demo, models, preprocessing
+from vggtorch import demo, models, preprocessing, sources
 from vggtorch.architectures import ARCHITECTURES
 from vggtorch.preprocessing import WEIGHT_SETS
 
@@ -28,6 +28,15 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("target", metavar="DST", help=".safetensors, .weights.h5 or .pth")
     convert.add_argument("--architecture", choices=ARCHITECTURES, help="where it isn't plain")
     convert.set_defaults(run=_convert)
+
+    weights = commands.add_parser("weights", help="known checkpoints: list, fetch, verify")
+    weights.set_defaults(run=_weights_list)
+    actions = weights.add_subparsers(metavar="ACTION")
+    fetch = actions.add_parser("fetch", help="get a checkpoint, verified")
+    fetch.add_argument("file", metavar="NAME", help="a checkpoint's file name in the list")
+    fetch.set_defaults(run=_weights_fetch)
+    verify = actions.add_parser("verify", help="hash all that is here afresh")
+    verify.set_defaults(run=_weights_verify)
 
     inspect = commands.add_parser("inspect", help="a network's layers, shapes and cost")
     inspect.add_argument("model", metavar="MODEL", help="an architecture's name or a .keras file")
@@ -54,6 +63,25 @@ def _convert(arguments: argparse.Namespace) -> None:
         arguments.source, arguments.target, arguments.architecture
     ).items():
         print(f"{name:32} {shape}")
+
+
+def _weights_list(arguments: argparse.Namespace) -> None:
+    for known in sources.KNOWN.values():
+        places = [str(path) for path in sources.here(known)] or ["not here"]
+        print(f"{known.weight_set:9} {known.architecture:9} {known.file:42} {', '.join(places)}")
+
+
+def _weights_fetch(arguments: argparse.Namespace) -> None:
+    print(sources.fetch(arguments.file))
+
+
+def _weights_verify(arguments: argparse.Namespace) -> None:
+    found = sources.verify()
+    for path, wrong in found.items():
+        print(wrong or f"{path} is whole")
+    damaged = sum(wrong is not None for wrong in found.values())
+    if damaged:
+        raise ValueError(f"{damaged} of {len(found)} files are damaged")
 
 
 def _inspect(arguments: argparse.Namespace) -> None:

@@ -271,6 +271,24 @@ def _timm_to_torchvision(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch
     return renamed
 
 
+def keras_to_timm(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Keras's named tensors as timm's, whose fc1 and fc2 are convolutions.
+
+    Raises ValueError as `torchvision_to_keras` does.
+    """
+    renamed = {}
+    for key, tensor in keras_to_torchvision(tensors).items():
+        prefix = next((p for p, theirs in _TIMM.items() if key.startswith(theirs)), None)
+        if prefix:
+            key = key.replace(_TIMM[prefix], prefix)
+            if key in ("pre_logits.fc1.weight", "pre_logits.fc2.weight"):
+                channels = WIDTHS[-1] if "fc1" in key else HIDDEN
+                grid = isqrt(tensor.shape[1] // channels)
+                tensor = tensor.reshape(-1, channels, grid, grid)  # (O, I) -> (O, C, H, W)
+        renamed[key] = tensor
+    return renamed
+
+
 def _onnx_to_torchvision(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """A graph's layers, which have an order and no names that we know, as torchvision's."""
     convolutions = [key for key in tensors if key.startswith("conv") and key.endswith(".weight")]

@@ -274,6 +274,15 @@ def _tensors(
     source: str | PathLike, candidates: list[Architecture], *, include_top: bool = False
 ) -> tuple[dict[str, torch.Tensor], str | None]:
     """The Keras-named tensors of a weight set or a file, and which weight set they are."""
+    path = _path(source, candidates, include_top=include_top)
+    checkpoint = sources.converted(path, lambda c: conversion.to_keras(c.tensors, c.form))
+    return checkpoint.tensors, checkpoint.weight_set
+
+
+def _path(
+    source: str | PathLike, candidates: list[Architecture], *, include_top: bool = False
+) -> Path:
+    """The file of a weight set, or of a path that exists."""
     if isinstance(source, str) and source in WEIGHT_SETS:
         known = [a for a in candidates if sources.exists(source, a.name)] or candidates
         if len(known) > 1:
@@ -282,16 +291,13 @@ def _tensors(
                 f"This model may be a part of any of {names}, so weights={source!r} could mean "
                 f"several files. Give the model the name of its network, or pass a path."
             )
-        path = sources.find(source, known[0].name, include_top=include_top)
-    else:
-        path = Path(source)
-        if not path.exists():
-            raise ValueError(
-                f"Received weights={str(source)!r}; expected one of {', '.join(WEIGHT_SETS)} or "
-                f"the path of an existing file."
-            )
-    checkpoint = sources.converted(path, lambda c: conversion.to_keras(c.tensors, c.form))
-    return checkpoint.tensors, checkpoint.weight_set
+        return sources.find(source, known[0].name, include_top=include_top)
+    if not Path(source).exists():
+        raise ValueError(
+            f"Received weights={str(source)!r}; expected one of {', '.join(WEIGHT_SETS)} or "
+            f"the path of an existing file."
+        )
+    return Path(source)
 
 
 def _match(
@@ -381,9 +387,9 @@ def save_weights(model: keras.Model, path: str | PathLike) -> None:
     """Save a model's weights; the ending chooses the form.
 
     Args:
-        model: any Keras model; for .pth, VGG layers only.
-        path: `.safetensors` (Keras names, weight set kept), `.weights.h5` (Keras 3's own form) or
-            `.pth` (torchvision's keys and layout).
+        model: any Keras model; for .pth and .bin, VGG layers only.
+        path: `.safetensors` (Keras names, weight set kept), `.weights.h5` (Keras 3's own form),
+            `.pth` (torchvision's keys and layout) or `.bin` (timm's).
 
     Raises:
         ValueError: another ending, or layers that torchvision has no keys for.
@@ -400,9 +406,11 @@ def save_weights(model: keras.Model, path: str | PathLike) -> None:
 def _write(
     path: str | PathLike, tensors: Mapping[str, torch.Tensor], weight_set: str | None
 ) -> None:
-    """Write Keras-named tensors: as they are, or for .pth as torchvision names them."""
+    """Write Keras-named tensors as they are, or by torchvision's (.pth) or timm's (.bin) names."""
     if str(path).endswith(".pth"):
         tensors = conversion.keras_to_torchvision(tensors)
+    elif str(path).endswith(".bin"):
+        tensors = conversion.keras_to_timm(tensors)
     sources.write(path, tensors, weight_set)
 
 
@@ -413,7 +421,8 @@ def convert(
 
     Args:
         source: a weight set or a checkpoint of any form that can be read.
-        target: `.safetensors`, `.weights.h5` or `.pth`; the ending chooses the form.
+        target: the ending chooses the form: `.safetensors`, `.pth` (torchvision's names), `.bin`
+            (timm's), `.weights.h5`, or with the network around the weights `.keras` or `.h5`.
         architecture: a name in ARCHITECTURES; recognised from the tensors where it isn't given.
 
     Returns:
@@ -423,10 +432,11 @@ def convert(
         ValueError: the source fits no network, or not this one, or the target has another ending.
         OSError: the source can't be had or the target can't be written.
     """
-    tensors, weight_set = _tensors(source, [ARCHITECTURES[architecture or "vgg16"]])
+    checkpoint = sources.read(_path(source, [ARCHITECTURES[architecture or "vgg16"]]))
+    tensors = conversion.to_keras(checkpoint.tensors, checkpoint.form)
     network = conversion.architecture_of(tensors, architecture)
-    if str(target).endswith(".weights.h5"):
-        # Keras orders this form by the layers of a model, so one is built around the tensors.
+    if str(target).endswith((".h5", ".keras")):
+        # Keras orders these forms by the layers of a model, so one is built around the tensors.
         grid, classes = GRID, CLASSES
         if top := "predictions/bias" in tensors:
             grid = isqrt(tensors["fc1/kernel"].shape[0] // WIDTHS[-1])
@@ -437,9 +447,14 @@ def convert(
                 weights=None, include_top=top, classes=classes, input_shape=(size, size, 3)
             )
         _match(named_variables(model), tensors, source)
-        save_weights(fill_(model, tensors), target)
+        preprocessing.remember_(fill_(model, tensors), checkpoint.weight_set)
+        if str(target).endswith(".weights.h5"):
+            save_weights(model, target)
+        else:
+            with sources.atomic(target) as temporary:
+                model.save(temporary)
     else:
-        _write(target, tensors, weight_set)
+        _write(target, tensors, checkpoint.weight_set)
     return {key: tuple(tensor.shape) for key, tensor in tensors.items()}
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import http.client
 import json
 import math
 import mmap
@@ -76,7 +77,8 @@ def _imagenet() -> Iterator[Known]:
     for name, acc1, acc5, torchvision, timm in (
         ("vgg11", 69.020, 88.628, "8a719046",
          "682c023808812148d4e60c76d80ad83dbeaf5d50eb1a952a0b836895003151e5"),
-        ("vgg13", 69.928, 89.246, "19584684", None),
+        ("vgg13", 69.928, 89.246, "19584684",
+         "0646b051329fb1361118694368b128f7b0564a808e493fa849e17cf92353880f"),
         ("vgg16", 71.592, 90.382, "397923af",
          "57b026918159a6bf9faf8405c3a551903768e7138989d9c6224a14227203fad8"),
         ("vgg19", 72.376, 90.876, "dcbb9e9d",
@@ -101,14 +103,16 @@ def _imagenet() -> Iterator[Known]:
             "BSD-3-Clause",
         )
         if timm:
+            # The published hash of vgg13's is that of its other file.
+            file = "pytorch_model.bin" if name == "vgg13" else "model.safetensors"
             yield Known(
-                f"{name}.tv_in1k-{timm[:8]}.safetensors",
+                f"{name}.tv_in1k-{timm[:8]}{Path(file).suffix}",
                 "imagenet",
                 name,
                 True,
                 timm,
                 "hub",
-                f"timm/{name}.tv_in1k/model.safetensors",
+                f"timm/{name}.tv_in1k/{file}",
                 (acc1, acc5),
                 "BSD-3-Clause",
             )
@@ -251,16 +255,27 @@ def fetch(file: str) -> Path:
 
 
 def verify() -> dict[Path, str | None]:
-    """Hash every known checkpoint that is here afresh: its path -> what is wrong, or None."""
+    """Hash all that is here afresh, known checkpoints and converted copies.
+
+    Returns:
+        The path of each -> what is wrong with it, or None. A damaged copy is made again when it
+        is next wanted.
+    """
     found: dict[Path, str | None] = {}
     for known in KNOWN.values():
         for path in here(known):
-            sha256(path, fresh=True)
             try:
-                _check(path, known)
+                _check(path, known, sha256(path, fresh=True))
                 found[path] = None
             except ValueError as error:
                 found[path] = str(error)
+    for path in sorted((home() / "converted").glob("*.safetensors")):
+        try:
+            sha256(path, _safetensors_header(path, path.stat().st_size)[1], fresh=True)
+            _read_safetensors(path)
+            found[path] = None
+        except ValueError as error:
+            found[path] = f"{path} is damaged: {error}"
     return found
 
 
@@ -433,11 +448,12 @@ def download(url: str, target: Path, sha256_prefix: str) -> None:
         resumed = part.stat().st_size if part.exists() else 0
         try:
             _receive(url, part, resumed)
-        except OSError as error:
+        except (OSError, http.client.HTTPException) as error:
             # Asking again helps where the server is in trouble (5xx) or the connection broke, not
             # where there is no way to the server or it has no such file.
             answered = isinstance(error, urllib.error.HTTPError) and error.code >= 500
-            broke = not isinstance(error, urllib.error.URLError) and error.errno != errno.ENOSPC
+            broke = not isinstance(error, urllib.error.URLError)
+            broke = broke and getattr(error, "errno", None) != errno.ENOSPC
             if attempt == ATTEMPTS or not (answered or broke):
                 raise OSError(f"{url}: {error}") from error
             time.sleep(pause)
@@ -479,7 +495,10 @@ def _receive(url: str, part: Path, resumed: int) -> None:
             return
         raise
     with response:
-        if resumed and response.status != 206:
+        sent = response.headers.get("Content-Range", "")
+        if resumed and not (response.status == 206 and sent.startswith(f"bytes {resumed}-")):
+            if response.status == 206:
+                raise OSError(f"asked for bytes {resumed}-, the server sends {sent!r}")
             resumed = 0  # the server sends all of it again
         length = response.headers.get("Content-Length")
         size = resumed + int(length) if length and length.isdigit() else None
@@ -526,10 +545,11 @@ def atomic(path: str | os.PathLike) -> Iterator[Path]:
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # PyTorch's writer has no OSError of its own
         kept = " The file that was there before is unchanged." if path.exists() else ""
-        reason = error.strerror or str(error)
-        raise type(error)(error.errno, f"Could not write {path}: {reason}.{kept}") from error
+        reason = getattr(error, "strerror", None) or _first_line(error)
+        number = getattr(error, "errno", None) or errno.EIO
+        raise OSError(number, f"Could not write {path}: {reason}.{kept}") from error
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -538,24 +558,24 @@ def atomic(path: str | os.PathLike) -> Iterator[Path]:
 def write(
     path: str | os.PathLike, tensors: Mapping[str, torch.Tensor], weight_set: str | None = None
 ) -> None:
-    """Write named tensors to a .safetensors or .pth file, whole or not at all.
+    """Write named tensors to a .safetensors, .pth or .bin file, whole or not at all.
 
     Args:
         path: its ending chooses the form.
         tensors: name -> tensor, on any device.
-        weight_set: kept in a .safetensors file; a .pth file has no place for it.
+        weight_set: kept in a .safetensors file; PyTorch's own form has no place for it.
 
     Raises:
         ValueError: another ending.
         OSError: the disk is full or the folder can't be written to; the old file is then whole.
     """
     path = Path(path)
-    if path.suffix not in (".safetensors", ".pth"):
+    if path.suffix not in (".safetensors", ".pth", ".bin"):
         raise ValueError(
-            f"Received {str(path)!r}; expected a name that ends in .safetensors or .pth."
+            f"Received {str(path)!r}; expected a name that ends in .safetensors, .pth or .bin."
         )
     with atomic(path) as temporary, temporary.open("wb") as file:
-        if path.suffix == ".pth":
+        if path.suffix != ".safetensors":
             torch.save({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, file)
         else:
             metadata = {"format": "vggtorch"}
@@ -576,13 +596,16 @@ _SAFETENSORS_DTYPES = {
 def _write_safetensors(
     file: IO[bytes], tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]
 ) -> tuple[int, str]:
-    """Write the safetensors form, one tensor after another, the data's SHA-256 in its metadata.
+    """Write the safetensors form, with the SHA-256 of its data and of its header in its metadata.
 
     The header is padded so that the data begins on a page of its own. Returns where it begins, and
     its SHA-256.
     """
     codes = {dtype: code for code, dtype in _SAFETENSORS_DTYPES.items()}
-    header: dict[str, Any] = {"__metadata__": {**metadata, "sha256": "0" * 64}}
+    unknown = "0" * 64
+    header: dict[str, Any] = {
+        "__metadata__": {**metadata, "sha256": unknown, "header_sha256": unknown}
+    }
     offset = 0
     for key, tensor in tensors.items():
         end = offset + tensor.numel() * tensor.element_size()
@@ -605,9 +628,17 @@ def _write_safetensors(
         digest.update(values)
         file.write(values)
     header["__metadata__"]["sha256"] = digest.hexdigest()
+    header["__metadata__"]["header_sha256"] = _header_sha256(header)
     file.seek(0)
     file.write(packed())
     return begin, digest.hexdigest()
+
+
+def _header_sha256(header: Mapping[str, Any]) -> str:
+    """SHA-256 of all that a safetensors header says but for this hash."""
+    metadata = {k: v for k, v in header["__metadata__"].items() if k != "header_sha256"}
+    said = json.dumps({**header, "__metadata__": metadata}, sort_keys=True)
+    return hashlib.sha256(said.encode()).hexdigest()
 
 
 # Reading -----------------------------------------------------------------------------------------
@@ -652,7 +683,8 @@ def read(path: str | os.PathLike) -> Checkpoint:
         tensors, metadata = reader(path)
         _check_tensors(tensors)
     except OSError as error:
-        if error.errno is not None:  # h5py also raises OSError, without a number, for bad content
+        # For bad content h5py raises OSError without a number, and zipfile seeks to nowhere.
+        if error.errno not in (None, errno.EINVAL):
             raise
         raise ValueError(f"{path} is damaged: {error}") from error
     except Exception as error:  # whatever a parser makes of hostile bytes
@@ -822,7 +854,7 @@ def _damaged(copy: Path, digest: str) -> bool:
 def _forget_copies_of(source: Path, newest: Path) -> None:
     """Delete the copies of what `source` held before, and of sources that are no more."""
     for copy in newest.parent.glob("*.safetensors"):
-        with suppress(OSError, ValueError, struct.error):
+        with suppress(OSError, ValueError, KeyError):
             metadata = _safetensors_header(copy, copy.stat().st_size)[0]["__metadata__"]
             origin = Path(metadata["source"])
             if copy != newest and (origin == source or not origin.exists()):
@@ -835,9 +867,13 @@ def _forget_copies_of(source: Path, newest: Path) -> None:
 def _read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], Mapping[str, str]]:
     size = path.stat().st_size
     header, begin = _safetensors_header(path, size)
-    metadata = header.pop("__metadata__", {})
+    metadata = header.get("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise ValueError("its __metadata__ is not a mapping of names to text")
+    hashed = "sha256" in metadata or "header_sha256" in metadata  # written by us
+    if hashed and metadata.get("header_sha256") != _header_sha256(header):
+        raise ValueError("its header does not match the SHA-256 in it")
+    header.pop("__metadata__", None)
     spans = []
     for key, entry in header.items():
         dtype, shape, (start, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
@@ -851,7 +887,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], Mapping[str,
     spans.sort()
     if [start for start, _ in spans] + [size - begin] != [0] + [end for _, end in spans]:
         raise ValueError("its tensors do not fill the file: truncated, or its header is damaged")
-    if "sha256" in metadata and sha256(path, begin) != metadata["sha256"]:
+    if hashed and sha256(path, begin) != metadata.get("sha256"):
         raise ValueError("its values do not match the SHA-256 in its header")
     # Mapped privately: pages are read when touched, and writing to a tensor never reaches the file.
     storage = torch.UntypedStorage.from_file(str(path), False, size)
@@ -868,6 +904,8 @@ def _read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], Mapping[str,
 def _safetensors_header(path: Path, size: int) -> tuple[dict[str, Any], int]:
     """The header of a safetensors file, and where its data begins."""
     with path.open("rb") as file:
+        if size < 8:
+            raise ValueError("it is too short for a header")
         (length,) = struct.unpack("<Q", file.read(8))
         if length > min(size - 8, 100_000_000):
             raise ValueError(f"its header claims {length} bytes in a file of {size}")
@@ -897,8 +935,11 @@ def _read_zip(path: Path) -> tuple[dict[str, torch.Tensor], Mapping[str, str]]:
         if broken is not None:
             raise ValueError(f"{broken} does not match its checksum")
         if "model.weights.h5" in names:
+            # A model of ours remembers its weight set in its class (preprocessing.py).
+            kind = json.loads(archive.read("config.json")).get("class_name")
+            weight_set = {f"{name.capitalize()}Model": name for name in WEIGHT_SETS}.get(kind)
             with archive.open("model.weights.h5") as member:
-                return _h5_tensors(member), {}
+                return _h5_tensors(member), {"weight_set": weight_set} if weight_set else {}
     if not any(name.endswith("data.pkl") for name in names):
         raise ValueError("the archive holds neither PyTorch's nor Keras's weights")
     return _unwrapped(torch.load(path, map_location="cpu", weights_only=True, mmap=True)), {}
