@@ -126,7 +126,7 @@ def _batch_norm(layer: keras.layers.BatchNormalization) -> _Linear:
     return _scale(scale, shift + _array(layer.beta) if layer.center else shift)
 
 
-def _linears(layer: keras.Layer, channels: int) -> list[_Linear]:
+def _linear_parts(layer: keras.Layer, channels: int) -> list[_Linear]:
     """The linear operations of a layer, its activation left out; `channels` enter it."""
     match layer:
         case keras.layers.SeparableConv2D():
@@ -286,7 +286,7 @@ def compose_(old_layers: Sequence[keras.Layer], new: keras.Layer) -> Composition
                 reasons.append(f"{layer.name!r}: its activation {activation} is left out")
         if isinstance(layer, _POINTWISE):
             continue
-        for linear in _linears(layer, kernel.shape[3]):
+        for linear in _linear_parts(layer, kernel.shape[3]):
             if linear.kernel.shape[2] != kernel.shape[3]:
                 raise ValueError(
                     f"Layer {layer.name!r} takes {linear.kernel.shape[2]} channels, but the layer "
@@ -513,7 +513,7 @@ def _graph(
     channels_last = lowering._data_format(model) == "channels_last"
     # keras.Function makes no nodes, so that layer.output keeps its meaning.
     function = keras.Function([start], list(ends))
-    return lowering.Graph(function, lowering.Format(channels_last, None)).eval()
+    return lowering.Graph(function, lowering.Format(channels_last, dtype=None, masked=False)).eval()
 
 
 def _linears(graph: nn.Module, parameters: Sequence[Tensor]) -> list[Linear]:
@@ -947,7 +947,7 @@ def _descend_(
 
     linear = [_Coordinates(m) for m in moments]
     done = {id(p) for c in linear for p in c.parameters}
-    coordinates = [*linear, *(_Plain(p) for p in trained if id(p) not in done)]
+    coordinates: list[_Coordinates | _Plain] = [*linear, *(_Plain(p) for p in trained if id(p) not in done)]
     optimizer = torch.optim.Adam([c.theta for c in coordinates], LEARNING_RATE, (0.9, 0.99))
     best, kept, waited = check.error(tail), [p.detach().clone() for p in trained], 0
     begun, step = time.monotonic(), 0
