@@ -957,9 +957,9 @@ def _descend_(
     )
     with Progress(text, BarColumn(), left) as bar:
         task = bar.add_task("", total=1.0, error=best)
-        while waited < PATIENCE:
+        while step < steps and waited < PATIENCE:
             spent = (time.monotonic() - begun) / max(deadline - begun, 1e-9)
-            progress = max(step / max(steps, 1), spent)
+            progress = max(step / steps, spent)
             if progress >= 1:
                 break
             for group in optimizer.param_groups:  # warm up, then down a cosine to nothing
