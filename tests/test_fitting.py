@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+from typing import Any
+
 import keras
 import numpy as np
 import pytest
 
-from vggtorch import fitting
+from vggtorch import fitting, surgery
 
 L = keras.layers
 SHAPE = (17, 16, 3)
@@ -189,3 +191,115 @@ def test_layers_out_of_order_are_refused():
     network(new)
     with pytest.raises(ValueError, match=r"takes 3 channels, but the layer before it .* gives 5"):
         fitting.compose_([second, first], new)
+
+
+def vgg(block: str = "relu") -> keras.Model:
+    """The first blocks of a VGG, small, with random weights."""
+    x = inputs = keras.Input((16, 16, 3))
+    for name, width, depth in (("block1", 8, 2), ("block2", 12, 2), ("block3", 16, 1)):
+        for n in range(1, depth + 1):
+            x = L.Conv2D(width, 3, padding="same", activation=block, name=f"{name}_conv{n}")(x)
+        x = L.MaxPooling2D(name=f"{name}_pool")(x)
+    return keras.Model(inputs, x)
+
+
+def images(number: int = 30, size: int = 16) -> np.ndarray:
+    """Images that are smooth, as photographs are, which is what makes a fit ill-conditioned."""
+    rng = np.random.default_rng(2)
+    noise = rng.normal(size=(number, size, size, 3)).astype("float32")
+    return 100 * (noise.cumsum(1).cumsum(2) / size + 0.05 * noise)
+
+
+@pytest.fixture(scope="module")
+def original() -> keras.Model:
+    keras.utils.set_random_seed(0)
+    return vgg()
+
+
+def replaced(original: keras.Model, *new: keras.Layer) -> tuple[keras.Model, list[str]]:
+    result = surgery.replace(original, ["block1_conv1", "block1_conv2"], list(new))
+    return result, [layer.name for layer in new]
+
+
+def states(model: keras.Model) -> dict[str, np.ndarray]:
+    return {v.path: keras.ops.convert_to_numpy(v) for v in model.variables}
+
+
+def conv(size: int = 5, **options: Any) -> keras.Layer:
+    options = {"padding": "same", "activation": "relu", "name": "block1_conv"} | options
+    return L.Conv2D(8, size, **options)
+
+
+def cosine(original: keras.Model, result: keras.Model, pixels: np.ndarray) -> float:
+    a = original.predict(pixels, verbose=0).reshape(len(pixels), -1)
+    b = result.predict(pixels, verbose=0).reshape(len(pixels), -1)
+    return float(np.mean((a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)))
+
+
+def test_a_fit_recovers_a_layer_that_can_be_matched_exactly(original):
+    keras.utils.set_random_seed(1)
+    result = surgery.replace(
+        original,
+        "block2_conv1",
+        new := L.Conv2D(12, 3, padding="same", activation="relu", name="new"),
+    )
+    fit = fitting.fit_(original, result, ["new"], images(), steps=0)
+    assert fit.start in ("least squares", "compose")
+    assert fit.steps == 0
+    expected = original.get_layer("block2_conv1").get_weights()
+    for a, b in zip(expected, new.get_weights(), strict=True):
+        np.testing.assert_allclose(b, a, atol=1e-3)
+    assert fit.after["block3_pool"] > 0.9999
+
+
+NEW = {
+    "5x5": lambda: [conv()],
+    "7x7": lambda: [conv(7)],
+    "no bias": lambda: [conv(use_bias=False)],
+    "separable": lambda: [
+        L.SeparableConv2D(8, 5, padding="same", activation="relu", depth_multiplier=4, name="new")
+    ],
+    "bottleneck": lambda: [
+        L.Conv2D(6, 5, padding="same", use_bias=False, name="narrow"),
+        L.BatchNormalization(name="norm"),
+        L.Activation("relu", name="relu"),
+        L.Conv2D(8, 1, activation="relu", name="wide"),
+    ],
+    "grouped": lambda: [
+        L.Conv2D(9, 5, padding="same", groups=3, name="groups"),
+        L.Conv2D(8, 1, activation="relu", name="mix"),
+    ],
+}
+
+
+@pytest.mark.parametrize("new", NEW.values(), ids=NEW)
+def test_any_replacement_gets_better_and_alone_changes(original, new):
+    keras.utils.set_random_seed(1)
+    result, names = replaced(original, *new())
+    before, untouched = states(result), states(original)
+    flags = [v.value.requires_grad for m in (original, result) for v in m.variables]
+    fit = fitting.fit_(original, result, names, images(), steps=50)
+
+    assert fit.after["block3_pool"] > max(0.9, fit.before["block3_pool"])
+    assert fit.steps == 50
+    for path, value in states(original).items():
+        np.testing.assert_array_equal(value, untouched[path])
+    changed = {
+        path.split("/")[0] for path, v in states(result).items() if (v != before[path]).any()
+    }
+    assert changed == {layer for layer in names if result.get_layer(layer).trainable_variables}
+    assert flags == [v.value.requires_grad for m in (original, result) for v in m.variables]
+    # What it says of images it has not seen holds of others that it has not seen.
+    unseen = images(50)[30:]
+    assert abs(cosine(original, result, unseen) - fit.after["block3_pool"]) < 0.03
+
+
+def test_a_seed_decides_the_result(original):
+    weights = []
+    for seed in (3, 3, 4):
+        keras.utils.set_random_seed(1)
+        result, names = replaced(original, conv())
+        fitting.fit_(original, result, names, images(), steps=30, seed=seed)
+        weights.append(result.get_layer("block1_conv").get_weights()[0])
+    np.testing.assert_array_equal(weights[0], weights[1])
+    assert (weights[0] != weights[2]).any()
