@@ -1,0 +1,174 @@
+"""The frozen prefix of a network, run once: where it ends, and its features on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import keras
+import numpy as np
+import torch
+from keras.src.models.functional import operation_fn
+
+from vggtorch.data import Folder, Items, Key, as_input, batches, fingerprint, in_order
+
+
+class Part(torch.nn.Module):
+    """What a Keras model does between two of its tensors, on the model's own Parameters."""
+
+    def __init__(self, inputs: keras.KerasTensor, outputs: keras.KerasTensor) -> None:
+        super().__init__()
+        self._graph = keras.Function(inputs, outputs)
+        self.layers = torch.nn.ModuleList(
+            op for op in self._graph.operations if isinstance(op, torch.nn.Module)
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self._graph._run_through_graph(
+            x, operation_fn=lambda op: operation_fn(op, training=self.training)
+        )
+
+
+def frozen_end(model: keras.Model) -> keras.KerasTensor:
+    """The last tensor before which nothing trains and nothing is random; the input if none is.
+
+    Everything after it depends on the image through this tensor alone.
+    """
+    nodes = [
+        node
+        for _, level in sorted(model._nodes_by_depth.items(), reverse=True)
+        for node in level
+    ]
+    end, made = model.inputs[0], []
+    for i, node in enumerate(nodes):
+        if not _is_frozen(node.operation):
+            break
+        made += node.output_tensors
+        needed = {id(t) for later in nodes[i + 1 :] for t in later.input_tensors}
+        needed |= {id(t) for t in model.outputs}
+        open_tensors = [t for t in made if id(t) in needed]
+        if len(open_tensors) == 1:
+            end = open_tensors[0]
+    return end
+
+
+def _is_frozen(operation: keras.Operation) -> bool:
+    """Whether the operation always gives the same output for the same input while we train."""
+    if not isinstance(operation, keras.layers.Layer):
+        return True
+    return not any(
+        (layer.trainable and layer._trainable_variables + layer._non_trainable_variables)
+        or layer._seed_generators
+        for layer in operation._flatten_layers()
+    )
+
+
+@dataclass(frozen=True)
+class Features:
+    """A source of features on disk: draw d of an image is its copy d, modulo the copies."""
+
+    values: np.ndarray  # (copies, images, ...) memory-mapped
+    labels: torch.Tensor
+
+    def __len__(self) -> int:
+        return self.values.shape[1]
+
+    def __getitem__(self, keys: Sequence[Key]) -> tuple[torch.Tensor, torch.Tensor]:
+        indices, draws = np.array(keys).T
+        values = self.values[draws % len(self.values), indices]
+        return torch.from_numpy(values), self.labels[torch.from_numpy(indices)]
+
+
+def cached_features(
+    prefix: keras.Model,
+    module: torch.nn.Module,
+    source: Folder | Items,
+    folder: Path,
+    *,
+    weights: str | None,
+    copies: int,
+    half: bool,
+    workers: int,
+    accelerator,  # accelerate.Accelerator
+    advance,  # called with the number of images done
+) -> Features:
+    """What `prefix` makes of every image, computed once and kept in `folder`.
+
+    The file's name is a hash of all that its content depends on, so that it can't be stale, and it
+    takes that name only when it's whole. Several processes share the work (and the folder).
+
+    Raises:
+        ValueError: not enough free space.
+    """
+    data_digest, labels = fingerprint(source, copies)
+    precision = accelerator.mixed_precision
+    recipe = [data_digest, weights, copies, half, precision, _digest(prefix)]
+    key = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()
+    path = folder / f"{key[:32]}.npy"
+    if not path.exists():
+        _compute(module, source, path, weights, copies, half, workers, accelerator, advance)
+    values = np.load(path, mmap_mode="r")
+    return Features(values, torch.tensor(labels))
+
+
+def _digest(prefix: keras.Model) -> str:
+    """SHA-256 of a network: the arithmetic, as configured, and every weight."""
+    digest = hashlib.sha256()
+    for layer in prefix.layers:
+        digest.update(type(layer).__name__.encode())
+        digest.update(json.dumps(layer.get_config(), default=str, sort_keys=True).encode())
+        for weight in layer.weights:
+            digest.update(np.ascontiguousarray(keras.ops.convert_to_numpy(weight)).tobytes())
+    return digest.hexdigest()
+
+
+def _compute(module, source, path, weights, copies, half, workers, accelerator, advance) -> None:
+    def run(keys: list[list[Key]]):
+        for some, (images, _) in zip(keys, batches(source, keys, workers), strict=True):
+            with torch.no_grad(), accelerator.autocast():
+                x = as_input(images.to(accelerator.device), weights)
+                yield some, module(x).float().cpu().numpy()
+
+    module.eval()
+    _, first = next(run([[(0, 0)]]))
+    shape, dtype = (copies, len(source), *first.shape[1:]), np.float16 if half else np.float32
+    temporary = path.with_name(path.name + ".partial")
+    if accelerator.is_main_process:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _check_space(path.parent, shape, np.dtype(dtype).itemsize)
+        np.lib.format.open_memmap(temporary, "w+", dtype, shape)
+    accelerator.wait_for_everyone()
+    values = np.lib.format.open_memmap(temporary, "r+")
+    for copy in range(copies):
+        keys = in_order(len(source), 32, copy)
+        mine = keys[accelerator.process_index :: accelerator.num_processes]
+        for some, features in run(mine):
+            if half and np.abs(features).max() > np.finfo(np.float16).max:
+                raise ValueError(
+                    f"Features reach {np.abs(features).max():.3g}, and half precision ends at "
+                    f"65504. Set cache_half=False."
+                )
+            values[copy, [index for index, _ in some]] = features
+            advance(len(some))
+    values.flush()
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    accelerator.wait_for_everyone()
+
+
+def _check_space(folder: Path, shape: tuple[int, ...], itemsize: int) -> None:
+    needed, free = int(np.prod(shape)) * itemsize, shutil.disk_usage(folder).free
+    if needed > 0.95 * free:
+        raise ValueError(
+            f"The features of {shape[1]} images in {shape[0]} copies need {needed / 1e9:.2f} GB in "
+            f"{folder}, where {free / 1e9:.2f} GB are free. Make room, choose another folder, "
+            f"smaller images or fewer cache_copies, set cache_half=True, or set cache=False."
+        )
