@@ -15,14 +15,14 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, cast
 
 import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
-from vggtorch.preprocessing import WEIGHT_SETS
+from vggtorch.preprocessing import CROP, preprocess
 
 ENDINGS = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff"}
 
@@ -103,7 +103,8 @@ class Folder:
                 f"Put it back, and resume the run."
             ) from error
         if draw == 0 or self.augment in ("none", "flip"):
-            image = F.center_crop(F.resize(image, [self.size], antialias=True), [self.size])
+            image = F.resize(image, [round(self.size / CROP)], antialias=True)
+            image = F.center_crop(image, [self.size])
         else:
             with seeded(self.seed, draw, index):
                 image = _random_view(image, self.size, self.augment)
@@ -235,6 +236,11 @@ class Items:
     collate: Callable[[list], Any]
     seed: int
 
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The names of the classes, where the dataset has them as torchvision's do."""
+        return tuple(map(str, getattr(self.dataset, "classes", ())))
+
     def __len__(self) -> int:
         return len(self.dataset)  # type: ignore[arg-type]
 
@@ -335,11 +341,23 @@ def as_input(images: torch.Tensor, weights: str | None) -> torch.Tensor:
     """
     if images.dtype != torch.uint8:
         return images
-    images = images.float()
     if weights is None:
-        return images
-    expected = WEIGHT_SETS[weights]
-    if expected.bgr:
-        images = images.flip(-1)
-    mean, std = images.new_tensor(expected.mean), images.new_tensor(expected.std)
-    return (images / expected.scale - mean) / std
+        return images.float()
+    return cast(torch.Tensor, preprocess(images, weights))
+
+
+def draw(index: int, epoch: int) -> int:
+    """Which draw of an image an epoch sees; mirrored (odd) in every other epoch.
+
+    Source: Jordan, "94% on CIFAR-10 in 3.29 Seconds on a Single GPU", 2024 (alternating flip).
+    """
+    return 2 * epoch + 2 - (index + epoch) % 2
+
+
+def find_splits(folder: Path) -> tuple[Path, Path | None]:
+    """FOLDER/train and its validation folder, where FOLDER has both; else FOLDER itself."""
+    if (folder / "train").is_dir():
+        for name in ("val", "valid", "validation", "test"):
+            if (folder / name).is_dir():
+                return folder / "train", folder / name
+    return folder, None

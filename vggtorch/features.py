@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import keras
 import numpy as np
 import torch
+from filelock import FileLock
 from keras.src.models.functional import operation_fn
 
 from vggtorch.data import Folder, Items, Key, as_input, batches, fingerprint, in_order
@@ -40,9 +43,7 @@ def frozen_end(model: keras.Model) -> keras.KerasTensor:
     Everything after it depends on the image through this tensor alone.
     """
     nodes = [
-        node
-        for _, level in sorted(model._nodes_by_depth.items(), reverse=True)
-        for node in level
+        node for _, level in sorted(model._nodes_by_depth.items(), reverse=True) for node in level
     ]
     end, made = model.inputs[0], []
     for i, node in enumerate(nodes):
@@ -81,12 +82,11 @@ class Features:
     def __getitem__(self, keys: Sequence[Key]) -> tuple[torch.Tensor, torch.Tensor]:
         indices, draws = np.array(keys).T
         values = self.values[draws % len(self.values), indices]
-        return torch.from_numpy(values), self.labels[torch.from_numpy(indices)]
+        return torch.from_numpy(values).float(), self.labels[torch.from_numpy(indices)]
 
 
 def cached_features(
     prefix: keras.Model,
-    module: torch.nn.Module,
     source: Folder | Items,
     folder: Path,
     *,
@@ -94,26 +94,39 @@ def cached_features(
     copies: int,
     half: bool,
     workers: int,
-    accelerator,  # accelerate.Accelerator
-    advance,  # called with the number of images done
+    accelerator: Any,
+    advance: Callable[[int], None],
 ) -> Features:
     """What `prefix` makes of every image, computed once and kept in `folder`.
 
-    The file's name is a hash of all that its content depends on, so that it can't be stale, and it
-    takes that name only when it's whole. Several processes share the work (and the folder).
+    The file's name is a hash of all that its content depends on, so that it can't be stale, and
+    the file takes that name only when it's whole. Processes share the work, and the folder.
+
+    Args:
+        prefix: the frozen part of a network.
+        source: the images.
+        folder: where the file goes.
+        weights: the weight set whose preprocessing the network expects.
+        copies: draws of each image; draw 0 is the plain one.
+        half: keep half precision.
+        workers: processes that read images.
+        accelerator: accelerate.Accelerator.
+        advance: is told how many more images are done.
 
     Raises:
-        ValueError: not enough free space.
+        ValueError: not enough free space, or features beyond half precision.
     """
-    data_digest, labels = fingerprint(source, copies)
-    precision = accelerator.mixed_precision
-    recipe = [data_digest, weights, copies, half, precision, _digest(prefix)]
+    images, labels = fingerprint(source, copies)
+    recipe = [images, weights, copies, half, accelerator.mixed_precision, _digest(prefix)]
     key = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()
     path = folder / f"{key[:32]}.npy"
-    if not path.exists():
-        _compute(module, source, path, weights, copies, half, workers, accelerator, advance)
-    values = np.load(path, mmap_mode="r")
-    return Features(values, torch.tensor(labels))
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{path}.lock") if accelerator.is_main_process else contextlib.nullcontext():
+        accelerator.wait_for_everyone()
+        if not path.exists():
+            _compute(prefix, source, path, weights, copies, half, workers, accelerator, advance)
+        accelerator.wait_for_everyone()
+    return Features(np.load(path, mmap_mode="r"), torch.tensor(labels))
 
 
 def _digest(prefix: keras.Model) -> str:
@@ -127,41 +140,50 @@ def _digest(prefix: keras.Model) -> str:
     return digest.hexdigest()
 
 
-def _compute(module, source, path, weights, copies, half, workers, accelerator, advance) -> None:
-    def run(keys: list[list[Key]]):
-        for some, (images, _) in zip(keys, batches(source, keys, workers), strict=True):
-            with torch.no_grad(), accelerator.autocast():
-                x = as_input(images.to(accelerator.device), weights)
-                yield some, module(x).float().cpu().numpy()
-
-    module.eval()
-    _, first = next(run([[(0, 0)]]))
-    shape, dtype = (copies, len(source), *first.shape[1:]), np.float16 if half else np.float32
-    temporary = path.with_name(path.name + ".partial")
+def _compute(
+    prefix: keras.Model,
+    source: Folder | Items,
+    path: Path,
+    weights: str | None,
+    copies: int,
+    half: bool,
+    workers: int,
+    accelerator: Any,
+    advance: Callable[[int], None],
+) -> None:
+    shape = (copies, len(source), *_feature_shape(prefix, source))
+    dtype = np.dtype(np.float16 if half else np.float32)
+    temporary = path.with_suffix(".partial")
     if accelerator.is_main_process:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _check_space(path.parent, shape, np.dtype(dtype).itemsize)
+        _check_space(path.parent, shape, dtype.itemsize)
         np.lib.format.open_memmap(temporary, "w+", dtype, shape)
     accelerator.wait_for_everyone()
     values = np.lib.format.open_memmap(temporary, "r+")
-    for copy in range(copies):
-        keys = in_order(len(source), 32, copy)
-        mine = keys[accelerator.process_index :: accelerator.num_processes]
-        for some, features in run(mine):
-            if half and np.abs(features).max() > np.finfo(np.float16).max:
-                raise ValueError(
-                    f"Features reach {np.abs(features).max():.3g}, and half precision ends at "
-                    f"65504. Set cache_half=False."
-                )
-            values[copy, [index for index, _ in some]] = features
-            advance(len(some))
+    keys = [some for copy in range(copies) for some in in_order(len(source), 32, copy)]
+    mine = keys[accelerator.process_index :: accelerator.num_processes]
+    module = Part(prefix.inputs[0], prefix.outputs[0]).eval()
+    for some, (images, _) in zip(mine, batches(source, mine, workers), strict=True):
+        with torch.no_grad(), accelerator.autocast():
+            found = module(as_input(images.to(accelerator.device), weights)).float().cpu().numpy()
+        if half and np.abs(found).max() > np.finfo(np.float16).max:
+            raise ValueError(
+                f"Features reach {np.abs(found).max():.3g}, and half precision ends at 65504. Set "
+                f"cache_half=False."
+            )
+        (first, copy), (last, _) = some[0], some[-1]
+        values[copy, first : last + 1] = found
+        advance(len(some))
     values.flush()
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    accelerator.wait_for_everyone()
+
+
+def _feature_shape(prefix: keras.Model, source: Folder | Items) -> tuple[int, ...]:
+    images, _ = source[[(0, 0)]]
+    return tuple(prefix.compute_output_shape(tuple(images.shape))[1:])
 
 
 def _check_space(folder: Path, shape: tuple[int, ...], itemsize: int) -> None:
