@@ -206,8 +206,8 @@ def hold_out(folder: Folder, share: float) -> tuple[Folder, Folder]:
         count = max(1, round(share * len(members)))
         if count == len(members):
             raise ValueError(
-                f"Class {name!r} has {len(members)} image(s), and {count} of them would be held out "
-                f"for validation. Add images, or pass a validation folder."
+                f"Class {name!r} has {len(members)} image(s), and {count} of them would be held "
+                f"out for validation. Add images, or pass a validation folder."
             )
         held[members[:count]] = True
 
@@ -261,33 +261,36 @@ class Items:
 Planner = Callable[[int], list[list[int]]]  # epoch -> index lists, one for each optimizer step
 
 
-def as_source(data: Dataset | DataLoader, seed: int, batch_size: int) -> tuple[Items, Planner]:
+def as_source(
+    data: Dataset[Any] | DataLoader[Any], seed: int, batch_size: int
+) -> tuple[Items, Planner]:
     """A torch Dataset or DataLoader as a source, and the batches of each epoch.
 
     A DataLoader's own sampler decides on the batches, drawing its random numbers from
     (seed, epoch); a Dataset is shuffled into batches of `batch_size`.
     """
-    loader = data if isinstance(data, DataLoader) else None
-    dataset = loader.dataset if loader is not None else data
+    dataset = data.dataset if isinstance(data, DataLoader) else data
     if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
         raise ValueError(
             f"Received {type(dataset).__name__}, which has no length or no indices. Expected a "
             f"folder, or a torch Dataset with __len__ and __getitem__: a run that resumes inside "
             f"an epoch has to know what it has seen."
         )
-    if loader is None:
+    if not isinstance(data, DataLoader):
         return Items(dataset, default_collate, seed), shuffled(len(dataset), batch_size, seed)
-    if loader.batch_sampler is None:
+    sampler = data.batch_sampler
+    if sampler is None:
         raise ValueError("Received a DataLoader with batch_size=None. Expected one with batches.")
+    generators = [getattr(owner, "generator", None) for owner in (data, data.sampler)]
 
     def plan(epoch: int) -> list[list[int]]:
-        for sampler in (loader, loader.sampler):
-            if getattr(sampler, "generator", None) is not None:
-                sampler.generator.manual_seed(seed + epoch)
+        for generator in generators:
+            if generator is not None:
+                generator.manual_seed(seed + epoch)
         with seeded(seed, epoch):
-            return [list(batch) for batch in loader.batch_sampler]
+            return [list(batch) for batch in sampler]
 
-    return Items(dataset, loader.collate_fn, seed), plan
+    return Items(dataset, data.collate_fn, seed), plan
 
 
 def shuffled(count: int, batch_size: int, seed: int) -> Planner:

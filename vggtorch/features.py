@@ -32,6 +32,7 @@ class Part(torch.nn.Module):
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Run the part; `train()` and `eval()` decide what Keras's `training` argument does."""
         return self._graph._run_through_graph(
             x, operation_fn=lambda op: operation_fn(op, training=self.training)
         )

@@ -7,19 +7,18 @@ last checkpoint stands, inside an epoch too.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
+import itertools
 import math
 import os
+import tempfile
 import time
-import types
-import typing
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import keras
 import torch
@@ -27,164 +26,13 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from vggtorch import checkpoints, data, surgery
+from vggtorch.config import TrainConfig
 from vggtorch.data import Augment, Folder, Items, Planner, Source
+from vggtorch.display import Display, display
 from vggtorch.features import Part, cached_features, frozen_end
 from vggtorch.preprocessing import remember_, weight_set
 
-# 1. What to do
-
-
-def _option(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """How to fine-tune; every field is an option of `vggtorch finetune`.
-
-    Raises:
-        ValueError: a value outside its range, or two that contradict each other.
-    """
-
-    cut: str | None = _option(None, "last layer kept of the network, under the new head")
-    head: Literal["tutorial", "linear", "mlp"] | None = _option(
-        None, "new layers on top: the tutorial's, pooled linear, pooled MLP"
-    )
-    freeze: str | None = _option(None, "this layer and all below it are frozen")
-    unfreeze: tuple[tuple[int, str], ...] = _option(
-        (), "EPOCH:LAYER: from that epoch (the first is 0) that layer and all above it train"
-    )
-    epochs: int = _option(10, "passes over the training images")
-    batch_size: int = _option(32, "images in one optimizer step, over all processes")
-    accumulate: int = _option(1, "pieces that a process runs its part of a batch in")
-    optimizer: Literal["adamw", "sgd"] = _option("adamw", "SGD has a momentum of 0.9")
-    learning_rate: float = _option(1e-3, "of the head, at the end of the warm-up")
-    layer_decay: float = _option(
-        1.0, "each block trains with this times the learning rate of the block above"
-    )
-    warmup: float = _option(0.1, "share of all steps in which the learning rate rises")
-    schedule: Literal["cosine", "constant"] = _option("cosine", "what follows the warm-up")
-    weight_decay: float = _option(0.01, "for kernels, not for biases and norms")
-    label_smoothing: float = _option(0.0, "share of the target spread over all classes")
-    clip_norm: float | None = _option(None, "largest norm of the gradient")
-    ema: float | None = _option(None, "decay of an average of the weights, kept and used")
-    patience: int | None = _option(None, "stop after this many epochs without improvement")
-    precision: Literal["fp32", "bf16"] = _option("fp32", "what the layers compute in")
-    image_size: int = _option(224, "height and width of the images from a folder")
-    augment: Augment = _option(
-        "none", "mirrored images; and random crops; and TrivialAugment (folders only)"
-    )
-    broken: Literal["skip", "stop"] = _option("stop", "what an unreadable image in a folder does")
-    holdout: float = _option(
-        0.2, "share of the training folder that validates if nothing else does"
-    )
-    workers: int = _option(0, "processes that read images")
-    cache: bool = _option(True, "run frozen layers once and keep their features on disk")
-    cache_copies: int = _option(
-        1, "augmented copies of each image in the cache, the plain one first"
-    )
-    cache_half: bool = _option(False, "keep features in half precision")
-    cache_folder: str | None = _option(None, "where features go; by default into `folder`")
-    folder: str = _option("run", "checkpoints and everything else that the run writes")
-    checkpoint_steps: int = _option(500, "steps between checkpoints inside an epoch")
-    resume: bool = _option(False, "carry on from the last checkpoint in `folder`, if there is one")
-    tensorboard: bool = _option(False, "write curves for TensorBoard into `folder`")
-    seed: int = _option(0, "where all random numbers start")
-
-    def __post_init__(self) -> None:
-        hints = typing.get_type_hints(TrainConfig)
-        for name, hint in hints.items():
-            choices = [c for a in (hint, *typing.get_args(hint)) for c in _choices(a)]
-            if choices and (value := getattr(self, name)) is not None and value not in choices:
-                raise ValueError(
-                    f"Received {name}={value!r}; expected one of {', '.join(map(repr, choices))}."
-                )
-        for names, is_right, expected in _RANGES:
-            for name in names.split():
-                value = getattr(self, name)
-                if value is not None and not (
-                    isinstance(value, int | float) and math.isfinite(value) and is_right(value)
-                ):
-                    raise ValueError(f"Received {name}={value!r}; expected {expected}.")
-        if self.head is None and self.cut is not None:
-            raise ValueError(
-                f"Received cut={self.cut!r} without a head. Name one (tutorial, linear, mlp), or "
-                f"stack your own first: model = vt.stack(vt.truncate(model, {self.cut!r}), layers)."
-            )
-        for entry in self.unfreeze:
-            if len(entry) != 2 or not isinstance(entry[0], int) or not 0 < entry[0] < self.epochs:
-                raise ValueError(
-                    f"Received unfreeze={self.unfreeze!r}; expected pairs of an epoch from 1 to "
-                    f"{self.epochs - 1} and a layer's name, such as ((2, 'block5_conv1'),)."
-                )
-        if self.unfreeze and self.freeze is None:
-            raise ValueError(
-                "Received unfreeze without freeze, so that nothing is frozen. Name the layer that "
-                "the run starts frozen up to: freeze='block5_pool'."
-            )
-        if self.cache_copies > 1 and self.augment == "none":
-            raise ValueError(
-                f"Received cache_copies={self.cache_copies} with augment='none': the copies would "
-                f"be equal. Choose an augmentation, or one copy."
-            )
-
-
-def _choices(hint: Any) -> tuple:
-    return typing.get_args(hint) if typing.get_origin(hint) is Literal else ()
-
-
-_RANGES: tuple[tuple[str, Any, str], ...] = (
-    ("epochs batch_size accumulate image_size cache_copies checkpoint_steps", lambda v: v == int(v) > 0,
-     "a whole number from 1"),
-    ("patience", lambda v: v == int(v) > 0, "a whole number from 1, or None"),
-    ("workers seed", lambda v: v == int(v) >= 0, "a whole number from 0"),
-    ("learning_rate", lambda v: v > 0, "a number above 0"),
-    ("clip_norm", lambda v: v > 0, "a number above 0, or None"),
-    ("weight_decay", lambda v: v >= 0, "a number from 0"),
-    ("layer_decay", lambda v: 0 < v <= 1, "a number above 0 and at most 1"),
-    ("warmup label_smoothing", lambda v: 0 <= v < 1, "a number from 0 and below 1"),
-    ("holdout", lambda v: 0 < v < 1, "a number between 0 and 1"),
-    ("ema", lambda v: 0 < v < 1, "a number between 0 and 1, or None"),
-)  # fmt: skip
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add one option for every field of TrainConfig to a parser."""
-    hints = typing.get_type_hints(TrainConfig)
-    for option in dataclasses.fields(TrainConfig):
-        hint = hints[option.name]
-        kind = next((a for a in typing.get_args(hint) if a is not types.NoneType), hint)
-        flag = "--" + option.name.replace("_", "-")
-        default = "" if option.default in (None, ()) else f" (default: {option.default})"
-        text = option.metadata["help"].replace("%", "%%") + default
-        if hint is bool:
-            parser.add_argument(
-                flag, action=argparse.BooleanOptionalAction, default=option.default, help=text
-            )
-        elif option.name == "unfreeze":
-            parser.add_argument(flag, type=_stage, nargs="+", default=(), help=text)
-        elif choices := _choices(hint) or _choices(kind):
-            parser.add_argument(flag, choices=choices, default=option.default, help=text)
-        else:
-            parser.add_argument(
-                flag, type=kind, default=option.default, metavar=kind.__name__.upper(), help=text
-            )
-
-
-def _stage(text: str) -> tuple[int, str]:
-    epoch, _, layer = text.partition(":")
-    if not epoch.isdigit() or not layer:
-        raise argparse.ArgumentTypeError(f"{text!r} isn't EPOCH:LAYER, such as 2:block5_conv1")
-    return int(epoch), layer
-
-
-def config_from(arguments: argparse.Namespace) -> TrainConfig:
-    """The TrainConfig that the options of `add_arguments` describe."""
-    values = {f.name: getattr(arguments, f.name) for f in dataclasses.fields(TrainConfig)}
-    return TrainConfig(**values | {"unfreeze": tuple(values["unfreeze"])})
-
-
-# 2. The network: its head, what trains when, how fast
+# 1. The network: its head, what trains when, how fast
 
 
 def with_head(model: keras.Model, config: TrainConfig, classes: int) -> keras.Model:
@@ -280,7 +128,7 @@ def _optimizer(
 
 
 def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
-    """The head's learning rate in one step (from 0) of `steps`: linear warm-up, then cosine to 0."""
+    """The head's learning rate in a step (from 0) of `steps`: linear warm-up, cosine to 0."""
     warmup = round(config.warmup * steps)
     if step < warmup:
         return config.learning_rate * (step + 1) / warmup
@@ -316,7 +164,7 @@ def logits(model: keras.Model) -> Iterator[None]:
         layer.activation = activation
 
 
-# 3. Where a run stands
+# 2. Where a run stands
 
 
 @dataclass
@@ -445,7 +293,7 @@ def _assign_(model: keras.Model, tensors: list[torch.Tensor], path: str | Path) 
             variable.value.copy_(tensor)
 
 
-# 4. The loop
+# 3. The loop
 
 
 def finetune(
@@ -477,13 +325,14 @@ def finetune(
     run = _begin(model, training, held, config)
     progress, accelerator = run.progress, run.accelerator
     steps = sum(len(plan(epoch)) for epoch in range(config.epochs))
+    curves = Path(config.folder) if config.tensorboard else None
     stage = None
-    with logits(model), _display(config, accelerator.is_main_process) as show:
+    with logits(model), display(accelerator.is_main_process, curves) as show:
         while progress.epoch < config.epochs and not _is_stale(progress, config):
             epoch = progress.epoch
             if stage is None or epoch in dict(config.unfreeze):
                 _freeze_for_(model, config, epoch)
-                stage = _stage(run, training, held, show)
+                stage = _prepare(run, training, held, show)
                 module = accelerator.prepare_model(stage.module)
             keys = [[stage.key(index, epoch) for index in batch] for batch in plan(epoch)]
             show.begin(f"epoch {epoch + 1}/{config.epochs}", sum(map(len, keys)), progress.images)
@@ -583,8 +432,10 @@ def _settings(config: TrainConfig) -> dict[str, Any]:
     }
 
 
-def _identity(source: Folder | Items | None) -> str | int | None:
-    return source.digest if isinstance(source, Folder) else source and len(source)
+def _identity(source: Folder | Items | None) -> str:
+    if isinstance(source, Folder):
+        return source.digest
+    return "" if source is None else f"{len(source)} items"
 
 
 def _read_data(
@@ -647,8 +498,8 @@ class _Stage:
         return (index, index + epoch if self.is_cached else data.draw(index, epoch))
 
 
-def _stage(
-    run: _Run, training: Folder | Items, held: Folder | Items | None, show: _Display
+def _prepare(
+    run: _Run, training: Folder | Items, held: Folder | Items | None, show: Display
 ) -> _Stage:
     """The part of the model that trains, and what goes into it: images, or cached features."""
     model, config = run.model, run.config
@@ -827,63 +678,94 @@ def _is_stale(progress: Progress, config: TrainConfig) -> bool:
     return progress.epoch - 1 - progress.best_epoch >= config.patience
 
 
-# 5. What people see while it runs
+# 4. How fast to learn
 
 
-class _Display:
-    """A progress bar on stderr, and curves for TensorBoard if asked."""
+@dataclass(frozen=True)
+class RateSearch:
+    """Smoothed training loss at learning rates that rise until it diverges."""
 
-    def __init__(self, progress: Any, writer: Any) -> None:
-        self._progress, self._writer, self._task = progress, writer, None
+    rates: tuple[float, ...]
+    losses: tuple[float, ...]
 
-    def begin(self, text: str, images: int, done: int = 0) -> None:
-        if self._task is not None:
-            self._progress.remove_task(self._task)
-        self._task = self._progress.add_task(text, total=images, completed=done, loss="")
-
-    def advance(self, images: int, loss: float | None = None) -> None:
-        text = "" if loss is None else f"loss {loss:.4f}"
-        self._progress.update(self._task, advance=images, loss=text)
-
-    def end(self, epoch: int, result: dict[str, float]) -> None:
-        figures = "  ".join(f"{name} {value:.4g}" for name, value in result.items())
-        self._progress.console.print(f"epoch {epoch + 1}  {figures}")
-        for name, value in result.items():
-            if self._writer is not None:
-                self._writer.add_scalar(name, value, epoch)
+    @property
+    def suggestion(self) -> float:
+        """A tenth of the rate with the lowest loss."""
+        return self.rates[self.losses.index(min(self.losses))] / 10
 
 
-@contextlib.contextmanager
-def _display(config: TrainConfig, is_main: bool) -> Iterator[_Display]:
-    from rich import progress as bars
-    from rich.console import Console
+def find_learning_rate(
+    model: keras.Model,
+    train: str | Path | Dataset | DataLoader,
+    config: TrainConfig | None = None,
+    *,
+    lowest: float = 1e-6,
+    highest: float = 1.0,
+    steps: int = 100,
+) -> RateSearch:
+    """Train a few steps while the learning rate rises from `lowest` to `highest`; then undo that.
 
-    class Throughput(bars.ProgressColumn):
-        def render(self, task: bars.Task) -> str:
-            return f"{task.speed or 0:.0f} images/s"
+    `vggtorch.report.plot_rates` draws the result.
 
-    writer = None
-    if config.tensorboard and is_main:
+    Raises:
+        ValueError: what `finetune` raises; a loss that isn't finite from the first step on.
+
+    Source: Smith, "Cyclical Learning Rates for Training Neural Networks", 2017; the smoothing and
+    the suggestion are fastai's.
+    """
+    config = config or TrainConfig()
+    features = config.cache_folder or str(Path(config.folder) / "features")
+    with tempfile.TemporaryDirectory() as folder:
+        config = dataclasses.replace(config, folder=folder, cache_folder=features, patience=None)
+        training, _, plan, classes = _read_data(train, None, config)
+        if config.head is not None:
+            model = with_head(model, config, len(classes))
+        _check_classes(model, classes)
+        before = [v.value.detach().clone() for v in model.variables]
+        run = _begin(model, training, None, config)
+        _freeze_for_(model, config, 0)
+        rates: list[float] = []
+        smoothed: list[float] = []
+        average = 0.0
         try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise ValueError(
-                "Received tensorboard=True, and TensorBoard isn't installed: "
-                "pip install 'vggtorch[report]'."
-            ) from error
-        writer = SummaryWriter(config.folder)
-    columns = (
-        bars.TextColumn("{task.description}"),
-        bars.BarColumn(),
-        bars.MofNCompleteColumn(),
-        Throughput(),
-        bars.TextColumn("{task.fields[loss]}"),
-        bars.TimeRemainingColumn(),
-    )
-    console = Console(stderr=True, quiet=not is_main)
-    with bars.Progress(*columns, console=console, disable=not is_main) as progress:
-        try:
-            yield _Display(progress, writer)
+            with logits(model), display(run.accelerator.is_main_process, None) as show:
+                stage = _prepare(run, training, None, show)
+                module = run.accelerator.prepare_model(stage.module).train()
+                show.begin("learning rate", steps * config.batch_size)
+                for images, labels, count in _endless(run, stage, plan, steps):
+                    rate = lowest * (highest / lowest) ** (run.progress.done / (steps - 1))
+                    for group in run.optimizer.param_groups:
+                        group["lr"] = rate * group["scale"]
+                    loss, _ = _step(run, module, images, labels, count)
+                    run.progress.done += 1
+                    average = 0.98 * average + 0.02 * loss / count
+                    rates.append(rate)
+                    smoothed.append(average / (1 - 0.98**run.progress.done))
+                    show.advance(count, smoothed[-1])
+                    if smoothed[-1] > 4 * min(smoothed):
+                        break
+        except FloatingPointError as error:
+            if not rates:
+                raise ValueError(
+                    f"The loss isn't finite at the lowest learning rate, {lowest:.3g}: the data or "
+                    f"the weights hold values that aren't finite or far too large."
+                ) from error
         finally:
-            if writer is not None:
-                writer.close()
+            _assign_(model, before, "the search")
+    return RateSearch(tuple(rates), tuple(smoothed))
+
+
+def _endless(
+    run: _Run, stage: _Stage, plan: Planner, steps: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
+    """Of `steps` batches, over as many epochs as it takes: this process's part, and their size."""
+    keys: list[list[data.Key]] = []
+    for epoch in itertools.count():
+        if len(keys) >= steps:
+            break
+        keys += [[stage.key(index, epoch) for index in batch] for batch in plan(epoch)]
+    keys = keys[:steps]
+    mine = [_share(batch, run.accelerator) for batch in keys]
+    loaded = data.batches(stage.training, mine, run.config.workers)
+    for batch, (images, labels) in zip(keys, loaded, strict=True):
+        yield images, labels, len(batch)
