@@ -93,7 +93,7 @@ def digest(value: Any) -> str:
         elif isinstance(value, torch.Tensor):
             array = value.detach().cpu().contiguous()
             sha.update(f"{array.dtype} {tuple(array.shape)}".encode())
-            sha.update(memoryview(array.reshape(-1).view(torch.uint8).numpy()))
+            sha.update(array.reshape(-1).view(torch.uint8).numpy().data)
         else:
             sha.update(f"{value!r};".encode())
 

@@ -51,9 +51,10 @@ class TrainConfig:
     patience: int | None = _option(None, "stop after this many epochs without improvement")
     precision: Literal["fp32", "bf16"] = _option("fp32", "what the layers compute in")
     image_size: int = _option(224, "height and width of the images from a folder")
-    augment: Augment = _option(
-        "none", "mirrored images; and random crops; and TrivialAugment (folders only)"
-    )  # noqa: RUF009
+    augment: Augment = field(
+        default="none",
+        metadata={"help": "mirrored images; and random crops; and TrivialAugment (folders only)"},
+    )
     broken: Literal["skip", "stop"] = _option("stop", "what an unreadable image in a folder does")
     holdout: float = _option(
         0.2, "share of the training folder that validates if nothing else does"
