@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import os
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ def write(path: Path, content: dict[str, Any], also: Path | None = None) -> None
     """
     content = {
         "format": FORMAT,
-        "versions": {"torch": str(torch.__version__), "keras": keras.__version__},
+        "versions": versions(),
         **content,
     }
     temporary = path.with_name(f".{path.name}.partial")
@@ -49,6 +50,15 @@ def write(path: Path, content: dict[str, Any], also: Path | None = None) -> None
     directory = os.open(path.parent, os.O_RDONLY)
     os.fsync(directory)  # the renames
     os.close(directory)
+
+
+def versions() -> dict[str, str]:
+    """The versions that decide on results."""
+    try:
+        own = importlib.metadata.version("vggtorch")
+    except importlib.metadata.PackageNotFoundError:
+        own = "not installed"  # run from a checkout
+    return {"vggtorch": own, "keras": keras.__version__, "torch": str(torch.__version__)}
 
 
 def read(path: Path) -> dict[str, Any]:

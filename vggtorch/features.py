@@ -16,26 +16,22 @@ import keras
 import numpy as np
 import torch
 from filelock import FileLock
-from keras.src.models.functional import operation_fn
 
 from vggtorch.data import Folder, Items, Key, as_input, batches, fingerprint, in_order
+from vggtorch.lowering import Lowered, lower
 
 
-class Part(torch.nn.Module):
-    """What a Keras model does between two of its tensors, on the model's own Parameters."""
+def part(inputs: keras.KerasTensor, outputs: keras.KerasTensor) -> Lowered:
+    """What a Keras model does between two of its tensors, lowered, on its own Parameters.
 
-    def __init__(self, inputs: keras.KerasTensor, outputs: keras.KerasTensor) -> None:
-        super().__init__()
-        self._graph = keras.Function(inputs, outputs)
-        self.layers = torch.nn.ModuleList(
-            op for op in self._graph.operations if isinstance(op, torch.nn.Module)
-        )
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Run the part; `train()` and `eval()` decide what Keras's `training` argument does."""
-        return self._graph._run_through_graph(
-            x, operation_fn=lambda op: operation_fn(op, training=self.training)
-        )
+    Raises:
+        ValueError: a path from the model's input to `outputs` that goes around `inputs`.
+    """
+    calls = {op: len(op._inbound_nodes) for op in keras.Function(inputs, outputs).operations}
+    module = lower(keras.Model(inputs, outputs))
+    for operation, count in calls.items():  # the model in the middle left its calls on the layers
+        del operation._inbound_nodes[count:]
+    return module
 
 
 def frozen_end(model: keras.Model) -> keras.KerasTensor:
@@ -162,7 +158,7 @@ def _compute(
     values = np.lib.format.open_memmap(temporary, "r+")
     keys = [some for copy in range(copies) for some in in_order(len(source), 32, copy)]
     mine = keys[accelerator.process_index :: accelerator.num_processes]
-    module = Part(prefix.inputs[0], prefix.outputs[0]).eval()
+    module = part(prefix.inputs[0], prefix.outputs[0]).eval()
     for some, (images, _) in zip(mine, batches(source, mine, workers), strict=True):
         with torch.no_grad(), accelerator.autocast():
             found = module(as_input(images.to(accelerator.device), weights)).float().cpu().numpy()

@@ -20,11 +20,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-import vggtorch
 from vggtorch import preprocessing, surgery
+from vggtorch.checkpoints import versions
 from vggtorch.config import TrainConfig
 from vggtorch.data import Folder, Items, as_input, batches, in_order
-from vggtorch.features import Part
+from vggtorch.features import part
 from vggtorch.preprocessing import as_layers, remember_, weight_set
 from vggtorch.training import History, RateSearch
 
@@ -85,7 +85,7 @@ def evaluate(
     model: keras.Model, source: Folder | Items, batch_size: int = 32, workers: int = 0
 ) -> Evaluation:
     """Run a model that ends in softmax or logits on every image of a source."""
-    module = Part(model.inputs[0], model.outputs[0]).eval()
+    module = part(model.inputs[0], model.outputs[0]).eval()
     device = model.variables[0].value.device
     outputs, labels = [], []
     with torch.no_grad():
@@ -93,7 +93,9 @@ def evaluate(
             outputs.append(module(as_input(x.to(device), weight_set(model))).float().cpu())
             labels.append(y)
     scores, truth = torch.cat(outputs), torch.cat(labels)
-    if bool((scores < 0).any()) or not torch.allclose(scores.sum(1), torch.ones(len(scores)), atol=1e-3):
+    if bool((scores < 0).any()) or not torch.allclose(
+        scores.sum(1), torch.ones(len(scores)), atol=1e-3
+    ):
         scores = scores.softmax(1)  # logits
     classes = scores.shape[1]
     pairs = torch.bincount(truth * classes + scores.argmax(1), minlength=classes**2)
@@ -113,9 +115,9 @@ def activation_map(model: keras.Model, image: torch.Tensor, index: int) -> np.nd
     device = model.variables[0].value.device
     x = as_input(image[None].to(device), weight_set(model))
     with torch.no_grad():
-        features = Part(model.inputs[0], maps).eval()(x)
+        features = part(model.inputs[0], maps).eval()(x)
     features.requires_grad_()
-    score = Part(maps, model.outputs[0]).eval()(features)[0, index]
+    score = part(maps, model.outputs[0]).eval()(features)[0, index]
     # The gradient of a probability vanishes where it is near 1; that of its logarithm doesn't.
     (gradient,) = torch.autograd.grad(score.clamp_min(1e-30).log(), features)
     weights = gradient.mean((1, 2), keepdim=True)
@@ -142,12 +144,15 @@ def _last_maps(model: keras.Model) -> keras.KerasTensor:
 
 def curves_svg(curves: dict[str, Sequence[float]], title: str, width: int = 420) -> str:
     """A line for each named curve over 1, 2, ...; SVG text."""
-    points = {name: list(enumerate(values, 1)) for name, values in curves.items() if len(values)}
+    points = {
+        name: [(float(i), value) for i, value in enumerate(values, 1)]
+        for name, values in curves.items()
+    }
     return _plot(points, title, width)
 
 
 def plot_rates(search: RateSearch, path: str | Path) -> None:
-    """Draw loss against learning rate, which is logarithmic, with the suggestion, as an SVG file."""
+    """Draw loss against the logarithm of the learning rate, with the suggestion, as an SVG file."""
     exponents = np.log10(search.rates)
     title = f"loss by log10(learning rate); suggested {search.suggestion:.2g}"
     lines = {"loss": list(zip(exponents.tolist(), search.losses, strict=True))}
@@ -198,7 +203,8 @@ def _plot(
         drawn = " ".join("{:.1f},{:.1f}".format(*place(x, y)) for x, y in line if np.isfinite(y))
         parts.append(
             f'<polyline points="{drawn}" fill="none" stroke="{colour}" stroke-width="2"/>'
-            f'<text x="{left + 110 * i}" y="{height - 4}" fill="{colour}">{html.escape(name)}</text>'
+            f'<text x="{left + 110 * i}" y="{height - 4}" fill="{colour}">'
+            f"{html.escape(name)}</text>"
         )
     return "".join(parts) + "</svg>"
 
@@ -210,12 +216,18 @@ def _picture(image: torch.Tensor, heat: np.ndarray | None = None, size: int = 16
         pixels = (pixels - pixels.min()) / (pixels.max() - pixels.min()).clamp_min(1e-12) * 255
     picture = Image.fromarray(pixels.byte().numpy()).resize((size, size))
     if heat is not None:
-        mask = Image.fromarray((heat * 160).astype(np.uint8)).resize((size, size), Image.BICUBIC)
+        mask = Image.fromarray((heat * 160).astype(np.uint8)).resize(
+            (size, size), Image.Resampling.BICUBIC
+        )
         picture.paste(Image.new("RGB", (size, size), (255, 0, 0)), mask=mask)
     buffer = io.BytesIO()
     picture.save(buffer, "JPEG", quality=85)
     code = base64.b64encode(buffer.getvalue()).decode()
     return f'<img width="{size}" height="{size}" alt="" src="data:image/jpeg;base64,{code}">'
+
+
+def _versions() -> str:
+    return ", ".join(f"{name} {version}" for name, version in versions().items())
 
 
 # 3. The page
@@ -261,7 +273,7 @@ def write_report(
     Path(path).write_text(
         f"<!doctype html><html lang=en><meta charset=utf-8><title>{title}</title>{STYLE}"
         f"<h1>{title}</h1><p>Made by <code>{html.escape(command)}</code> with "
-        f"{html.escape(versions())}. Best epoch: {history.best_epoch + 1}.</p>"
+        f"{_versions()}. Best epoch: {history.best_epoch + 1}.</p>"
         f"{''.join(sections)}<h2>Settings</h2><table>{settings}</table></html>",
         encoding="utf-8",
     )
@@ -273,11 +285,6 @@ STYLE = (
     "table{border-collapse:collapse}td,th{padding:.2em .6em;text-align:right;font-weight:normal}"
     "th{color:#555}figure{display:inline-block;margin:.5em}code{background:#eee}</style>"
 )
-
-
-def versions() -> str:
-    """The versions that decide on results."""
-    return f"vggtorch {vggtorch.__version__}, Keras {keras.__version__}, torch {torch.__version__}"
 
 
 def _summary(history: History, evaluation: Evaluation) -> str:
@@ -384,7 +391,7 @@ inside. Output: one value for each line of `classes.txt`.
 - Cut at {config.cut or "the end"}, head {config.head or "its own"}, frozen up to {config.freeze}
 - Training: {len(history.epochs)} epochs of batches of {config.batch_size}, {config.optimizer},
   learning rate {config.learning_rate:g}, augmentation {config.augment}, seed {config.seed}
-- Made by `{command}` with {versions()}
+- Made by `{command}` with {_versions()}
 
 Epoch {history.best_epoch + 1}, whose weights these are:
 

@@ -29,7 +29,7 @@ from vggtorch import checkpoints, data, surgery
 from vggtorch.config import TrainConfig
 from vggtorch.data import Augment, Folder, Items, Planner, Source
 from vggtorch.display import Display, display
-from vggtorch.features import Part, cached_features, frozen_end
+from vggtorch.features import cached_features, frozen_end, part
 from vggtorch.preprocessing import remember_, weight_set
 
 # 1. The network: its head, what trains when, how fast
@@ -504,7 +504,7 @@ def _prepare(
     """The part of the model that trains, and what goes into it: images, or cached features."""
     model, config = run.model, run.config
     end = frozen_end(model) if config.cache else model.inputs[0]
-    tail = Part(end, model.outputs[0])
+    tail = part(end, model.outputs[0])
     if end is model.inputs[0]:
         return _Stage(tail, training, held, is_cached=False)
     folder = Path(config.cache_folder or Path(config.folder) / "features")
