@@ -42,7 +42,8 @@ def write(path: Path, content: dict[str, Any], also: Path | None = None) -> None
             os.replace(second, also)
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
-        temporary.unlink(missing_ok=True)
+        for left in path.parent.glob(".*.partial"):
+            left.unlink()
         raise OSError(
             f"Could not write {path} ({error}). The checkpoint before it is whole: make room and "
             f"resume."

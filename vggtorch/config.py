@@ -104,11 +104,6 @@ class TrainConfig:
                 "Received unfreeze without freeze, so that nothing is frozen. Name the layer that "
                 "the run starts frozen up to: freeze='block5_pool'."
             )
-        if self.cache_copies > 1 and self.augment == "none":
-            raise ValueError(
-                f"Received cache_copies={self.cache_copies} with augment='none': the copies would "
-                f"be equal. Choose an augmentation, or one copy."
-            )
 
 
 def _choices(hint: Any) -> tuple:

@@ -39,9 +39,7 @@ def frozen_end(model: keras.Model) -> keras.KerasTensor:
 
     Everything after it depends on the image through this tensor alone.
     """
-    nodes = [
-        node for _, level in sorted(model._nodes_by_depth.items(), reverse=True) for node in level
-    ]
+    nodes = _nodes(model)
     end, made = model.inputs[0], []
     for i, node in enumerate(nodes):
         if not _is_frozen(node.operation):
@@ -53,6 +51,12 @@ def frozen_end(model: keras.Model) -> keras.KerasTensor:
         if len(open_tensors) == 1:
             end = open_tensors[0]
     return end
+
+
+def _nodes(model: keras.Model) -> list[Any]:
+    """Every call of a layer or operation, in an order in which they can run."""
+    levels = sorted(model._nodes_by_depth.items(), reverse=True)
+    return [node for _, level in levels for node in level]
 
 
 def _is_frozen(operation: keras.Operation) -> bool:
@@ -127,12 +131,20 @@ def cached_features(
 
 
 def _digest(prefix: keras.Model) -> str:
-    """SHA-256 of a network: the arithmetic, as configured, and every weight."""
+    """SHA-256 of a network: its operations, how they are connected, every weight; not the names."""
     digest = hashlib.sha256()
-    for layer in prefix.layers:
-        digest.update(type(layer).__name__.encode())
-        digest.update(json.dumps(layer.get_config(), default=str, sort_keys=True).encode())
-        for weight in layer.weights:
+    number: dict[int, int] = {}  # of each tensor, in the order of their making
+    for node in _nodes(prefix):
+        operation = node.operation
+        config = {key: value for key, value in operation.get_config().items() if key != "name"}
+        arguments = keras.tree.map_structure(
+            lambda x: number[id(x)] if isinstance(x, keras.KerasTensor) else repr(x),
+            [node.arguments.args, node.arguments.kwargs],
+        )
+        number |= {id(x): len(number) + i for i, x in enumerate(node.output_tensors)}
+        described = [type(operation).__name__, config, arguments]
+        digest.update(json.dumps(described, default=str, sort_keys=True).encode())
+        for weight in getattr(operation, "weights", ()):
             digest.update(np.ascontiguousarray(keras.ops.convert_to_numpy(weight)).tobytes())
     return digest.hexdigest()
 

@@ -454,6 +454,11 @@ def _read_data(
     if validation is None and isinstance(train, str | Path):
         train, validation = data.find_splits(Path(train))
     training, plan = read(train, config.augment)
+    if isinstance(training, Folder) and config.augment == "none" and config.cache_copies > 1:
+        raise ValueError(
+            f"Received cache_copies={config.cache_copies} with augment='none': the copies would be "
+            f"equal. Choose an augmentation, or one copy."
+        )
     held = read(validation, "none")[0] if validation is not None else None
     if held is None and isinstance(training, Folder):
         training, held = data.hold_out(training, config.holdout)
