@@ -1,0 +1,112 @@
+"""Checkpoint files: written whole or not at all, read only if every byte is as it was written."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import os
+from pathlib import Path
+from typing import Any
+
+import keras
+import torch
+
+FORMAT = 1
+
+
+def write(path: Path, content: dict[str, Any], also: Path | None = None) -> None:
+    """Write tensors and plain values to a file; `also` becomes a second name of it, first.
+
+    In this order a kill in between leaves `also` ahead of `path`, and the resumed run, which
+    repeats that epoch, writes the same again.
+
+    Raises:
+        OSError: it couldn't be written; the file that was there is whole.
+    """
+    content = {
+        "format": FORMAT,
+        "versions": versions(),
+        **content,
+    }
+    temporary = path.with_name(f".{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            torch.save(content | {"sha256": digest(content)}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        if also is not None:
+            second = also.with_name(f".{also.name}.partial")
+            second.unlink(missing_ok=True)
+            os.link(temporary, second)
+            os.replace(second, also)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
+        for left in path.parent.glob(".*.partial"):
+            left.unlink()
+        raise OSError(
+            f"Could not write {path} ({error}). The checkpoint before it is whole: make room and "
+            f"resume."
+        ) from error
+    directory = os.open(path.parent, os.O_RDONLY)
+    os.fsync(directory)  # the renames
+    os.close(directory)
+
+
+def versions() -> dict[str, str]:
+    """The versions that decide on results."""
+    try:
+        own = importlib.metadata.version("vggtorch")
+    except importlib.metadata.PackageNotFoundError:
+        own = "not installed"  # run from a checkout
+    return {"vggtorch": own, "keras": keras.__version__, "torch": str(torch.__version__)}
+
+
+def read(path: Path) -> dict[str, Any]:
+    """What `write` wrote, on the CPU.
+
+    Raises:
+        ValueError: no checkpoint, a damaged one, or one of another format.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        expected = content.pop("sha256")
+    except Exception as error:  # torch.load raises many kinds for a damaged file
+        raise ValueError(
+            f"{path} isn't a checkpoint of vggtorch, or is damaged ({error}). Take another one, or "
+            f"begin anew in another folder."
+        ) from error
+    if digest(content) != expected:
+        raise ValueError(
+            f"{path} is damaged: its content isn't what its hash says. Take another checkpoint, or "
+            f"begin anew in another folder."
+        )
+    if content["format"] != FORMAT:
+        raise ValueError(
+            f"{path} has format {content['format']}, and this vggtorch reads {FORMAT}. Read it "
+            f"with the vggtorch that wrote it ({content['versions']})."
+        )
+    return content
+
+
+def digest(value: Any) -> str:
+    """SHA-256 over nested dicts, lists, plain values and tensors."""
+    sha = hashlib.sha256()
+
+    def update(value: Any) -> None:
+        if isinstance(value, dict):
+            for key, item in value.items():
+                sha.update(f"{key!r}:".encode())
+                update(item)
+        elif isinstance(value, list | tuple):
+            for item in value:
+                update(item)
+        elif isinstance(value, torch.Tensor):
+            array = value.detach().cpu().contiguous()
+            sha.update(f"{array.dtype} {tuple(array.shape)}".encode())
+            sha.update(array.reshape(-1).view(torch.uint8).numpy().data)
+        else:
+            sha.update(f"{value!r};".encode())
+
+    update(value)
+    return sha.hexdigest()

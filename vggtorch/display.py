@@ -1,0 +1,75 @@
+"""What people see while a network trains: a progress bar, and curves for TensorBoard."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+
+class Display:
+    """A progress bar on stderr, and curves for TensorBoard if asked."""
+
+    def __init__(self, progress: Any, writer: Any) -> None:
+        self._progress, self._writer, self._task = progress, writer, None
+
+    def begin(self, text: str, images: int, done: int = 0) -> None:
+        """A new bar for so many images, some of them done already."""
+        if self._task is not None:
+            self._progress.remove_task(self._task)
+        self._task = self._progress.add_task(text, total=images, completed=done, loss="")
+
+    def advance(self, images: int, loss: float | None = None) -> None:
+        """So many more images are done; the mean loss so far."""
+        text = "" if loss is None else f"loss {loss:.4f}"
+        self._progress.update(self._task, advance=images, loss=text)
+
+    def end(self, epoch: int, result: dict[str, float]) -> None:
+        """Show an epoch's figures, and keep them for TensorBoard."""
+        figures = "  ".join(f"{name} {value:.4g}" for name, value in result.items())
+        self._progress.console.print(f"epoch {epoch + 1}  {figures}")
+        for name, value in result.items():
+            if self._writer is not None:
+                self._writer.add_scalar(name, value, epoch)
+
+
+@contextlib.contextmanager
+def display(is_main: bool, tensorboard: Path | None) -> Iterator[Display]:
+    """Show progress in the main process; curves go into the folder `tensorboard`.
+
+    Raises:
+        ValueError: TensorBoard isn't installed.
+    """
+    from rich import progress as bars
+    from rich.console import Console
+
+    class Throughput(bars.ProgressColumn):
+        def render(self, task: bars.Task) -> str:
+            return f"{task.speed or 0:.0f} images/s"
+
+    writer = None
+    if tensorboard is not None and is_main:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise ValueError(
+                "Received tensorboard=True, and TensorBoard isn't installed: "
+                "pip install 'vggtorch[report]'."
+            ) from error
+        writer = SummaryWriter(tensorboard)
+    columns = (
+        bars.TextColumn("{task.description}"),
+        bars.BarColumn(),
+        bars.MofNCompleteColumn(),
+        Throughput(),
+        bars.TextColumn("{task.fields[loss]}"),
+        bars.TimeRemainingColumn(),
+    )
+    console = Console(stderr=True, quiet=not is_main)
+    with bars.Progress(*columns, console=console, disable=not is_main) as progress:
+        try:
+            yield Display(progress, writer)
+        finally:
+            if writer is not None:
+                writer.close()
