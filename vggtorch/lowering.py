@@ -986,7 +986,7 @@ def accelerate_(model: keras.Model, compile: bool = False, enabled: bool = True)
         return model
     lowered = lower(model)
     run = torch.compile(lowered) if compile else lowered
-    graph = _functional(model)
+    graph = getattr(model, "_functional", model)  # a Sequential model has its graph inside
 
     def call(inputs: Any, training: bool | None = None, mask: Any = None) -> Any:
         # Keras's own way where it works out shapes, which it does on tensors that are not real.
