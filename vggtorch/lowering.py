@@ -800,11 +800,11 @@ class Graph(nn.Module):
         done, size = 0, self.group_sizes.get(x.shape[1:], 1)
         while done < len(x):
             group = x[done : done + size]
-            part = {number: group}
-            largest = _run(steps, part)
+            part, sizes = {number: group}, [1]
+            _run(steps, part, sizes)
             parts.append(part[result])
             done += size
-            size = max(1, GROUP_BYTES * torch.get_num_threads() * len(group) // largest)
+            size = max(1, GROUP_BYTES * torch.get_num_threads() * len(group) // max(sizes))
         self.group_sizes[x.shape[1:]] = size
         values[result] = parts[0] if len(parts) == 1 else torch.cat(parts)
 
@@ -814,9 +814,8 @@ def _segment(steps: list[Step], grouped: bool) -> Segment:
     return Segment(steps, grouped and convolves)
 
 
-def _run(steps: list[Step], values: dict[int, Tensor]) -> int:
-    """Run the steps; `values` keeps what is needed later. Returns the largest value's bytes."""
-    largest = 1
+def _run(steps: list[Step], values: dict[int, Tensor], sizes: list[int] | None = None) -> None:
+    """Run the steps; `values` keeps what is needed later, `sizes` gets the bytes of each result."""
     for step in steps:
         inputs = [values[i] for i in step.inputs]
         for i in step.last_use:
@@ -825,10 +824,10 @@ def _run(steps: list[Step], values: dict[int, Tensor]) -> int:
         outputs = step.run(*extra, *inputs)
         if isinstance(outputs, Tensor):
             values[step.outputs[0]] = outputs
-            largest = max(largest, outputs.nbytes)
+            if sizes is not None:
+                sizes.append(outputs.nbytes)
         else:
             values.update(zip(step.outputs, outputs, strict=True))
-    return largest
 
 
 def _with_last_use(steps: list[Step], outputs: tuple[int, ...]) -> list[Step]:
@@ -986,7 +985,7 @@ def accelerate_(model: keras.Model, compile: bool = False, enabled: bool = True)
         return model
     lowered = lower(model)
     run = torch.compile(lowered) if compile else lowered
-    graph = _functional(model)
+    graph = getattr(model, "_functional", model)  # a Sequential model has its graph inside
 
     def call(inputs: Any, training: bool | None = None, mask: Any = None) -> Any:
         # Keras's own way where it works out shapes, which it does on tensors that are not real.

@@ -1,0 +1,84 @@
+"""What the benchmarks share: turns of A B A B, medians, and the facts that belong to a result."""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+
+def header(device: torch.device) -> str:
+    """Hardware, versions, date and command, as a line of Markdown each."""
+    if device.type == "cuda":
+        hardware = torch.cuda.get_device_name(device)
+    else:
+        cpuinfo = Path("/proc/cpuinfo")
+        lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+        names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+        hardware = names[0] if names else platform.processor()
+        extensions = torch.backends.cpu.get_cpu_capability()
+        hardware += f", {torch.get_num_threads()} threads, {extensions}"
+    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "torchvision", "keras"))
+    return (
+        f"- {hardware}\n"
+        f"- Python {platform.python_version()}, {versions}\n"
+        f"- {date.today()}: `python {' '.join(sys.argv)}`"
+    )
+
+
+def timed(run: Callable[[], object], device: torch.device) -> float:
+    """Seconds of one call, the device's queue empty before and after."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    run()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def in_turns(
+    candidates: Mapping[str, Callable[[], object]],
+    repeats: int,
+    device: torch.device,
+    warmup: int = 2,
+) -> dict[str, list[float]]:
+    """Seconds of each call: A B C A B C ..., after a warm-up of each."""
+    for run in candidates.values():
+        for _ in range(warmup):
+            timed(run, device)
+    seconds: dict[str, list[float]] = {name: [] for name in candidates}
+    for _ in range(repeats):
+        for name, run in candidates.items():
+            seconds[name].append(timed(run, device))
+    return seconds
+
+
+def matmul_rate(dtype: torch.dtype, device: torch.device, repeats: int = 5) -> float:
+    """Floating-point operations per second of a large matrix product."""
+    n = 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    seconds = in_turns({"product": lambda: a @ b}, repeats, device)["product"]
+    return 2 * n**3 / statistics.median(seconds)
+
+
+def table(
+    seconds: dict[str, list[float]], ours: str, flops: float = 0, peak: float = 0
+) -> list[str]:
+    """Markdown rows: median, quartiles, how many times faster `ours` is, share of the peak."""
+    mine = statistics.median(seconds[ours])
+    rows = []
+    for name, values in seconds.items():
+        median = statistics.median(values)
+        low, _, high = statistics.quantiles(values, n=4)
+        row = f"| {name} | {median * 1e3:.1f} | {low * 1e3:.1f}-{high * 1e3:.1f} "
+        row += f"| {median / mine:.2f} |"
+        rows.append(row + (f" {flops / median / peak:.2f} |" if peak else ""))
+    return rows

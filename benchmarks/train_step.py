@@ -1,0 +1,185 @@
+"""Time and memory of a training step: ours, stock Keras on torch, a plain torchvision loop.
+
+Full fine-tuning of VGG16 at 224x224, and the tutorial's transfer learning at 160x160: frozen up to
+block2_pool, a small head on top. SGD with momentum on the same weights and images; the losses of
+the first steps must agree before anything is timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import vggtorch  # noqa: F401  # isort: skip  (first: it selects Keras's torch backend)
+import harness
+import keras
+import torch
+import torch.nn.functional as F
+from forward import torch_vgg16
+from keras import layers
+from torch import Tensor, nn
+
+from vggtorch.lowering import accelerate_, lower
+
+LR, MOMENTUM = 1e-3, 0.9
+TOLERANCE = 1e-3  # of the loss
+
+
+def full() -> keras.Model:
+    """VGG16 with probabilities, everything trainable."""
+    return keras.applications.VGG16(weights=None)
+
+
+def tutorial() -> keras.Model:
+    """VGG16 up to block2_pool, frozen, and the tutorial's head (no dropout, to be comparable)."""
+    base = keras.applications.VGG16(weights=None, include_top=False, input_shape=(160, 160, 3))
+    x = base.get_layer("block2_pool").output
+    x = layers.Conv2D(64, 3, activation="relu")(x)
+    x = layers.MaxPooling2D()(x)
+    x = layers.Flatten()(x)
+    x = layers.Dense(256, activation="relu")(x)
+    model = keras.Model(base.input, layers.Dense(10, activation="softmax")(x))
+    for layer in model.layers[:7]:
+        layer.trainable = False
+    return model
+
+
+def torch_tutorial(model: keras.Model) -> nn.Module:
+    """The same network, hand-written; the flattened map in HWC order, as Keras has it."""
+
+    class HwcFlatten(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.permute(0, 2, 3, 1).flatten(1)
+
+    modules: list[nn.Module] = []
+    for layer in model.layers:
+        if isinstance(layer, layers.Conv2D):
+            channels, filters = layer.kernel.shape[2:]
+            conv = nn.Conv2d(channels, filters, 3, padding=int(layer.padding == "same"))
+            conv.weight.data.copy_(layer.kernel.value.permute(3, 2, 0, 1))
+            conv.bias.data.copy_(layer.bias.value)  # type: ignore[union-attr]
+            modules += [conv.requires_grad_(layer.trainable), nn.ReLU(inplace=True)]
+        elif isinstance(layer, layers.MaxPooling2D):
+            modules.append(nn.MaxPool2d(2))
+        elif isinstance(layer, layers.Flatten):
+            modules.append(HwcFlatten())
+        elif isinstance(layer, layers.Dense):
+            dense = nn.Linear(*layer.kernel.shape)
+            dense.weight.data.copy_(layer.kernel.value.t())
+            dense.bias.data.copy_(layer.bias.value)
+            modules.append(dense)
+            if layer is not model.layers[-1]:
+                modules.append(nn.ReLU(inplace=True))
+    return nn.Sequential(*modules)
+
+
+def torch_step(
+    module: nn.Module, x: Tensor, y: Tensor, loss_of: Callable[[Tensor, Tensor], Tensor]
+) -> Callable[[], float]:
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(parameters, LR, MOMENTUM)
+    module.train()
+    for part in module.modules():
+        if isinstance(part, nn.Dropout):
+            part.p = 0.0
+
+    def step() -> float:
+        loss = loss_of(module(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return loss.item()
+
+    return step
+
+
+def keras_step(model: keras.Model, x: Tensor, y: Tensor) -> Callable[[], float]:
+    optimizer = keras.optimizers.SGD(LR, MOMENTUM)
+    model.compile(optimizer, "sparse_categorical_crossentropy")
+    return lambda: float(model.train_on_batch(x, y))
+
+
+def twin(model: keras.Model) -> keras.Model:
+    """A copy with Parameters of its own."""
+    copied = keras.models.clone_model(model)
+    copied.set_weights(model.get_weights())
+    return copied
+
+
+def nll(probabilities: Tensor, y: Tensor) -> Tensor:
+    return F.nll_loss(probabilities.clamp(1e-7, 1 - 1e-7).log(), y)
+
+
+def candidates(job: str, batch: int, device: torch.device) -> dict[str, Callable[[], float]]:
+    keras.utils.set_random_seed(0)
+    size, classes = (224, 1000) if job == "full" else (160, 10)
+    model = full() if job == "full" else tutorial()
+    x = torch.randn(batch, size, size, 3, device=device)
+    y = torch.randint(0, classes, (batch,), device=device)
+    plain = torch_vgg16(model, five=False) if job == "full" else torch_tutorial(model)
+    plain = plain.to(device)
+    last = copy.deepcopy(plain).to(memory_format=torch.channels_last)
+    nchw = x.permute(0, 3, 1, 2)
+    return {
+        "vggtorch": torch_step(lower(twin(model)), x, y, nll),
+        "vggtorch, train_on_batch": keras_step(accelerate_(twin(model)), x, y),
+        "Keras, train_on_batch": keras_step(twin(model), x, y),
+        "torchvision": torch_step(plain, nchw.contiguous(), y, F.cross_entropy),
+        "torchvision, channels-last": torch_step(last, nchw, y, F.cross_entropy),
+    }
+
+
+def check(steps: dict[str, Callable[[], float]]) -> None:
+    """Raise where the loss of the first step is not that of the first candidate."""
+    losses = {name: step() for name, step in steps.items()}
+    expected = losses["vggtorch"]
+    for name, loss in losses.items():
+        if not abs(loss - expected) <= TOLERANCE * expected:
+            raise RuntimeError(f"{name} has a loss of {loss:.5f}, not {expected:.5f}")
+
+
+def peak_memory(step: Callable[[], float], device: torch.device) -> int:
+    """Bytes that a step needs above what was held before it."""
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        step()
+        return torch.cuda.max_memory_allocated(device) - before
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    before = resident("VmRSS")
+    step()
+    return resident("VmHWM") - before
+
+
+def resident(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/self/status has no {field}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--batch", type=int, help="8 on a CPU, 64 on a GPU by default")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--jobs", nargs="+", default=["full", "tutorial"])
+    args = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    batch = args.batch or (64 if device.type == "cuda" else 8)
+    print(harness.header(device))
+    for job in args.jobs:
+        steps: dict[str, Any] = candidates(job, batch, device)
+        check(steps)
+        seconds = harness.in_turns(steps, args.repeats, device, warmup=1)
+        rows = harness.table(seconds, "vggtorch")
+        print(f"\n{job}, batch {batch}, float32\n")
+        print("| | ms | quartiles | times ours | MB a step |\n|-|-|-|-|-|")
+        for row, step in zip(rows, steps.values(), strict=True):
+            print(f"{row} {peak_memory(step, device) / 1e6:.0f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

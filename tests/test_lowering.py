@@ -1,0 +1,623 @@
+from __future__ import annotations
+
+import copy
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.multiprocessing
+import torch.nn.functional as F
+from torch import nn
+
+import vggtorch  # noqa: F401  # isort: skip  (first: it selects Keras's torch backend)
+import keras
+from keras import layers
+
+from vggtorch.lowering import KerasLayer, accelerate_, lower
+
+APPLICATIONS = {  # name: image size, layers of it that run as Keras runs them
+    "VGG16": (32, 0),
+    "ResNet50": (32, 0),
+    "MobileNetV2": (32, 0),
+    "MobileNetV3Small": (32, None),
+    "DenseNet121": (32, 0),
+    "EfficientNetB0": (32, None),
+    "InceptionV3": (75, 0),
+}
+
+
+def randomise(model: keras.Model) -> keras.Model:
+    """Give batch norms and biases values that a mistake would show in."""
+    rng = np.random.default_rng(0)
+    for variable in model.variables:
+        if variable.name in ("gamma", "moving_variance"):
+            variable.assign(rng.uniform(0.5, 1.5, variable.shape))
+        elif variable.name in ("beta", "moving_mean", "bias"):
+            variable.assign(rng.normal(0, 0.1, variable.shape))
+    return model
+
+
+def application(name: str, size: int) -> keras.Model:
+    keras.utils.set_random_seed(0)
+    make = getattr(keras.applications, name)
+    return randomise(
+        make(weights=None, include_top=False, input_shape=(size, size, 3), pooling="avg")
+    )
+
+
+def small_vgg(data_format: str = "channels_last", dtype: str = "float32") -> keras.Model:
+    """Two blocks of a VGG, one with batch norm, and its classifier."""
+    keras.utils.set_random_seed(0)
+    options = {"data_format": data_format}
+    shape = (16, 16, 3) if data_format == "channels_last" else (3, 16, 16)
+    axis = -1 if data_format == "channels_last" else 1
+    with_dtype = {"dtype": dtype}
+    x = image = keras.Input(shape)
+    x = layers.Conv2D(8, 3, padding="same", activation="relu", name="block1_conv1",
+                      **options, **with_dtype)(x)  # fmt: skip
+    x = layers.MaxPooling2D(2, name="block1_pool", **options, **with_dtype)(x)
+    x = layers.Conv2D(16, 3, padding="same", name="block2_conv1", **options, **with_dtype)(x)
+    x = layers.BatchNormalization(axis, name="block2_bn1", **with_dtype)(x)
+    x = layers.Activation("relu", name="block2_relu1", **with_dtype)(x)
+    x = layers.MaxPooling2D(2, name="block2_pool", **options, **with_dtype)(x)
+    x = layers.Flatten(name="flatten", **options)(x)
+    x = layers.Dense(32, activation="relu", name="fc1", **with_dtype)(x)
+    x = layers.Dense(10, activation="softmax", name="predictions", **with_dtype)(x)
+    return randomise(keras.Model(image, x))
+
+
+def images(model: keras.Model, n: int = 4) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(n, *model.input_shape[1:], generator=generator)
+
+
+def assert_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-5) -> None:
+    """Equal within `tolerance` of the largest magnitude (or of 0.01, below which it is noise)."""
+    assert actual.shape == expected.shape
+    assert actual.dtype == expected.dtype
+    error = (actual - expected).abs().max().item()
+    assert error <= tolerance * max(expected.abs().max().item(), 0.01)
+
+
+@pytest.mark.parametrize("name", APPLICATIONS)
+def test_outputs_equal_keras(name: str) -> None:
+    size, as_keras = APPLICATIONS[name]
+    model = application(name, size)
+    x = images(model)
+    with torch.no_grad():
+        expected = model(x, training=False)
+        lowered = lower(model).eval()
+        assert_close(lowered(x), expected)
+    with torch.enable_grad():  # the other list of steps
+        assert_close(lowered(x).detach(), expected)
+    if as_keras is not None:
+        assert sum(isinstance(m, KerasLayer) for m in lowered.modules()) == as_keras
+
+
+def test_vgg_without_batch_norm_is_bit_identical() -> None:
+    model = application("VGG16", 64)
+    x = images(model, 3)
+    with torch.no_grad():
+        expected = model(x, training=False)
+        assert torch.equal(lower(model).eval()(x), expected)
+
+
+def step(model: keras.Model, run: Any) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """What a step of training leaves: outputs, and gradients or moving statistics."""
+    output = run(images(model))
+    output.square().sum().backward()
+    left = [v.value.grad if v.trainable else v.value.detach() for v in model.variables]
+    return output.detach(), left
+
+
+@pytest.mark.parametrize("dtype,tolerance", [("float64", 1e-10), ("float32", 1e-4)])
+def test_training_equals_keras(dtype: str, tolerance: float) -> None:
+    """Without batch norm in float64, where rounding is far below any mistake; with it in float32.
+
+    Keras computes batch norm in float32 whatever the policy.
+    """
+    if dtype == "float64":
+        keras.config.set_dtype_policy("float64")
+        model = keras.applications.VGG16(weights=None, include_top=False, input_shape=(32, 32, 3))
+        keras.config.set_dtype_policy("float32")
+    else:
+        model = small_vgg()
+    twin = keras.models.clone_model(model)
+    twin.set_weights(model.get_weights())
+    output, left = step(model, lower(model).train())
+    expected, keras_left = step(twin, lambda x: twin(x, training=True))
+    assert_close(output, expected, tolerance)
+    for actual, value in zip(left, keras_left, strict=True):
+        assert_close(actual, value, tolerance)
+
+
+@pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
+@pytest.mark.parametrize("given", ["channels_last", "channels_first"])
+def test_layouts(data_format: str, given: str) -> None:
+    """A channels_first Keras model is compared with its channels_last twin, which a CPU can run."""
+    model, twin = small_vgg(data_format), small_vgg()
+    twin.set_weights(model.get_weights())
+    nhwc = images(twin)
+    # Flatten of a channels_first model puts channels last, so that fc1 is the same.
+    expected = twin(nhwc, training=False).detach()
+    x = nhwc if given == "channels_last" else nhwc.permute(0, 3, 1, 2)
+    lowered = lower(model, data_format=given).eval()
+    assert_close(lowered(x).detach(), expected)
+    with torch.no_grad():
+        assert_close(lowered(x), expected)
+
+
+def test_feature_maps_come_out_in_the_layout_asked_for() -> None:
+    vgg = small_vgg()
+    model = keras.Model(vgg.input, vgg.get_layer("block1_pool").output)
+    x = images(model)
+    expected = model(x).detach()
+    assert_close(lower(model)(x).detach(), expected)
+    first = lower(model, data_format="channels_first")(x.permute(0, 3, 1, 2)).detach()
+    assert_close(first, expected.permute(0, 3, 1, 2))
+
+
+@pytest.mark.parametrize("size", [15, 16])
+@pytest.mark.parametrize(
+    "kernel,stride,dilation", [(3, 1, 1), (2, 1, 1), (5, 2, 1), (4, 3, 1), (3, 1, 2)]
+)
+@pytest.mark.parametrize("kind", [layers.Conv2D, layers.DepthwiseConv2D, layers.SeparableConv2D])
+def test_same_padding(kind: type, kernel: int, stride: int, dilation: int, size: int) -> None:
+    options = {"strides": stride, "dilation_rate": dilation, "padding": "same"}
+    filters = () if kind is layers.DepthwiseConv2D else (6,)
+    image = keras.Input((size, size + 1, 4))
+    y = kind(*filters, kernel, **options)(image)
+    model = randomise(keras.Model(image, y))
+    x = images(model)
+    expected = model(x).detach()
+    assert_close(lower(model)(x).detach(), expected)
+    with torch.no_grad():
+        assert_close(lower(model).eval()(x), expected)
+
+
+@pytest.mark.parametrize("padding", ["same", "valid"])
+@pytest.mark.parametrize("layer", [layers.MaxPooling2D, layers.AveragePooling2D])
+def test_pooling(layer: type, padding: str) -> None:
+    image = keras.Input((15, 14, 4))
+    model = keras.Model(image, [layer(3, 2, padding)(image), layer(2, 2, padding)(image)])
+    x = images(model)
+    for actual, expected in zip(lower(model)(x), model(x), strict=True):
+        assert torch.equal(actual, expected)
+
+
+def test_graphs_of_any_shape() -> None:
+    """Branches, a shared layer, a nested model, operations, several inputs and outputs, dicts."""
+    keras.utils.set_random_seed(0)
+    a, b = keras.Input((8, 8, 3), name="a"), keras.Input((8, 8, 3), name="b")
+    shared = layers.Conv2D(4, 3, padding="same")
+    nested = keras.Sequential([keras.Input((8, 8, 4)), layers.Conv2D(4, 1), layers.ReLU(6)])
+    relu = layers.ReLU()
+    left, right = shared(a), shared(b)
+    both = layers.Add()([relu(left), relu(right), left])  # `left` is needed after its ReLU
+    x = layers.Concatenate()([nested(both), nested(left)]) * 2.0 + keras.ops.mean(right)
+    pooled = layers.GlobalAveragePooling2D()(x)
+    score = layers.Dense(3, activation="softmax")(layers.LayerNormalization()(pooled))
+    model = keras.Model({"a": a, "b": b}, {"score": score, "map": both, "pooled": pooled})
+    inputs = {"a": torch.randn(2, 8, 8, 3), "b": torch.randn(2, 8, 8, 3)}
+    expected = model(inputs, training=False)
+    lowered = lower(model)
+    for mode in (lowered.train(), lowered.eval()):
+        outputs = mode(inputs)
+        for key in expected:
+            assert_close(outputs[key].detach(), expected[key].detach())
+    with torch.no_grad():
+        for key, output in lowered(inputs).items():
+            assert_close(output, expected[key].detach())
+
+
+def test_a_layer_without_handler_gets_training_and_keeps_its_parameters() -> None:
+    image = keras.Input((6, 6, 3))
+    noisy = layers.GaussianNoise(1.0)(layers.UnitNormalization()(image))
+    model = keras.Model(image, layers.PReLU(name="prelu")(noisy))
+    x = images(model)
+    lowered: Any = lower(model)
+    assert torch.equal(lowered.eval()(x), model(x, training=False))
+    assert not torch.allclose(lowered.train()(x), lowered.eval()(x))
+    assert lowered.prelu.alpha is model.get_layer("prelu").alpha.value
+
+
+def test_masks_are_kept() -> None:
+    tokens = keras.Input((5,), dtype="int32")
+    x = layers.Embedding(7, 4, mask_zero=True)(tokens)
+    model = keras.Model(tokens, layers.LSTM(3)(layers.Dropout(0.1)(x)))
+    ids = torch.tensor([[1, 2, 0, 0, 0], [3, 4, 5, 0, 0]])
+    assert_close(lower(model).eval()(ids).detach(), model(ids).detach())
+
+
+def test_dropout_follows_train_and_eval() -> None:
+    image = keras.Input((1000,))
+    model = keras.Model(image, layers.Dropout(0.25)(image))
+    x = torch.ones(20, 1000)
+    lowered = lower(model)
+    assert torch.equal(lowered.eval()(x), x)
+    y = lowered.train()(x)
+    assert set(y.unique().tolist()) == {0.0, torch.tensor(1 / 0.75).item()}
+    assert abs((y == 0).float().mean() - 0.25) < 0.02
+    torch.manual_seed(3)
+    expected = model(x, training=True)
+    torch.manual_seed(3)
+    assert torch.equal(lowered(x), expected)
+
+
+def test_seeded_dropout_is_kerass_own() -> None:
+    image = keras.Input((100,))
+    models = [keras.Model(image, layers.Dropout(0.5, seed=7)(image)) for _ in range(2)]
+    x = torch.ones(4, 100)
+    assert torch.equal(lower(models[0]).train()(x), models[1](x, training=True))
+
+
+def test_batch_norm_that_is_not_trainable_stays_frozen() -> None:
+    model = small_vgg()
+    norm = model.get_layer("block2_bn1")
+    x = images(model)
+    lowered = lower(model).train()
+    norm.trainable = False  # after lowering
+    before = [v.numpy().copy() for v in norm.variables]
+    assert_close(lowered(x).detach(), model(x, training=True).detach())
+    for variable, value in zip(norm.variables, before, strict=True):
+        np.testing.assert_array_equal(variable.numpy(), value)
+    norm.trainable = True
+    lowered(x)
+    assert not np.array_equal(norm.moving_mean.numpy(), before[2])
+
+
+def test_batch_norm_of_one_value() -> None:
+    image = keras.Input((3,))
+    model = randomise(keras.Model(image, layers.BatchNormalization()(image)))
+    twin = keras.models.clone_model(model)
+    twin.set_weights(model.get_weights())
+    x = torch.randn(1, 3)
+    assert_close(lower(model).train()(x).detach(), twin(x, training=True).detach(), 1e-4)
+    for mine, theirs in zip(model.variables, twin.variables, strict=True):
+        assert_close(mine.value.detach(), theirs.value.detach(), 1e-5)
+
+
+# Parameters
+
+
+def test_the_parameters_are_the_keras_models_own() -> None:
+    model = small_vgg()
+    values = model.get_weights()
+    lowered: Any = lower(model)
+    ours = {id(p) for p in lowered.parameters()}
+    assert ours == {id(v.value) for v in model.variables}
+    assert lowered.block1_conv1.kernel is model.get_layer("block1_conv1").kernel.value
+    assert {"block1_conv1", "block2_bn1", "fc1"} <= {name for name, _ in lowered.named_modules()}
+    assert "block1_conv1.kernel" in lowered.state_dict()
+    for value, expected in zip(model.get_weights(), values, strict=True):
+        np.testing.assert_array_equal(value, expected)
+    for name in ("block1_conv1", "block2_conv1"):
+        kernel = model.get_layer(name).kernel.value
+        assert kernel.permute(3, 2, 0, 1).is_contiguous(memory_format=torch.channels_last)
+    assert model.get_layer("fc1").kernel.value.t().is_contiguous()
+
+
+def test_convolution_copies_no_activation() -> None:
+    lowered = lower(small_vgg()).train()
+    x = torch.randn(2, 16, 16, 3)
+    with torch.profiler.profile() as profile:
+        lowered(x)
+    operations = {event.key for event in profile.key_averages()}
+    assert not operations & {"aten::contiguous", "aten::clone"}
+
+
+def test_trained_from_either_side() -> None:
+    model = small_vgg()
+    x, y = images(model), torch.tensor([0, 1, 2, 3])
+    lowered = lower(model).train()
+    optimizer = torch.optim.SGD([p for p in lowered.parameters() if p.requires_grad], lr=0.01)
+    F.nll_loss(lowered(x).log(), y).backward()
+    optimizer.step()
+    with torch.no_grad():
+        assert_close(lowered.eval()(x), model(x, training=False))
+    before = model.get_weights()
+    model.compile(keras.optimizers.SGD(0.01), "sparse_categorical_crossentropy")
+    model.fit(x, y, verbose=0)
+    assert not np.array_equal(model.get_weights()[0], before[0])
+    with torch.no_grad():
+        assert_close(lowered.eval()(x), model(x, training=False))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda p: p.mul_(1.5),
+        lambda p: p.data.mul_(1.5),
+        lambda p: setattr(p, "data", p.data * 1.5),
+        lambda p: p.copy_(torch.zeros_like(p)),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_was_prepared_follows_the_parameters(change: Any, dtype: torch.dtype) -> None:
+    model = small_vgg()
+    lowered = lower(model, dtype=dtype).eval()
+    x = images(model)
+    tolerance = 1e-5 if dtype == torch.float32 else 3e-2
+    with torch.no_grad():
+        before = lowered(x)
+        for name in ("block1_conv1", "block2_conv1", "fc1"):
+            change(model.get_layer(name).kernel.value)
+            after = lowered(x)
+            assert not torch.allclose(after, before)
+            assert_close(after.float(), model(x, training=False), tolerance)
+            before = after
+        model.get_layer("block2_bn1").moving_mean.assign(np.ones(16))
+        assert_close(lowered(x).float(), model(x, training=False), tolerance)
+
+
+def test_saved_loaded_moved_and_copied(tmp_path: Path) -> None:
+    model = small_vgg()
+    x = images(model)
+    lowered = lower(model).eval()
+    expected = lowered(x).detach()
+    path = f"{tmp_path}/weights.weights.h5"
+    model.save_weights(path)
+    state = copy.deepcopy(lowered.state_dict())
+    twin = copy.deepcopy(lowered)
+
+    def zero() -> None:
+        for p in lowered.parameters():
+            p.data.zero_()
+
+    zero()
+    model.load_weights(path)
+    assert_close(lowered(x).detach(), expected)
+    zero()
+    lowered.load_state_dict(state)
+    assert_close(model(x, training=False).detach(), expected)
+    zero()
+    assert_close(twin(x).detach(), expected)  # a copy has parameters of its own
+    lowered.load_state_dict(state)
+    lowered.to("cpu").to(memory_format=torch.contiguous_format)
+    assert {id(p) for p in lowered.parameters()} == {id(v.value) for v in model.variables}
+    assert_close(lowered(x).detach(), expected)
+
+
+def test_a_frozen_prefix_keeps_nothing_for_backward() -> None:
+    model = small_vgg()
+    for layer in model.layers[:-2]:
+        layer.trainable = False
+    x = images(model)
+    saved: list[torch.Size] = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        saved.append(tensor.shape)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        lower(model).train()(x).sum().backward()
+    assert not [shape for shape in saved if len(shape) == 4]
+    assert model.get_layer("fc1").kernel.value.grad is not None
+
+
+# Precision
+
+
+@pytest.mark.parametrize("policy", ["mixed_bfloat16", "bfloat16"])
+def test_dtype_policies(policy: str) -> None:
+    model = small_vgg(dtype=policy)
+    x = images(model)
+    lowered = lower(model)
+    expected = model(x, training=False).detach()
+    assert_close(lowered.eval()(x).detach(), expected, 3e-2)
+    with torch.no_grad():
+        assert_close(lowered(x), expected, 3e-2)
+    output = lowered.train()(x)
+    assert output.dtype == torch.bfloat16
+    output.float().square().sum().backward()
+    for variable in model.trainable_variables:
+        assert variable.value.grad.dtype == variable.value.dtype
+
+
+def test_dtype_computes_as_the_mixed_policy_does() -> None:
+    model, mixed = small_vgg(), small_vgg(dtype="mixed_bfloat16")
+    mixed.set_weights(model.get_weights())
+    x = images(model)
+    lowered = lower(model, dtype=torch.bfloat16).eval()
+    expected = mixed(x, training=False).detach()
+    assert_close(lowered(x).detach(), expected, 3e-2)
+    with torch.no_grad():
+        assert_close(lowered(x), expected, 3e-2)
+    assert {p.dtype for p in lowered.parameters()} == {torch.float32}
+
+
+def test_autocast_computes_in_bfloat16() -> None:
+    model = small_vgg()
+    x = images(model)
+    lowered: Any = lower(model).train()
+    seen: list[torch.dtype] = []
+    lowered.block2_bn1.register_forward_pre_hook(lambda _, args: seen.append(args[0].dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        output = lowered(x)
+    assert seen == [torch.bfloat16]
+    output.float().sum().backward()
+    with torch.no_grad():
+        twin = small_vgg()
+        assert_close(output.detach().float(), lower(twin).train()(x), 5e-2)
+
+
+# torch.compile, several processes
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_no_graph_breaks(training: bool) -> None:
+    model = small_vgg()
+    x = images(model)
+    lowered = lower(model).train(training)
+    torch._dynamo.reset()
+    with torch.set_grad_enabled(training):
+        assert torch._dynamo.explain(lowered)(x).graph_break_count == 0
+        compiled = torch.compile(
+            lower(small_vgg()).train(training), backend="aot_eager", fullgraph=True
+        )
+        assert_close(compiled(x).detach(), lower(small_vgg()).train(training)(x).detach())
+
+
+def _gradients(rank: int, port: int, out: object) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
+    model = small_vgg()
+    model.get_layer("block2_bn1").trainable = False
+    parallel = nn.parallel.DistributedDataParallel(lower(model).train())
+    half = images(model)[rank * 2 : rank * 2 + 2]
+    parallel(half).square().sum(1).mean().backward()
+    if rank == 0:
+        grads = [v.value.grad.numpy() for v in model.trainable_variables]
+        np.savez(out, *grads)  # type: ignore[arg-type]
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_have_the_gradients_of_one(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    out = f"{tmp_path}/gradients.npz"
+    torch.multiprocessing.spawn(_gradients, (port, out), nprocs=2)
+    model = small_vgg()
+    model.get_layer("block2_bn1").trainable = False
+    lower(model).train()(images(model)).square().sum(1).mean().backward()
+    for variable, grad in zip(model.trainable_variables, np.load(out).values(), strict=True):
+        np.testing.assert_allclose(variable.value.grad.numpy(), grad, rtol=1e-4, atol=1e-6)
+
+
+# The Keras model itself
+
+
+def trained(accelerated: bool, dropout: float = 0.5, **options: bool) -> tuple[keras.Model, dict]:
+    keras.utils.set_random_seed(1)
+    vgg = small_vgg()
+    x = layers.Dropout(dropout)(vgg.get_layer("fc1").output)
+    model = keras.Model(vgg.input, layers.Dense(4, activation="softmax")(x))
+    model.compile(
+        keras.optimizers.Adam(1e-3), "sparse_categorical_crossentropy", metrics=["accuracy"]
+    )
+    if accelerated:
+        assert accelerate_(model, **options) is model
+    rng = np.random.default_rng(0)
+    images, classes = rng.normal(size=(24, 16, 16, 3)), rng.integers(0, 4, 24)
+    keras.utils.set_random_seed(2)
+    history = model.fit(images, classes, 8, 2, verbose=0, validation_data=(images, classes)).history
+    return model, history | {
+        "evaluate": model.evaluate(images, classes, verbose=0),
+        "predict": model.predict(images, verbose=0),
+        "call": model(images).detach().numpy(),
+        "training": model(images, training=True).shape,
+        "moving_mean": model.get_layer("block2_bn1").moving_mean.numpy(),
+    }
+
+
+def test_accelerated_fit_evaluate_predict_and_call() -> None:
+    _, expected = trained(accelerated=False)
+    model, actual = trained(accelerated=True)
+    for key, value in expected.items():
+        np.testing.assert_allclose(actual[key], value, rtol=1e-3, atol=1e-5, err_msg=key)
+    accelerate_(model, enabled=False)
+    assert "call" not in vars(model)
+
+
+def test_accelerated_runs_the_lowered_module() -> None:
+    model = accelerate_(accelerate_(small_vgg()))
+    x = images(model)
+    with torch.profiler.profile() as profile:
+        model.predict(x, verbose=0)
+    operations = {event.key for event in profile.key_averages()}
+    assert ("mkldnn::_convolution_pointwise" in operations) == torch.backends.mkldnn.enabled
+
+
+def test_accelerated_compiled() -> None:
+    _, expected = trained(accelerated=False, dropout=0.0)
+    torch._dynamo.reset()
+    with pytest.MonkeyPatch.context() as patch:  # a compiler is not everywhere; the graph is
+        real = torch.compile
+        patch.setattr(torch, "compile", lambda module: real(module, backend="aot_eager"))
+        _, actual = trained(accelerated=True, dropout=0.0, compile=True)
+    np.testing.assert_allclose(actual["loss"], expected["loss"], rtol=1e-3)
+
+
+def test_accelerated_models_save_clone_and_can_be_cut(tmp_path: Path) -> None:
+    model = accelerate_(small_vgg())
+    x = images(model)
+    expected = model.predict(x, verbose=0)
+    path = f"{tmp_path}/model.keras"
+    model.save(path)
+    loaded = keras.saving.load_model(path)
+    assert "call" not in vars(loaded) | vars(keras.models.clone_model(model))
+    np.testing.assert_allclose(loaded.predict(x, verbose=0), expected, rtol=1e-4, atol=1e-6)
+    head = layers.Dense(2)(model(keras.Input((16, 16, 3))))  # symbolic: as a layer of another
+    assert head.shape == (None, 2)
+    cut = keras.Model(model.input, model.get_layer("block1_pool").output)
+    assert cut.predict(x, verbose=0).shape == (4, 8, 8, 8)
+
+
+def test_accelerated_sequential() -> None:
+    model = keras.Sequential([keras.Input((8, 8, 3)), layers.Conv2D(2, 3), layers.Flatten()])
+    x = np.random.default_rng(0).normal(size=(3, 8, 8, 3))
+    expected = model.predict(x, verbose=0)
+    np.testing.assert_allclose(accelerate_(model).predict(x, verbose=0), expected, rtol=1e-5)
+
+
+# What is refused
+
+
+def test_refusals() -> None:
+    class Own(keras.Model):
+        def call(self, x: torch.Tensor) -> torch.Tensor:
+            return x
+
+    with pytest.raises(ValueError, match="not a Functional model or a built Sequential one"):
+        lower(Own())
+    with pytest.raises(ValueError, match="not a Functional model or a built Sequential one"):
+        lower(keras.Sequential([layers.Dense(2)]))
+    with pytest.raises(ValueError, match="data_format='NCHW'; expected 'channels_last'"):
+        lower(small_vgg(), data_format="NCHW")
+    with pytest.raises(ValueError, match=r"dtype=torch.int8; expected torch.float32"):
+        lower(small_vgg(), dtype=torch.int8)
+    lowered = lower(small_vgg())
+    with pytest.raises(ValueError, match=r"shape \(2, 3, 16, 16\); expected \(None, 16, 16, 3\)"):
+        lowered(torch.zeros(2, 3, 16, 16))
+    with pytest.raises(ValueError, match="Received 2 inputs; this model takes 1"):
+        lowered([torch.zeros(2, 16, 16, 3)] * 2)
+
+
+# A GPU, where there is one
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("training", [True, False])
+def test_cuda_equals_keras(training: bool) -> None:
+    model = small_vgg()
+    twin = small_vgg()
+    x = images(model).cuda()
+    with torch.set_grad_enabled(training):
+        lowered = lower(model).train(training)
+        assert_close(lowered(x), twin(x, training=training), 1e-3)
+    assert {p.device.type for p in lowered.parameters()} == {"cuda"}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_cuda_graph() -> None:
+    model = small_vgg()
+    x = images(model).cuda()
+    lowered = lower(model).eval()
+    with torch.no_grad():
+        expected = lowered(x)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            lowered(x)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = lowered(x)
+        graph.replay()
+    assert_close(captured, expected)
