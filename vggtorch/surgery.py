@@ -126,6 +126,8 @@ def remove(model: keras.Model, layers: str | Iterable[str]) -> Functional:
         for tensor in node.outputs:
             bypass[id(tensor)] = sources[0]
             pairs.append((tensor, sources[0]))
+    if all(_node(bypass.get(id(t), t)).is_input for t in graph.outputs):
+        raise ValueError(f"remove would leave no layer of {model.name!r} but its inputs.")
     return _splice(graph, pairs, [])
 
 
