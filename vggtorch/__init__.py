@@ -25,7 +25,10 @@ def _select_torch_backend() -> None:
 
 _select_torch_backend()
 
-from vggtorch.lowering import accelerate_, lower  # noqa: E402 - only now that it is torch
+# Only now that the backend is torch:
+from vggtorch.advice import advise  # noqa: E402
+from vggtorch.config import TrainConfig  # noqa: E402
+from vggtorch.lowering import accelerate_, lower  # noqa: E402
 from vggtorch.models import (  # noqa: E402
     VGG11,
     VGG13,
@@ -36,6 +39,7 @@ from vggtorch.models import (  # noqa: E402
     save_weights,
 )
 from vggtorch.preprocessing import decode_predictions, preprocess, weight_set  # noqa: E402
+from vggtorch.report import save_trained, write_report  # noqa: E402
 from vggtorch.surgery import (  # noqa: E402
     freeze_,
     insert,
@@ -45,14 +49,19 @@ from vggtorch.surgery import (  # noqa: E402
     truncate,
     unfreeze_,
 )
+from vggtorch.training import find_learning_rate, finetune  # noqa: E402
 
 __all__ = [
     "VGG11",
     "VGG13",
     "VGG16",
     "VGG19",
+    "TrainConfig",
     "accelerate_",
+    "advise",
     "decode_predictions",
+    "find_learning_rate",
+    "finetune",
     "freeze_",
     "insert",
     "load_weights",
@@ -61,9 +70,11 @@ __all__ = [
     "preprocess",
     "remove",
     "replace",
+    "save_trained",
     "save_weights",
     "stack",
     "truncate",
     "unfreeze_",
     "weight_set",
+    "write_report",
 ]

@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import keras
 
-from vggtorch import demo, models, preprocessing, sources
+from vggtorch import (
+    advice,
+    config,
+    data,
+    demo,
+    models,
+    preprocessing,
+    report,
+    sources,
+    training,
+)
 from vggtorch.architectures import ARCHITECTURES
-from vggtorch.preprocessing import WEIGHT_SETS
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -29,28 +40,18 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("--architecture", choices=ARCHITECTURES, help="where it isn't plain")
     convert.set_defaults(run=_convert)
 
-    weights = commands.add_parser("weights", help="known checkpoints: list, fetch, verify")
-    weights.set_defaults(run=_weights_list)
-    actions = weights.add_subparsers(metavar="ACTION")
-    fetch = actions.add_parser("fetch", help="get a checkpoint, verified")
-    fetch.add_argument("file", metavar="NAME", help="a checkpoint's file name in the list")
-    fetch.set_defaults(run=_weights_fetch)
-    verify = actions.add_parser("verify", help="hash all that is here afresh")
-    verify.set_defaults(run=_weights_verify)
-
-    inspect = commands.add_parser("inspect", help="a network's layers, shapes and cost")
-    inspect.add_argument("model", metavar="MODEL", help="an architecture's name or a .keras file")
-    inspect.set_defaults(run=_inspect)
-
-    predict = commands.add_parser("predict", help="the most probable classes of images")
-    predict.add_argument("images", metavar="IMAGE", nargs="+")
-    predict.add_argument("--model", help="a .keras file; by default a pretrained network")
-    predict.add_argument("--architecture", choices=ARCHITECTURES, default="vgg16")
-    predict.add_argument(
-        "--weights", default="imagenet", help=f"{', '.join(WEIGHT_SETS)} or a path"
+    finetune = commands.add_parser("finetune", help="fine-tune on a folder of images")
+    finetune.add_argument("train", metavar="DATA", help="a folder with one folder for each class")
+    finetune.add_argument("validation", nargs="?", help="the same; by default part of DATA")
+    finetune.add_argument("--architecture", choices=ARCHITECTURES, default="vgg16")
+    finetune.add_argument("--weights", default="imagenet", help="a weight set or a path")
+    finetune.add_argument(
+        "--advise",
+        choices=("similar", "different"),
+        help="take the rules of thumb for images that are similar to ImageNet's, or different",
     )
-    predict.add_argument("--top", type=int, default=5)
-    predict.set_defaults(run=_predict)
+    config.add_arguments(finetune)
+    finetune.set_defaults(run=_finetune)
     return parser
 
 
@@ -89,16 +90,45 @@ def _inspect(arguments: argparse.Namespace) -> None:
 
 
 def _predict(arguments: argparse.Namespace) -> None:
+    categories = None
     if arguments.model:
         model = keras.saving.load_model(arguments.model)
+        names = Path(arguments.model).with_name("classes.txt")  # as `finetune` leaves it
+        if names.is_file():
+            categories = names.read_text().splitlines()
     else:
         model = models.constructor(arguments.architecture)(weights=arguments.weights)
     probabilities = model.predict(preprocessing.preprocess(arguments.images, model), verbose=0)
-    best = preprocessing.decode_predictions(probabilities, arguments.top)
+    best = preprocessing.decode_predictions(probabilities, arguments.top, categories)
     for image, classes in zip(arguments.images, best, strict=True):
         print(image)
         for _, category, probability in classes:
             print(f"  {probability:6.1%}  {category}")
+
+
+def _finetune(arguments: argparse.Namespace) -> None:
+    settings = config.config_from(arguments)
+    if arguments.advise:
+        folder = data.read_folder(data.find_splits(Path(arguments.train))[0], settings.image_size)
+        plan = advice.advise(len(folder), len(folder.classes), arguments.advise)
+        print(plan)
+        # What was asked for on the command line stands above the plan.
+        default = config.TrainConfig()
+        asked = {
+            field.name: getattr(settings, field.name)
+            for field in dataclasses.fields(config.TrainConfig)
+            if getattr(settings, field.name) != getattr(default, field.name)
+        }
+        settings = dataclasses.replace(plan, **asked)
+    size = settings.image_size
+    model = models.constructor(arguments.architecture)(
+        weights=arguments.weights, include_top=False, input_shape=(size, size, 3)
+    )
+    history = training.finetune(model, arguments.train, arguments.validation, settings)
+    run = Path(settings.folder)
+    report.save_trained(history, run)
+    report.write_report(history, run / "report.html")
+    print(f"Wrote {run / 'model.keras'}, {run / 'README.md'} and {run / 'report.html'}.")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -286,37 +286,41 @@ def _normalise(batch: torch.Tensor, expected: WeightSet) -> torch.Tensor:
 
 
 def decode_predictions(
-    probabilities: np.ndarray | torch.Tensor, top: int = 5
+    probabilities: np.ndarray | torch.Tensor,
+    top: int = 5,
+    categories: Sequence[str] | None = None,
 ) -> list[list[tuple[int, str, float]]]:
-    """The most probable ImageNet classes of each image, the best first.
+    """The most probable classes of each image, the best first.
 
     Args:
-        probabilities: (N, 1000), a model's softmax output.
-        top: how many classes.
+        probabilities: (N, classes), a model's softmax output.
+        top: how many classes; all of them where there are fewer.
+        categories: the classes' names by index; torchvision's 1000 of ImageNet by default.
 
     Returns:
-        For each image, `top` tuples of class index, torchvision's category and probability.
+        For each image, tuples of class index, category and probability.
 
     Raises:
         ValueError: another shape, or values that aren't probabilities.
     """
-    from torchvision.models import VGG16_Weights
+    if categories is None:
+        from torchvision.models import VGG16_Weights
 
-    categories = VGG16_Weights.IMAGENET1K_V1.meta["categories"]
+        categories = VGG16_Weights.IMAGENET1K_V1.meta["categories"]
     scores = torch.as_tensor(probabilities).detach().cpu().float()
     if scores.ndim != 2 or scores.shape[1] != len(categories):
         raise ValueError(
             f"Received predictions of shape {tuple(scores.shape)}; "
-            f"expected (N, {len(categories)}), the output of a network with ImageNet's classes."
+            f"expected (N, {len(categories)}), a probability for each category."
         )
-    if not 1 <= top <= len(categories):
-        raise ValueError(f"Received top={top}; expected 1 to {len(categories)}.")
+    if top < 1:
+        raise ValueError(f"Received top={top}; expected 1 or more.")
     if not bool(((scores >= 0) & (scores <= 1)).all()):
         raise ValueError(
             "Received values outside 0 to 1; expected probabilities. For logits, apply "
             "softmax first (keras.ops.softmax)."
         )
-    values, indices = scores.topk(top)
+    values, indices = scores.topk(min(top, len(categories)))
     return [
         [(int(i), categories[int(i)], float(v)) for i, v in zip(row_i, row_v, strict=True)]
         for row_i, row_v in zip(indices, values, strict=True)
