@@ -87,7 +87,7 @@ def stack(model: keras.Model, head: New) -> Functional:
             f"({names}). Cut it to one first: truncate(model, name)."
         )
     (output,) = graph.outputs
-    return _splice(graph, [(output, output)], _new_layers(head, "stack"))
+    return _splice(graph, [(output, output)], _new_layers(graph, head, "stack"))
 
 
 def insert(model: keras.Model, after: str, layers: New) -> Functional:
@@ -99,7 +99,7 @@ def insert(model: keras.Model, after: str, layers: New) -> Functional:
     """
     graph = _Graph(model)
     tensors = graph.outputs_of(after, "insert")
-    return _splice(graph, [(t, t) for t in tensors], _new_layers(layers, "insert"))
+    return _splice(graph, [(t, t) for t in tensors], _new_layers(graph, layers, "insert"))
 
 
 def remove(model: keras.Model, layers: str | Iterable[str]) -> Functional:
@@ -157,7 +157,7 @@ def replace(
         pairs = [graph.way_through([node]) for node in nodes]
     else:
         pairs = [graph.way_through(nodes)]
-    added = _new_layers(new, "replace")
+    added = _new_layers(graph, new, "replace")
     if init == "compose" and len(added) != 1:
         raise ValueError(
             f"replace with init='compose' needs one new layer, received {len(added)}: what one "
@@ -244,7 +244,10 @@ class _Graph:
         nodes = [node for node in self.nodes if node.operation.name == name]
         if not nodes:
             known = list(dict.fromkeys(node.operation.name for node in self.nodes))
-            raise ValueError(_unknown(name, known, self.model.name))
+            message = _unknown(name, known, self.model.name)
+            if (nested := self.nested_with(name)) is not None:
+                message += f" It is a layer of {nested.name!r}, which is nested in it."
+            raise ValueError(message)
         return nodes
 
     def nested_with(self, name: str) -> keras.Model | None:
@@ -266,7 +269,7 @@ class _Graph:
             if node.is_input:
                 raise ValueError(
                     f"{verb} can't take {node.operation.name!r}: it is an input of "
-                    f"{self.model.name!r}. Name the layers behind it."
+                    f"{self.model.name!r}. Name a layer behind it."
                 )
         return [node for node in self.nodes if node in wanted]
 
@@ -446,7 +449,7 @@ def _unknown(name: str, known: Sequence[str], model: str) -> str:
 # New layers --------------------------------------------------------------------------------------
 
 
-def _new_layers(new: New, verb: str) -> list[Layer]:
+def _new_layers(graph: _Graph, new: New, verb: str) -> list[Layer]:
     """The new layers as a list, each checked to be fresh."""
     layers = list(new) if isinstance(new, (list, tuple)) else [new]
     if not layers:
@@ -460,10 +463,10 @@ def _new_layers(new: New, verb: str) -> list[Layer]:
                 f"{verb} expects Keras layers, a Keras model or a torch.nn.Module, received "
                 f"{layer!r}."
             )
-        if layer._inbound_nodes:
+        if layer._inbound_nodes or layer is graph.model:
             raise ValueError(
                 f"The layer {layer.name!r} has been called before and belongs to another model; "
-                f"used here, it would be shared with it. Pass a new layer, for example "
+                f"the result would share it. Pass a new layer, for example "
                 f"type(layer).from_config(layer.get_config())."
             )
         made.append(layer)
