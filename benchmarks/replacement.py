@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import vggtorch as vt  # isort: skip  (first: it selects Keras's torch backend)
 import harness
@@ -75,8 +75,8 @@ def photographs(folder: Path | None, *, test: bool) -> list[Image.Image]:
 
 def resized(image: Image.Image, short: int) -> Image.Image:
     scale = short / min(image.size)
-    size = tuple(max(short, round(n * scale)) for n in image.size)
-    return image.convert("RGB").resize(size, Image.Resampling.BICUBIC)
+    width, height = (max(short, round(n * scale)) for n in image.size)
+    return image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
 
 
 def random_crops(images: list[Image.Image], number: int, seed: int = 0) -> np.ndarray:
@@ -101,6 +101,10 @@ def centres(images: list[Image.Image]) -> np.ndarray:
     return np.stack(crops)
 
 
+def preprocessed(images: np.ndarray) -> np.ndarray:
+    return np.asarray(vt.preprocess(images, "oxford"))
+
+
 def maps(model: keras.Model, images: np.ndarray, names: list[str]) -> list[torch.Tensor]:
     module = lowering.lower(
         keras.Model(model.inputs, [model.get_layer(n).output for n in names])
@@ -116,7 +120,9 @@ def cosines(original: keras.Model, result: keras.Model, images: np.ndarray) -> l
     return [float(F.cosine_similarity(a.flatten(1), b.flatten(1)).mean()) for a, b in pairs]
 
 
-def replaced(original: keras.Model, new: list[keras.Layer], init: str | None) -> keras.Model:
+def replaced(
+    original: keras.Model, new: list[keras.Layer], init: Literal["compose"] | None
+) -> keras.Model:
     keras.utils.set_random_seed(0)
     return vt.replace(original, REPLACED, new, init=init)
 
@@ -190,7 +196,7 @@ def probe(
         cut = vt.truncate(network, "block4_pool")
         features = []
         for images, _ in sets:
-            (x,) = maps(cut, vt.preprocess(images, "oxford"), ["block4_pool"])
+            (x,) = maps(cut, preprocessed(images), ["block4_pool"])
             features.append(torch.cat([x.mean((1, 2)), x.amax((1, 2))], 1).cpu().numpy())
         classifier = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=1000))
         classifier.fit(features[0], sets[0][1])
@@ -248,8 +254,8 @@ def main() -> None:
     original = vt.VGG16(weights=args.weights, include_top=False)
     print(harness.header(original.get_layer("block1_conv1").kernel.value.device))
     seen = photographs(args.photographs, test=False)
-    unseen = vt.preprocess(centres(photographs(args.test, test=True)), "oxford")
-    shown = vt.preprocess(random_crops(seen, args.images), "oxford")
+    unseen = preprocessed(centres(photographs(args.test, test=True)))
+    shown = preprocessed(random_crops(seen, args.images))
     print(f"{args.images} crops of {len(seen)} photographs; tested on {len(unseen)} others")
     match args.question:
         case "match":
