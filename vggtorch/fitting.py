@@ -947,7 +947,8 @@ def _descend_(
 
     linear = [_Coordinates(m) for m in moments]
     done = {id(p) for c in linear for p in c.parameters}
-    coordinates: list[_Coordinates | _Plain] = [*linear, *(_Plain(p) for p in trained if id(p) not in done)]
+    others = [_Plain(p) for p in trained if id(p) not in done]
+    coordinates: list[_Coordinates | _Plain] = [*linear, *others]
     optimizer = torch.optim.Adam([c.theta for c in coordinates], LEARNING_RATE, (0.9, 0.99))
     best, kept, waited = check.error(tail), [p.detach().clone() for p in trained], 0
     begun, step = time.monotonic(), 0
