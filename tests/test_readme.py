@@ -6,30 +6,27 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 README = Path(__file__).parent.parent / "README.md"
 
 
-def blocks(language):
-    return re.findall(rf"```{language}\n(.*?)```", README.read_text(), re.DOTALL)
-
-
-def test_python_blocks_run_in_order(tmp_path, monkeypatch):
+def test_every_block_runs_in_order(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert blocks("python")
     names: dict[str, object] = {}
-    for block in blocks("python"):
-        exec(compile(block, str(README), "exec"), names)
+    blocks = re.findall(r"```(python|bash)\n(.*?)```", README.read_text(), re.DOTALL)
+    assert {language for language, _ in blocks} == {"python", "bash"}
+    for language, block in blocks:
+        if language == "python":
+            exec(compile(block, str(README), "exec"), names)
+        else:
+            for command in block.splitlines():
+                run(command)
 
 
-@pytest.mark.parametrize("command", "".join(blocks("bash")).splitlines())
-def test_commands_run(command, tmp_path):
+def run(command):
     program, *arguments = shlex.split(command, comments=True)
     assert program == "vggtorch"
     result = subprocess.run(
         [sys.executable, "-m", "vggtorch", *arguments],
-        cwd=tmp_path,
         capture_output=True,
         text=True,
         timeout=300,

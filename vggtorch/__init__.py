@@ -28,6 +28,8 @@ _select_torch_backend()
 # Only now that the backend is torch:
 from vggtorch.advice import advise  # noqa: E402
 from vggtorch.config import TrainConfig  # noqa: E402
+from vggtorch.fitting import compose_, fit_  # noqa: E402
+from vggtorch.inspection import compare, draw, inspect  # noqa: E402
 from vggtorch.lowering import accelerate_, lower  # noqa: E402
 from vggtorch.models import (  # noqa: E402
     VGG11,
@@ -59,11 +61,16 @@ __all__ = [
     "TrainConfig",
     "accelerate_",
     "advise",
+    "compare",
+    "compose_",
     "decode_predictions",
+    "draw",
     "find_learning_rate",
     "finetune",
+    "fit_",
     "freeze_",
     "insert",
+    "inspect",
     "load_weights",
     "lower",
     "named_variables",

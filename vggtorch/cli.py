@@ -15,6 +15,7 @@ from vggtorch import (
     config,
     data,
     demo,
+    inspection,
     models,
     preprocessing,
     report,
@@ -86,7 +87,15 @@ def _weights_verify(arguments: argparse.Namespace) -> None:
 
 
 def _inspect(arguments: argparse.Namespace) -> None:
-    models.describe(arguments.model).summary()
+    model = models.describe(arguments.model)
+    before = models.describe(arguments.before) if arguments.before else None
+    if before is None:
+        print(inspection.inspect(model))
+    else:
+        print(inspection.compare(before, model))
+    if arguments.draw:
+        with sources.atomic(arguments.draw) as temporary:
+            temporary.write_text(inspection.draw(model, before))
 
 
 def _predict(arguments: argparse.Namespace) -> None:

@@ -459,14 +459,13 @@ def convert(
 
 
 def describe(name: str | PathLike) -> keras.Model:
-    """A model to look at: a network by its name, without values, or a .keras file.
+    """A model to look at: a network by its name, with random weights, or a .keras file.
 
     Raises:
         ValueError: neither of the two.
     """
     if str(name) in ARCHITECTURES:
-        with keras.device("meta"):
-            return constructor(str(name))(weights=None)
+        return constructor(str(name))(weights=None)
     if not Path(name).is_file():
         raise ValueError(
             f"Received {str(name)!r}; expected one of {', '.join(ARCHITECTURES)} or a .keras file."

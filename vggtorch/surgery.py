@@ -143,13 +143,23 @@ def replace(
 
     `layers` is one layer, or a set of layers with one way in and one way out (branches between
     them included, if all their layers are named). Where one layer is called several times, `new`
-    replaces each call and is shared as it was. `new` keeps the weights it has, or its random ones.
+    replaces each call and is shared as it was.
+
+    With `init=None`, `new` keeps the weights it has, or its random ones. "compose" gives a single
+    new layer the product of the linear layers that it replaces. "fit" then trains the new layers
+    alone, on a few hundred preprocessed `images` (N, H, W, C) without labels, until the layers
+    behind them see what they saw before: `fit_` with its defaults, two minutes at most.
 
     Raises ValueError if the set has more than one way in or out (it names the edges), and if what
     follows can't take what `new` puts out (it gives both shapes).
     """
-    if init not in (None, "compose"):
-        raise ValueError(f"replace expects init=None or 'compose', received {init!r}.")
+    if init not in (None, "compose", "fit"):
+        raise ValueError(f"replace expects init=None, 'compose' or 'fit', received {init!r}.")
+    if (images is not None) != (init == "fit"):
+        raise ValueError(
+            f"replace expects images with init='fit' and only there; received init={init!r} "
+            f"{'without' if images is None else 'with'} images."
+        )
     graph = _Graph(model)
     names = _names(layers, "replace")
     nodes = graph.nodes_of(names, "replace")
@@ -166,6 +176,8 @@ def replace(
     result = _splice(graph, pairs, added)
     if init == "compose":
         fitting.compose_(list(dict.fromkeys(node.operation for node in nodes)), added[0])
+    elif init == "fit":
+        fitting.fit_(model, result, [layer.name for layer in added], images)
     return result
 
 
