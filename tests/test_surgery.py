@@ -193,6 +193,15 @@ def images(size, count=2):
     )
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """The tensors here are small: on a busy machine threads would only wait for one another."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module", params=NETWORKS)
 def network(request):
     size = NETWORKS[request.param]
@@ -488,6 +497,7 @@ def test_nested_models_are_copied_with_all_that_is_in_them():
     middle = result.get_layer("middle")
     assert isinstance(middle.get_layer("inner"), keras.Sequential)
     assert not middle.get_layer("inner").layers[0].trainable
+    same_layer(model.get_layer("middle").get_layer("inner"), middle.get_layer("inner"))
     for op in operations(middle).values():
         assert len(op._inbound_nodes) == 1
     (node,) = middle.get_layer("inner")._inbound_nodes
@@ -536,6 +546,7 @@ def test_operations_masks_and_layers_of_many_kinds():
     )(x)
     model = shake_(keras.Model(tokens, kl.Dropout(0.5, seed=1, name="drop")(x)))
     custom, torch_layer = model.get_layer("custom"), model.get_layer("torch")
+    custom.dense.trainable = False
     with torch.no_grad():
         for tensor in (custom.steps, custom.shift, custom.constant):
             tensor += 0.5
@@ -547,6 +558,11 @@ def test_operations_masks_and_layers_of_many_kinds():
     result = insert(model, "lambda", identity())
     same_snapshot(before, snapshot(model))
     equal(run(result, numbers), y)
+    for name in operations(model):
+        old, new = operations(model)[name], operations(result)[name]
+        if isinstance(old, kl.Layer):
+            flags = [layer.trainable for layer in every_layer(old)]
+            assert [layer.trainable for layer in every_layer(new)] == flags, name
     again = remove(truncate(result, "drop", start="gru"), "identity")
     equal(run(again, run(truncate(model, "gru"), numbers)), y)
     equal(result(numbers, training=True), model(numbers, training=True))  # one seed, one mask
