@@ -896,6 +896,19 @@ class Lowered(Graph):
         number = {id(tensor): i for i, tensor in enumerate(model.outputs)}
         self.structure = keras.tree.map_structure(lambda x: number[id(x)], model._outputs_struct)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Lowered:
+        """What `.to()`, `.cuda()` and `.half()` do; refused where the Keras model can't follow."""
+        for dtype in {p.dtype for p in self.parameters()}:
+            after = fn(torch.empty(0, dtype=dtype)).dtype
+            if after != dtype:
+                raise ValueError(
+                    f"Received a conversion from {dtype} to {after}, but the parameters are the "
+                    f"Keras model's own, whose variables are {dtype}. Use lower(model, "
+                    f"dtype={after}) or torch.autocast to compute in {after}."
+                )
+        super()._apply(fn, recurse)
+        return self
+
     def forward(self, inputs: Any) -> Any:  # type: ignore[override]
         """Run the model on a tensor, or on the list or dict that the Keras model takes."""
         flat = [inputs] if isinstance(inputs, Tensor) else keras.tree.flatten(inputs)
@@ -986,6 +999,7 @@ def accelerate_(model: keras.Model, compile: bool = False, enabled: bool = True)
     lowered = lower(model)
     run = torch.compile(lowered) if compile else lowered
     graph = getattr(model, "_functional", model)  # a Sequential model has its graph inside
+    seen: Any = None  # the optimizer whose slots have the layout of their kernels
 
     def call(inputs: Any, training: bool | None = None, mask: Any = None) -> Any:
         # Keras's own way where it works out shapes, which it does on tensors that are not real.
@@ -996,7 +1010,19 @@ def accelerate_(model: keras.Model, compile: bool = False, enabled: bool = True)
             return type(model).call(model, inputs, training=training, mask=mask)
         if lowered.training != bool(training):
             lowered.train(bool(training))
+        nonlocal seen
+        if training and model.optimizer is not seen and model.optimizer.built:
+            _lay_out_slots_(model.optimizer, lowered)
+            seen = model.optimizer
         return run(values)
 
     model.__dict__["call"] = call
     return model
+
+
+def _lay_out_slots_(optimizer: keras.Optimizer, lowered: Lowered) -> None:
+    """Give momentum and the like the layout of their kernels; mixed layouts make updates slow."""
+    shapes = {p.shape for p in lowered.parameters() if not p.is_contiguous()}
+    for variable in optimizer.variables:
+        if variable.value.shape in shapes:
+            _lay_out_(variable.value)
