@@ -362,6 +362,8 @@ def test_saved_loaded_moved_and_copied(tmp_path: Path) -> None:
     path = f"{tmp_path}/weights.weights.h5"
     model.save_weights(path)
     state = copy.deepcopy(lowered.state_dict())
+    with torch.no_grad():
+        lowered(x)  # leaves prepared weights, which copies must do without
     twin = copy.deepcopy(lowered)
 
     def zero() -> None:
@@ -565,6 +567,23 @@ def test_accelerated_optimizer_slots_have_the_layout_of_their_kernels() -> None:
     slots = [v.value for v in model.optimizer.variables if v.value.shape == kernel.shape]
     assert len(slots) == 2
     assert all(slot.stride() == kernel.stride() for slot in slots)
+
+
+def test_accelerated_without_compile() -> None:
+    model, twin = accelerate_(small_vgg()), small_vgg()
+    x = images(model)
+    assert_close(model(x, training=True).detach(), twin(x, training=True).detach(), 1e-4)
+
+
+def test_plain_operations_where_onednn_is_off() -> None:
+    model = small_vgg()
+    x = images(model)
+    lowered = lower(model).eval()
+    with torch.no_grad():
+        expected = lowered(x)
+        with torch.backends.mkldnn.flags(enabled=False):
+            assert_close(lowered(x), expected)
+        assert torch.equal(lowered(x), expected)
 
 
 def test_accelerated_sequential() -> None:
