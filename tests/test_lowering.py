@@ -362,6 +362,8 @@ def test_saved_loaded_moved_and_copied(tmp_path: Path) -> None:
     path = f"{tmp_path}/weights.weights.h5"
     model.save_weights(path)
     state = copy.deepcopy(lowered.state_dict())
+    with torch.no_grad():
+        lowered(x)  # leaves prepared weights, which copies must do without
     twin = copy.deepcopy(lowered)
 
     def zero() -> None:
@@ -559,6 +561,31 @@ def test_accelerated_models_save_clone_and_can_be_cut(tmp_path: Path) -> None:
     assert cut.predict(x, verbose=0).shape == (4, 8, 8, 8)
 
 
+def test_accelerated_optimizer_slots_have_the_layout_of_their_kernels() -> None:
+    model, _ = trained(accelerated=True)
+    kernel = model.get_layer("block1_conv1").kernel.value
+    slots = [v.value for v in model.optimizer.variables if v.value.shape == kernel.shape]
+    assert len(slots) == 2
+    assert all(slot.stride() == kernel.stride() for slot in slots)
+
+
+def test_accelerated_without_compile() -> None:
+    model, twin = accelerate_(small_vgg()), small_vgg()
+    x = images(model)
+    assert_close(model(x, training=True).detach(), twin(x, training=True).detach(), 1e-4)
+
+
+def test_plain_operations_where_onednn_is_off() -> None:
+    model = small_vgg()
+    x = images(model)
+    lowered = lower(model).eval()
+    with torch.no_grad():
+        expected = lowered(x)
+        with torch.backends.mkldnn.flags(enabled=False):
+            assert_close(lowered(x), expected)
+        assert torch.equal(lowered(x), expected)
+
+
 def test_accelerated_sequential() -> None:
     model = keras.Sequential([keras.Input((8, 8, 3)), layers.Conv2D(2, 3), layers.Flatten()])
     x = np.random.default_rng(0).normal(size=(3, 8, 8, 3))
@@ -585,6 +612,8 @@ def test_refusals() -> None:
     lowered = lower(small_vgg())
     with pytest.raises(ValueError, match=r"shape \(2, 3, 16, 16\); expected \(None, 16, 16, 3\)"):
         lowered(torch.zeros(2, 3, 16, 16))
+    with pytest.raises(ValueError, match=r"from torch\.float32 to torch\.bfloat16"):
+        lowered.to(torch.bfloat16)
     with pytest.raises(ValueError, match="Received 2 inputs; this model takes 1"):
         lowered([torch.zeros(2, 16, 16, 3)] * 2)
 

@@ -3,14 +3,15 @@
 How it works, in the order of this file:
 
 1. Each kind of Keras layer has a small torch module (`Conv2D`, `Dense`, ...) that holds the layer's
-   own Parameters. `HANDLERS` maps layer types to them; a layer that has no handler is wrapped in
+   own Parameters. Every 4-D tensor of a channels_last model is an NCHW view of NHWC memory here,
+   which torch calls channels-last, so that going from one layout to the other never copies.
+2. `HANDLERS` maps layer types to those modules; a layer that has no handler is wrapped in
    `KerasLayer`, which calls it as Keras does: correct and slower.
-2. `Graph` runs those modules in the order of the Functional graph. Inside it every 4-D tensor of a
-   channels_last model is an NCHW view of NHWC memory, which is what torch calls channels-last, so
-   that going from one layout to the other never copies.
-3. In inference `Graph` runs a second list of steps, in which convolution, batch norm and ReLU are
-   one kernel on weights that were prepared once.
-4. `Lowered` is the outermost graph: it takes and returns what the Keras model does. `accelerate_`
+3. In inference a convolution, its batch norm and its ReLU are one kernel, on a weight that was
+   prepared once.
+4. `Graph` runs the modules in the order of the Functional graph: one list of steps for training,
+   one for inference.
+5. `Lowered` is the outermost graph: it takes and returns what the Keras model does. `accelerate_`
    puts it inside the Keras model itself.
 """
 
@@ -539,15 +540,20 @@ class Prepared:
         self.key: Any = None
         self.sample, self.made = torch.empty(0), None
 
-    def __call__(self, *args: Any) -> Any:
-        key = [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in self.parameters]
+    def __call__(self, fuses: bool, *args: Any) -> Any:
+        """What was made, of the parameters as they are now, for fused operations or for plain."""
+        versions = [0 if p.is_inference() else p._version for p in self.parameters]
+        key = (fuses, versions, [p.data_ptr() for p in self.parameters])
         first = self.parameters[0].detach()
         step = max(1, first.numel() // 64)
         sample = first.as_strided((first.numel() // step,), (step,))
         if key != self.key or not (first.is_cuda or torch.equal(sample, self.sample)):
-            self.made = self.make(*args)
+            self.made = self.make(fuses, *args)
             self.key, self.sample = key, sample.clone()
         return self.made
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"key": None, "made": None}  # oneDNN's tensors can't be copied
 
 
 class FusedConv2D:
@@ -564,7 +570,7 @@ class FusedConv2D:
         x = _cast(x, conv.dtype).contiguous(memory_format=torch.channels_last)
         x, padding = conv.pad(x)
         fuses = _fuses(x, conv.dtype)
-        weight, bias, groups = self.constants(x, padding, fuses)
+        weight, bias, groups = self.constants(fuses, x, padding)
         if not fuses:
             y = F.conv2d(x, weight, bias, conv.stride, padding, conv.dilation, groups)
             return y if self.activation is None else self.activation(y)
@@ -576,7 +582,7 @@ class FusedConv2D:
         return y if relu or self.activation is None else self.activation(y)
 
     def _constants(
-        self, x: Tensor, padding: tuple[int, int], fuses: bool
+        self, fuses: bool, x: Tensor, padding: tuple[int, int]
     ) -> tuple[Tensor, Tensor | None, int]:
         """Weight (O, I, H, W), bias and groups; batch norm is a scale of one and a shift."""
         conv, norm = self.conv, self.norm
@@ -610,8 +616,9 @@ class FusedDense:
     def __call__(self, x: Tensor) -> Tensor:
         activation, dtype = self.dense.activation, self.dense.dtype
         x = _cast(x, dtype)
-        weight, bias = self.constants()
-        if not _fuses(x, dtype):
+        fuses = _fuses(x, dtype)
+        weight, bias = self.constants(fuses)
+        if not fuses:
             y = F.linear(x, weight, bias)
             return y if activation is None else activation(y)
         if activation is not None and activation.is_relu:
@@ -619,7 +626,7 @@ class FusedDense:
         y = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
         return y if activation is None else activation(y)
 
-    def _constants(self) -> tuple[Tensor, Tensor | None]:
+    def _constants(self, fuses: bool) -> tuple[Tensor, Tensor | None]:
         """Weight (out, in) and bias; the parameters themselves where their dtype is right."""
         dense = self.dense
         bias = None if dense.bias is None else dense.bias.detach().to(dense.dtype)
@@ -896,6 +903,19 @@ class Lowered(Graph):
         number = {id(tensor): i for i, tensor in enumerate(model.outputs)}
         self.structure = keras.tree.map_structure(lambda x: number[id(x)], model._outputs_struct)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Lowered:
+        """What `.to()`, `.cuda()` and `.half()` do; refused where the Keras model can't follow."""
+        for dtype in {p.dtype for p in self.parameters()}:
+            after = fn(torch.empty(0, dtype=dtype)).dtype
+            if after != dtype:
+                raise ValueError(
+                    f"Received a conversion from {dtype} to {after}, but the parameters are the "
+                    f"Keras model's own, whose variables are {dtype}. Use lower(model, "
+                    f"dtype={after}) or torch.autocast to compute in {after}."
+                )
+        super()._apply(fn, recurse)
+        return self
+
     def forward(self, inputs: Any) -> Any:  # type: ignore[override]
         """Run the model on a tensor, or on the list or dict that the Keras model takes."""
         flat = [inputs] if isinstance(inputs, Tensor) else keras.tree.flatten(inputs)
@@ -986,6 +1006,7 @@ def accelerate_(model: keras.Model, compile: bool = False, enabled: bool = True)
     lowered = lower(model)
     run = torch.compile(lowered) if compile else lowered
     graph = getattr(model, "_functional", model)  # a Sequential model has its graph inside
+    laid_out: Any = None  # the optimizer whose slots have the layout of their kernels
 
     def call(inputs: Any, training: bool | None = None, mask: Any = None) -> Any:
         # Keras's own way where it works out shapes, which it does on tensors that are not real.
@@ -996,7 +1017,20 @@ def accelerate_(model: keras.Model, compile: bool = False, enabled: bool = True)
             return type(model).call(model, inputs, training=training, mask=mask)
         if lowered.training != bool(training):
             lowered.train(bool(training))
+        nonlocal laid_out
+        optimizer = getattr(model, "optimizer", None)  # None before compile()
+        if training and optimizer is not laid_out and optimizer and optimizer.built:
+            _lay_out_slots_(optimizer, lowered)
+            laid_out = optimizer
         return run(values)
 
     model.__dict__["call"] = call
     return model
+
+
+def _lay_out_slots_(optimizer: keras.Optimizer, lowered: Lowered) -> None:
+    """Give momentum and the like the layout of their kernels; mixed layouts make updates slow."""
+    shapes = {p.shape for p in lowered.parameters() if not p.is_contiguous()}
+    for variable in optimizer.variables:
+        if variable.value.shape in shapes:
+            _lay_out_(variable.value)
