@@ -1,4 +1,4 @@
-"""How long until VGG16 is ready with every page of its weights touched, and at what peak of memory?
+"""Time and peak of memory until VGG16 is ready with every page of its weights touched.
 
     python benchmarks/loading.py [--rounds 5] [--folder FOLDER]
 
