@@ -467,6 +467,27 @@ def test_damaged_copy_is_made_again(tmp_path: Path) -> None:
         sources.converted(path, never)
 
 
+def _convert_and_count(path: Path, folder: Path) -> bool:
+    """In a process of its own: load, and note it where that took a conversion."""
+
+    def convert(checkpoint: sources.Checkpoint) -> dict[str, torch.Tensor]:
+        (folder / str(os.getpid())).touch()
+        time.sleep(0.2)
+        return to_keras(checkpoint)
+
+    kernel = sources.converted(path, convert).tensors["block1_conv1/kernel"]
+    return torch.equal(kernel, first_block()["features.0.weight"].permute(2, 3, 1, 0))
+
+
+def test_eight_processes_cost_one_conversion(tmp_path: Path) -> None:
+    path, folder = tmp_path / "a.pth", tmp_path / "converted by"
+    folder.mkdir()
+    sources.write(path, first_block())
+    with multiprocessing.get_context("fork").Pool(8) as pool:
+        assert pool.starmap(_convert_and_count, [(path, folder)] * 8) == [True] * 8
+    assert len(os.listdir(folder)) == 1
+
+
 def test_no_room_for_a_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a.pth"
     sources.write(path, first_block())

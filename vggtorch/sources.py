@@ -793,26 +793,35 @@ def converted(
     copy = home() / "converted" / f"{path.stem}-{digest[:16]}.safetensors"
     with suppress(OSError, ValueError):
         return _read_copy(copy, digest)
-    checkpoint = read(path)
-    tensors = convert(checkpoint)
-    if checkpoint.form == "keras" and path.suffix == ".safetensors":
-        return replace(checkpoint, tensors=dict(tensors))  # is mapped as it is
-    metadata = {"layout": _LAYOUT, "source": str(path), "source_sha256": digest}
-    if checkpoint.weight_set:
-        metadata["weight_set"] = checkpoint.weight_set
     try:
         copy.parent.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(f"{copy}.lock"):
-            if not copy.exists() or _damaged(copy, digest):
-                stored = {key: _output_first(key, tensor) for key, tensor in tensors.items()}
-                with atomic(copy) as temporary, temporary.open("wb") as file:
-                    begin, hashed = _write_safetensors(file, stored, metadata)
-                _remember(copy, begin, _stamp(copy), hashed)
-                _forget_copies_of(path, copy)
+            with suppress(OSError, ValueError):
+                return _read_copy(copy, digest)  # another process was faster
+            checkpoint = read(path)
+            tensors = dict(convert(checkpoint))
+            if checkpoint.form == "keras" and path.suffix == ".safetensors":
+                return replace(checkpoint, tensors=tensors)  # is mapped as it is
+            _write_copy(copy, tensors, path, digest, checkpoint.weight_set)
         return _read_copy(copy, digest)
     except OSError as error:
         warnings.warn(f"Loading stays slow: {error}", stacklevel=2)
-        return replace(checkpoint, form="keras", tensors=dict(tensors))
+    checkpoint = read(path)
+    return replace(checkpoint, form="keras", tensors=dict(convert(checkpoint)))
+
+
+def _write_copy(
+    copy: Path, tensors: Mapping[str, torch.Tensor], path: Path, digest: str, weight_set: str | None
+) -> None:
+    """Write the converted copy of `path`, and delete those that it takes the place of."""
+    metadata = {"layout": _LAYOUT, "source": str(path), "source_sha256": digest}
+    if weight_set:
+        metadata["weight_set"] = weight_set
+    stored = {key: _output_first(key, tensor) for key, tensor in tensors.items()}
+    with atomic(copy) as temporary, temporary.open("wb") as file:
+        begin, hashed = _write_safetensors(file, stored, metadata)
+    _remember(copy, begin, _stamp(copy), hashed)
+    _forget_copies_of(path, copy)
 
 
 _LAYOUT = "keras, output channels first"
@@ -840,14 +849,6 @@ def _read_copy(copy: Path, digest: str) -> Checkpoint:
         if key.endswith("/kernel"):
             tensors[key] = tensor.movedim(0, -1)  # (O, ..., I) -> (..., I, O) view
     return Checkpoint(tensors, "keras", metadata.get("weight_set"), copy)
-
-
-def _damaged(copy: Path, digest: str) -> bool:
-    try:
-        _read_copy(copy, digest)
-    except ValueError:
-        return True
-    return False
 
 
 def _forget_copies_of(source: Path, newest: Path) -> None:
@@ -1018,7 +1019,7 @@ _H5_DTYPES = {"<f2": torch.float16, "<f4": torch.float32, "<f8": torch.float64}
 
 
 def _mapped(
-    storage: torch.UntypedStorage, begin: int, length: int, dtype: torch.dtype, shape: list[int]
+    storage: Any, begin: int, length: int, dtype: torch.dtype, shape: list[int]
 ) -> torch.Tensor:
     """A tensor on a stretch of a mapped file.
 
@@ -1026,8 +1027,7 @@ def _mapped(
     """
     if not length:
         return torch.empty(shape, dtype=dtype)
-    stretch = cast(Any, storage[begin : begin + length])
-    return torch.empty(0, dtype=dtype).set_(stretch).reshape(shape)
+    return torch.empty(0, dtype=dtype).set_(storage[begin : begin + length]).reshape(shape)
 
 
 def _read_onnx(path: Path) -> tuple[dict[str, torch.Tensor], Mapping[str, str]]:
