@@ -373,6 +373,21 @@ def test_find_takes_a_verified_file_and_says_which_is_damaged(
     assert sources.read(first).weight_set == "imagenet"
 
 
+def test_features_come_without_the_classifier_that_is_nan(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.pth"
+    sources.write(path, {**small_state(), "classifier.0.bias": torch.full((3,), torch.nan)})
+    with pytest.raises(ValueError, match=r"a\.pth: classifier\.0\.bias holds NaN"):
+        sources.read(path)
+    file = "vgg16_features-amdegroot-88682ab5.pth"
+    known = dataclasses.replace(sources.KNOWN[file], sha256=sources.sha256(path)[:8])
+    monkeypatch.setitem(sources.KNOWN, file, known)
+    checkpoint = sources.read(path)  # known by its hash, whatever its name
+    assert_same(checkpoint.tensors, small_state())
+    assert checkpoint.weight_set == "features"
+
+
 def test_oxford_comes_out_of_a_wheel_that_is_not_imported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

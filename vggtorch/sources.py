@@ -30,6 +30,7 @@ import urllib.request
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -294,19 +295,24 @@ def sha256(path: Path, start: int = 0, *, fresh: bool = False) -> str:
     """
     path = path.resolve()
     stamp = _stamp(path)
-    if not fresh:
-        with suppress(OSError, ValueError, TypeError, KeyError):
-            remembered = json.loads(_memory(path, start).read_text())
-            if remembered["stamp"] == stamp:
-                return str(remembered["sha256"])
-    digest = _hash(path, start)
-    _remember(path, start, stamp, digest)
+    digest = None if fresh else _remembered(path, start, stamp)
+    if digest is None:
+        digest = _hash(path, start)
+        _remember(path, start, stamp, digest)
     return digest
 
 
 def _memory(path: Path, start: int) -> Path:
     name = hashlib.sha256(f"{path}:{start}".encode()).hexdigest()[:32]
     return home() / "digests" / f"{name}.json"
+
+
+def _remembered(path: Path, start: int, stamp: list[int]) -> str | None:
+    with suppress(OSError, ValueError, TypeError, KeyError):
+        record = json.loads(_memory(path, start).read_text())
+        if record["stamp"] == stamp:
+            return str(record["sha256"])
+    return None
 
 
 def _remember(path: Path, start: int, stamp: list[int], digest: str) -> None:
@@ -622,10 +628,12 @@ def _write_safetensors(
 
     begin = file.write(packed())
     digest = hashlib.sha256()
-    for tensor in tensors.values():
-        values = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
-        digest.update(values)
-        file.write(values)
+    with ThreadPoolExecutor(1) as thread:  # hashing takes as long as writing, so both at once
+        for tensor in tensors.values():
+            values = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+            hashed = thread.submit(digest.update, values)
+            file.write(values)
+            hashed.result()
     header["__metadata__"]["sha256"] = digest.hexdigest()
     header["__metadata__"]["header_sha256"] = _header_sha256(header)
     file.seek(0)
@@ -677,17 +685,25 @@ def read(path: str | os.PathLike) -> Checkpoint:
     with path.open("rb") as file:
         head = file.read(512)
     reader = _reader(path, head)
-    known = _known(path)
-    try:
-        tensors, metadata = reader(path)
-        _check_tensors(tensors)
-    except OSError as error:
-        # In bad content zipfile seeks to nowhere.
-        if error.errno != errno.EINVAL:
-            raise
-        raise ValueError(f"{path} is damaged: {error}") from error
-    except Exception as error:  # whatever a parser makes of hostile bytes
-        raise ValueError(f"{path} is damaged or no checkpoint: {_first_line(error)}") from error
+    with ThreadPoolExecutor(1) as thread:  # hashing takes as long as all the rest
+        hashed = thread.submit(_known, path)
+        try:
+            tensors, metadata = reader(path)
+            wrong = _wrong(tensors)
+        except OSError as error:
+            # In bad content zipfile seeks to nowhere.
+            if error.errno != errno.EINVAL:
+                raise
+            raise ValueError(f"{path} is damaged: {error}") from error
+        except Exception as error:  # whatever a parser makes of hostile bytes
+            raise ValueError(f"{path} is damaged or no checkpoint: {_first_line(error)}") from error
+    known = hashed.result()
+    if known is not None and not known.include_top:
+        # What there is of a classifier is another task's (`oxford`), or NaN (`features`).
+        tensors = {k: t for k, t in tensors.items() if k.startswith(("features.", "conv"))}
+    for key in tensors:
+        if key in wrong:
+            raise ValueError(f"{path}: {key} {wrong[key]}.")
     weight_set = metadata.get("weight_set")
     if weight_set is not None and weight_set not in WEIGHT_SETS:
         raise ValueError(
@@ -696,8 +712,6 @@ def read(path: str | os.PathLike) -> Checkpoint:
         )
     if known is not None:
         weight_set = known.weight_set
-        if not known.include_top:  # what there is of a classifier is another task's, or empty
-            tensors = {k: t for k, t in tensors.items() if k.startswith(("features.", "conv"))}
     return Checkpoint(tensors, _form(tensors, reader), weight_set, path)
 
 
@@ -754,17 +768,19 @@ def _form(tensors: Mapping[str, torch.Tensor], reader: Reader) -> Form:
     return "torchvision"
 
 
-def _check_tensors(tensors: Mapping[str, torch.Tensor]) -> None:
-    """ValueError for what no network's weights are; `_known`'s own gaps are not looked at."""
+def _wrong(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    """What is wrong with each tensor that no network could have as a weight."""
     if not tensors:
         raise ValueError("it holds no tensors")
+    wrong = {}
     for key, tensor in tensors.items():
         if key.endswith("num_batches_tracked"):
             continue
         if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-            raise ValueError(f"{key} has dtype {tensor.dtype}, expected floating point")
-        if tensor.numel() and not all(map(math.isfinite, torch.stack(tensor.aminmax()).tolist())):
-            raise ValueError(f"{key} holds NaN or infinite values")
+            wrong[key] = f"has dtype {tensor.dtype}, expected floating point"
+        elif tensor.numel() and not all(map(math.isfinite, torch.stack(tensor.aminmax()).tolist())):
+            wrong[key] = "holds NaN or infinite values"
+    return wrong
 
 
 # Converted copies --------------------------------------------------------------------------------
@@ -789,25 +805,38 @@ def converted(
         ValueError and OSError as `read` does, and what `convert` raises.
     """
     path = Path(path).resolve()
-    digest = sha256(path) if path.name not in KNOWN else _verified(path)
-    copy = home() / "converted" / f"{path.stem}-{digest[:16]}.safetensors"
-    with suppress(OSError, ValueError):
-        return _read_copy(copy, digest)
+    if found := _copy_of(path):
+        return found
     try:
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        with filelock.FileLock(f"{copy}.lock"):
-            with suppress(OSError, ValueError):
-                return _read_copy(copy, digest)  # another process was faster
+        folder = home() / "converted"
+        folder.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(folder / f"{path.stem}.lock"):
+            if found := _copy_of(path):  # another process was faster
+                return found
             checkpoint = read(path)
+            digest = sha256(path)
+            copy = folder / f"{path.stem}-{digest[:16]}.safetensors"
+            with suppress(OSError, ValueError):
+                return _read_copy(copy, digest)  # the source was written again, just as it was
             tensors = dict(convert(checkpoint))
             if checkpoint.form == "keras" and path.suffix == ".safetensors":
                 return replace(checkpoint, tensors=tensors)  # is mapped as it is
             _write_copy(copy, tensors, path, digest, checkpoint.weight_set)
-        return _read_copy(copy, digest)
+            return _read_copy(copy, digest)
     except OSError as error:
         warnings.warn(f"Loading stays slow: {error}", stacklevel=2)
     checkpoint = read(path)
     return replace(checkpoint, form="keras", tensors=dict(convert(checkpoint)))
+
+
+def _copy_of(path: Path) -> Checkpoint | None:
+    """The converted copy of a file whose hash is remembered, if it is there and whole."""
+    digest = _remembered(path, 0, _stamp(path))
+    if digest is None:
+        return None
+    with suppress(OSError, ValueError):
+        return _read_copy(home() / "converted" / f"{path.stem}-{digest[:16]}.safetensors", digest)
+    return None
 
 
 def _write_copy(
@@ -825,11 +854,6 @@ def _write_copy(
 
 
 _LAYOUT = "keras, output channels first"
-
-
-def _verified(path: Path) -> str:
-    _check(path, KNOWN[path.name])
-    return sha256(path)
 
 
 def _output_first(key: str, tensor: torch.Tensor) -> torch.Tensor:
