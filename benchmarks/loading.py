@@ -1,4 +1,4 @@
-"""How long until VGG16 is ready with every page of its weights touched, and at what peak of memory?
+"""Time and peak of memory until VGG16 is ready with every page of its weights touched.
 
     python benchmarks/loading.py [--rounds 5] [--folder FOLDER]
 
@@ -28,7 +28,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:  # the parent process stays small, and each way imports what it needs itself
     import torch
 
-WAYS = ("vggtorch", "torchvision", "torchvision mmap", "keras.applications", "first load", "copy")
+FIRST = ("first load", "conversion")  # without a converted copy from before
+WAYS = ("vggtorch", "torchvision", "torchvision mmap", "keras.applications", *FIRST, "copy")
 
 
 def resident(field: str) -> float:
@@ -83,6 +84,16 @@ def loader(way: str, folder: Path) -> Callable[[], Mapping[str, torch.Tensor]]:
             return {key: variable.value for key, variable in named_variables(model).items()}
 
         return stock
+
+    if way == "conversion":
+        from vggtorch import conversion, sources
+
+        def converted() -> Mapping[str, torch.Tensor]:
+            return sources.converted(
+                checkpoint, lambda c: conversion.to_keras(c.tensors, c.form)
+            ).tensors
+
+        return converted
 
     def ours() -> Mapping[str, torch.Tensor]:
         model = vt.VGG16(weights=checkpoint)
@@ -139,7 +150,7 @@ def measure(folder: Path, rounds: int) -> None:
     measured: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
     for _ in range(rounds):
         for way in WAYS:
-            if way == "first load":
+            if way in FIRST:
                 shutil.rmtree(folder / "home")
             measured[way].append(json.loads(run("--child", way, folder)))
 

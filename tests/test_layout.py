@@ -16,6 +16,7 @@ PACKAGE = Path(vggtorch.__file__).parent
 ORDER = [
     "architectures",
     "preprocessing",
+    "hdf5",
     "sources",
     "conversion",
     "models",

@@ -37,9 +37,32 @@ def _parser() -> argparse.ArgumentParser:
 
     convert = commands.add_parser("convert", help="a checkpoint in another form")
     convert.add_argument("source", metavar="SRC", help="a checkpoint, or a weight set's name")
-    convert.add_argument("target", metavar="DST", help=".safetensors, .weights.h5 or .pth")
+    convert.add_argument(
+        "target", metavar="DST", help="ends in .safetensors, .pth, .bin, .weights.h5, .keras or .h5"
+    )
     convert.add_argument("--architecture", choices=ARCHITECTURES, help="where it isn't plain")
     convert.set_defaults(run=_convert)
+
+    weights = commands.add_parser("weights", help="known checkpoints: list, fetch, verify")
+    weights.set_defaults(run=_weights_list)
+    actions = weights.add_subparsers(metavar="ACTION")
+    fetch = actions.add_parser("fetch", help="get a checkpoint, verified")
+    fetch.add_argument("file", metavar="NAME", help="a checkpoint's file name in the list")
+    fetch.set_defaults(run=_weights_fetch)
+    verify = actions.add_parser("verify", help="hash all that is here afresh")
+    verify.set_defaults(run=_weights_verify)
+
+    inspect = commands.add_parser("inspect", help="the layers of a network")
+    inspect.add_argument("model", metavar="MODEL", help="an architecture's name or a .keras file")
+    inspect.set_defaults(run=_inspect)
+
+    predict = commands.add_parser("predict", help="the most probable classes of images")
+    predict.add_argument("images", metavar="IMAGE", nargs="+")
+    predict.add_argument("--model", help="a .keras file; by default a pretrained network")
+    predict.add_argument("--architecture", choices=ARCHITECTURES, default="vgg16")
+    predict.add_argument("--weights", default="imagenet", help="a weight set or a path")
+    predict.add_argument("--top", type=int, default=5)
+    predict.set_defaults(run=_predict)
 
     finetune = commands.add_parser("finetune", help="fine-tune on a folder of images")
     finetune.add_argument("train", metavar="DATA", help="a folder with one folder for each class")

@@ -47,8 +47,14 @@ class Rule:
     keras_shape: Shape
 
     def to_keras(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Keras's view of a torchvision tensor; a copy only where a view can't express it."""
-        return tensor.reshape(self.split).permute(self.order).reshape(self.keras_shape)
+        """Keras's view of a torchvision tensor; a copy only where a view can't express it.
+
+        Either way the output channels, Keras's last axis, stay first in memory: that is the order
+        in which convolution and matrix product read.
+        """
+        outputs_first = tensor.reshape(self.split).permute(self.order).movedim(-1, 0)
+        *inputs, outputs = self.keras_shape
+        return outputs_first.reshape(outputs, *inputs).movedim(0, -1)
 
     def to_torch(self, tensor: torch.Tensor) -> torch.Tensor:
         """Torchvision's view of a Keras tensor; the inverse of `to_keras`."""

@@ -30,13 +30,13 @@ import urllib.request
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any, Literal, cast
 
 import filelock
-import numpy as np
 import torch
 
 from vggtorch.preprocessing import WEIGHT_SETS
@@ -295,19 +295,24 @@ def sha256(path: Path, start: int = 0, *, fresh: bool = False) -> str:
     """
     path = path.resolve()
     stamp = _stamp(path)
-    if not fresh:
-        with suppress(OSError, ValueError, TypeError, KeyError):
-            remembered = json.loads(_memory(path, start).read_text())
-            if remembered["stamp"] == stamp:
-                return str(remembered["sha256"])
-    digest = _hash(path, start)
-    _remember(path, start, stamp, digest)
+    digest = None if fresh else _remembered(path, start, stamp)
+    if digest is None:
+        digest = _hash(path, start)
+        _remember(path, start, stamp, digest)
     return digest
 
 
 def _memory(path: Path, start: int) -> Path:
     name = hashlib.sha256(f"{path}:{start}".encode()).hexdigest()[:32]
     return home() / "digests" / f"{name}.json"
+
+
+def _remembered(path: Path, start: int, stamp: list[int]) -> str | None:
+    with suppress(OSError, ValueError, TypeError, KeyError):
+        record = json.loads(_memory(path, start).read_text())
+        if record["stamp"] == stamp:
+            return str(record["sha256"])
+    return None
 
 
 def _remember(path: Path, start: int, stamp: list[int], digest: str) -> None:
@@ -623,10 +628,12 @@ def _write_safetensors(
 
     begin = file.write(packed())
     digest = hashlib.sha256()
-    for tensor in tensors.values():
-        values = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
-        digest.update(values)
-        file.write(values)
+    with ThreadPoolExecutor(1) as thread:  # hashing takes as long as writing, so both at once
+        for tensor in tensors.values():
+            values = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+            hashed = thread.submit(digest.update, values)
+            file.write(values)
+            hashed.result()
     header["__metadata__"]["sha256"] = digest.hexdigest()
     header["__metadata__"]["header_sha256"] = _header_sha256(header)
     file.seek(0)
@@ -678,17 +685,25 @@ def read(path: str | os.PathLike) -> Checkpoint:
     with path.open("rb") as file:
         head = file.read(512)
     reader = _reader(path, head)
-    known = _known(path)
-    try:
-        tensors, metadata = reader(path)
-        _check_tensors(tensors)
-    except OSError as error:
-        # For bad content h5py raises OSError without a number, and zipfile seeks to nowhere.
-        if error.errno not in (None, errno.EINVAL):
-            raise
-        raise ValueError(f"{path} is damaged: {error}") from error
-    except Exception as error:  # whatever a parser makes of hostile bytes
-        raise ValueError(f"{path} is damaged or no checkpoint: {_first_line(error)}") from error
+    with ThreadPoolExecutor(1) as thread:  # hashing takes as long as all the rest
+        hashed = thread.submit(_known, path)
+        try:
+            tensors, metadata = reader(path)
+            wrong = _wrong(tensors)
+        except OSError as error:
+            # In bad content zipfile seeks to nowhere.
+            if error.errno != errno.EINVAL:
+                raise
+            raise ValueError(f"{path} is damaged: {error}") from error
+        except Exception as error:  # whatever a parser makes of hostile bytes
+            raise ValueError(f"{path} is damaged or no checkpoint: {_first_line(error)}") from error
+    known = hashed.result()
+    if known is not None and not known.include_top:
+        # What there is of a classifier is another task's (`oxford`), or NaN (`features`).
+        tensors = {k: t for k, t in tensors.items() if k.startswith(("features.", "conv"))}
+    for key in tensors:
+        if key in wrong:
+            raise ValueError(f"{path}: {key} {wrong[key]}.")
     weight_set = metadata.get("weight_set")
     if weight_set is not None and weight_set not in WEIGHT_SETS:
         raise ValueError(
@@ -697,8 +712,6 @@ def read(path: str | os.PathLike) -> Checkpoint:
         )
     if known is not None:
         weight_set = known.weight_set
-        if not known.include_top:  # what there is of a classifier is another task's, or empty
-            tensors = {k: t for k, t in tensors.items() if k.startswith(("features.", "conv"))}
     return Checkpoint(tensors, _form(tensors, reader), weight_set, path)
 
 
@@ -755,17 +768,19 @@ def _form(tensors: Mapping[str, torch.Tensor], reader: Reader) -> Form:
     return "torchvision"
 
 
-def _check_tensors(tensors: Mapping[str, torch.Tensor]) -> None:
-    """ValueError for what no network's weights are; `_known`'s own gaps are not looked at."""
+def _wrong(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    """What is wrong with each tensor that no network could have as a weight."""
     if not tensors:
         raise ValueError("it holds no tensors")
+    wrong = {}
     for key, tensor in tensors.items():
         if key.endswith("num_batches_tracked"):
             continue
         if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-            raise ValueError(f"{key} has dtype {tensor.dtype}, expected floating point")
-        if tensor.numel() and not all(map(math.isfinite, torch.stack(tensor.aminmax()).tolist())):
-            raise ValueError(f"{key} holds NaN or infinite values")
+            wrong[key] = f"has dtype {tensor.dtype}, expected floating point"
+        elif tensor.numel() and not all(map(math.isfinite, torch.stack(tensor.aminmax()).tolist())):
+            wrong[key] = "holds NaN or infinite values"
+    return wrong
 
 
 # Converted copies --------------------------------------------------------------------------------
@@ -790,38 +805,55 @@ def converted(
         ValueError and OSError as `read` does, and what `convert` raises.
     """
     path = Path(path).resolve()
-    digest = sha256(path) if path.name not in KNOWN else _verified(path)
-    copy = home() / "converted" / f"{path.stem}-{digest[:16]}.safetensors"
-    with suppress(OSError, ValueError):
-        return _read_copy(copy, digest)
-    checkpoint = read(path)
-    tensors = convert(checkpoint)
-    if checkpoint.form == "keras" and path.suffix == ".safetensors":
-        return replace(checkpoint, tensors=dict(tensors))  # is mapped as it is
-    metadata = {"layout": _LAYOUT, "source": str(path), "source_sha256": digest}
-    if checkpoint.weight_set:
-        metadata["weight_set"] = checkpoint.weight_set
+    if found := _copy_of(path):
+        return found
     try:
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        with filelock.FileLock(f"{copy}.lock"):
-            if not copy.exists() or _damaged(copy, digest):
-                stored = {key: _output_first(key, tensor) for key, tensor in tensors.items()}
-                with atomic(copy) as temporary, temporary.open("wb") as file:
-                    begin, hashed = _write_safetensors(file, stored, metadata)
-                _remember(copy, begin, _stamp(copy), hashed)
-                _forget_copies_of(path, copy)
-        return _read_copy(copy, digest)
+        folder = home() / "converted"
+        folder.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(folder / f"{path.stem}.lock"):
+            if found := _copy_of(path):  # another process was faster
+                return found
+            checkpoint = read(path)
+            digest = sha256(path)
+            copy = folder / f"{path.stem}-{digest[:16]}.safetensors"
+            with suppress(OSError, ValueError):
+                return _read_copy(copy, digest)  # the source was written again, just as it was
+            tensors = dict(convert(checkpoint))
+            if checkpoint.form == "keras" and path.suffix == ".safetensors":
+                return replace(checkpoint, tensors=tensors)  # is mapped as it is
+            _write_copy(copy, tensors, path, digest, checkpoint.weight_set)
+            return _read_copy(copy, digest)
     except OSError as error:
         warnings.warn(f"Loading stays slow: {error}", stacklevel=2)
-        return replace(checkpoint, form="keras", tensors=dict(tensors))
+    checkpoint = read(path)
+    return replace(checkpoint, form="keras", tensors=dict(convert(checkpoint)))
+
+
+def _copy_of(path: Path) -> Checkpoint | None:
+    """The converted copy of a file whose hash is remembered, if it is there and whole."""
+    digest = _remembered(path, 0, _stamp(path))
+    if digest is None:
+        return None
+    with suppress(OSError, ValueError):
+        return _read_copy(home() / "converted" / f"{path.stem}-{digest[:16]}.safetensors", digest)
+    return None
+
+
+def _write_copy(
+    copy: Path, tensors: Mapping[str, torch.Tensor], path: Path, digest: str, weight_set: str | None
+) -> None:
+    """Write the converted copy of `path`, and delete those that it takes the place of."""
+    metadata = {"layout": _LAYOUT, "source": str(path), "source_sha256": digest}
+    if weight_set:
+        metadata["weight_set"] = weight_set
+    stored = {key: _output_first(key, tensor) for key, tensor in tensors.items()}
+    with atomic(copy) as temporary, temporary.open("wb") as file:
+        begin, hashed = _write_safetensors(file, stored, metadata)
+    _remember(copy, begin, _stamp(copy), hashed)
+    _forget_copies_of(path, copy)
 
 
 _LAYOUT = "keras, output channels first"
-
-
-def _verified(path: Path) -> str:
-    _check(path, KNOWN[path.name])
-    return sha256(path)
 
 
 def _output_first(key: str, tensor: torch.Tensor) -> torch.Tensor:
@@ -841,14 +873,6 @@ def _read_copy(copy: Path, digest: str) -> Checkpoint:
         if key.endswith("/kernel"):
             tensors[key] = tensor.movedim(0, -1)  # (O, ..., I) -> (..., I, O) view
     return Checkpoint(tensors, "keras", metadata.get("weight_set"), copy)
-
-
-def _damaged(copy: Path, digest: str) -> bool:
-    try:
-        _read_copy(copy, digest)
-    except ValueError:
-        return True
-    return False
 
 
 def _forget_copies_of(source: Path, newest: Path) -> None:
@@ -893,11 +917,9 @@ def _read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], Mapping[str,
     storage = torch.UntypedStorage.from_file(str(path), False, size)
     tensors = {}
     for key, entry in header.items():
+        start, end = entry["data_offsets"]
         dtype = _SAFETENSORS_DTYPES[entry["dtype"]]
-        start, end = (begin + offset for offset in entry["data_offsets"])
-        # A storage of its own for each tensor: copying or pickling one must not take the others.
-        values = torch.empty(0, dtype=dtype).set_(cast(Any, storage[start:end]))
-        tensors[key] = values.reshape(entry["shape"])
+        tensors[key] = _mapped(storage, begin + start, end - start, dtype, entry["shape"])
     return tensors, metadata
 
 
@@ -938,8 +960,12 @@ def _read_zip(path: Path) -> tuple[dict[str, torch.Tensor], Mapping[str, str]]:
             # A model of ours remembers its weight set in its class (preprocessing.py).
             kind = json.loads(archive.read("config.json")).get("class_name")
             weight_set = {f"{name.capitalize()}Model": name for name in WEIGHT_SETS}.get(kind)
-            with archive.open("model.weights.h5") as member:
-                return _h5_tensors(member), {"weight_set": weight_set} if weight_set else {}
+            # The member's own header stands before it, in which two lengths vary.
+            member = archive.getinfo("model.weights.h5")
+            with path.open("rb") as file:
+                file.seek(member.header_offset + 26)
+                start = file.tell() + 4 + sum(struct.unpack("<HH", file.read(4)))
+            return _h5_tensors(path, start), {"weight_set": weight_set} if weight_set else {}
     if not any(name.endswith("data.pkl") for name in names):
         raise ValueError("the archive holds neither PyTorch's nor Keras's weights")
     return _unwrapped(torch.load(path, map_location="cpu", weights_only=True, mmap=True)), {}
@@ -975,89 +1001,57 @@ def _unwrapped(loaded: object) -> dict[str, torch.Tensor]:
 
 
 def _read_h5(path: Path) -> tuple[dict[str, torch.Tensor], Mapping[str, str]]:
-    with path.open("rb") as file:
-        return _h5_tensors(file), {}
+    return _h5_tensors(path, 0), {}
 
 
-def _h5_tensors(file: IO[bytes]) -> dict[str, torch.Tensor]:
-    """Keras's three forms of HDF5: `.weights.h5`, the one inside `.keras`, and the legacy one."""
-    import h5py
+def _h5_tensors(path: Path, start: int) -> dict[str, torch.Tensor]:
+    """The weights in Keras's forms of HDF5, mapped; `start` is where the form begins in the file.
 
-    size = file.seek(0, os.SEEK_END)
-    file.seek(0)
-
-    def inner(parent: Any, name: str, kind: type) -> Any:
-        """A member of a group; never one that a link brings in from elsewhere."""
-        if not isinstance(parent.get(name, getlink=True), h5py.HardLink):
-            raise ValueError(f"{name} is a link")
-        member = parent[name]
-        if not isinstance(member, kind):
-            raise ValueError(f"{name} is not a {kind.__name__}")
-        return member
-
-    def values(group: Any, name: str) -> torch.Tensor:
-        for part in name.split("/")[:-1]:
-            group = inner(group, part, h5py.Group)
-        dataset = inner(group, name.split("/")[-1], h5py.Dataset)
-        if dataset.external or dataset.is_virtual or dataset.id.get_storage_size() > size:
-            raise ValueError(f"{name} keeps its values outside of the file")
-        if dataset.shape is None or dataset.nbytes > max(size, dataset.id.get_storage_size()):
-            raise ValueError(f"{name} claims more values than are stored")
-        if dataset.dtype.kind != "f":
-            raise ValueError(f"{name} has dtype {dataset.dtype}, expected floating point")
-        array = dataset[()].astype(dataset.dtype.newbyteorder("="), copy=False)
-        return torch.from_numpy(np.ascontiguousarray(array))
-
-    tensors: dict[str, torch.Tensor] = {}
-
-    def add(layer: str, arrays: list[torch.Tensor]) -> None:
-        if len(arrays) == 4 and all(array.ndim == 1 for array in arrays):
-            names: tuple[str, ...] = ("gamma", "beta", "moving_mean", "moving_variance")
-        else:
-            names = ("kernel", "bias")
-        if len(arrays) > len(names):
-            raise ValueError(f"{layer} has {len(arrays)} weights; no layer of VGG has that many")
-        for name, array in zip(names, arrays, strict=False):
-            if f"{layer}/{name}" in tensors:
-                raise ValueError(f"layer {layer} is there twice")
-            tensors[f"{layer}/{name}"] = array
-
-    def keras3(group: Any, prefix: str) -> None:
-        for child_name in inner(group, "layers", h5py.Group):
-            child = inner(group["layers"], child_name, h5py.Group)
-            if "vars" not in child:
-                continue
-            variables = inner(child, "vars", h5py.Group)
-            name = variables.attrs.get("name")
-            if not isinstance(name, str):
-                raise ValueError("it does not name its layers: written by a Keras before 3.10")
-            if len(variables):
-                add(prefix + name, [values(variables, str(i)) for i in range(len(variables))])
-            if "layers" in child:
-                if prefix.count("/") > 16:
-                    raise ValueError("its groups are nested without end")
-                keras3(child, f"{prefix}{name}/")
-
-    def texts(group: Any, name: str) -> list[str]:
-        """An attribute of names, which Keras splits into numbered ones where it is long."""
-        if name in group.attrs:
-            listed = list(group.attrs[name])
-        else:
-            parts = (f"{name}{i}" for i in range(len(group.attrs)))
-            listed = [text for part in parts for text in group.attrs.get(part, ())]
-        return [text.decode() if isinstance(text, bytes) else str(text) for text in listed]
-
-    with h5py.File(file, "r") as root:
-        if "layers" in root:
-            keras3(root, "")
-            return tensors
-        group = inner(root, "model_weights", h5py.Group) if "model_weights" in root else root
-        for layer in texts(group, "layer_names"):
-            weights = inner(group, layer, h5py.Group)
-            names = texts(weights, "weight_names")
-            if names:
-                add(layer, [values(weights, name) for name in names])
+    Another process finds them, since damaged files crash or hang the HDF5 library (hdf5.py).
+    """
+    script = Path(__file__).with_name("hdf5.py")
+    try:
+        done = subprocess.run(
+            [sys.executable, "-P", str(script), str(path)],
+            capture_output=True,
+            stdin=subprocess.DEVNULL,
+            timeout=H5_TIMEOUT,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        raise ValueError(f"its structure was not understood in {H5_TIMEOUT} s") from None
+    if done.returncode < 0:
+        raise ValueError("the HDF5 library crashes on it")
+    if done.returncode > 0:
+        lines = done.stderr.decode(errors="replace").strip().splitlines()
+        raise ValueError(lines[-1] if lines else "the HDF5 library can't read it")
+    size = path.stat().st_size
+    storage = torch.UntypedStorage.from_file(str(path), False, size)
+    tensors = {}
+    for key, (offset, shape, code) in json.loads(done.stdout).items():
+        if code not in _H5_DTYPES:
+            raise ValueError(f"{key} has dtype {code}, expected floating point")
+        begin, length = start + offset, math.prod(shape) * _H5_DTYPES[code].itemsize
+        if begin < 0 or begin + length > size:
+            raise ValueError(f"{key} claims more values than are stored")
+        tensors[key] = _mapped(storage, begin, length, _H5_DTYPES[code], shape)
     return tensors
+
+
+H5_TIMEOUT = 20.0  # seconds
+_H5_DTYPES = {"<f2": torch.float16, "<f4": torch.float32, "<f8": torch.float64}
+
+
+def _mapped(
+    storage: Any, begin: int, length: int, dtype: torch.dtype, shape: list[int]
+) -> torch.Tensor:
+    """A tensor on a stretch of a mapped file.
+
+    Its storage is its own: copying or pickling one tensor must not take the whole file along.
+    """
+    if not length:
+        return torch.empty(shape, dtype=dtype)
+    return torch.empty(0, dtype=dtype).set_(storage[begin : begin + length]).reshape(shape)
 
 
 def _read_onnx(path: Path) -> tuple[dict[str, torch.Tensor], Mapping[str, str]]:
