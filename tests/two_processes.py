@@ -1,0 +1,27 @@
+"""Train on this process's part of each batch and write the losses: started by torchrun."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import vggtorch  # noqa: F401 - selects the torch backend
+import tiny
+from accelerate import PartialState
+
+from vggtorch.config import TrainConfig
+from vggtorch.training import finetune
+
+if __name__ == "__main__":
+    folder, images = map(Path, sys.argv[1:])
+    config = TrainConfig(
+        head="linear" if "cached" in folder.name else None, epochs=3, batch_size=7, seed=3,
+        freeze="block1_pool", unfreeze=((1, "block1_conv1"),), image_size=16, augment="crop",
+        cache_copies=2, cache="cached" in folder.name, folder=str(folder),
+    )  # fmt: skip
+    history = finetune(tiny.network(3, dropout=0.0), images, config=config)
+    if PartialState().is_main_process:
+        result = {"processes": PartialState().num_processes, "epochs": history.epochs}
+        (folder / "history.json").write_text(json.dumps(result))
+    PartialState().destroy_process_group()
