@@ -303,3 +303,82 @@ def test_a_seed_decides_the_result(original):
         weights.append(result.get_layer("block1_conv").get_weights()[0])
     np.testing.assert_array_equal(weights[0], weights[1])
     assert (weights[0] != weights[2]).any()
+
+
+def test_a_region_with_branches_inside_can_be_fitted():
+    keras.utils.set_random_seed(0)
+    x = inputs = keras.Input((16, 16, 3))
+    x = L.Conv2D(8, 3, padding="same", activation="relu", name="stem")(x)
+    a = L.Conv2D(8, 3, padding="same", name="left")(x)
+    x = L.Add(name="add")([a, x])
+    x = L.Conv2D(8, 3, strides=2, padding="same", activation="relu", name="after")(x)
+    model = keras.Model(inputs, L.Dense(4, name="head")(L.Flatten(name="flat")(x)))
+    new = L.Conv2D(8, 3, padding="same", name="new")
+    result = surgery.replace(model, ["left", "add"], new)
+    fit = fitting.fit_(model, result, ["new"], images(), steps=0)
+    assert fit.start == "least squares"  # a branch can't be composed
+    assert fit.after["after"] > 0.9999  # the way around is a 1x1 identity, so one layer can do it
+    assert list(fit.after) == ["after", "head"]
+
+
+def test_channels_first_fits_alike(original):
+    keras.config.set_image_data_format("channels_first")
+    try:
+        x = inputs = keras.Input((3, 16, 16))
+        for layer in original.layers[1:]:
+            x = type(layer).from_config(layer.get_config() | {"data_format": "channels_first"})(x)
+        first = keras.Model(inputs, x)
+        first.set_weights(original.get_weights())
+        new = conv(data_format="channels_first")
+        result = surgery.replace(first, ["block1_conv1", "block1_conv2"], new)
+        fit = fitting.fit_(first, result, ["block1_conv"], images().transpose(0, 3, 1, 2), steps=5)
+    finally:
+        keras.config.set_image_data_format("channels_last")
+    last, names = replaced(original, other := conv())
+    expected = fitting.fit_(original, last, names, images(), steps=5)
+    assert fit.after == pytest.approx(expected.after, abs=1e-3)
+    for a, b in zip(new.get_weights(), other.get_weights(), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0.05, atol=0.01)
+
+
+def test_a_fit_ends_on_its_best_weights(original, monkeypatch):
+    """A learning rate that ruins everything leaves the start, and stops early."""
+    keras.utils.set_random_seed(1)
+    result, names = replaced(original, conv())
+    monkeypatch.setattr(fitting, "LEARNING_RATE", 1e6)
+    fit = fitting.fit_(original, result, names, images(), steps=10_000)
+    assert fit.steps == fitting.CHECK * fitting.PATIENCE
+    assert fit.after == pytest.approx(fit.before, abs=1e-5)
+
+
+def test_time_that_has_run_out_ends_a_fit(original):
+    result, names = replaced(original, conv())
+    assert fitting.fit_(original, result, names, images(), seconds=0.0).steps == 0
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"new_layers": ["nope"]}, r"Received new_layers \['nope'\]; the result has the layers"),
+        ({"new_layers": ["block1_pool"]}, "expected one layer, which the original has too"),
+        ({"match": ["nope"]}, r"Not among them: \['nope'\]"),
+        ({"match": []}, r"Received match=\[\]; expected layers behind the new ones"),
+        ({"images": images(9)}, "Received 9 images; expected 10 at least"),
+        (
+            {"images": images()[..., :2]},
+            r"of shape \(30, 16, 16, 2\); expected \(None, 16, 16, 3\)",
+        ),
+        ({"images": np.full((10, 16, 16, 3), np.nan)}, "Received images with NaN or infinite"),
+    ],
+)
+def test_what_cannot_be_fitted_says_why(original, changed, message):
+    result, names = replaced(original, conv())
+    arguments = {"new_layers": names, "images": images()} | changed
+    with pytest.raises(ValueError, match=message):
+        fitting.fit_(original, result, **arguments)
+
+
+def test_layers_without_weights_cannot_be_fitted(original):
+    result = surgery.insert(original, "block1_conv1", L.Activation("relu", name="again"))
+    with pytest.raises(ValueError, match=r"\['again'\] have no trainable weights to fit"):
+        fitting.fit_(original, result, ["again"], images())

@@ -636,7 +636,7 @@ def _put_(module: Linear, stacked: Tensor) -> None:
 def _least_squares_(moments: _Moments) -> None:
     """Give a layer the weights whose outputs come nearest to the wanted ones."""
     second = moments.second
-    ridge = 1e-6 * second.diagonal().mean() * torch.eye(len(second), device=second.device)
+    ridge = 1e-9 * second.diagonal().mean() * torch.eye(len(second), device=second.device)
     targets = moments.targets[: len(second)] / moments.count
     _put_(moments.module, torch.linalg.solve(second + ridge.double(), targets).float())
 
