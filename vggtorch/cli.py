@@ -52,8 +52,10 @@ def _parser() -> argparse.ArgumentParser:
     verify = actions.add_parser("verify", help="hash all that is here afresh")
     verify.set_defaults(run=_weights_verify)
 
-    inspect = commands.add_parser("inspect", help="the layers of a network")
+    inspect = commands.add_parser("inspect", help="what each layer of a network costs")
     inspect.add_argument("model", metavar="MODEL", help="an architecture's name or a .keras file")
+    inspect.add_argument("--before", metavar="MODEL", help="compare: what it was before a surgery")
+    inspect.add_argument("--draw", metavar="FILE", help="draw the graph as SVG, changes marked")
     inspect.set_defaults(run=_inspect)
 
     predict = commands.add_parser("predict", help="the most probable classes of images")
