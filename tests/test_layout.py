@@ -32,7 +32,6 @@ ORDER = [
     "features",
     "training",
     "report",
-    "export",
     "demo",
     "cli",
 ]

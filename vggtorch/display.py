@@ -55,7 +55,7 @@ def display(is_main: bool, tensorboard: Path | None) -> Iterator[Display]:
         except ImportError as error:
             raise ValueError(
                 "Received tensorboard=True, and TensorBoard isn't installed: "
-                "pip install 'vggtorch[report]'."
+                "pip install 'vggtorch[tensorboard]'."
             ) from error
         writer = SummaryWriter(tensorboard)
     columns = (
