@@ -61,7 +61,7 @@ def small_vgg(data_format: str = "channels_last", dtype: str = "float32") -> ker
                       **options, **with_dtype)(x)  # fmt: skip
     x = layers.MaxPooling2D(2, name="block1_pool", **options, **with_dtype)(x)
     x = layers.Conv2D(16, 3, padding="same", name="block2_conv1", **options, **with_dtype)(x)
-    x = layers.BatchNormalization(axis, name="block2_bn1", **with_dtype)(x)
+    x = layers.BatchNormalization(axis, 0.5, name="block2_bn1", **with_dtype)(x)
     x = layers.Activation("relu", name="block2_relu1", **with_dtype)(x)
     x = layers.MaxPooling2D(2, name="block2_pool", **options, **with_dtype)(x)
     x = layers.Flatten(name="flatten", **options)(x)
@@ -228,7 +228,7 @@ def test_a_layer_without_handler_gets_training_and_keeps_its_parameters() -> Non
 def test_masks_are_kept() -> None:
     tokens = keras.Input((5,), dtype="int32")
     x = layers.Embedding(7, 4, mask_zero=True)(tokens)
-    model = keras.Model(tokens, layers.LSTM(3)(layers.Dropout(0.1)(x)))
+    model = keras.Model(tokens, layers.LSTM(3)(layers.BatchNormalization()(layers.Dense(4)(x))))
     ids = torch.tensor([[1, 2, 0, 0, 0], [3, 4, 5, 0, 0]])
     assert_close(lower(model).eval()(ids).detach(), model(ids).detach())
 
@@ -501,7 +501,10 @@ def trained(accelerated: bool, dropout: float = 0.5, **options: bool) -> tuple[k
     x = layers.Dropout(dropout)(vgg.get_layer("fc1").output)
     model = keras.Model(vgg.input, layers.Dense(4, activation="softmax")(x))
     model.compile(
-        keras.optimizers.Adam(1e-3), "sparse_categorical_crossentropy", metrics=["accuracy"]
+        # Adam would make full steps of the noise that is a bias's gradient before batch norm.
+        keras.optimizers.SGD(0.01, momentum=0.9),
+        "sparse_categorical_crossentropy",
+        metrics=["accuracy"],
     )
     if accelerated:
         assert accelerate_(model, **options) is model
@@ -565,7 +568,7 @@ def test_accelerated_optimizer_slots_have_the_layout_of_their_kernels() -> None:
     model, _ = trained(accelerated=True)
     kernel = model.get_layer("block1_conv1").kernel.value
     slots = [v.value for v in model.optimizer.variables if v.value.shape == kernel.shape]
-    assert len(slots) == 2
+    assert len(slots) == 1
     assert all(slot.stride() == kernel.stride() for slot in slots)
 
 

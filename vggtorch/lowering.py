@@ -48,12 +48,10 @@ class Format:
     Attributes:
         channels_last: 4-D tensors are NHWC in Keras, so NCHW views of NHWC memory here.
         dtype: computes in this dtype where Keras would in float32; None leaves it to Keras.
-        masked: masks travel with the tensors, which Keras's own layers alone pass on.
     """
 
     channels_last: bool
     dtype: torch.dtype | None
-    masked: bool
 
     def axis(self, axis: int, rank: int) -> int:
         """Where an axis of a Keras tensor is here."""
@@ -850,7 +848,8 @@ def _with_last_use(steps: list[Step], outputs: tuple[int, ...]) -> list[Step]:
 def _lower(node: Any, format: Format) -> nn.Module:
     """The module for one call of a layer or operation."""
     layer, arguments = node.operation, node.arguments
-    args, options = arguments.args, set(arguments.kwargs) - {"training", "mask"}
+    args = arguments.args
+    options = {name for name, value in arguments.kwargs.items() if value is not None} - {"training"}
     plain = len(args) == 1 and not options and _flat(args[0])
     graph = _functional(layer)
     if plain and graph is not None:
@@ -858,8 +857,8 @@ def _lower(node: Any, format: Format) -> nn.Module:
     handler = HANDLERS.get(type(layer))
     own = "channels_last" if format.channels_last else "channels_first"
     same_layout = handler is _flatten or getattr(layer, "data_format", own) == own
-    plain = plain and not format.masked and same_layout
-    if plain and handler is not None and layer.activity_regularizer is None:
+    plain = plain and same_layout
+    if handler is not None and plain and layer.activity_regularizer is None:
         module = handler(layer, format, node.input_tensors)
         if module is not None:
             return module
@@ -973,11 +972,7 @@ def lower(
             f"Received dtype={dtype!r}; expected torch.float32, torch.bfloat16 or torch.float16."
         )
     own = _data_format(graph)
-    masked = any(
-        isinstance(layer, layers.Masking) or getattr(layer, "mask_zero", False)
-        for layer in graph._flatten_layers()
-    )
-    return Lowered(graph, Format(own == "channels_last", dtype, masked), data_format or own)
+    return Lowered(graph, Format(own == "channels_last", dtype), data_format or own)
 
 
 def _data_format(model: keras.Model) -> str:
