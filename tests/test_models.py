@@ -249,7 +249,7 @@ def test_layers_that_torchvision_has_no_keys_for_are_refused(small, tmp_path):
     with pytest.raises(ValueError, match="Unexpected: mine/bias, mine/kernel"):
         vt.save_weights(model, tmp_path / "x.pth")
     with pytest.raises(ValueError, match=r"ends in \.safetensors"):
-        vt.save_weights(small, tmp_path / "x.bin")
+        vt.save_weights(small, tmp_path / "x.npz")
     assert not list(tmp_path.iterdir())
 
 

