@@ -16,7 +16,7 @@ from vggtorch.training import finetune
 if __name__ == "__main__":
     folder, images = map(Path, sys.argv[1:])
     config = TrainConfig(
-        head="linear" if "cached" in folder.name else None, epochs=3, batch_size=7, seed=3,
+        epochs=3, batch_size=7, seed=3,
         freeze="block1_pool", unfreeze=((1, "block1_conv1"),), image_size=16, augment="crop",
         cache_copies=2, cache="cached" in folder.name, folder=str(folder),
     )  # fmt: skip

@@ -801,16 +801,20 @@ class Graph(nn.Module):
         (number,) = steps[0].inputs
         (result,) = steps[-1].outputs
         x = values.pop(number)
+        if x.shape[1:] not in self.group_sizes:
+            # Before the first batch, so that the same batch always runs in the same groups: a
+            # kernel's last bit depends on how many images it is given.
+            sizes = [1]
+            with torch.no_grad():
+                _run(steps, {number: x[:1]}, sizes)
+            size = max(1, GROUP_BYTES * torch.get_num_threads() // max(sizes))
+            self.group_sizes[x.shape[1:]] = size
         parts: list[Tensor] = []
-        done, size = 0, self.group_sizes.get(x.shape[1:], 1)
-        while done < len(x):
-            group = x[done : done + size]
-            part, sizes = {number: group}, [1]
-            _run(steps, part, sizes)
+        size = self.group_sizes[x.shape[1:]]
+        for done in range(0, len(x), size):
+            part = {number: x[done : done + size]}
+            _run(steps, part)
             parts.append(part[result])
-            done += size
-            size = max(1, GROUP_BYTES * torch.get_num_threads() * len(group) // max(sizes))
-        self.group_sizes[x.shape[1:]] = size
         values[result] = parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
