@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from vggtorch import lowering
 
 CROP = 96  # height and width of the crops that a fit trains on
-CROPS = 640  # how many of them, drawn once, if their maps take less than MEMORY
+CROPS = 320  # how many of them, drawn once, if their maps take less than MEMORY
 MEMORY = 1 << 30  # bytes
 HELD_OUT = 64  # crops of images that it does not train on
 COMPARED = 16  # of these images, whole, for the cosines that it returns
@@ -762,18 +762,19 @@ def _moments(
 ) -> list[_Moments]:
     """Moments at each of the new layers; at the last one also with what it should give."""
     moments = [_Moments(module) for module in linears]
-    entering: dict[nn.Module, Tensor] = {}
+    entering: dict[nn.Module, list[Tensor]] = {}
 
     def keep(module: nn.Module, args: tuple[Tensor]) -> None:
-        entering[module] = args[0].detach()
+        entering[module].append(args[0].detach())  # a few images at a time
 
     hooks = [module.register_forward_pre_hook(keep) for module in linears]
     for part in x.split(BATCH):
+        entering.update((module, []) for module in linears)
         tail(part)
         (y,) = target(part)
         for moment in moments:
             wanted = y if moment.module is last else None
-            moment.add(entering[moment.module], wanted, generator)
+            moment.add(torch.cat(entering[moment.module]), wanted, generator)
     for hook in hooks:
         hook.remove()
     return moments
