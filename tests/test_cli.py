@@ -5,6 +5,7 @@ from sklearn.datasets import load_sample_images
 import vggtorch as vt
 from vggtorch import sources
 from vggtorch.cli import main
+from vggtorch.preprocessing import remember_
 
 
 def test_convert_prints_what_it_mapped(tmp_path, capsys):
@@ -23,11 +24,40 @@ def test_inspect_prints_every_layer(capsys):
 
 def test_predict_prints_the_most_probable_classes(tmp_path, capsys):
     weights, image = tmp_path / "random.safetensors", tmp_path / "china.png"
-    vt.save_weights(vt.VGG11(weights=None), weights)
+    model = remember_(vt.VGG11(weights=None), "imagenet")
+    vt.save_weights(model, weights)
     Image.fromarray(load_sample_images().images[0]).save(image)
     arguments = ["--architecture", "vgg11", "--weights", str(weights), "--top", "3"]
-    assert main(["predict", str(image), *arguments]) == 1
+    assert main(["predict", str(image), *arguments]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    best = vt.decode_predictions(model.predict(vt.preprocess(image, model), verbose=0), 3)[0]
+    assert printed[0] == str(image)
+    assert [line.split("%  ")[1] for line in printed[1:]] == [name for _, name, _ in best]
+
+
+def test_predict_refuses_weights_whose_preprocessing_is_not_known(tmp_path, capsys):
+    weights = tmp_path / "random.pth"
+    vt.save_weights(vt.VGG11(weights=None, include_top=False), weights)
+    assert main(["convert", str(weights), str(tmp_path / "random.keras")]) == 0
+    capsys.readouterr()
+    assert main(["predict", "china.png", "--model", str(tmp_path / "random.keras")]) == 1
     assert "does not say which weight set" in capsys.readouterr().err
+
+
+def test_weights_lists_what_is_known_and_here(capsys):
+    sources.find("oxford", "vgg16", include_top=False)
+    assert main(["weights"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(sources.KNOWN)
+    (oxford,) = [line for line in lines if "oxford" in line]
+    assert "not here" not in oxford
+
+
+def test_inspect_compares_and_draws(tmp_path, capsys):
+    drawing = tmp_path / "graph.svg"
+    assert main(["inspect", "vgg13", "--before", "vgg11", "--draw", str(drawing)]) == 0
+    assert "after/before" in capsys.readouterr().out
+    assert "block1_conv2" in drawing.read_text()
 
 
 @pytest.mark.parametrize(

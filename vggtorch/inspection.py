@@ -214,6 +214,8 @@ def _count(
     shapes: dict[str, tuple[int, ...]] = dict.fromkeys(counts, ())
     sizes = dict(counts)
     hooks = []
+    with torch.enable_grad():  # layers one by one; without gradients several run as one
+        module(example)  # finds out first how many images run at a time
     with FlopCounterMode(display=False) as counter:
         for name, child in module.named_children():
 
@@ -229,7 +231,7 @@ def _count(
                 shapes[name] = tuple((tensors[0].movedim(1, -1) if last else tensors[0]).shape[1:])
 
             hooks += [child.register_forward_pre_hook(before), child.register_forward_hook(after)]
-        with torch.enable_grad():  # layers one by one; without gradients several run as one
+        with torch.enable_grad():
             module(example)
     for hook in hooks:
         hook.remove()
