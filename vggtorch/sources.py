@@ -851,7 +851,7 @@ def _write_copy(
     stored = {key: _output_first(key, tensor) for key, tensor in tensors.items()}
     with atomic(copy) as temporary, temporary.open("wb") as file:
         begin, hashed = _write_safetensors(file, stored, metadata)
-    _remember(copy, begin, _stamp(copy), hashed)
+    _remember(copy.resolve(), begin, _stamp(copy), hashed)
     _forget_copies_of(path, copy)
 
 
