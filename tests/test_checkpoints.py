@@ -34,9 +34,7 @@ def test_any_flipped_byte_is_noticed_or_harmless(tmp_path):
     whole = path.read_bytes()
     noticed = 0
     for position in range(0, len(whole), 7):
-        path.write_bytes(
-            whole[:position] + bytes([whole[position] ^ 16]) + whole[position + 1 :]
-        )
+        path.write_bytes(whole[:position] + bytes([whole[position] ^ 16]) + whole[position + 1 :])
         try:
             found = checkpoints.read(path)
         except ValueError as error:

@@ -20,7 +20,9 @@ def test_folder_reads_what_torchvisions_image_folder_lists(tmp_path):
     folder = data.read_folder(tiny.pictures(tmp_path / "data"), size=16)
     reference = ImageFolder(tmp_path / "data")
     assert list(folder.classes) == reference.classes
-    assert sorted(zip(map(str, folder.paths), folder.labels, strict=True)) == sorted(reference.samples)
+    assert sorted(zip(map(str, folder.paths), folder.labels, strict=True)) == sorted(
+        reference.samples
+    )
 
 
 def test_plain_image_is_what_preprocess_makes_of_the_file(tmp_path):

@@ -94,8 +94,12 @@ def test_learning_rate_is_keras_cosine_decay():
         0.0, decay_steps=30, warmup_target=0.3, warmup_steps=10
     )
     found = [training.learning_rate(config, step, 40) for step in range(40)]
-    np.testing.assert_allclose(found[:10], [float(reference(step + 1)) for step in range(10)], rtol=1e-5)
-    np.testing.assert_allclose(found[10:], [float(reference(step)) for step in range(10, 40)], rtol=1e-4)
+    np.testing.assert_allclose(
+        found[:10], [float(reference(step + 1)) for step in range(10)], rtol=1e-5
+    )
+    np.testing.assert_allclose(
+        found[10:], [float(reference(step)) for step in range(10, 40)], rtol=1e-4
+    )
 
 
 def test_it_learns(images, config):
@@ -169,7 +173,9 @@ def test_out_of_memory_with_one_image_is_an_error(config, monkeypatch):
     monkeypatch.setattr(training.F, "cross_entropy", no_gpu)
     with (
         pytest.warns(UserWarning, match="pieces"),
-        pytest.raises(ValueError, match="memory doesn't suffice for batches of 6 .* smaller batch_size"),
+        pytest.raises(
+            ValueError, match="memory doesn't suffice for batches of 6 .* smaller batch_size"
+        ),
     ):
         finetune(tiny.network(), dataset(), config=config)
 
@@ -215,7 +221,9 @@ def changed_layers(before, model):
 
 
 def snapshot(model):
-    return {layer.name: [keras.ops.convert_to_numpy(w) for w in layer.weights] for layer in model.layers}
+    return {
+        layer.name: [keras.ops.convert_to_numpy(w) for w in layer.weights] for layer in model.layers
+    }
 
 
 @pytest.mark.parametrize("cache", [True, False])
@@ -507,7 +515,9 @@ def test_classes_that_differ(images, config, tmp_path):
 
 
 def test_a_model_with_another_number_of_classes(images, config):
-    with pytest.raises(ValueError, match=r"has 3 classes \(blue, green, red\), and tiny puts out 4"):
+    with pytest.raises(
+        ValueError, match=r"has 3 classes \(blue, green, red\), and tiny puts out 4"
+    ):
         finetune(tiny.network(4), images, config=config)
     with pytest.raises(ValueError, match=r"expected \(N, classes\). Stack a head"):
         finetune(tiny.network(None), images, config=config)
@@ -547,9 +557,7 @@ def test_broken_images_are_skipped_if_asked(config, tmp_path):
 
 def test_tensorboard(images, config):
     loader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    history = finetune(
-        tiny.network(), images, config=dataclasses.replace(config, tensorboard=True)
-    )
+    history = finetune(tiny.network(), images, config=dataclasses.replace(config, tensorboard=True))
     events = loader.EventAccumulator(config.folder)
     events.Reload()
     found = [event.value for event in events.Scalars("val_loss")]
