@@ -1,8 +1,8 @@
 """How well and how fast does a cut VGG16 learn CIFAR-10: our loop and Keras fit, one row each.
 
-    python benchmarks/transfer.py /work/shared/data/cifar10 oxford.onnx        # every row
+    python benchmarks/transfer.py DATA WEIGHTS                          # every row
     python benchmarks/transfer.py DATA WEIGHTS --only "oxford block4_pool ours"
-    python benchmarks/transfer.py DATA WEIGHTS --cache                         # epoch, with and without
+    python benchmarks/transfer.py DATA WEIGHTS --cache                  # an epoch with it, without
 
 DATA has train/ and test/ with a folder for each class; images are enlarged to 96x96. Each row runs
 in a process of its own, whose peak memory is reported. The accuracy is that after the last epoch,
@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any, Literal
 
 import keras
 import numpy as np
@@ -34,7 +35,7 @@ from vggtorch.preprocessing import preprocess, remember_
 from vggtorch.training import finetune, learning_rate, with_head
 
 SIZE = 96
-HEADS = {"block2_pool": "tutorial", "block4_pool": "mlp"}
+HEADS: dict[str, Literal["tutorial", "mlp"]] = {"block2_pool": "tutorial", "block4_pool": "mlp"}
 
 
 class Enlarged(torch.utils.data.Dataset):
@@ -108,7 +109,7 @@ def keras_fit(base: keras.Model, train: Enlarged, test: Enlarged, config: TrainC
         def __len__(self) -> int:
             return len(self.batches)
 
-        def __getitem__(self, i: int) -> tuple[torch.Tensor, np.ndarray]:
+        def __getitem__(self, i: int) -> tuple[Any, np.ndarray]:
             images, labels = zip(*(train[index] for index in self.batches[i]), strict=True)
             return (
                 preprocess(torch.stack(images), base),
@@ -139,20 +140,20 @@ def measure(data: Path, weights: str, cut: str, by: str, epochs: int) -> dict[st
 
 def cache(data: Path, weights: str, epochs: int) -> None:
     """Seconds of an epoch at block4_pool with the feature cache and without."""
-    train, test = Enlarged(data / "train", mirror=True), Enlarged(data / "test", mirror=False)
+    train = Enlarged(data / "train", mirror=False)  # so that both see the same images
     train.images, train.labels = train.images[::10], train.labels[::10]  # 300 images suffice
-    losses, seconds = [], []
+    losses: list[list[float]] = []
+    seconds: list[list[float]] = []
     for use in (True, False):
         with tempfile.TemporaryDirectory() as folder:
             config = TrainConfig(
-                cut="block4_pool", head="linear", freeze="block4_pool", epochs=epochs, batch_size=60,
-                cache=use, folder=folder,
+                cut="block4_pool", head="linear", freeze="block4_pool", epochs=epochs,
+                batch_size=60, cache=use, folder=folder,
             )  # fmt: skip
-            train.mirror = False  # so that both see the same images
             history = finetune(network(weights), train, None, config)
         losses.append([epoch["loss"] for epoch in history.epochs])
         seconds.append([epoch["seconds"] for epoch in history.epochs[1:]])
-    np.testing.assert_allclose(*losses, rtol=1e-3)
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-3)
     with_cache, without = map(np.median, seconds)
     print(
         f"{len(train)} images, epochs 2 to {epochs}, medians: cached {with_cache:.4f} s "
@@ -185,8 +186,8 @@ def main() -> None:
         print(json.dumps(measure(arguments.data, weights, cut, by, arguments.epochs)))
         return
     print(
-        f"Python {platform.python_version()}, torch {torch.__version__}, Keras {keras.__version__}, "
-        f"{torch.get_num_threads()} threads, {time.strftime('%Y-%m-%d')}: {' '.join(sys.argv)}"
+        f"Python {platform.python_version()}, torch {torch.__version__}, "
+        f"Keras {keras.__version__}, {torch.get_num_threads()} threads, {time.strftime('%Y-%m-%d')}: {' '.join(sys.argv)}"
     )
     for name in [arguments.only] if arguments.only else names:
         epochs = arguments.keras_epochs if name.endswith("fit") else arguments.epochs

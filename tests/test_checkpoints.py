@@ -2,13 +2,17 @@ from __future__ import annotations
 
 import errno
 import os
+from typing import Any
 
 import pytest
 import torch
 
 from vggtorch import checkpoints
 
-CONTENT = {"weights": [torch.arange(6.0).reshape(2, 3), torch.tensor(3)], "progress": {"epoch": 2}}
+CONTENT: dict[str, Any] = {
+    "weights": [torch.arange(6.0).reshape(2, 3), torch.tensor(3)],
+    "progress": {"epoch": 2},
+}
 
 
 def test_round_trip(tmp_path):

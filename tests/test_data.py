@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import keras
 import numpy as np
@@ -171,7 +172,7 @@ def test_items_are_the_same_for_the_same_draw_and_leave_random_numbers_alone():
 
 
 def test_items_take_pil_images():
-    dataset = [(Image.new("L", (5, 4), 100), 1)] * 3
+    dataset: Any = [(Image.new("L", (5, 4), 100), 1)] * 3
     source, _ = data.as_source(dataset, seed=0, batch_size=2)
     images, _ = source[[(0, 0)]]
     assert images.shape == (1, 4, 5, 3)

@@ -117,6 +117,7 @@ class Page(HTMLParser):
 def test_the_page_holds_all_and_needs_nothing(history, tmp_path):
     path = tmp_path / "report.html"
     evaluation = report.write_report(history, path, command="vggtorch finetune <data>")
+    assert evaluation is not None
     page = Page(path.read_text(encoding="utf-8"))
     assert page.links == []
     text = " ".join(page.text)
@@ -138,7 +139,8 @@ def test_the_page_holds_all_and_needs_nothing(history, tmp_path):
 
 def test_a_curve_goes_where_its_values_go():
     drawing = ElementTree.fromstring(report.curves_svg({"loss": [3.0, 1.0, 2.0]}, "loss & more"))
-    line = drawing.find("{http://www.w3.org/2000/svg}polyline").get("points")
+    (polyline,) = drawing.findall("{http://www.w3.org/2000/svg}polyline")
+    line = polyline.attrib["points"]
     points = [tuple(map(float, point.split(","))) for point in line.split()]
     assert points[0][0] < points[1][0] < points[2][0]
     assert points[0][1] < points[2][1] < points[1][1]  # SVG counts from the top
