@@ -187,7 +187,8 @@ def main() -> None:
         return
     print(
         f"Python {platform.python_version()}, torch {torch.__version__}, "
-        f"Keras {keras.__version__}, {torch.get_num_threads()} threads, {time.strftime('%Y-%m-%d')}: {' '.join(sys.argv)}"
+        f"Keras {keras.__version__}, {torch.get_num_threads()} threads, "
+        f"{time.strftime('%Y-%m-%d')}: {' '.join(sys.argv)}"
     )
     for name in [arguments.only] if arguments.only else names:
         epochs = arguments.keras_epochs if name.endswith("fit") else arguments.epochs

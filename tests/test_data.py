@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import random
 from typing import Any
 
@@ -63,7 +64,7 @@ def test_a_draw_is_always_the_same_and_odd_draws_are_mirrored(tmp_path, augment)
 
 def test_draws_of_two_epochs_are_mirror_images_of_each_other():
     draws = [[data.draw(index, epoch) for index in range(6)] for epoch in range(4)]
-    for one, next_one in zip(draws, draws[1:], strict=False):
+    for one, next_one in itertools.pairwise(draws):
         assert all((a + b) % 2 == 1 for a, b in zip(one, next_one, strict=True))
     assert 0 not in sum(draws, [])
 
