@@ -13,10 +13,10 @@ import time
 import traceback
 from pathlib import Path
 
-import vggtorch  # noqa: F401 - selects the torch backend
 import tiny
 import torch
 
+import vggtorch  # noqa: F401 - selects the torch backend
 from vggtorch.config import TrainConfig
 from vggtorch.training import finetune
 

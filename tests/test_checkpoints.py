@@ -2,13 +2,17 @@ from __future__ import annotations
 
 import errno
 import os
+from typing import Any
 
 import pytest
 import torch
 
 from vggtorch import checkpoints
 
-CONTENT = {"weights": [torch.arange(6.0).reshape(2, 3), torch.tensor(3)], "progress": {"epoch": 2}}
+CONTENT: dict[str, Any] = {
+    "weights": [torch.arange(6.0).reshape(2, 3), torch.tensor(3)],
+    "progress": {"epoch": 2},
+}
 
 
 def test_round_trip(tmp_path):
@@ -34,9 +38,7 @@ def test_any_flipped_byte_is_noticed_or_harmless(tmp_path):
     whole = path.read_bytes()
     noticed = 0
     for position in range(0, len(whole), 7):
-        path.write_bytes(
-            whole[:position] + bytes([whole[position] ^ 16]) + whole[position + 1 :]
-        )
+        path.write_bytes(whole[:position] + bytes([whole[position] ^ 16]) + whole[position + 1 :])
         try:
             found = checkpoints.read(path)
         except ValueError as error:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import itertools
 import random
+from typing import Any
 
 import keras
 import numpy as np
@@ -20,7 +22,9 @@ def test_folder_reads_what_torchvisions_image_folder_lists(tmp_path):
     folder = data.read_folder(tiny.pictures(tmp_path / "data"), size=16)
     reference = ImageFolder(tmp_path / "data")
     assert list(folder.classes) == reference.classes
-    assert sorted(zip(map(str, folder.paths), folder.labels, strict=True)) == sorted(reference.samples)
+    assert sorted(zip(map(str, folder.paths), folder.labels, strict=True)) == sorted(
+        reference.samples
+    )
 
 
 def test_plain_image_is_what_preprocess_makes_of_the_file(tmp_path):
@@ -60,7 +64,7 @@ def test_a_draw_is_always_the_same_and_odd_draws_are_mirrored(tmp_path, augment)
 
 def test_draws_of_two_epochs_are_mirror_images_of_each_other():
     draws = [[data.draw(index, epoch) for index in range(6)] for epoch in range(4)]
-    for one, next_one in zip(draws, draws[1:], strict=False):
+    for one, next_one in itertools.pairwise(draws):
         assert all((a + b) % 2 == 1 for a, b in zip(one, next_one, strict=True))
     assert 0 not in sum(draws, [])
 
@@ -169,7 +173,7 @@ def test_items_are_the_same_for_the_same_draw_and_leave_random_numbers_alone():
 
 
 def test_items_take_pil_images():
-    dataset = [(Image.new("L", (5, 4), 100), 1)] * 3
+    dataset: Any = [(Image.new("L", (5, 4), 100), 1)] * 3
     source, _ = data.as_source(dataset, seed=0, batch_size=2)
     images, _ = source[[(0, 0)]]
     assert images.shape == (1, 4, 5, 3)

@@ -19,7 +19,9 @@ def prefix_of(model):
 
 
 def cached(model, source, folder, **changed):
-    options = dict(weights=None, copies=1, half=False, workers=0, advance=lambda images: None)
+    options = {
+        "weights": None, "copies": 1, "half": False, "workers": 0, "advance": lambda images: None,
+    }  # fmt: skip
     return features.cached_features(
         prefix_of(model), source, folder, accelerator=Accelerator(), **options | changed
     )
@@ -115,7 +117,12 @@ def test_half_precision(folder, tmp_path):
 def count_runs(monkeypatch):
     runs = []
     real = features._compute
-    monkeypatch.setattr(features, "_compute", lambda *a: (runs.append(1), real(*a)))
+
+    def counted(*arguments):
+        runs.append(1)
+        real(*arguments)
+
+    monkeypatch.setattr(features, "_compute", counted)
     return runs
 
 
@@ -134,7 +141,8 @@ def test_anything_that_matters_makes_another_cache(folder, tmp_path, monkeypatch
 
     cached(frozen(), folder, tmp_path / "f", copies=2)
     runs = count_runs(monkeypatch)
-    model, source, options = frozen(), folder, {"copies": 2}
+    model, source = frozen(), folder
+    options: dict[str, object] = {"copies": 2}
     if what == "weight":
         model.get_layer("block1_conv1").bias.assign([0, 0, 0, 1e-7])
     elif what == "cut":

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import keras
 import numpy as np
@@ -94,8 +95,12 @@ def test_learning_rate_is_keras_cosine_decay():
         0.0, decay_steps=30, warmup_target=0.3, warmup_steps=10
     )
     found = [training.learning_rate(config, step, 40) for step in range(40)]
-    np.testing.assert_allclose(found[:10], [float(reference(step + 1)) for step in range(10)], rtol=1e-5)
-    np.testing.assert_allclose(found[10:], [float(reference(step)) for step in range(10, 40)], rtol=1e-4)
+    np.testing.assert_allclose(
+        found[:10], [float(reference(step + 1)) for step in range(10)], rtol=1e-5
+    )
+    np.testing.assert_allclose(
+        found[10:], [float(reference(step)) for step in range(10, 40)], rtol=1e-4
+    )
 
 
 def test_it_learns(images, config):
@@ -143,7 +148,7 @@ def test_pieces_of_a_batch_add_up_to_it(config):
         )
         for n in (1, 4)
     ]
-    np.testing.assert_allclose(*losses, rtol=1e-5)
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
 
 
 def test_out_of_memory_runs_the_batch_in_pieces(config, monkeypatch):
@@ -169,7 +174,9 @@ def test_out_of_memory_with_one_image_is_an_error(config, monkeypatch):
     monkeypatch.setattr(training.F, "cross_entropy", no_gpu)
     with (
         pytest.warns(UserWarning, match="pieces"),
-        pytest.raises(ValueError, match="memory doesn't suffice for batches of 6 .* smaller batch_size"),
+        pytest.raises(
+            ValueError, match="memory doesn't suffice for batches of 6 .* smaller batch_size"
+        ),
     ):
         finetune(tiny.network(), dataset(), config=config)
 
@@ -193,7 +200,7 @@ def test_a_loader_gives_its_own_batches(config):
 
 
 def test_bf16_and_back(images, config):
-    losses = []
+    losses: list[list[float]] = []
     for precision in ("fp32", "bf16", "fp32"):
         folder = f"{config.folder}{len(losses)}"
         changed = dataclasses.replace(config, precision=precision, folder=folder)
@@ -215,7 +222,9 @@ def changed_layers(before, model):
 
 
 def snapshot(model):
-    return {layer.name: [keras.ops.convert_to_numpy(w) for w in layer.weights] for layer in model.layers}
+    return {
+        layer.name: [keras.ops.convert_to_numpy(w) for w in layer.weights] for layer in model.layers
+    }
 
 
 @pytest.mark.parametrize("cache", [True, False])
@@ -324,7 +333,7 @@ def test_averaged_weights_are_what_is_kept(images, config):
 
 def test_the_average_follows_its_formula(config, monkeypatch):
     config = dataclasses.replace(config, ema=0.4, epochs=1)
-    values = []
+    values: list[dict[int, torch.Tensor]] = []
     real = training._step
 
     def step(run, *rest):
@@ -348,7 +357,7 @@ def test_the_average_follows_its_formula(config, monkeypatch):
 # Nothing is lost
 
 
-VARIANTS = {
+VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
     "sgd": {"optimizer": "sgd", "batch_norm": True},
     "averaged": {"ema": 0.9, "augment": "trivial", "clip_norm": 0.5},
@@ -507,7 +516,9 @@ def test_classes_that_differ(images, config, tmp_path):
 
 
 def test_a_model_with_another_number_of_classes(images, config):
-    with pytest.raises(ValueError, match=r"has 3 classes \(blue, green, red\), and tiny puts out 4"):
+    with pytest.raises(
+        ValueError, match=r"has 3 classes \(blue, green, red\), and tiny puts out 4"
+    ):
         finetune(tiny.network(4), images, config=config)
     with pytest.raises(ValueError, match=r"expected \(N, classes\). Stack a head"):
         finetune(tiny.network(None), images, config=config)
@@ -547,9 +558,7 @@ def test_broken_images_are_skipped_if_asked(config, tmp_path):
 
 def test_tensorboard(images, config):
     loader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    history = finetune(
-        tiny.network(), images, config=dataclasses.replace(config, tensorboard=True)
-    )
+    history = finetune(tiny.network(), images, config=dataclasses.replace(config, tensorboard=True))
     events = loader.EventAccumulator(config.folder)
     events.Reload()
     found = [event.value for event in events.Scalars("val_loss")]

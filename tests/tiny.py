@@ -11,14 +11,18 @@ from PIL import Image
 COLOURS = {"blue": (50, 60, 190), "green": (60, 180, 60), "red": (200, 50, 50)}
 
 
-def network(classes: int | None = 3, dropout: float = 0.3, batch_norm: bool = False, size: int = 16):
+def network(
+    classes: int | None = 3, dropout: float = 0.3, batch_norm: bool = False, size: int = 16
+):
     """block1, block2 and, unless classes is None, a head; the same weights every time."""
     layers = keras.layers
     keras.utils.set_random_seed(1)
     x = image = keras.Input((size, size, 3))
     x = layers.Rescaling(1 / 127.5, -1)(x)
     for block, width in ((1, 4), (2, 6)):
-        x = layers.Conv2D(width, 3, padding="same", activation="relu", name=f"block{block}_conv1")(x)
+        x = layers.Conv2D(width, 3, padding="same", activation="relu", name=f"block{block}_conv1")(
+            x
+        )
         if batch_norm:
             x = layers.BatchNormalization(name=f"block{block}_bn1")(x)
         x = layers.MaxPooling2D(name=f"block{block}_pool")(x)

@@ -6,10 +6,10 @@ import json
 import sys
 from pathlib import Path
 
-import vggtorch  # noqa: F401 - selects the torch backend
 import tiny
 from accelerate import PartialState
 
+import vggtorch  # noqa: F401 - selects the torch backend
 from vggtorch.config import TrainConfig
 from vggtorch.training import finetune
 

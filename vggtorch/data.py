@@ -232,7 +232,7 @@ class Items:
     the model. Its own random augmentation is seeded by (seed, draw, index).
     """
 
-    dataset: Dataset
+    dataset: Any  # torch.utils.data.Dataset, or anything with its two methods
     collate: Callable[[list], Any]
     seed: int
 

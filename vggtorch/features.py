@@ -137,10 +137,10 @@ def _digest(prefix: keras.Model) -> str:
     for node in _nodes(prefix):
         operation = node.operation
         config = {key: value for key, value in operation.get_config().items() if key != "name"}
-        arguments = keras.tree.map_structure(
-            lambda x: number[id(x)] if isinstance(x, keras.KerasTensor) else repr(x),
-            [node.arguments.args, node.arguments.kwargs],
-        )
+        arguments = [
+            number[id(x)] if isinstance(x, keras.KerasTensor) else repr(x)
+            for x in keras.tree.flatten([node.arguments.args, node.arguments.kwargs])
+        ]
         number |= {id(x): len(number) + i for i, x in enumerate(node.output_tensors)}
         described = [type(operation).__name__, config, arguments]
         digest.update(json.dumps(described, default=str, sort_keys=True).encode())

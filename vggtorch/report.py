@@ -26,7 +26,7 @@ from vggtorch.config import TrainConfig
 from vggtorch.data import Folder, Items, as_input, batches, in_order
 from vggtorch.features import part
 from vggtorch.preprocessing import as_layers, remember_, weight_set
-from vggtorch.training import History, RateSearch
+from vggtorch.training import History, RateSearch, logits
 
 # 1. Figures
 
@@ -117,9 +117,9 @@ def activation_map(model: keras.Model, image: torch.Tensor, index: int) -> np.nd
     with torch.no_grad():
         features = part(model.inputs[0], maps).eval()(x)
     features.requires_grad_()
-    score = part(maps, model.outputs[0]).eval()(features)[0, index]
-    # The gradient of a probability vanishes where it is near 1; that of its logarithm doesn't.
-    (gradient,) = torch.autograd.grad(score.clamp_min(1e-30).log(), features)
+    with logits(model):
+        score = part(maps, model.outputs[0]).eval()(features)[0, index]
+    (gradient,) = torch.autograd.grad(score, features)
     weights = gradient.mean((1, 2), keepdim=True)
     heat = (weights * features.detach()).sum(-1)[0].clamp_min(0)
     return (heat / heat.max().clamp_min(1e-12)).cpu().numpy()
