@@ -23,12 +23,12 @@ import time
 from pathlib import Path
 from typing import Any, Literal
 
+import vggtorch as vt  # isort: skip  (first: it selects Keras's torch backend)
 import keras
 import numpy as np
 import torch
 from PIL import Image
 
-import vggtorch as vt
 from vggtorch.config import TrainConfig
 from vggtorch.data import read_folder, shuffled
 from vggtorch.preprocessing import preprocess, remember_

@@ -16,7 +16,6 @@ from pathlib import Path
 import tiny
 import torch
 
-import vggtorch  # noqa: F401 - selects the torch backend
 from vggtorch.config import TrainConfig
 from vggtorch.training import finetune
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import vggtorch  # noqa: F401  # isort: skip  (first: it selects Keras's torch backend)
 import keras
 import numpy as np
 from PIL import Image

@@ -9,7 +9,6 @@ from pathlib import Path
 import tiny
 from accelerate import PartialState
 
-import vggtorch  # noqa: F401 - selects the torch backend
 from vggtorch.config import TrainConfig
 from vggtorch.training import finetune
 
