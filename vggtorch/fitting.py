@@ -513,7 +513,7 @@ def _graph(
     channels_last = lowering._data_format(model) == "channels_last"
     # keras.Function makes no nodes, so that layer.output keeps its meaning.
     function = keras.Function([start], list(ends))
-    return lowering.Graph(function, lowering.Format(channels_last, dtype=None, masked=False)).eval()
+    return lowering.Graph(function, lowering.Format(channels_last, dtype=None)).eval()
 
 
 def _linears(graph: nn.Module, parameters: Sequence[Tensor]) -> list[Linear]:
