@@ -765,7 +765,7 @@ def _moments(
     entering: dict[nn.Module, list[Tensor]] = {}
 
     def keep(module: nn.Module, args: tuple[Tensor]) -> None:
-        entering[module].append(args[0].detach())  # a few images at a time
+        entering[module].append(args[0].detach())
 
     hooks = [module.register_forward_pre_hook(keep) for module in linears]
     for part in x.split(BATCH):
@@ -774,7 +774,9 @@ def _moments(
         (y,) = target(part)
         for moment in moments:
             wanted = y if moment.module is last else None
-            moment.add(torch.cat(entering[moment.module]), wanted, generator)
+            # A graph runs a few images at a time, the first time one more to see how many.
+            entered = torch.cat(entering[moment.module])[-len(part) :]
+            moment.add(entered, wanted, generator)
     for hook in hooks:
         hook.remove()
     return moments
