@@ -513,7 +513,7 @@ def _graph(
     channels_last = lowering._data_format(model) == "channels_last"
     # keras.Function makes no nodes, so that layer.output keeps its meaning.
     function = keras.Function([start], list(ends))
-    return lowering.Graph(function, lowering.Format(channels_last, dtype=None, masked=False)).eval()
+    return lowering.Graph(function, lowering.Format(channels_last, dtype=None)).eval()
 
 
 def _linears(graph: nn.Module, parameters: Sequence[Tensor]) -> list[Linear]:
@@ -765,7 +765,7 @@ def _moments(
     entering: dict[nn.Module, list[Tensor]] = {}
 
     def keep(module: nn.Module, args: tuple[Tensor]) -> None:
-        entering[module].append(args[0].detach())  # a few images at a time
+        entering[module].append(args[0].detach())
 
     hooks = [module.register_forward_pre_hook(keep) for module in linears]
     for part in x.split(BATCH):
@@ -774,7 +774,9 @@ def _moments(
         (y,) = target(part)
         for moment in moments:
             wanted = y if moment.module is last else None
-            moment.add(torch.cat(entering[moment.module]), wanted, generator)
+            # A graph runs a few images at a time, the first time one more to see how many.
+            entered = torch.cat(entering[moment.module])[-len(part) :]
+            moment.add(entered, wanted, generator)
     for hook in hooks:
         hook.remove()
     return moments
