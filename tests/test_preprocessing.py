@@ -162,6 +162,6 @@ def test_decode_predictions():
         decode_predictions(scores[:, :10])
     with pytest.raises(ValueError, match="apply softmax"):
         decode_predictions(scores * 9)
-    assert decode_predictions([[0.2, 0.8]], 5, ["no", "yes"])[0][0][:2] == (1, "yes")
+    assert decode_predictions(np.array([[0.2, 0.8]]), 5, ["no", "yes"])[0][0][:2] == (1, "yes")
     with pytest.raises(ValueError, match="top=0"):
         decode_predictions(scores, top=0)

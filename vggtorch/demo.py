@@ -18,7 +18,7 @@ from vggtorch.surgery import freeze_, replace, stack, truncate
 SIZE = 160  # the tutorial's image size
 PER_CLASS = 30  # training images of each digit
 TEST_IMAGES = 200
-EPOCHS = 3
+EPOCHS = 4
 CUT = "block2_pool"
 BEST_FIRST = ("imagenet", "oxford")
 
