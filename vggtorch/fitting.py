@@ -963,8 +963,10 @@ def _descend_(
         task = bar.add_task("", total=1.0, error=best)
         while step < steps and waited < PATIENCE:
             spent = (time.monotonic() - begun) / max(deadline - begun, 1e-9)
-            progress = max(step / steps, spent)
-            if progress >= 1:
+            # The clock has a say only where it is clear that the steps won't fit: what depends on
+            # it is another result each time.
+            progress = step / steps if spent < 0.2 else max(step / steps, spent)
+            if spent >= 1:
                 break
             for group in optimizer.param_groups:  # warm up, then down a cosine to nothing
                 warm = min(1.0, (step + 1) / WARM_UP)
