@@ -165,7 +165,7 @@ def main() -> None:
         cache(arguments.data, arguments.weights, epochs=4)
         return
     names = [
-        " ".join(row) for row in itertools.product(("oxford", "random"), HEADS, ("ours", "fit"))
+        ", ".join(row) for row in itertools.product(("oxford", "random"), ROWS, ("ours", "fit"))
     ]
     if arguments.only is not None and arguments.only not in names:
         parser.error(f"no row {arguments.only!r}; expected one of: {'; '.join(names)}")
