@@ -141,6 +141,8 @@ def _predict(arguments: argparse.Namespace) -> None:
 
 
 def _finetune(arguments: argparse.Namespace) -> None:
+    from accelerate import PartialState
+
     settings = config.config_from(arguments)
     if arguments.advise:
         folder = data.read_folder(data.find_splits(Path(arguments.train))[0], settings.image_size)
@@ -159,10 +161,11 @@ def _finetune(arguments: argparse.Namespace) -> None:
         weights=arguments.weights, include_top=False, input_shape=(size, size, 3)
     )
     history = training.finetune(model, arguments.train, arguments.validation, settings)
-    run = Path(settings.folder)
-    report.save_trained(history, run)
-    report.write_report(history, run / "report.html")
-    print(f"Wrote {run / 'model.keras'}, {run / 'README.md'} and {run / 'report.html'}.")
+    if PartialState().is_main_process:
+        run = Path(settings.folder)
+        report.save_trained(history, run)
+        report.write_report(history, run / "report.html")
+        print(f"Wrote {run / 'model.keras'}, {run / 'README.md'} and {run / 'report.html'}.")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -170,7 +173,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         arguments.run(arguments)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         print(f"vggtorch: {error}", file=sys.stderr)
         return 1
     return 0
