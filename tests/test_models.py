@@ -258,3 +258,10 @@ def test_a_cut_model_that_could_be_of_several_networks_must_say_which(small):
     renamed = keras.Model(cut.input, cut.output, name="mine")
     with pytest.raises(ValueError, match="part of any of vgg13, vgg16, vgg19"):
         vt.load_weights(renamed, "imagenet")
+
+
+def test_unknown_architectures_are_named(tmp_path):
+    with pytest.raises(ValueError, match="Unknown architecture 'vgg17'; expected one of vgg11"):
+        models.constructor("vgg17")
+    with pytest.raises(ValueError, match="Unknown architecture 'vgg17'"):
+        models.convert("oxford", tmp_path / "x.pth", "vgg17")

@@ -217,17 +217,21 @@ VGG16 = _constructor("vgg16")
 VGG19 = _constructor("vgg19")
 
 
+def _architecture(name: str) -> Architecture:
+    if name not in ARCHITECTURES:
+        raise ValueError(
+            f"Unknown architecture {name!r}; expected one of {', '.join(ARCHITECTURES)}."
+        )
+    return ARCHITECTURES[name]
+
+
 def constructor(architecture: str) -> Callable[..., keras.Model]:
     """The function that builds one of the eight networks: `VGG16`, say, for "vgg16_bn" too.
 
     Raises ValueError for a name that isn't in ARCHITECTURES.
     """
-    if architecture not in ARCHITECTURES:
-        raise ValueError(
-            f"Unknown architecture {architecture!r}; expected one of {', '.join(ARCHITECTURES)}."
-        )
     plain = {"vgg11": VGG11, "vgg13": VGG13, "vgg16": VGG16, "vgg19": VGG19}
-    network = ARCHITECTURES[architecture]
+    network = _architecture(architecture)
     return partial(plain[network.name.removesuffix("_bn")], batch_norm=network.batch_norm)
 
 
@@ -432,7 +436,7 @@ def convert(
         ValueError: the source fits no network, or not this one, or the target has another ending.
         OSError: the source can't be had or the target can't be written.
     """
-    checkpoint = sources.read(_path(source, [ARCHITECTURES[architecture or "vgg16"]]))
+    checkpoint = sources.read(_path(source, [_architecture(architecture or "vgg16")]))
     tensors = conversion.to_keras(checkpoint.tensors, checkpoint.form)
     network = conversion.architecture_of(tensors, architecture)
     if str(target).endswith((".h5", ".keras")):
