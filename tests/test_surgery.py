@@ -1020,3 +1020,47 @@ def test_any_sequence_of_operations_keeps_the_contract(seed_model, data):
     clone = keras.models.clone_model(model)
     clone.set_weights(model.get_weights())
     equal(run(clone, x), run(model, x))
+
+
+# Replacements that keep the network working -------------------------------------------------------
+
+
+def linear_chain():
+    """Two convolutions without an activation between them, and something that follows."""
+    x = inputs = keras.Input((16, 16, 3))
+    x = kl.Conv2D(4, 3, name="one")(x)
+    x = kl.Conv2D(5, 3, activation="relu", name="two")(x)
+    return keras.Model(inputs, kl.MaxPooling2D(name="pool")(x))
+
+
+def test_replace_by_the_composition_of_a_linear_chain_changes_nothing():
+    model = linear_chain()
+    new = kl.Conv2D(5, 5, activation="relu", name="both")
+    result = replace(model, ["one", "two"], new, init="compose")
+    x = images(16)
+    torch.testing.assert_close(run(result, x), run(model, x), rtol=1e-4, atol=1e-4)
+
+
+def test_replace_with_a_fit_comes_closer_than_without():
+    model, x = linear_chain(), images(16, 40)
+    results = [
+        replace(model, ["one", "two"], kl.Conv2D(5, 5, activation="relu", name="both"), **options)
+        for options in ({}, {"init": "fit", "images": np.asarray(x)})
+    ]
+    errors = [float((run(result, x) - run(model, x)).square().mean()) for result in results]
+    assert errors[1] < 1e-3 * errors[0]
+
+
+@pytest.mark.parametrize(
+    ("new", "options", "message"),
+    [
+        (1, {"init": "copy"}, "expects init=None, 'compose' or 'fit', received 'copy'"),
+        (1, {"init": "fit"}, "images with init='fit' and only there; received init='fit' without"),
+        (1, {"images": np.zeros(3)}, "received init=None with images"),
+        (2, {"init": "compose"}, "needs one new layer, received 2"),
+    ],
+)
+def test_replace_refuses_what_its_init_cannot_do(new, options, message):
+    layers = [kl.Conv2D(5, 5, padding="valid"), kl.Activation("relu")][:new]
+    with pytest.raises(ValueError, match=message):
+        replace(linear_chain(), ["one", "two"], layers, **options)
