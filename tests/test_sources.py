@@ -15,6 +15,7 @@ import threading
 import time
 import zipfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import h5py
@@ -516,33 +517,35 @@ def test_no_room_for_a_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 # Full disks and read-only folders ----------------------------------------------------------------
 
 
-@pytest.fixture
-def full_disk() -> Iterator[Callable[[], None]]:
-    """A function after which no file of this process can grow beyond 1000 bytes."""
+@contextmanager
+def full_disk() -> Iterator[None]:
+    """Inside, no file of this process can grow beyond 1000 bytes; pytest's own output neither."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 @pytest.mark.parametrize("ending", ["pth", "safetensors"])
-def test_full_disk_leaves_the_old_file_whole(
-    tmp_path: Path, full_disk: Callable[[], None], ending: str
-) -> None:
+def test_full_disk_leaves_the_old_file_whole(tmp_path: Path, ending: str) -> None:
     path = tmp_path / f"a.{ending}"
     sources.write(path, small_state())
     old = path.read_bytes()
-    full_disk()
-    with pytest.raises(OSError, match=rf"Could not write .*a\.{ending}: .*before is unchanged"):
+    with (
+        full_disk(),
+        pytest.raises(OSError, match=rf"Could not write .*a\.{ending}: .*before is unchanged"),
+    ):
         sources.write(path, first_block())
     assert path.read_bytes() == old
     assert os.listdir(tmp_path) == [path.name]  # nothing is left lying about
 
 
-def test_full_disk_while_converting(tmp_path: Path, full_disk: Callable[[], None]) -> None:
+def test_full_disk_while_converting(tmp_path: Path) -> None:
     path = tmp_path / "a.pth"
     sources.write(path, first_block())
-    full_disk()
-    with pytest.warns(UserWarning, match="Loading stays slow: .*Could not write"):
+    with full_disk(), pytest.warns(UserWarning, match="Loading stays slow: .*Could not write"):
         checkpoint = sources.converted(path, to_keras)
     assert_same(checkpoint.tensors, to_keras(sources.read(path)))
     assert list((tmp_path / "home" / "converted").glob("*a-*.safetensors")) == []

@@ -1043,9 +1043,11 @@ def test_replace_by_the_composition_of_a_linear_chain_changes_nothing():
 
 def test_replace_with_a_fit_comes_closer_than_without():
     model, x = linear_chain(), images(16, 40)
+    names, shown = ["one", "two"], np.asarray(x)
+    layers = [kl.Conv2D(5, 5, activation="relu", name="both") for _ in range(2)]
     results = [
-        replace(model, ["one", "two"], kl.Conv2D(5, 5, activation="relu", name="both"), **options)
-        for options in ({}, {"init": "fit", "images": np.asarray(x)})
+        replace(model, names, layers[0]),
+        replace(model, names, layers[1], init="fit", images=shown),
     ]
     errors = [float((run(result, x) - run(model, x)).square().mean()) for result in results]
     assert errors[1] < 1e-3 * errors[0]
