@@ -82,3 +82,9 @@ def test_the_demo_runs_end_to_end(monkeypatch, capsys):
     assert result.similarity["random"] < result.similarity["compose"] <= 1
     printed = capsys.readouterr().out
     assert "block2_pool" in printed and "test accuracy" in printed
+
+
+def test_the_demo_says_what_it_needs(monkeypatch):
+    monkeypatch.setattr(demo.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"pip install 'vggtorch\[demo\]'"):
+        demo.run()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass
 
 import keras
@@ -140,8 +141,15 @@ def run() -> DemoResult:
     160x160, and scikit-image's photographs. Deterministic for given weights and versions.
 
     Raises:
+        ImportError: scikit-learn or scikit-image, the extra `demo`, is not installed.
         OSError: no pretrained weights can be had.
     """
+    missing = [name for name in ("sklearn", "skimage") if not importlib.util.find_spec(name)]
+    if missing:
+        raise ImportError(
+            f"The demo's images come from scikit-learn and scikit-image; not installed: "
+            f"{', '.join(missing)}. Run pip install 'vggtorch[demo]'."
+        )
     console = Console()
     keras.utils.set_random_seed(0)
 
