@@ -775,6 +775,12 @@ def test_closed_network_names_the_set_that_needs_no_site(
     assert "refused" in message  # the hub, which was not left to try for half a minute
     assert "weights='oxford' needs none of these sites" in message
     assert hub["calls"] == [("timm/vgg16.tv_in1k", "model.safetensors", True)]
+    with pytest.raises(
+        FileNotFoundError, match="weights='oxford' and include_top=False needs none"
+    ):
+        sources.find("imagenet", include_top=True)
+    with pytest.raises(FileNotFoundError, match="VGG16 with weights='oxford' needs none"):
+        sources.find("imagenet", "vgg19", include_top=False)
 
 
 def _find_from(address: str, digest: str) -> bytes:

@@ -234,9 +234,12 @@ def find(weight_set: str, architecture: str = "vgg16", *, include_top: bool) -> 
         + "\n".join(f"  {line}" for line in tried)
         + f"\nPut {' or '.join(known.file for known in rows)} into {home()}."
     )
-    if architecture == "vgg16" and not include_top and weight_set != "oxford" and not offline():
+    if weight_set != "oxford" and not offline():
+        how = "" if architecture == "vgg16" else "VGG16 with "
+        without = " and include_top=False" if include_top else ""
         message += (
-            "\nweights='oxford' needs none of these sites: it comes from a package index (pip)."
+            f"\n{how}weights='oxford'{without} needs none of these sites: it comes from a package "
+            f"index (pip)."
         )
     raise FileNotFoundError(message)
 
