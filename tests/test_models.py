@@ -131,6 +131,22 @@ def test_preprocessing_inside_equals_preprocessing_outside(name, small, images, 
     torch.testing.assert_close(received, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_layers_before_an_input_tensor_keep_their_values(small, tmp_path):
+    path = tmp_path / "small.pth"
+    vt.save_weights(small, path)
+    inputs = keras.Input((32, 32, 1))
+    to_rgb = keras.layers.Conv2D(3, 1, name="to_rgb")
+    noisy = keras.layers.Dropout(0.5, name="noisy")
+    tensor = noisy(to_rgb(inputs))
+    kernel, seed = to_rgb.get_weights()[0], noisy.seed_generator.state.value.clone()
+    model = vt.VGG16(weights=path, include_top=False, input_tensor=tensor)
+    assert model.input_shape == (None, 32, 32, 1)
+    np.testing.assert_array_equal(model.get_layer("to_rgb").get_weights()[0], kernel)
+    assert torch.equal(model.get_layer("noisy").seed_generator.state.value, seed)
+    for before, after in zip(small.get_weights(), model.get_weights()[2:], strict=True):
+        np.testing.assert_array_equal(after, before)
+
+
 def test_batch_norm_layers_are_torchvisions():
     model = build_on_meta(vt.VGG11, batch_norm=True)
     layer = model.get_layer("block3_bn2")

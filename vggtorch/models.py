@@ -255,20 +255,27 @@ def named_variables(model: keras.Model) -> dict[str, keras.Variable]:
 def fill_(model: keras.Model, tensors: Mapping[str, torch.Tensor]) -> keras.Model:
     """Give a model that was built on the meta device its values, in place, without copying them.
 
+    Layers that have values, such as those before the user's `input_tensor`, keep them.
+
     Args:
         model: built under `keras.device("meta")`.
-        tensors: a tensor for each of `named_variables(model)`; the variables share their memory
-            where the tensors are already on Keras's device and of the variable's dtype.
+        tensors: a tensor for each of `named_variables(model)` that has no value; the variables
+            share their memory where the tensors are already on Keras's device and of the
+            variable's dtype.
     """
     device = get_device()
     for key, variable in named_variables(model).items():
+        if not variable._value.is_meta:
+            continue
         dtype = getattr(torch, variable.dtype)
         value = tensors[key].to(device=device, dtype=dtype)
         variable._value = torch.nn.Parameter(value, requires_grad=variable.trainable)
     inner = list(model._flatten_layers())
     # A seed's value was lost on the meta device too.
     for generator in (g for layer in inner for g in getattr(layer, "_seed_generators", ())):
-        generator.state._initialize(keras.random.SeedGenerator(generator._initial_seed).state.value)
+        if generator.state._value.is_meta:
+            fresh = keras.random.SeedGenerator(generator._initial_seed)
+            generator.state._initialize(fresh.state.value)
     for layer in inner:
         layer._track_variables()  # Keras listed the Parameters that were replaced
     return model
