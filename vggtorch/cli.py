@@ -140,22 +140,26 @@ def _predict(arguments: argparse.Namespace) -> None:
             print(f"  {probability:6.1%}  {category}")
 
 
+def _settings(arguments: argparse.Namespace) -> config.TrainConfig:
+    """What was asked for on the command line, above the plan where there is one."""
+    options = config.options_from(arguments)
+    if not arguments.advise:
+        return config.TrainConfig(**options)
+    default = config.TrainConfig()
+    folder = data.read_folder(
+        data.find_splits(Path(arguments.train))[0],
+        options.get("image_size", default.image_size),
+        broken=options.get("broken", default.broken),
+    )
+    plan = advice.advise(len(folder), len(folder.classes), arguments.advise)
+    print(plan)
+    return dataclasses.replace(plan, **options)
+
+
 def _finetune(arguments: argparse.Namespace) -> None:
     from accelerate import PartialState
 
-    settings = config.config_from(arguments)
-    if arguments.advise:
-        folder = data.read_folder(data.find_splits(Path(arguments.train))[0], settings.image_size)
-        plan = advice.advise(len(folder), len(folder.classes), arguments.advise)
-        print(plan)
-        # What was asked for on the command line stands above the plan.
-        default = config.TrainConfig()
-        asked = {
-            field.name: getattr(settings, field.name)
-            for field in dataclasses.fields(config.TrainConfig)
-            if getattr(settings, field.name) != getattr(default, field.name)
-        }
-        settings = dataclasses.replace(plan, **asked)
+    settings = _settings(arguments)
     size = settings.image_size
     model = models.constructor(arguments.architecture)(
         weights=arguments.weights, include_top=False, input_shape=(size, size, 3)

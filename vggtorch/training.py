@@ -121,7 +121,7 @@ def _optimizer(
         }
         for (block, is_kernel), members in groups.items()
     ]
-    fused = device.type == "cuda"
+    fused = device.type in ("cpu", "cuda")  # one pass over memory instead of one for each term
     if config.optimizer == "adamw":
         return torch.optim.AdamW(described, fused=fused)
     return torch.optim.SGD(described, momentum=0.9, fused=fused)
