@@ -3,6 +3,7 @@ from typing import Any
 
 import pytest
 import tiny
+import torch
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
@@ -97,3 +98,13 @@ def test_what_is_asked_for_stands_above_the_plan(tmp_path, capsys):
     asked: dict[str, Any] = {"broken": "skip", "epochs": 10, "cache": False, "image_size": 16}
     assert settings == dataclasses.replace(plan, **asked)
     assert plan.reasons[0].decision in capsys.readouterr().out
+
+
+def test_export_writes_what_a_keras_file_computes(tmp_path, capsys):
+    model = tiny.network()
+    model.save(tmp_path / "tiny.keras")
+    assert main(["export", str(tmp_path / "tiny.keras"), str(tmp_path / "tiny.pt2")]) == 0
+    assert "Wrote" in capsys.readouterr().out
+    x = torch.rand(3, 16, 16, 3) * 255
+    found = torch.export.load(tmp_path / "tiny.pt2").module()(x)
+    torch.testing.assert_close(found, model(x), rtol=1e-4, atol=1e-5)

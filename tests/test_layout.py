@@ -32,6 +32,7 @@ ORDER = [
     "features",
     "training",
     "report",
+    "export",
     "demo",
     "cli",
 ]

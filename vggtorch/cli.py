@@ -23,6 +23,7 @@ from vggtorch import (
     training,
 )
 from vggtorch.architectures import ARCHITECTURES
+from vggtorch.export import export
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -57,6 +58,14 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("--before", metavar="MODEL", help="compare: what it was before a surgery")
     inspect.add_argument("--draw", metavar="FILE", help="draw the graph as SVG, changes marked")
     inspect.set_defaults(run=_inspect)
+
+    export = commands.add_parser("export", help="a network as ONNX or as torch.export's .pt2")
+    export.add_argument("model", metavar="MODEL", help="an architecture's name or a .keras file")
+    export.add_argument("path", metavar="PATH", help="ends in .onnx or .pt2")
+    export.add_argument(
+        "--weights", default="imagenet", help="of an architecture: a weight set or a path"
+    )
+    export.set_defaults(run=_export)
 
     predict = commands.add_parser("predict", help="the most probable classes of images")
     predict.add_argument("images", metavar="IMAGE", nargs="+")
@@ -121,6 +130,15 @@ def _inspect(arguments: argparse.Namespace) -> None:
     if arguments.draw:
         with sources.atomic(arguments.draw) as temporary:
             temporary.write_text(inspection.draw(model, before))
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    if arguments.model in ARCHITECTURES:
+        model = models.constructor(arguments.model)(weights=arguments.weights)
+    else:
+        model = models.describe(arguments.model)
+    export(model, arguments.path)
+    print(f"Wrote {arguments.path}.")
 
 
 def _predict(arguments: argparse.Namespace) -> None:
