@@ -38,7 +38,8 @@ from vggtorch.preprocessing import remember_, weight_set
 def with_head(model: keras.Model, config: TrainConfig, classes: int) -> keras.Model:
     """A new model: `model` up to `config.cut` with the head that `config.head` names.
 
-    `tutorial` is the seed's; `linear` and `mlp` are fastai's, on the mean and the maximum of each
+    `tutorial` is the seed's, on normalised maps: on maps as large as pixel values, which `oxford`
+    has, it learns nothing. `linear` and `mlp` are fastai's, on the mean and the maximum of each
     feature map, normalised. Source: Howard and Gugger, "fastai: a layered API", 2020.
     """
     layers = keras.layers
@@ -51,6 +52,7 @@ def with_head(model: keras.Model, config: TrainConfig, classes: int) -> keras.Mo
                 f"ends in {tuple(x.shape)}. Name a layer to cut at: cut='block5_pool'."
             )
         if config.head == "tutorial":
+            x = layers.BatchNormalization(epsilon=1e-5, momentum=0.9, name="head_norm")(x)
             x = layers.Conv2D(64, 3, activation="relu", name="head_conv")(x)
             x = layers.MaxPooling2D(2, name="head_pool")(x)
             x = layers.Flatten(name="head_flatten")(x)
