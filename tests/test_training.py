@@ -118,7 +118,7 @@ def test_two_processes_give_the_losses_of_one(images, tmp_path):
     script = Path(__file__).with_name("two_processes.py")
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join([str(script.parent.parent), str(script.parent)]),
-        "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1",
     }  # fmt: skip
     for name in ("images", "cached"):
         results = []
