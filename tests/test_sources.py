@@ -926,7 +926,7 @@ _ENTRY = '"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}'
          '"b":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}', "do not fill the file"),
         ('{"a":{"dtype":"F32","shape":[' + "1," * 99 + '2],"data_offsets":[0,8]}}', "shape"),
         ('{"__metadata__":{"weight_set":7},' + _ENTRY + "}", "not a mapping of names to text"),
-        ('{"__metadata__":{"sha256":"0"},' + _ENTRY + "}", "does not match the SHA-256"),
+        ('{"__metadata__":{"crc32":"0"},' + _ENTRY + "}", "does not match the SHA-256"),
         ('{"a":7}', "damaged"),
         ("{}", "do not fill the file"),
     ],
