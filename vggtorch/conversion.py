@@ -46,15 +46,9 @@ class Rule:
     order: Shape
     keras_shape: Shape
 
-    def to_keras(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Keras's view of a torchvision tensor; a copy only where a view can't express it.
-
-        Either way the output channels, Keras's last axis, stay first in memory: that is the order
-        in which convolution and matrix product read.
-        """
-        outputs_first = tensor.reshape(self.split).permute(self.order).movedim(-1, 0)
-        *inputs, outputs = self.keras_shape
-        return outputs_first.reshape(outputs, *inputs).movedim(0, -1)
+    def to_view(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Keras's view of a torchvision tensor, fc1's kernel not flattened yet: (H, W, C, O)."""
+        return tensor.reshape(self.split).permute(self.order)
 
     def to_torch(self, tensor: torch.Tensor) -> torch.Tensor:
         """Torchvision's view of a Keras tensor; the inverse of `to_keras`."""
@@ -206,9 +200,16 @@ def torchvision_to_keras(
     Raises:
         ValueError: tensors that have no place in the network, or other shapes, with both lists.
     """
+    return flattened(_views(tensors, architecture))
+
+
+def _views(
+    tensors: Mapping[str, torch.Tensor], architecture: str | None = None
+) -> dict[str, torch.Tensor]:
+    """Torchvision's named tensors as Keras's, fc1's kernel not flattened yet."""
     kept = {k: v for k, v in tensors.items() if not k.endswith(".num_batches_tracked")}
     table = _choose({k: tuple(v.shape) for k, v in kept.items()}, "torch", architecture).table
-    return {r.keras_key: r.to_keras(kept[key]) for key, r in table.items() if key in kept}
+    return {r.keras_key: r.to_view(kept[key]) for key, r in table.items() if key in kept}
 
 
 def keras_to_torchvision(
@@ -249,13 +250,30 @@ def to_keras(tensors: Mapping[str, torch.Tensor], form: str) -> dict[str, torch.
     Raises:
         ValueError: tensors that fit no VGG network.
     """
+    return flattened(to_views(tensors, form))
+
+
+def flattened(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Keras's tensors with fc1's kernel, (H, W, C, O) before, flattened to (in, O).
+
+    A view where the output channels stand first in memory, as in a converted copy. They do so in
+    the result in any case: that is the order in which a matrix product reads.
+    """
+    kernel = tensors.get("fc1/kernel")
+    if kernel is None or kernel.ndim != 4:
+        return dict(tensors)
+    return {**tensors, "fc1/kernel": kernel.movedim(-1, 0).flatten(1).movedim(0, -1)}
+
+
+def to_views(tensors: Mapping[str, torch.Tensor], form: str) -> dict[str, torch.Tensor]:
+    """As `to_keras`, but nothing is copied: fc1's kernel stays (H, W, C, O), see `flattened`."""
     if form == "keras":
         return dict(tensors)
     if form == "timm":
         tensors = _timm_to_torchvision(tensors)
     elif form == "onnx":
         tensors = _onnx_to_torchvision(tensors)
-    return torchvision_to_keras(tensors)
+    return _views(tensors)
 
 
 _TIMM = {

@@ -286,8 +286,8 @@ def _tensors(
 ) -> tuple[dict[str, torch.Tensor], str | None]:
     """The Keras-named tensors of a weight set or a file, and which weight set they are."""
     path = _path(source, candidates, include_top=include_top)
-    checkpoint = sources.converted(path, lambda c: conversion.to_keras(c.tensors, c.form))
-    return checkpoint.tensors, checkpoint.weight_set
+    checkpoint = sources.converted(path, lambda c: conversion.to_views(c.tensors, c.form))
+    return conversion.flattened(checkpoint.tensors), checkpoint.weight_set
 
 
 def _path(
