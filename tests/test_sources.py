@@ -25,6 +25,7 @@ import pytest
 import torch
 
 from vggtorch import conversion, models, preprocessing, sources
+from vggtorch.architectures import ARCHITECTURES
 
 
 @pytest.fixture(autouse=True)
@@ -300,8 +301,6 @@ def test_known_name_with_other_bytes(tmp_path: Path) -> None:
 
 
 def test_every_network_has_imagenet() -> None:
-    from vggtorch.architectures import ARCHITECTURES
-
     assert all(sources.exists("imagenet", name) for name in ARCHITECTURES)
     assert sources.exists("oxford", "vgg16")
     assert not sources.exists("oxford", "vgg19")
@@ -872,11 +871,16 @@ def vgg11(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_any_form_to_any(tmp_path: Path, vgg11: Path) -> None:
     expected = torch.load(vgg11, weights_only=True)
     source = vgg11
+    # Names and shapes in network order.
+    rules = conversion.rules(ARCHITECTURES["vgg11"], include_top=False)
+    of_torch = before = [(rule.torch_key, rule.torch_shape) for rule in rules]
+    of_keras = [(rule.keras_key, rule.keras_shape) for rule in rules]
     for ending in ("safetensors", "weights.h5", "bin", "keras", "h5", "pth"):
         target = tmp_path / f"a.{ending}"
-        mapped = models.convert(source, target)
-        assert mapped["block1_conv1/kernel"] == (3, 3, 3, 64)
-        source = target
+        after = of_torch if ending in ("bin", "pth") else of_keras
+        mapped = [(*old, *new) for old, new in zip(before, after, strict=True)]
+        assert models.convert(source, target) == mapped
+        source, before = target, after
     assert_same(torch.load(source, weights_only=True), expected)
 
 
@@ -895,6 +899,9 @@ def test_timm_names_and_shapes_both_ways(tmp_path: Path) -> None:
     checkpoint = sources.read(tmp_path / "timm.safetensors")
     assert checkpoint.form == "timm"
     tensors = to_keras(checkpoint)
+    traced = conversion.traced(checkpoint.tensors, lambda t: conversion.to_keras(t, "timm"))
+    assert traced["fc1/kernel"] == "pre_logits.fc1.weight"
+    assert list(traced.values()) == list(state)
     assert torch.equal(tensors["fc1/kernel"], state["pre_logits.fc1.weight"].flatten(1).T)
     assert torch.equal(tensors["predictions/kernel"], state["head.fc.weight"].T)
     assert_same(conversion.keras_to_timm(tensors), state)

@@ -6,7 +6,7 @@ round trip is exact to the bit. Keras tensors are named `layer/variable` ("block
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from math import isqrt, prod
 from typing import Literal
@@ -274,6 +274,21 @@ def to_views(tensors: Mapping[str, torch.Tensor], form: str) -> dict[str, torch.
     elif form == "onnx":
         tensors = _onnx_to_torchvision(tensors)
     return _views(tensors)
+
+
+def traced(
+    tensors: Mapping[str, torch.Tensor],
+    convert: Callable[[Mapping[str, torch.Tensor]], Mapping[str, torch.Tensor]],
+) -> dict[str, str]:
+    """Each name that a map gives -> the name that its tensor had before.
+
+    Found by sending numbers in the tensors' shapes, which take no memory, through the map itself.
+    What it adds of its own, `num_batches_tracked`, is left out.
+    """
+    names = dict(enumerate(tensors, 1))
+    numbers = {name: torch.tensor(i).expand(tensors[name].shape) for i, name in names.items()}
+    came = {key: int(tensor[(0,) * tensor.ndim]) for key, tensor in convert(numbers).items()}
+    return {key: names[i] for key, i in came.items() if i}
 
 
 _TIMM = {

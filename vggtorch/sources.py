@@ -326,9 +326,8 @@ def _remembered(path: Path, kind: str, stamp: list[int]) -> str | None:
 
 def _remember(path: Path, kind: str, stamp: list[int], digest: str) -> None:
     """Note the digest of a file that had `stamp` before it was taken."""
-    # A clock tick is 10 ms at most: from here on a write would show in the times.
-    if time.time_ns() - stamp[2] < 20_000_000:
-        time.sleep(0.02)
+    # A clock tick is 10 ms at most: from then on another write would show in the times.
+    time.sleep(max(0, stamp[2] + 12_000_000 - time.time_ns()) / 1e9)
     if _stamp(path) != stamp:
         return
     memory = _memory(path, kind)
