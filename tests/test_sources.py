@@ -482,6 +482,51 @@ def test_damaged_copy_is_made_again(tmp_path: Path) -> None:
         sources.converted(path, never)
 
 
+def test_flattening_fc1_of_a_copy_costs_no_memory(tmp_path: Path) -> None:
+    # fc1 of a network whose last map is 2x2: its rows go from C, H, W to H, W, C.
+    generator = torch.Generator().manual_seed(0)
+    state = {"classifier.0.weight": torch.randn(4096, 512 * 4, generator=generator)}
+    path = tmp_path / "a.pth"
+    sources.write(path, state)
+    for _ in range(2):
+        copy = sources.converted(path, lambda c: conversion.to_views(c.tensors, c.form))
+        tensors = conversion.flattened(copy.tensors)
+        assert_same(tensors, conversion.torchvision_to_keras(state))
+        assert tensors["fc1/kernel"].data_ptr() == copy.tensors["fc1/kernel"].data_ptr()
+        assert tensors["fc1/kernel"].T.is_contiguous()
+
+
+def test_copy_of_a_known_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "renamed.pth"
+    sources.write(path, first_block())
+    file = "vgg16-397923af.pth"
+    known = dataclasses.replace(sources.KNOWN[file], sha256=sources.sha256(path)[:8])
+    monkeypatch.setitem(sources.KNOWN, file, known)
+    for convert in (to_keras, never):
+        assert sources.converted(path, convert).weight_set == "imagenet"
+    # Only the name of one: that is known when the copy is written, and nothing of it stays.
+    damaged = tmp_path / "vgg19-dcbb9e9d.pth"
+    path.rename(damaged)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"damaged or another file.*expected dcbb9e9d"):
+            sources.converted(damaged, to_keras)
+    copies = (tmp_path / "home" / "converted").glob("*.safetensors")
+    assert [copy.name.split("-")[0] for copy in copies] == ["renamed"]
+
+
+def test_source_that_changes_while_it_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "a.pth"
+    sources.write(path, first_block())
+
+    def convert(checkpoint: sources.Checkpoint) -> dict[str, torch.Tensor]:
+        sources.write(path, {key: tensor + 1 for key, tensor in first_block().items()})
+        return to_keras(checkpoint)
+
+    with pytest.warns(UserWarning, match="Loading stays slow: .*was written to meanwhile"):
+        sources.converted(path, convert)
+    assert list((tmp_path / "home" / "converted").glob("*.safetensors")) == []
+
+
 def _convert_and_count(path: Path, folder: Path) -> bool:
     """In a process of its own: load, and note it where that took a conversion."""
 
