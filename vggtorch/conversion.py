@@ -51,7 +51,7 @@ class Rule:
         return tensor.reshape(self.split).permute(self.order)
 
     def to_torch(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Torchvision's view of a Keras tensor; the inverse of `to_keras`."""
+        """Torchvision's view of a Keras tensor, flattened or not; the inverse of `to_view`."""
         permuted = [self.split[axis] for axis in self.order]
         inverse = sorted(range(len(self.order)), key=self.order.__getitem__)
         return tensor.reshape(permuted).permute(inverse).reshape(self.torch_shape)

@@ -7,7 +7,8 @@ tensors into a file that is there whole or not at all. Nothing here knows Keras 
 A file's SHA-256 is remembered with its size, times and inode (`sha256`), so that hundreds of
 megabytes are hashed once and not at every load: on a file that nobody has written to since, as the
 file system tells, the hash can only differ if the disk itself failed, and that is what
-`verify` (`vggtorch weights verify`) is for, which hashes everything afresh.
+`verify` (`vggtorch weights verify`) is for, which hashes everything afresh. The files that are
+written here carry a CRC-32 of their values, which finds damage in a third of the time.
 """
 
 from __future__ import annotations
@@ -641,10 +642,12 @@ def _write_safetensors(
 
     file.seek(begin)
     crc = 0
-    for tensor in tensors.values():
-        for block in _blocks(tensor.detach().cpu()):
-            crc = zlib.crc32(block, crc)
-            file.write(block)
+    with ThreadPoolExecutor(1) as thread:  # the checksum takes as long as writing
+        for tensor in tensors.values():
+            for block in _blocks(tensor.detach().cpu()):
+                summed = thread.submit(zlib.crc32, block, crc)
+                file.write(block)
+                crc = summed.result()
     header["__metadata__"] = {**metadata, **last(), "crc32": f"{crc:08x}"}
     header["__metadata__"]["header_sha256"] = _header_sha256(header)
     encoded = json.dumps(header, separators=(",", ":")).encode()
@@ -665,7 +668,7 @@ def _blocks(tensor: torch.Tensor) -> Iterator[memoryview]:
     """
     integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
     array = np.atleast_1d(tensor.view(integers).numpy())
-    rows = max(1, (1 << 20) // max(1, array[:1].nbytes))
+    rows = max(1, (1 << 22) // max(1, array[:1].nbytes))
     for i in range(0, len(array), rows):
         yield np.ascontiguousarray(array[i : i + rows]).reshape(-1).view(np.uint8).data
 
