@@ -90,7 +90,7 @@ def loader(way: str, folder: Path) -> Callable[[], Mapping[str, torch.Tensor]]:
 
         def converted() -> Mapping[str, torch.Tensor]:
             return sources.converted(
-                checkpoint, lambda c: conversion.to_keras(c.tensors, c.form)
+                checkpoint, lambda c: conversion.to_views(c.tensors, c.form)
             ).tensors
 
         return converted
@@ -150,8 +150,11 @@ def measure(folder: Path, rounds: int) -> None:
     measured: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
     for _ in range(rounds):
         for way in WAYS:
+            # Giving the room of an old file back may take longer than writing the new one.
             if way in FIRST:
                 shutil.rmtree(folder / "home")
+            elif way == "copy":
+                (folder / "copy").unlink(missing_ok=True)
             measured[way].append(json.loads(run("--child", way, folder)))
 
     print(f"{datetime.date.today()}, {os.cpu_count()} cores, {platform.machine()}, ", end="")

@@ -17,8 +17,15 @@ from vggtorch.preprocessing import remember_
 def test_convert_prints_what_it_mapped(tmp_path, capsys):
     with_names = tmp_path / "oxford.safetensors"
     assert main(["convert", "oxford", str(with_names)]) == 0
-    assert "block1_conv1/kernel" in capsys.readouterr().out
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 26
+    assert lines[0].startswith("conv0.weight (64, 3, 3, 3) ")
+    assert lines[0].endswith(" -> block1_conv1/kernel (3, 3, 3, 64)")
+    assert lines[-1].endswith(" -> block5_conv3/bias (512,)")
     assert main(["convert", str(with_names), str(tmp_path / "oxford.pth")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2].startswith("block1_conv2/kernel (3, 3, 64, 64) ")
+    assert lines[2].endswith(" -> features.2.weight (64, 64, 3, 3)")
     assert "features.0.weight" in sources.read(tmp_path / "oxford.pth").tensors
 
 

@@ -25,6 +25,7 @@ import pytest
 import torch
 
 from vggtorch import conversion, models, preprocessing, sources
+from vggtorch.architectures import ARCHITECTURES
 
 
 @pytest.fixture(autouse=True)
@@ -300,8 +301,6 @@ def test_known_name_with_other_bytes(tmp_path: Path) -> None:
 
 
 def test_every_network_has_imagenet() -> None:
-    from vggtorch.architectures import ARCHITECTURES
-
     assert all(sources.exists("imagenet", name) for name in ARCHITECTURES)
     assert sources.exists("oxford", "vgg16")
     assert not sources.exists("oxford", "vgg19")
@@ -481,6 +480,51 @@ def test_damaged_copy_is_made_again(tmp_path: Path) -> None:
         assert_same(sources.converted(path, to_keras).tensors, expected)
         assert copy.read_bytes() == whole
         sources.converted(path, never)
+
+
+def test_flattening_fc1_of_a_copy_costs_no_memory(tmp_path: Path) -> None:
+    # fc1 of a network whose last map is 2x2: its rows go from C, H, W to H, W, C.
+    generator = torch.Generator().manual_seed(0)
+    state = {"classifier.0.weight": torch.randn(4096, 512 * 4, generator=generator)}
+    path = tmp_path / "a.pth"
+    sources.write(path, state)
+    for _ in range(2):
+        copy = sources.converted(path, lambda c: conversion.to_views(c.tensors, c.form))
+        tensors = conversion.flattened(copy.tensors)
+        assert_same(tensors, conversion.torchvision_to_keras(state))
+        assert tensors["fc1/kernel"].data_ptr() == copy.tensors["fc1/kernel"].data_ptr()
+        assert tensors["fc1/kernel"].T.is_contiguous()
+
+
+def test_copy_of_a_known_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "renamed.pth"
+    sources.write(path, first_block())
+    file = "vgg16-397923af.pth"
+    known = dataclasses.replace(sources.KNOWN[file], sha256=sources.sha256(path)[:8])
+    monkeypatch.setitem(sources.KNOWN, file, known)
+    for convert in (to_keras, never):
+        assert sources.converted(path, convert).weight_set == "imagenet"
+    # Only the name of one: that is known when the copy is written, and nothing of it stays.
+    damaged = tmp_path / "vgg19-dcbb9e9d.pth"
+    path.rename(damaged)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"damaged or another file.*expected dcbb9e9d"):
+            sources.converted(damaged, to_keras)
+    copies = (tmp_path / "home" / "converted").glob("*.safetensors")
+    assert [copy.name.split("-")[0] for copy in copies] == ["renamed"]
+
+
+def test_source_that_changes_while_it_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "a.pth"
+    sources.write(path, first_block())
+
+    def convert(checkpoint: sources.Checkpoint) -> dict[str, torch.Tensor]:
+        sources.write(path, {key: tensor + 1 for key, tensor in first_block().items()})
+        return to_keras(checkpoint)
+
+    with pytest.warns(UserWarning, match="Loading stays slow: .*was written to meanwhile"):
+        sources.converted(path, convert)
+    assert list((tmp_path / "home" / "converted").glob("*.safetensors")) == []
 
 
 def _convert_and_count(path: Path, folder: Path) -> bool:
@@ -872,11 +916,16 @@ def vgg11(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_any_form_to_any(tmp_path: Path, vgg11: Path) -> None:
     expected = torch.load(vgg11, weights_only=True)
     source = vgg11
+    # Names and shapes in network order.
+    rules = conversion.rules(ARCHITECTURES["vgg11"], include_top=False)
+    of_torch = before = [(rule.torch_key, rule.torch_shape) for rule in rules]
+    of_keras = [(rule.keras_key, rule.keras_shape) for rule in rules]
     for ending in ("safetensors", "weights.h5", "bin", "keras", "h5", "pth"):
         target = tmp_path / f"a.{ending}"
-        mapped = models.convert(source, target)
-        assert mapped["block1_conv1/kernel"] == (3, 3, 3, 64)
-        source = target
+        after = of_torch if ending in ("bin", "pth") else of_keras
+        mapped = [(*old, *new) for old, new in zip(before, after, strict=True)]
+        assert models.convert(source, target) == mapped
+        source, before = target, after
     assert_same(torch.load(source, weights_only=True), expected)
 
 
@@ -895,6 +944,9 @@ def test_timm_names_and_shapes_both_ways(tmp_path: Path) -> None:
     checkpoint = sources.read(tmp_path / "timm.safetensors")
     assert checkpoint.form == "timm"
     tensors = to_keras(checkpoint)
+    traced = conversion.traced(checkpoint.tensors, lambda t: conversion.to_keras(t, "timm"))
+    assert traced["fc1/kernel"] == "pre_logits.fc1.weight"
+    assert list(traced.values()) == list(state)
     assert torch.equal(tensors["fc1/kernel"], state["pre_logits.fc1.weight"].flatten(1).T)
     assert torch.equal(tensors["predictions/kernel"], state["head.fc.weight"].T)
     assert_same(conversion.keras_to_timm(tensors), state)
@@ -926,7 +978,7 @@ _ENTRY = '"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}'
          '"b":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}', "do not fill the file"),
         ('{"a":{"dtype":"F32","shape":[' + "1," * 99 + '2],"data_offsets":[0,8]}}', "shape"),
         ('{"__metadata__":{"weight_set":7},' + _ENTRY + "}", "not a mapping of names to text"),
-        ('{"__metadata__":{"sha256":"0"},' + _ENTRY + "}", "does not match the SHA-256"),
+        ('{"__metadata__":{"crc32":"0"},' + _ENTRY + "}", "does not match the SHA-256"),
         ('{"a":7}', "damaged"),
         ("{}", "do not fill the file"),
     ],

@@ -95,10 +95,10 @@ def _demo(arguments: argparse.Namespace) -> None:
 
 
 def _convert(arguments: argparse.Namespace) -> None:
-    for name, shape in models.convert(
-        arguments.source, arguments.target, arguments.architecture
-    ).items():
-        print(f"{name:32} {shape}")
+    mapped = models.convert(arguments.source, arguments.target, arguments.architecture)
+    width = max(len(f"{name} {shape}") for name, shape, _, _ in mapped)
+    for old, old_shape, new, new_shape in mapped:
+        print(f"{f'{old} {old_shape}':{width}} -> {new} {new_shape}")
 
 
 def _weights_list(arguments: argparse.Namespace) -> None:

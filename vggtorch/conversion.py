@@ -6,7 +6,7 @@ round trip is exact to the bit. Keras tensors are named `layer/variable` ("block
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from math import isqrt, prod
 from typing import Literal
@@ -46,18 +46,12 @@ class Rule:
     order: Shape
     keras_shape: Shape
 
-    def to_keras(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Keras's view of a torchvision tensor; a copy only where a view can't express it.
-
-        Either way the output channels, Keras's last axis, stay first in memory: that is the order
-        in which convolution and matrix product read.
-        """
-        outputs_first = tensor.reshape(self.split).permute(self.order).movedim(-1, 0)
-        *inputs, outputs = self.keras_shape
-        return outputs_first.reshape(outputs, *inputs).movedim(0, -1)
+    def to_view(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Keras's view of a torchvision tensor, fc1's kernel not flattened yet: (H, W, C, O)."""
+        return tensor.reshape(self.split).permute(self.order)
 
     def to_torch(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Torchvision's view of a Keras tensor; the inverse of `to_keras`."""
+        """Torchvision's view of a Keras tensor, flattened or not; the inverse of `to_view`."""
         permuted = [self.split[axis] for axis in self.order]
         inverse = sorted(range(len(self.order)), key=self.order.__getitem__)
         return tensor.reshape(permuted).permute(inverse).reshape(self.torch_shape)
@@ -206,9 +200,16 @@ def torchvision_to_keras(
     Raises:
         ValueError: tensors that have no place in the network, or other shapes, with both lists.
     """
+    return flattened(_views(tensors, architecture))
+
+
+def _views(
+    tensors: Mapping[str, torch.Tensor], architecture: str | None = None
+) -> dict[str, torch.Tensor]:
+    """Torchvision's named tensors as Keras's, fc1's kernel not flattened yet."""
     kept = {k: v for k, v in tensors.items() if not k.endswith(".num_batches_tracked")}
     table = _choose({k: tuple(v.shape) for k, v in kept.items()}, "torch", architecture).table
-    return {r.keras_key: r.to_keras(kept[key]) for key, r in table.items() if key in kept}
+    return {r.keras_key: r.to_view(kept[key]) for key, r in table.items() if key in kept}
 
 
 def keras_to_torchvision(
@@ -249,13 +250,45 @@ def to_keras(tensors: Mapping[str, torch.Tensor], form: str) -> dict[str, torch.
     Raises:
         ValueError: tensors that fit no VGG network.
     """
+    return flattened(to_views(tensors, form))
+
+
+def flattened(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Keras's tensors with fc1's kernel, (H, W, C, O) before, flattened to (in, O).
+
+    A view where the output channels stand first in memory, as in a converted copy. They do so in
+    the result in any case: that is the order in which a matrix product reads.
+    """
+    kernel = tensors.get("fc1/kernel")
+    if kernel is None or kernel.ndim != 4:
+        return dict(tensors)
+    return {**tensors, "fc1/kernel": kernel.movedim(-1, 0).flatten(1).movedim(0, -1)}
+
+
+def to_views(tensors: Mapping[str, torch.Tensor], form: str) -> dict[str, torch.Tensor]:
+    """As `to_keras`, but nothing is copied: fc1's kernel stays (H, W, C, O), see `flattened`."""
     if form == "keras":
         return dict(tensors)
     if form == "timm":
         tensors = _timm_to_torchvision(tensors)
     elif form == "onnx":
         tensors = _onnx_to_torchvision(tensors)
-    return torchvision_to_keras(tensors)
+    return _views(tensors)
+
+
+def traced(
+    tensors: Mapping[str, torch.Tensor],
+    convert: Callable[[Mapping[str, torch.Tensor]], Mapping[str, torch.Tensor]],
+) -> dict[str, str]:
+    """Each name that a map gives -> the name that its tensor had before.
+
+    Found by sending numbers in the tensors' shapes, which take no memory, through the map itself.
+    What it adds of its own, `num_batches_tracked`, is left out.
+    """
+    names = dict(enumerate(tensors, 1))
+    numbers = {name: torch.tensor(i).expand(tensors[name].shape) for i, name in names.items()}
+    came = {key: int(tensor[(0,) * tensor.ndim]) for key, tensor in convert(numbers).items()}
+    return {key: names[i] for key, i in came.items() if i}
 
 
 _TIMM = {

