@@ -35,7 +35,8 @@ from keras.src.ops.node import Node
 from keras.src.saving.serialization_lib import SafeModeScope
 from keras.src.utils.naming import to_snake_case
 
-from vggtorch import fitting
+from vggtorch.composition import compose_
+from vggtorch.fitting import fit_
 
 New: TypeAlias = Layer | torch.nn.Module | Sequence[Layer | torch.nn.Module]
 
@@ -175,9 +176,9 @@ def replace(
         )
     result = _splice(graph, pairs, added)
     if init == "compose":
-        fitting.compose_(list(dict.fromkeys(node.operation for node in nodes)), added[0])
+        compose_(list(dict.fromkeys(node.operation for node in nodes)), added[0])
     elif init == "fit":
-        fitting.fit_(model, result, [layer.name for layer in added], images)
+        fit_(model, result, [layer.name for layer in added], images)
     return result
 
 
