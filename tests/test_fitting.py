@@ -9,6 +9,7 @@ import pytest
 from vggtorch import fitting, surgery
 
 L = keras.layers
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def vgg(block: str = "relu") -> keras.Model:
@@ -186,6 +187,10 @@ def test_time_that_has_run_out_ends_a_fit(original):
             {"images": images()[..., :2]},
             r"of shape \(30, 16, 16, 2\); expected \(None, 16, 16, 3\)",
         ),
+        (
+            {"images": [*images(9), *images(1, size=8)]},
+            r"images of 2 shapes, such as \(8, 8, 3\) and \(16, 16, 3\); expected one",
+        ),
         ({"images": np.full((10, 16, 16, 3), np.nan)}, "Received images with NaN or infinite"),
     ],
 )
@@ -200,3 +205,76 @@ def test_layers_without_weights_cannot_be_fitted(original):
     result = surgery.insert(original, "block1_conv1", L.Activation("relu", name="again"))
     with pytest.raises(ValueError, match=r"\['again'\] have no trainable weights to fit"):
         fitting.fit_(original, result, ["again"], images())
+
+
+def join(x: Any, side: Any) -> Any:
+    return L.Add(name="join")([x, L.Conv2D(4, 1, name="side")(side)])
+
+
+def test_new_layers_with_two_ways_out_cannot_be_fitted():
+    inputs = keras.Input((16, 16, 3))
+    one = L.Conv2D(4, 3, padding="same", name="one")(inputs)
+    two = L.Conv2D(4, 3, padding="same", name="two")(one)
+    model = keras.Model(inputs, join(two, one))
+    with pytest.raises(ValueError, match=r"are left from \['one', 'two'\]; expected one way out"):
+        fitting.fit_(model, model, ["one", "two"], images())
+
+
+def test_new_layers_with_two_ways_in_cannot_be_fitted():
+    inputs = keras.Input((16, 16, 3))
+    one = L.Conv2D(4, 3, padding="same", name="one")(inputs)
+    model = keras.Model(inputs, join(one, inputs))
+    with pytest.raises(
+        ValueError, match=r"take their input from \['input.*', 'one'\]; expected one"
+    ):
+        fitting.fit_(model, model, ["join", "side"], images())
+
+
+def test_a_new_layer_that_was_not_named_is(original):
+    result, _ = replaced(original, conv(name="first"), conv(3, name="second"))
+    with pytest.raises(
+        ValueError, match="'second' comes after the new layers and is not in the or"
+    ):
+        fitting.fit_(original, result, ["first"], images())
+
+
+@pytest.mark.parametrize("new", ["shared", "before", "behind"])
+def test_layers_that_are_called_twice_cannot_be_fitted(new):
+    shared = L.Conv2D(4, 3, padding="same", name="shared")
+    x = inputs = keras.Input((16, 16, 3))
+    x = L.Conv2D(4, 3, padding="same", name="before")(x)
+    x = shared(L.ReLU(name="between")(shared(x)))
+    model = keras.Model(inputs, L.Conv2D(4, 3, name="behind")(x))
+    message = "'shared' is called 2 times; expected the new layers, the one before them and those"
+    with pytest.raises(ValueError, match=message):
+        fitting.fit_(model, model, [new], images())
+
+
+def test_a_network_with_two_inputs_cannot_be_fitted():
+    a, b = keras.Input((16, 16, 3)), keras.Input((16, 16, 3))
+    model = keras.Model([a, b], join(L.Conv2D(4, 3, padding="same", name="new")(a), b))
+    with pytest.raises(ValueError, match="Received a model with 2 inputs; expected one"):
+        fitting.fit_(model, model, ["new"], images())
+
+
+def test_the_last_layers_of_a_network_can_be_fitted(original):
+    cut = surgery.truncate(original, "block1_conv2")
+    keras.utils.set_random_seed(1)
+    result, names = replaced(cut, conv())
+    fit = fitting.fit_(cut, result, names, images(), steps=30)
+    assert list(fit.after) == ["block1_conv"]
+    assert fit.after["block1_conv"] > max(0.9, fit.before["block1_conv"])
+
+
+def test_dense_layers_can_be_fitted():
+    keras.utils.set_random_seed(0)
+    x = inputs = keras.Input((6, 6, 3))
+    x = L.GlobalAveragePooling2D(name="pool")(x)
+    x = L.Dense(8, name="one")(x)
+    x = L.Activation("tanh", name="tanh")(L.Dense(5, name="two")(x))
+    model = keras.Model(inputs, L.Dense(4, name="head")(x))
+    new = [L.Dense(5, name="new"), L.Activation("tanh", name="new_tanh")]
+    result = surgery.replace(model, ["one", "two", "tanh"], new)
+    fit = fitting.fit_(model, result, ["new", "new_tanh"], images(30, size=6), steps=0)
+    assert fit.start in ("least squares", "compose")
+    assert fit.after["head"] > 0.9999

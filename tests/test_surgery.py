@@ -17,6 +17,8 @@ from vggtorch.surgery import freeze_, insert, remove, replace, stack, truncate, 
 import keras  # isort: skip
 from keras import layers as kl  # isort: skip
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 NETWORKS = {  # of keras.applications: the smallest input each takes
     "VGG16": 32,
     "ResNet50": 32,
@@ -191,15 +193,6 @@ def images(size, count=2):
     return torch.from_numpy(
         np.random.default_rng(0).uniform(0, 255, (count, size, size, 3)).astype("float32")
     )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """The tensors here are small: on a busy machine threads would only wait for one another."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module", params=NETWORKS)
@@ -470,6 +463,16 @@ def test_inputs_that_are_no_longer_needed_go():
     assert [t.name for t in truncate(model, ["sum", "side"]).inputs] == ["a", "b"]
 
 
+def test_one_input_that_is_left_stands_alone():
+    a, b, c = (keras.Input((6,), name=name) for name in "abc")
+    x = kl.Add(name="sum")([a, b])
+    model = keras.Model([a, b, c], kl.Concatenate(name="all")([x, kl.Dense(2, name="side")(c)]))
+    assert [t.name for t in truncate(model, "sum").input] == ["a", "b"]
+    assert truncate(model, "side").input.name == "c"
+    x = torch.rand(3, 6)
+    equal(run(truncate(model, "side"), x), model.get_layer("side")(x))
+
+
 def nested():
     """Models inside a model, one of them frozen, one called with training=False."""
     inner = keras.Sequential(
@@ -689,6 +692,8 @@ def test_a_head_of_every_kind(vgg, tmp_path):
     again = insert(result, "mean", identity())
     assert again.layers[-1].module is not module
     equal(run(again, x), run(result, x))
+    other = insert(result, "block1_pool", kl.Conv2D(64, 3, strides=2, name="smaller"))
+    assert other.output_shape == (None, 4)
     result.save(tmp_path / "torch.keras")
     loaded = keras.saving.load_model(tmp_path / "torch.keras", safe_mode=False)
     equal(run(loaded, x), run(result, x))
@@ -758,7 +763,67 @@ def used(name="used"):
     return layer
 
 
-CHAIN = ["input", "block1_conv1", "block1_conv2", "block1_pool"]
+class Forgetful(kl.Layer):
+    """Its config leaves out how many weights it has."""
+
+    def __init__(self, weights=0, **kwargs):
+        super().__init__(**kwargs)
+        self.count = weights
+
+    def build(self, input_shape):
+        for n in range(self.count):
+            self.add_weight(name=f"weight{n}")
+
+    def call(self, x):
+        return x
+
+    def get_config(self):
+        return {"name": self.name}
+
+
+class Unwritten(kl.Layer):
+    """It has no config."""
+
+    def get_config(self):
+        raise NotImplementedError("no config")
+
+    def call(self, x):
+        return x
+
+
+class Moody(kl.Layer):
+    """Its config leaves out what its call needs."""
+
+    def __init__(self, mood="bad", **kwargs):
+        super().__init__(**kwargs)
+        self.mood = mood
+
+    def call(self, x):
+        if self.mood == "bad":
+            raise RuntimeError("not today")
+        return x
+
+    def get_config(self):
+        return {"name": self.name}
+
+
+def with_layer(layer):
+    inputs = keras.Input((4, 3), name="in")
+    return keras.Model(inputs, kl.Dense(2, name="after")(layer(inputs)))
+
+
+def recurrent():
+    inputs = keras.Input((4, 3), name="in")
+    states = kl.LSTM(5, return_state=True, name="lstm")(inputs)
+    return keras.Model(inputs, kl.Dense(2, name="after")(states[0]), name="recurrent")
+
+
+def residual():
+    inputs = keras.Input((8, 8, 3))
+    x = kl.Conv2D(4, 3, padding="same", name="stem")(inputs)
+    return keras.Model(inputs, kl.Add(name="add")([kl.ReLU(name="relu")(x), x]))
+
+
 ERRORS = {
     "unknown name": (
         lambda m: truncate(m, "block1_pol"),
@@ -868,6 +933,38 @@ ERRORS = {
         lambda m: truncate(shared(), "sum", start="only_a"),
         "starts at 'only_a' would be open: 'shared' -> 'sum' goes around it",
     ),
+    "cut at a layer with several outputs": (
+        lambda m: truncate(recurrent(), "lstm"),
+        "truncate needs a layer with one output; 'lstm' has 3",
+    ),
+    "insert after a layer with several outputs": (
+        lambda m: insert(recurrent(), "lstm", identity()),
+        "insert needs a layer with one output; 'lstm' has 3",
+    ),
+    "new layer with several outputs": (
+        lambda m: stack(residual(), [kl.Reshape((64, 4)), kl.GRU(2, return_state=True, name="g")]),
+        r"new layer 'g' \(GRU\) must put out one tensor; it puts out 2",
+    ),
+    "branches that no longer fit together": (
+        lambda m: replace(residual(), "relu", kl.Conv2D(5, 1)),
+        r"'add' \(Add\) expects \[\(None, 8, 8, 4\), \(None, 8, 8, 4\)\] \(from 'relu', 'stem'\) "
+        r"and would now get \[\(None, 8, 8, 5\), \(None, 8, 8, 4\)\]",
+    ),
+    "layer that can't be called again": (
+        lambda m: insert(with_layer(Moody("good", name="mine")), "after", identity()),
+        r"'mine' \(Moody\) can't be called again as it was: [\s\S]*not today",
+    ),
+    "layer without a config": (
+        lambda m: insert(with_layer(Unwritten(name="mine")), "after", identity()),
+        r"'mine' \(Unwritten\) can't be made again from its config, which saving needs too: no con",
+    ),
+    "layer with half a config": (
+        lambda m: insert(with_layer(Forgetful(2, name="mine")), "after", identity()),
+        r"'mine' \(Forgetful\) has 2 variables, but made again from its config it has 0",
+    ),
+    "unknown in unfreeze": (lambda m: unfreeze_(m, "block9"), "has no layer 'block9'"),
+    "unknown in insert": (lambda m: insert(m, "block9", identity()), "has no layer 'block9'"),
+    "unknown in replace": (lambda m: replace(m, "block9", identity()), "has no layer 'block9'"),
     "inputs of a replaced set": (
         lambda m: replace(shared(), ["shared", "sum"], identity()),
         "one way in; 'shared', 'sum' have 3: 'a' -> 'shared', .*'only_a' -> 'sum'",

@@ -7,6 +7,7 @@ needs images, but no labels. The new layers alone change.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -64,7 +65,7 @@ class _Region:
 
     old: tuple[keras.KerasTensor, keras.KerasTensor]  # what enters, what leaves
     new: tuple[keras.KerasTensor, keras.KerasTensor]
-    downstream: list[str]  # layers of both behind it, in the order of their computation
+    behind: dict[str, tuple[keras.KerasTensor, keras.KerasTensor]]  # what later layers give
 
 
 def _producer(tensor: keras.KerasTensor) -> keras.Layer:
@@ -77,10 +78,15 @@ def _inputs(tensor: keras.KerasTensor) -> list[keras.KerasTensor]:
     return history.operation._inbound_nodes[history.node_index].input_tensors
 
 
-def _nodes(model: keras.Model) -> dict[str, Any]:
-    """The node of each layer in a model's own graph, in the order of their computation."""
+def _calls(model: keras.Model) -> list[Any]:
+    """The nodes of a model's own graph, in the order of their computation."""
     depths = sorted(model._nodes_by_depth, reverse=True)
-    return {node.operation.name: node for d in depths for node in model._nodes_by_depth[d]}
+    return [node for depth in depths for node in model._nodes_by_depth[depth]]
+
+
+def _nodes(model: keras.Model) -> dict[str, Any]:
+    """The node of each layer, in the order of their computation; of a shared one, the last."""
+    return {node.operation.name: node for node in _calls(model)}
 
 
 def _region(original: keras.Model, result: keras.Model, new_layers: Sequence[str]) -> _Region:
@@ -94,32 +100,40 @@ def _region(original: keras.Model, result: keras.Model, new_layers: Sequence[str
             f"The new layers {sorted(new)} take their input from {sorted(entries)}; expected one "
             f"layer, which the original has too."
         )
-    entry = entries.pop()
+    (entry,) = entries
 
-    downstream: list[str] = []
+    calls = Counter(node.operation.name for node in _calls(result))
+    behind: dict[str, tuple[keras.KerasTensor, keras.KerasTensor]] = {}
     exits = [
         (a, b)
         for a, b in zip(original.outputs, result.outputs, strict=True)
         if _producer(b).name in new
     ]
-    for name, node in now.items():
-        producers = {_producer(tensor).name for tensor in node.input_tensors}
-        if name in new or producers.isdisjoint(new | set(downstream)):
+    for node in _calls(result):
+        name, producers = node.operation.name, {_producer(t).name for t in node.input_tensors}
+        later = not producers.isdisjoint({*new, *behind})
+        if calls[name] > 1 and (name in {*new, entry} or later):
+            raise ValueError(
+                f"Layer {name!r} is called {calls[name]} times; expected the new layers, the one "
+                f"before them and those behind them to be called once."
+            )
+        if name in new or not later:
             continue
         if name not in old:
             raise ValueError(
                 f"Layer {name!r} comes after the new layers and is not in the original: "
                 f"name it in new_layers too."
             )
-        downstream.append(name)
+        behind[name] = old[name].outputs[0], node.outputs[0]
         pairs = zip(old[name].input_tensors, node.input_tensors, strict=True)
         exits += [(a, b) for a, b in pairs if _producer(b).name in new]
     if len({id(b) for _, b in exits}) != 1:
         leaving = sorted({_producer(b).name for _, b in exits})
         raise ValueError(f"The new layers are left from {leaving}; expected one way out.")
-    return _Region(
-        (old[entry].outputs[0], exits[0][0]), (now[entry].outputs[0], exits[0][1]), downstream
-    )
+    leaves, leaves_now = exits[0]
+    if not behind:  # they are the network's last
+        behind = {_producer(leaves_now).name: exits[0]}
+    return _Region((old[entry].outputs[0], leaves), (now[entry].outputs[0], leaves_now), behind)
 
 
 def _chain(start: keras.KerasTensor, end: keras.KerasTensor) -> list[keras.Layer] | None:
@@ -133,19 +147,18 @@ def _chain(start: keras.KerasTensor, end: keras.KerasTensor) -> list[keras.Layer
     return layers
 
 
-def _matched(original: keras.Model, region: _Region) -> list[str]:
+def _matched(region: _Region) -> list[str]:
     """The layers whose outputs are to agree: the next three that make the map smaller.
 
     Each further block costs as much time as those before it. Where the network has no such layer
     behind the cut, its last layer counts.
     """
-    nodes = _nodes(original)
     shrinking = [
         name
-        for name in region.downstream
-        if np.max(getattr(nodes[name].operation, "strides", None) or 1) > 1
+        for name, (tensor, _) in region.behind.items()
+        if np.max(getattr(_producer(tensor), "strides", None) or 1) > 1
     ]
-    return shrinking[:3] or region.downstream[-1:]
+    return shrinking[:3] or list(region.behind)[-1:]
 
 
 # Parts of the graphs as torch modules
@@ -455,7 +468,15 @@ def _restore_(parameters: Sequence[Tensor], values: Sequence[Tensor]) -> None:
 def _checked(images: Any, original: keras.Model) -> np.ndarray:
     if len(original.inputs) != 1:
         raise ValueError(f"Received a model with {len(original.inputs)} inputs; expected one.")
-    stacked = np.stack([np.asarray(image, np.float32) for image in images])
+    arrays = [np.asarray(keras.ops.convert_to_numpy(image), np.float32) for image in images]
+    if len(arrays) < 10:
+        raise ValueError(f"Received {len(arrays)} images; expected 10 at least, better 100.")
+    if len(shapes := sorted({array.shape for array in arrays})) > 1:
+        raise ValueError(
+            f"Received images of {len(shapes)} shapes, such as {shapes[0]} and {shapes[1]}; "
+            f"expected one: preprocess them to one size."
+        )
+    stacked = np.stack(arrays)
     shape = tuple(original.inputs[0].shape)
     if stacked.ndim != len(shape) or any(
         a not in (None, b) for a, b in zip(shape, stacked.shape, strict=True)
@@ -464,8 +485,6 @@ def _checked(images: Any, original: keras.Model) -> np.ndarray:
             f"Received images of shape {stacked.shape}; expected {shape}, preprocessed as the "
             f"model expects."
         )
-    if len(stacked) < 10:
-        raise ValueError(f"Received {len(stacked)} images; expected 10 at least, better 100.")
     if not np.isfinite(stacked).all():
         raise ValueError("Received images with NaN or infinite values; leave those out.")
     return stacked
@@ -508,10 +527,11 @@ def fit_(
     begun = time.monotonic()
     pixels = torch.from_numpy(_checked(images, original))
     region = _region(original, result, new_layers)
-    names = _matched(original, region) if match is None else list(match)
-    if unknown := sorted(set(names) - set(region.downstream)) or not names:
+    names = _matched(region) if match is None else list(match)
+    unknown = sorted(set(names) - set(region.behind))
+    if unknown or not names:
         raise ValueError(
-            f"Received match={match}; expected layers behind the new ones: {region.downstream}. "
+            f"Received match={match}; expected layers behind the new ones: {list(region.behind)}. "
             f"Not among them: {unknown}."
         )
     layers = [result.get_layer(name) for name in new_layers]
@@ -526,13 +546,12 @@ def fit_(
     pixels = pixels[torch.randperm(len(pixels), generator=generator).to(pixels.device)]
     held_out, shown = pixels[: len(pixels) // 10], pixels[len(pixels) // 10 :]
 
-    old, now = _nodes(original), _nodes(result)
-    reference = _graph(original, region.old[0], [old[name].outputs[0] for name in names])
-    tail = _graph(result, region.new[0], [now[name].outputs[0] for name in names])
+    old, new = zip(*(region.behind[name] for name in names), strict=True)
+    reference, tail = _graph(original, region.old[0], old), _graph(result, region.new[0], new)
     # Layers that know the size of the map they get leave no choice but whole images.
     sized = keras.layers.Flatten | keras.layers.Reshape
-    between = keras.Function(original.inputs, [old[name].outputs[0] for name in names])
-    whole = any(isinstance(operation, sized) for operation in between.operations)
+    operations = keras.Function(original.inputs, list(old)).operations
+    whole = any(isinstance(operation, sized) for operation in operations)
     size = max(pixels.shape[2:]) if whole else CROP
 
     enter: nn.Module | None = None
@@ -544,10 +563,10 @@ def fit_(
         x = x if enter is None else _in_batches(enter, x)[0]
         return _Examples(x, _in_batches(reference, x))
 
-    compared = list(dict.fromkeys([*names, region.downstream[-1]]))
+    compared = list(dict.fromkeys([*names, list(region.behind)[-1]]))
     deep = [
-        _graph(model, model.inputs[0], [nodes[name].outputs[0] for name in compared])
-        for model, nodes in ((original, old), (result, now))
+        _graph(model, model.inputs[0], [region.behind[name][i] for name in compared])
+        for i, model in enumerate((original, result))
     ]
 
     def cosines() -> dict[str, float]:
