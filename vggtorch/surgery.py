@@ -149,7 +149,8 @@ def replace(
     With `init=None`, `new` keeps the weights it has, or its random ones. "compose" gives a single
     new layer the product of the linear layers that it replaces. "fit" then trains the new layers
     alone, on a few hundred preprocessed `images` (N, H, W, C) without labels, until the layers
-    behind them see what they saw before: `fit_` with its defaults, two minutes at most.
+    behind them see what they saw before: `fit_` with its defaults, two minutes at most. To learn
+    how well the result matches, call `compose_` or `fit_` on what `init=None` gives: they say it.
 
     Raises ValueError if the set has more than one way in or out (it names the edges), and if what
     follows can't take what `new` puts out (it gives both shapes).
