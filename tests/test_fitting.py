@@ -5,6 +5,7 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
+import torch
 
 from vggtorch import fitting, surgery
 
@@ -205,6 +206,45 @@ def test_layers_without_weights_cannot_be_fitted(original):
     result = surgery.insert(original, "block1_conv1", L.Activation("relu", name="again"))
     with pytest.raises(ValueError, match=r"\['again'\] have no trainable weights to fit"):
         fitting.fit_(original, result, ["again"], images())
+
+
+def test_names_may_come_alone_and_in_any_order(original):
+    fits = []
+    for names, match in (
+        (["block1_conv"], ["block1_pool", "block2_pool"]),
+        ("block1_conv", ("block2_pool", "block1_pool")),
+        ("block1_conv", "block2_pool"),
+    ):
+        keras.utils.set_random_seed(1)
+        result, _ = replaced(original, conv())
+        fits.append(fitting.fit_(original, result, names, images(), match=match, steps=3))
+    assert fits[0].after == fits[1].after
+    assert list(fits[2].after) == ["block2_pool", "block3_pool"]
+
+
+def test_the_loss_sees_the_maps_in_order_and_decides(original):
+    shapes = set()
+
+    def first_alone(outputs, targets):
+        shapes.add(tuple(y.shape[1:] for y in outputs))
+        return (outputs[0] - targets[0]).square().mean()
+
+    fits = {}
+    for loss in (fitting.relative_error, first_alone):
+        keras.utils.set_random_seed(1)
+        result, names = replaced(original, conv())
+        fits[loss] = fitting.fit_(original, result, names, images(), loss=loss, steps=100)
+    assert shapes == {((8, 8, 8), (12, 4, 4), (16, 2, 2))}
+    default, other = fits.values()
+    assert other.after["block1_pool"] > default.after["block1_pool"]
+
+
+def test_the_relative_error_is_of_each_map_and_grows_with_depth():
+    target = [torch.full((1, 2, 3, 3), 10.0), torch.full((1, 4, 2, 2), 0.1)]
+    one = fitting.relative_error([target[0] * 1.1, target[1]], target)
+    other = fitting.relative_error([target[0], target[1] * 1.1], target)
+    assert float(one) == pytest.approx(0.01 / 4, rel=1e-4)
+    assert float(other) == pytest.approx(0.01 * 3 / 4, rel=1e-4)
 
 
 def join(x: Any, side: Any) -> Any:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import cos, pi
@@ -34,6 +34,9 @@ PATIENCE = 10  # looks without a better one before it stops
 WARM_UP = 10  # steps
 LEARNING_RATE = 0.1  # relative to the size of the weights, in coordinates where inputs are white
 DAMPING = 1e-3  # of the mean variance of the inputs
+DEEPER = 3.0  # how many times as much as the map before it each matched map counts
+
+Loss = Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor]
 
 
 @dataclass(frozen=True)
@@ -365,9 +368,9 @@ class _Examples:
     x: Tensor
     targets: list[Tensor]
 
-    def error(self, tail: nn.Module) -> float:
+    def error(self, tail: nn.Module, loss: Loss) -> float:
         """Of the new layers and what follows them, over all examples."""
-        return float(_error(_in_batches(tail, self.x), self.targets))
+        return float(loss(_in_batches(tail, self.x), self.targets))
 
     def batch(self, generator: torch.Generator) -> tuple[Tensor, list[Tensor]]:
         """A batch drawn at random."""
@@ -375,10 +378,12 @@ class _Examples:
         return self.x[which], [t[which] for t in self.targets]
 
 
-def _error(outputs: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
-    """Squared error of each map relative to its square, summed over the maps."""
+def relative_error(outputs: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
+    """Squared error of each map relative to its square; a mean in which deeper maps count more."""
     pairs = zip(outputs, targets, strict=True)
-    return torch.stack([(y - t).square().sum() / t.square().sum() for y, t in pairs]).sum()
+    errors = torch.stack([(y - t).square().sum() / t.square().sum() for y, t in pairs])
+    weights = DEEPER ** torch.arange(len(errors), device=errors.device)
+    return errors @ weights / weights.sum()
 
 
 def _crops(images: Tensor, number: int, size: int, generator: torch.Generator) -> Tensor:
@@ -493,10 +498,11 @@ def _checked(images: Any, original: keras.Model) -> np.ndarray:
 def fit_(
     original: keras.Model,
     result: keras.Model,
-    new_layers: Sequence[str],
+    new_layers: str | Sequence[str],
     images: Any,
     *,
-    match: Sequence[str] | None = None,
+    match: str | Sequence[str] | None = None,
+    loss: Loss = relative_error,
     steps: int = 500,
     seconds: float = 110.0,
     seed: int = 0,
@@ -516,6 +522,8 @@ def fit_(
         images: (N, H, W, C), preprocessed, without labels; a hundred or more.
         match: layers of both networks whose outputs are to agree; by default the next three that
             make the map smaller (pools, strides).
+        loss: of these layers' outputs (N, C, H, W) and the original's, in the order of their
+            computation; the default did as well as any that was tried (benchmarks/README.md).
         steps: optimizer steps at most; by then the learning rate has fallen to nothing.
         seconds: wall-clock time at most; by then the learning rate has fallen to nothing as well.
         seed: decides the held-out images, the crops and their order.
@@ -526,9 +534,12 @@ def fit_(
     """
     begun = time.monotonic()
     pixels = torch.from_numpy(_checked(images, original))
+    new_layers = [new_layers] if isinstance(new_layers, str) else list(new_layers)
     region = _region(original, result, new_layers)
-    names = _matched(region) if match is None else list(match)
-    unknown = sorted(set(names) - set(region.behind))
+    match = [match] if isinstance(match, str) else match
+    wanted = set(_matched(region) if match is None else match)
+    names = [name for name in region.behind if name in wanted]
+    unknown = sorted(wanted - set(names))
     if unknown or not names:
         raise ValueError(
             f"Received match={match}; expected layers behind the new ones: {list(region.behind)}. "
@@ -537,7 +548,7 @@ def fit_(
     layers = [result.get_layer(name) for name in new_layers]
     trained = [v.value for layer in layers for v in layer.trainable_variables]
     if not trained:
-        raise ValueError(f"The new layers {list(new_layers)} have no trainable weights to fit.")
+        raise ValueError(f"The new layers {new_layers} have no trainable weights to fit.")
 
     pixels = pixels.to(trained[0].device)
     if lowering._data_format(original) == "channels_last":
@@ -590,13 +601,15 @@ def fit_(
         with torch.no_grad():
             aimed = next((m for m in moments if m.targets is not None), None)
             starts = {
-                name: (check.error(tail), [p.clone() for p in trained])
+                name: (check.error(tail, loss), [p.clone() for p in trained])
                 for name in _starts_(region, aimed, trained)
             }
             start = min(starts, key=lambda name: starts[name][0])
             _restore_(trained, starts[start][1])
         before = cosines()
-        taken = _descend_(tail, trained, moments, train, check, steps, begun + seconds, generator)
+        taken = _descend_(
+            tail, trained, moments, train, check, loss, steps, begun + seconds, generator
+        )
         after = cosines()
     return Fit(start, before, after, taken, time.monotonic() - begun)
 
@@ -607,6 +620,7 @@ def _descend_(
     moments: Sequence[_Moments],
     train: _Examples,
     check: _Examples,
+    loss: Loss,
     steps: int,
     deadline: float,
     generator: torch.Generator,
@@ -619,7 +633,7 @@ def _descend_(
     others = [_Plain(p) for p in trained if id(p) not in done]
     coordinates: list[_Coordinates | _Plain] = [*linear, *others]
     optimizer = torch.optim.Adam([c.theta for c in coordinates], LEARNING_RATE, (0.9, 0.99))
-    best, kept, waited = check.error(tail), [p.detach().clone() for p in trained], 0
+    best, kept, waited = check.error(tail, loss), [p.detach().clone() for p in trained], 0
     begun, step = time.monotonic(), 0
     text, left = (
         TextColumn("fitting, held-out error {task.fields[error]:.4f}"),
@@ -638,7 +652,7 @@ def _descend_(
                 warm = min(1.0, (step + 1) / WARM_UP)
                 group["lr"] = LEARNING_RATE * warm * (1 + cos(pi * progress)) / 2
             x, targets = train.batch(generator)
-            gradients = torch.autograd.grad(_error(tail(x), targets), trained)
+            gradients = torch.autograd.grad(loss(tail(x), targets), trained)
             with torch.no_grad():
                 by_parameter = {id(p): g for p, g in zip(trained, gradients, strict=True)}
                 for c in coordinates:
@@ -648,11 +662,11 @@ def _descend_(
                     c.write_()
             step += 1
             if step % CHECK == 0:
-                error, waited = check.error(tail), waited + 1
+                error, waited = check.error(tail, loss), waited + 1
                 if error < best:
                     best, kept, waited = error, [p.detach().clone() for p in trained], 0
                 bar.update(task, completed=progress, error=best)
-        if step % CHECK and check.error(tail) < best:
+        if step % CHECK and check.error(tail, loss) < best:
             kept = [p.detach().clone() for p in trained]
     with torch.no_grad():
         _restore_(trained, kept)
