@@ -261,13 +261,13 @@ def probe(
         cifar10(folder, part, n) for part, n in zip(("train", "test"), each, strict=True)
     )
     own = x[np.random.default_rng(0).permutation(len(x))[: len(shown)]]
-    new = SHAPES["5x5"]
-    networks = {
+    new, options = SHAPES["5x5"], {"steps": 200, "seconds": seconds}
+    networks: dict[str, keras.Model] = {
         "original": original,
         "random": replaced(original, new(), None),
         "composed": replaced(original, new(), "compose"),
-        "fitted on photographs": fitted(original, new(), shown, steps=10**6, seconds=seconds)[0],
-        "fitted on CIFAR-10": fitted(original, new(), own, steps=10**6, seconds=seconds)[0],
+        "fitted on photographs": fitted(original, new(), shown, **options)[0],
+        "fitted on CIFAR-10": fitted(original, new(), own, **options)[0],
     }
 
     def features(network: keras.Model, images: np.ndarray) -> np.ndarray:

@@ -102,6 +102,16 @@ CHAINS = {
         L.Conv2D(4, 5, padding="same"),
         0,
     ),
+    "depthwise first, in a nested model": (
+        [
+            keras.Sequential([L.DepthwiseConv2D(3, depth_multiplier=2), L.Dropout(0.5)]),
+            L.Activation("linear"),
+            L.Conv2D(4, 1, activation=None),
+            L.Activation("tanh"),
+        ],
+        L.Conv2D(4, 3, activation="tanh"),
+        0,
+    ),
     "dense": ([L.Dense(4), L.BatchNormalization(), L.Dense(5)], L.Dense(5), 0),
 }
 
@@ -190,6 +200,21 @@ def test_an_activation_between_is_left_out_and_said():
             L.Conv2D(4, 3, use_bias=False, name="new"),
             "'new' has no bias",
         ),
+        (
+            [L.Conv2D(4, 3), L.LeakyReLU(0.1, name="leaky"), L.Conv2D(4, 1)],
+            L.Conv2D(4, 3, name="new"),
+            "'leaky': its activation LeakyReLU({'trainable': True, 'negative_slope': 0.1}) is left",
+        ),
+        (
+            [L.Conv2D(4, 3), L.ReLU(max_value=4)],
+            L.Conv2D(4, 3, activation="relu6", name="new"),
+            "ends in ReLU(max_value=4), 'new' in relu6",
+        ),
+        (
+            [L.Conv2D(4, 3, activation="relu", name="old"), L.Activation("tanh")],
+            L.Conv2D(4, 3, activation="tanh", name="new"),
+            "'old': two activations in a row, relu left out",
+        ),
     ],
 )
 def test_what_does_not_fit_into_the_new_layer_is_said(chain, new, reason):
@@ -231,6 +256,15 @@ def test_what_cannot_be_composed_says_why_and_keeps_the_weights(chain, new, mess
         compose_(chain, new)
     for expected, actual in zip(before, new.get_weights(), strict=True):
         np.testing.assert_array_equal(actual, expected)
+
+
+def test_layers_that_were_built_but_never_called_compose():
+    chain = [L.Conv2D(4, 3, padding="same"), L.Conv2D(5, 3, padding="same")]
+    new = L.Conv2D(5, 5, padding="same")
+    for layer, channels in zip([*chain, new], (3, 4, 3), strict=True):
+        layer.build((None, None, None, channels))
+    assert compose_(chain, new).exact
+    assert error(chain, new, 1) < 1e-5
 
 
 def test_layers_out_of_order_are_refused():

@@ -194,8 +194,8 @@ def _size(layer: keras.Layer) -> tuple[int | None, int | None]:
     if not nodes or not nodes[0].input_tensors or len(nodes[0].input_tensors[0].shape) != 4:
         return None, None
     shape = nodes[0].input_tensors[0].shape
-    channels_first = getattr(layer, "data_format", keras.config.image_data_format())
-    return shape[2:] if channels_first == "channels_first" else shape[1:3]
+    data_format = getattr(layer, "data_format", keras.config.image_data_format())
+    return shape[2:] if data_format == "channels_first" else shape[1:3]
 
 
 def _pad(linear: _Linear, size: Sequence[int | None]) -> tuple[tuple[int, int], tuple[int, int]]:
