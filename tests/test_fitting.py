@@ -97,7 +97,6 @@ def test_any_replacement_gets_better_and_alone_changes(original, new):
     keras.utils.set_random_seed(1)
     result, names = replaced(original, *new())
     before, untouched = states(result), states(original)
-    flags = [v.value.requires_grad for m in (original, result) for v in m.variables]
     fit = fitting.fit_(original, result, names, images(), steps=50)
 
     assert fit.after["block3_pool"] > max(0.9, fit.before["block3_pool"])
@@ -108,7 +107,8 @@ def test_any_replacement_gets_better_and_alone_changes(original, new):
         path.split("/")[0] for path, v in states(result).items() if (v != before[path]).any()
     }
     assert changed == {layer for layer in names if result.get_layer(layer).trainable_variables}
-    assert flags == [v.value.requires_grad for m in (original, result) for v in m.variables]
+    variables = [*original.variables, *result.variables]
+    assert all(v.value.requires_grad == v.trainable for v in variables)
     # What it says of images it has not seen holds of others that it has not seen.
     unseen = images(50)[30:]
     assert abs(cosine(original, result, unseen) - fit.after["block3_pool"]) < 0.03
@@ -206,6 +206,43 @@ def test_layers_without_weights_cannot_be_fitted(original):
     result = surgery.insert(original, "block1_conv1", L.Activation("relu", name="again"))
     with pytest.raises(ValueError, match=r"\['again'\] have no trainable weights to fit"):
         fitting.fit_(original, result, ["again"], images())
+
+
+@pytest.mark.parametrize(
+    "new",
+    [
+        lambda: L.PReLU("ones", shared_axes=(1, 2), name="new"),
+        lambda: L.BatchNormalization(name="new"),
+        lambda: L.Conv2DTranspose(3, 3, padding="same", name="new"),
+    ],
+)
+def test_other_layers_than_products_can_be_fitted_even_first_of_all(new):
+    """Here in place of an activation, which leaves least squares nothing to aim at."""
+    keras.utils.set_random_seed(0)
+    x = inputs = keras.Input((16, 16, 3))
+    x = L.ReLU(name="first")(x)
+    model = keras.Model(inputs, L.Conv2D(4, 3, strides=2, name="last")(x))
+    result = surgery.replace(model, "first", new())
+    fit = fitting.fit_(model, result, "new", images(), steps=50)
+    assert fit.start == "own"
+    assert fit.after["last"] > fit.before["last"]
+
+
+def test_a_sequential_model_can_be_fitted():
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential(
+        [
+            keras.Input((16, 16, 3)),
+            L.Conv2D(4, 3, name="one"),
+            L.Conv2D(4, 3, name="two"),
+            L.GlobalAveragePooling2D(name="mean"),
+        ]
+    )
+    new = L.Conv2D(4, 5, name="new")
+    result = surgery.replace(model, ["one", "two"], new)
+    fit = fitting.fit_(model, result, "new", images(), steps=0)
+    assert fit.start in ("least squares", "compose")  # both are exact
+    assert fit.after["mean"] > 0.99999
 
 
 def test_names_may_come_alone_and_in_any_order(original):

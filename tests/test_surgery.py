@@ -579,7 +579,7 @@ def test_operations_masks_and_layers_of_many_kinds():
     normalise = kl.Normalization(name="normalise")
     normalise.adapt(np.random.default_rng(0).normal(1, 2, (20, 9)).astype("float32"))
     x = normalise(x)
-    x = kl.Lambda(lambda t: t * scale, name="lambda")(x)
+    x = kl.Lambda(lambda t: t * scale, name="lambda", dtype="float64")(x)
     x = kl.Dense(4, activation=torch.nn.functional.gelu, name="gelu")(x)
     x = Custom(4, name="custom")(x)
     x = kl.TorchModuleWrapper(
@@ -606,6 +606,7 @@ def test_operations_masks_and_layers_of_many_kinds():
         if isinstance(old, kl.Layer):
             flags = [layer.trainable for layer in every_layer(old)]
             assert [layer.trainable for layer in every_layer(new)] == flags, name
+            assert new.dtype_policy.name == old.dtype_policy.name, name
     again = remove(truncate(result, "drop", start="gru"), "identity")
     equal(run(again, run(truncate(model, "gru"), numbers)), y)
     equal(result(numbers, training=True), model(numbers, training=True))  # one seed, one mask

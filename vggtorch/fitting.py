@@ -83,8 +83,9 @@ def _inputs(tensor: keras.KerasTensor) -> list[keras.KerasTensor]:
 
 def _calls(model: keras.Model) -> list[Any]:
     """The nodes of a model's own graph, in the order of their computation."""
-    depths = sorted(model._nodes_by_depth, reverse=True)
-    return [node for depth in depths for node in model._nodes_by_depth[depth]]
+    graph = model._functional if isinstance(model, keras.Sequential) else model
+    depths = sorted(graph._nodes_by_depth, reverse=True)
+    return [node for depth in depths for node in graph._nodes_by_depth[depth]]
 
 
 def _nodes(model: keras.Model) -> dict[str, Any]:
@@ -201,8 +202,10 @@ def _linear_target(model: keras.Model, region: _Region) -> lowering.Graph:
 
 def _last_linear(region: _Region, tail: nn.Module) -> Linear | None:
     """The new layer that gives the exit its values, if it is an ungrouped product."""
-    tensor = region.new[1]
+    start, tensor = region.new
     while isinstance(_producer(tensor), (*POINTWISE, *SKIPPED, keras.layers.BatchNormalization)):
+        if tensor is start:
+            return None
         (tensor,) = _inputs(tensor)
     layer = _producer(tensor)
     if isinstance(layer, keras.layers.DepthwiseConv2D) or getattr(layer, "groups", 1) != 1:
