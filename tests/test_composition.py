@@ -137,8 +137,9 @@ def random_chain(draw: Callable[[Any], Any]) -> tuple[list[keras.Layer], keras.L
         kind = draw(st.sampled_from(["conv", "depthwise", "norm", "dense"]))
         sizes = st.sampled_from([1, 3] if padding == "same" else [1, 2, 3])
         kernel = (draw(sizes), draw(sizes))
-        step = draw(st.integers(1, 2)) if padding == "valid" else 1
-        rate = draw(st.integers(1, 2)) if step == 1 else 1
+        both = st.tuples(st.integers(1, 2), st.integers(1, 2))
+        step = draw(both) if padding == "valid" else (1, 1)
+        rate = draw(both) if step == (1, 1) else (1, 1)
         options = {"padding": padding, "strides": step, "dilation_rate": rate}
         outputs = draw(st.integers(1, 4))
         if kind == "norm":
@@ -155,8 +156,8 @@ def random_chain(draw: Callable[[Any], Any]) -> tuple[list[keras.Layer], keras.L
             chain.append(L.Conv2D(outputs, kernel, use_bias=draw(st.booleans()), **options))
             channels = outputs
         for axis in (0, 1):
-            size[axis] += (kernel[axis] - 1) * rate * strides[axis]
-            strides[axis] *= step
+            size[axis] += (kernel[axis] - 1) * rate[axis] * strides[axis]
+            strides[axis] *= step[axis]
     larger = 2 * draw(st.integers(0, 1)) if padding == "same" else 0
     new = L.Conv2D(channels, [n + larger for n in size], strides=strides, padding=padding)
     return chain, new
