@@ -214,6 +214,7 @@ def test_layers_without_weights_cannot_be_fitted(original):
         lambda: L.PReLU("ones", shared_axes=(1, 2), name="new"),
         lambda: L.BatchNormalization(name="new"),
         lambda: L.Conv2DTranspose(3, 3, padding="same", name="new"),
+        lambda: L.DepthwiseConv2D(3, padding="same", activation="relu", name="new"),
     ],
 )
 def test_other_layers_than_products_can_be_fitted_even_first_of_all(new):
@@ -226,6 +227,15 @@ def test_other_layers_than_products_can_be_fitted_even_first_of_all(new):
     fit = fitting.fit_(model, result, "new", images(), steps=50)
     assert fit.start == "own"
     assert fit.after["last"] > fit.before["last"]
+
+
+def test_what_cannot_be_composed_can_be_fitted(original):
+    keras.utils.set_random_seed(1)
+    new = L.Conv2D(8, 4, strides=2, padding="same", activation="relu", name="new")
+    result = surgery.replace(original, ["block1_conv2", "block1_pool"], new)
+    fit = fitting.fit_(original, result, "new", images(), steps=50)
+    assert fit.start == "least squares"
+    assert fit.after["block3_pool"] > 0.95
 
 
 def test_a_sequential_model_can_be_fitted():

@@ -733,8 +733,9 @@ def test_a_head_of_every_kind(vgg, tmp_path):
     again = insert(result, "mean", identity())
     assert again.layers[-1].module is not module
     equal(run(again, x), run(result, x))
-    other = insert(result, "block1_pool", kl.Conv2D(64, 3, strides=2, name="smaller"))
-    assert other.output_shape == (None, 4)
+    larger = insert(stack(vgg[0], torch.nn.ReLU()), "block4_pool", kl.UpSampling2D())
+    assert larger.output_shape == (None, 2, 2, 512)
+    assert run(larger, x).shape == (2, 2, 2, 512)
     result.save(tmp_path / "torch.keras")
     loaded = keras.saving.load_model(tmp_path / "torch.keras", safe_mode=False)
     equal(run(loaded, x), run(result, x))
