@@ -173,12 +173,12 @@ def weighted(distance: Distance, weights: tuple[int, ...] = (1, 3, 9)) -> fittin
     return loss
 
 
-def relative(y: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    return (y - target).square().sum() / target.square().sum()
-
-
 def absolute(y: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     return (y - target).abs().sum() / target.abs().sum()
+
+
+def squared(y: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    return (y - target).square().sum() / target.square().sum()
 
 
 def huber(y: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -202,9 +202,10 @@ def angle_by_position(y: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 
 
 LOSSES = {
-    "relative squared error, maps alike": weighted(relative, (1, 1, 1)),
-    "squared error as it is": weighted(F.mse_loss, (1, 1, 1)),
-    "absolute error": weighted(absolute),
+    "absolute error, maps alike": weighted(absolute, (1, 1, 1)),
+    "squared error": weighted(squared),
+    "squared error, maps alike": weighted(squared, (1, 1, 1)),
+    "squared error, not relative": weighted(F.mse_loss, (1, 1, 1)),
     "Huber": weighted(huber),
     "squared error by channel": weighted(by_channel),
     "1 - cosine of maps": weighted(angle),

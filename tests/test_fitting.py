@@ -290,8 +290,8 @@ def test_the_relative_error_is_of_each_map_and_grows_with_depth():
     target = [torch.full((1, 2, 3, 3), 10.0), torch.full((1, 4, 2, 2), 0.1)]
     one = fitting.relative_error([target[0] * 1.1, target[1]], target)
     other = fitting.relative_error([target[0], target[1] * 1.1], target)
-    assert float(one) == pytest.approx(0.01 / 4, rel=1e-4)
-    assert float(other) == pytest.approx(0.01 * 3 / 4, rel=1e-4)
+    assert float(one) == pytest.approx(0.1 / 4, rel=1e-4)
+    assert float(other) == pytest.approx(0.1 * 3 / 4, rel=1e-4)
 
 
 def join(x: Any, side: Any) -> Any:

@@ -382,9 +382,9 @@ class _Examples:
 
 
 def relative_error(outputs: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
-    """Squared error of each map relative to its square; a mean in which deeper maps count more."""
+    """Absolute error of each map relative to its size; a mean in which deeper maps count more."""
     pairs = zip(outputs, targets, strict=True)
-    errors = torch.stack([(y - t).square().sum() / t.square().sum() for y, t in pairs])
+    errors = torch.stack([(y - t).abs().sum() / t.abs().sum() for y, t in pairs])
     weights = DEEPER ** torch.arange(len(errors), device=errors.device)
     return errors @ weights / weights.sum()
 
@@ -513,7 +513,7 @@ def fit_(
     """Train a replacement, in place, until the network behind it sees what it saw before.
 
     Starts from composed, least-squares or the layers' own weights, whichever are best on held-out
-    images (a tenth of all), and minimises the relative squared error of the next maps on random
+    images (a tenth of all), and minimises the relative absolute error of the next maps on random
     crops with all other layers frozen, by Adam in coordinates where inputs are white. Stops when
     the held-out images get no better and ends on the weights that were best there. One seed gives
     one result on one machine, unless `seconds` run out before `steps`.
