@@ -532,8 +532,8 @@ def fit_(
         seed: decides the held-out images, the crops and their order.
 
     Raises:
-        ValueError: the new layers have more than one way in or out, or nothing to train, or the
-            images are too few or of another shape than the network takes.
+        ValueError: the new layers have more than one way in or out, are shared or have nothing to
+            train, or the images are too few or of another shape than the network takes.
     """
     begun = time.monotonic()
     pixels = torch.from_numpy(_checked(images, original))
@@ -669,8 +669,9 @@ def _descend_(
                 if error < best:
                     best, kept, waited = error, [p.detach().clone() for p in trained], 0
                 bar.update(task, completed=progress, error=best)
-        if step % CHECK and check.error(tail, loss) < best:
-            kept = [p.detach().clone() for p in trained]
+        if step % CHECK and (error := check.error(tail, loss)) < best:
+            best, kept = error, [p.detach().clone() for p in trained]
+        bar.update(task, completed=1.0, error=best)
     with torch.no_grad():
         _restore_(trained, kept)
     return step
