@@ -125,16 +125,18 @@ def test_a_seed_decides_the_result(original):
     assert (weights[0] != weights[2]).any()
 
 
-def test_a_region_with_branches_inside_can_be_fitted():
+@pytest.mark.parametrize("add", [lambda *x: L.Add()(x), keras.ops.add])
+def test_a_region_with_branches_inside_can_be_fitted(add):
     keras.utils.set_random_seed(0)
     x = inputs = keras.Input((16, 16, 3))
     x = L.Conv2D(8, 3, padding="same", activation="relu", name="stem")(x)
     a = L.Conv2D(8, 3, padding="same", name="left")(x)
-    x = L.Add(name="add")([a, x])
+    x = add(a, x)
+    joined = x._keras_history.operation.name
     x = L.Conv2D(8, 3, strides=2, padding="same", activation="relu", name="after")(x)
     model = keras.Model(inputs, L.Dense(4, name="head")(L.Flatten(name="flat")(x)))
     new = L.Conv2D(8, 3, padding="same", name="new")
-    result = surgery.replace(model, ["left", "add"], new)
+    result = surgery.replace(model, ["left", joined], new)
     fit = fitting.fit_(model, result, ["new"], images(), steps=0)
     assert fit.start == "least squares"  # a branch can't be composed
     assert fit.after["after"] > 0.9999  # the way around is a 1x1 identity, so one layer can do it

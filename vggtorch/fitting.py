@@ -195,7 +195,8 @@ def _linear_target(model: keras.Model, region: _Region) -> lowering.Graph:
     while isinstance(_producer(tensor), POINTWISE):
         (tensor,) = _inputs(tensor)
     graph = _graph(model, region.old[0], [tensor])
-    for module in _linears(graph, [v.value for v in _producer(tensor).variables]):
+    variables = getattr(_producer(tensor), "variables", [])  # keras.ops.add, say, has none
+    for module in _linears(graph, [v.value for v in variables]):
         module.activation = None
     return graph
 
