@@ -262,7 +262,7 @@ def probe(
         cifar10(folder, part, n) for part, n in zip(("train", "test"), each, strict=True)
     )
     own = x[np.random.default_rng(0).permutation(len(x))[: len(shown)]]
-    new, options = SHAPES["5x5"], {"steps": 200, "seconds": seconds}
+    new, options = SHAPES["5x5"], {"steps": 100, "seconds": seconds}
     networks: dict[str, keras.Model] = {
         "original": original,
         "random": replaced(original, new(), None),
