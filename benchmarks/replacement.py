@@ -122,17 +122,19 @@ def cosines(original: keras.Model, result: keras.Model, images: np.ndarray) -> l
 
 
 def replaced(
-    original: keras.Model, new: list[keras.Layer], init: Literal["compose"] | None, seed: int = 0
+    original: keras.Model, shape: str, init: Literal["compose"] | None, seed: int = 0
 ) -> keras.Model:
-    keras.utils.set_random_seed(seed)
-    return vt.replace(original, REPLACED, new, init=init)
+    keras.utils.set_random_seed(seed)  # a layer's initializer draws its seed when it is made
+    return vt.replace(original, REPLACED, SHAPES[shape](), init=init)
 
 
 def fitted(
-    original: keras.Model, new: list[keras.Layer], images: np.ndarray, **options: Any
+    original: keras.Model, shape: str, images: np.ndarray, **options: Any
 ) -> tuple[keras.Model, fitting.Fit]:
-    result = replaced(original, new, None)
-    return result, fitting.fit_(original, result, [a.name for a in new], images, **options)
+    result = replaced(original, shape, None)
+    known = {layer.name for layer in original.layers}
+    new = [layer.name for layer in result.layers if layer.name not in known]
+    return result, fitting.fit_(original, result, new, images, **options)
 
 
 def row(name: str, values: list[float], note: str = "") -> None:
@@ -143,14 +145,13 @@ def compare(
     original: keras.Model, shown: np.ndarray, unseen: np.ndarray, seconds: float, seeds: int
 ) -> None:
     """The two convolutions replaced by one 5x5 in four ways."""
-    new = SHAPES["5x5"]
     print(f"{'cosine after block':<34}" + "".join(f"{b:>8}" for b in range(1, 6)))
-    row("composed", cosines(original, replaced(original, new(), "compose"), unseen))
+    row("composed", cosines(original, replaced(original, "5x5", "compose"), unseen))
     random, fits = [], []
     for seed in range(seeds):
-        random.append(cosines(original, replaced(original, new(), None, seed), unseen))
+        random.append(cosines(original, replaced(original, "5x5", None, seed), unseen))
         row(f"random, seed {seed}", random[-1])
-        result, fit = fitted(original, new(), shown, steps=10**6, seconds=seconds, seed=seed)
+        result, fit = fitted(original, "5x5", shown, steps=10**6, seconds=seconds, seed=seed)
         note = f"{fit.seconds:.0f} s, {fit.steps} steps, from {fit.start}"
         fits.append(cosines(original, result, unseen))
         row(f"fitted, seed {seed}", fits[-1], note)
@@ -228,7 +229,7 @@ def curve(original: keras.Model, shown: np.ndarray, unseen: np.ndarray, seconds:
     ]  # fmt: skip
     for name, shape, options in runs:
         options = {"steps": 100, "seconds": seconds} | options
-        result, fit = fitted(original, SHAPES[shape](), shown, **options)
+        result, fit = fitted(original, shape, shown, **options)
         note = f"{fit.seconds:.0f} s, {fit.steps} steps, from {fit.start}"
         row(name, cosines(original, result, unseen), note)
 
@@ -262,13 +263,13 @@ def probe(
         cifar10(folder, part, n) for part, n in zip(("train", "test"), each, strict=True)
     )
     own = x[np.random.default_rng(0).permutation(len(x))[: len(shown)]]
-    new, options = SHAPES["5x5"], {"steps": 100, "seconds": seconds}
+    options = {"steps": 100, "seconds": seconds}
     networks: dict[str, keras.Model] = {
         "original": original,
-        "random": replaced(original, new(), None),
-        "composed": replaced(original, new(), "compose"),
-        "fitted on photographs": fitted(original, new(), shown, **options)[0],
-        "fitted on CIFAR-10": fitted(original, new(), own, **options)[0],
+        "random": replaced(original, "5x5", None),
+        "composed": replaced(original, "5x5", "compose"),
+        "fitted on photographs": fitted(original, "5x5", shown, **options)[0],
+        "fitted on CIFAR-10": fitted(original, "5x5", own, **options)[0],
     }
 
     def features(network: keras.Model, images: np.ndarray) -> np.ndarray:
@@ -299,7 +300,7 @@ def speed(original: keras.Model, images: np.ndarray, repeats: int) -> None:
     """Original and replaced in turn, each first checked against Keras."""
     networks = {
         "original": original,
-        "one 5x5": replaced(original, SHAPES["5x5"](), "compose"),
+        "one 5x5": replaced(original, "5x5", "compose"),
     }
     modules = {name: lowering.lower(network).eval() for name, network in networks.items()}
     x = torch.from_numpy(images).to(next(modules["original"].parameters()).device)
