@@ -2,12 +2,15 @@
 
     python benchmarks/transfer.py DATA WEIGHTS                          # every row
     python benchmarks/transfer.py DATA WEIGHTS --only "oxford, pooled 3-5, ours"
+    python benchmarks/transfer.py DATA WEIGHTS --fold 1                 # other images to test on
     python benchmarks/transfer.py DATA WEIGHTS --cache                  # an epoch with it, without
 
 DATA has train/ and test/ with a folder for each class; images are enlarged to 96x96. `pooled 3-5`
 is a head of one's own: an MLP on mean and maximum of the pooled maps of blocks 3, 4 and 5. Each row
 runs in a process of its own, whose peak memory is reported. The accuracy is that after the last
-epoch, so that nothing was chosen by looking at the test images.
+epoch, so that nothing was chosen by looking at the test images. `--fold` 1, 2 and 3 test on a third
+of the images in train/ each, and train on all others: a check of settings that were chosen while
+looking at test/.
 """
 
 from __future__ import annotations
@@ -36,6 +39,23 @@ from vggtorch.training import finetune, learning_rate, with_head
 
 SIZE = 96
 ROWS = ("block2_pool tutorial", "block4_pool mlp", "pooled 3-5")
+FOLDS = 3
+
+
+def refold(data: Path, fold: int, target: Path) -> Path:
+    """A folder of links to the images of `data`, with every third one of train/ in test/ instead.
+
+    `fold`, from 1 to FOLDS, says which; the images of test/ go to train/.
+    """
+    for part in ("train", "test"):
+        for folder in sorted(path for path in (data / part).iterdir() if path.is_dir()):
+            for i, image in enumerate(sorted(folder.iterdir())):
+                tested = part == "train" and i % FOLDS == fold - 1
+                link = target / ("test" if tested else "train") / folder.name / image.name
+                link.parent.mkdir(parents=True, exist_ok=True)
+                link = link.with_stem(f"{part}-{image.stem}")
+                link.symlink_to(image.resolve())
+    return target
 
 
 def configuration(epochs: int, folder: str) -> TrainConfig:
@@ -110,9 +130,12 @@ def keras_fit(model: keras.Model, train: Folder, test: Folder, config: TrainConf
     return right / len(test)
 
 
-def measure(data: Path, weights: str, row: str, by: str, epochs: int) -> dict[str, float]:
+def measure(
+    data: Path, weights: str, row: str, by: str, epochs: int, fold: int
+) -> dict[str, float]:
     """One row, in this process."""
     with tempfile.TemporaryDirectory() as folder:
+        data = refold(data, fold, Path(folder, "fold")) if fold else data
         config = configuration(epochs, folder)
         began = time.perf_counter()
         train = read_folder(data / "train", SIZE, config.augment)
@@ -158,6 +181,10 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=30, help="(default: 30)")
     parser.add_argument("--keras-epochs", type=int, default=3, help="(default: 3)")
     parser.add_argument("--only", metavar="ROW", help="one row: 'oxford, pooled 3-5, ours'")
+    parser.add_argument(
+        "--fold", type=int, default=0, choices=range(FOLDS + 1),
+        help="which third of train/ to test on, 1 to 3 (default: 0, test/)",
+    )  # fmt: skip
     parser.add_argument("--row", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--cache", action="store_true", help="time an epoch with and without cache")
     arguments = parser.parse_args()
@@ -172,7 +199,9 @@ def main() -> None:
     if arguments.row:
         which, row, by = arguments.only.split(", ")
         weights = arguments.weights if which == "oxford" else "random"
-        print(json.dumps(measure(arguments.data, weights, row, by, arguments.epochs)))
+        print(
+            json.dumps(measure(arguments.data, weights, row, by, arguments.epochs, arguments.fold))
+        )
         return
     print(
         f"Python {platform.python_version()}, torch {torch.__version__}, "
@@ -183,7 +212,7 @@ def main() -> None:
         epochs = arguments.keras_epochs if name.endswith("fit") else arguments.epochs
         process = subprocess.run(
             [sys.executable, __file__, arguments.data, arguments.weights, "--row", "--only", name,
-             "--epochs", str(epochs)],
+             "--epochs", str(epochs), "--fold", str(arguments.fold)],
             stdout=subprocess.PIPE, text=True, check=True,
         )  # fmt: skip
         found = json.loads(process.stdout.splitlines()[-1])

@@ -1,9 +1,15 @@
+import dataclasses
+from typing import Any
+
 import pytest
+import tiny
+import torch
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
 import vggtorch as vt
-from vggtorch import sources
+from vggtorch import cli, sources
+from vggtorch.advice import advise
 from vggtorch.cli import main
 from vggtorch.preprocessing import remember_
 
@@ -78,3 +84,27 @@ def test_no_command_is_a_usage_error(capsys):
     with pytest.raises(SystemExit, match="2"):
         main([])
     assert "usage: vggtorch" in capsys.readouterr().err
+
+
+def test_what_is_asked_for_stands_above_the_plan(tmp_path, capsys):
+    data = tiny.pictures(tmp_path / "data")
+    (data / "blue" / "broken.jpg").write_bytes(b"no image")
+    words = ["finetune", str(data), "--advise", "different", "--broken", "skip"]
+    words += ["--epochs", "10", "--no-cache", "--image-size", "16"]  # 10 epochs are the default
+    with pytest.warns(UserWarning, match="broken.jpg"):
+        settings = cli._settings(cli._parser().parse_args(words))
+    plan = advise(24, 3, "different")
+    assert plan.epochs != 10
+    asked: dict[str, Any] = {"broken": "skip", "epochs": 10, "cache": False, "image_size": 16}
+    assert settings == dataclasses.replace(plan, **asked)
+    assert plan.reasons[0].decision in capsys.readouterr().out
+
+
+def test_export_writes_what_a_keras_file_computes(tmp_path, capsys):
+    model = tiny.network()
+    model.save(tmp_path / "tiny.keras")
+    assert main(["export", str(tmp_path / "tiny.keras"), str(tmp_path / "tiny.pt2")]) == 0
+    assert "Wrote" in capsys.readouterr().out
+    x = torch.rand(3, 16, 16, 3) * 255
+    found = torch.export.load(tmp_path / "tiny.pt2").module()(x)
+    torch.testing.assert_close(found, model(x), rtol=1e-4, atol=1e-5)

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from vggtorch.config import TrainConfig, add_arguments, config_from
+from vggtorch.config import TrainConfig, add_arguments, options_from
 
 
 @pytest.mark.parametrize(
@@ -40,7 +40,7 @@ def test_config_says_what_it_expected(options, message):
 def test_every_field_is_an_option():
     parser = argparse.ArgumentParser()
     add_arguments(parser)
-    assert config_from(parser.parse_args([])) == TrainConfig()
+    assert options_from(parser.parse_args([])) == {}
     changed = TrainConfig(
         cut="block4_pool", head="mlp", freeze="block4_pool", unfreeze=((2, "a"), (3, "b")),
         epochs=5, batch_size=7, accumulate=2, optimizer="sgd", learning_rate=0.5, layer_decay=0.4,
@@ -59,7 +59,7 @@ def test_every_field_is_an_option():
             words += [flag, *(f"{epoch}:{layer}" for epoch, layer in value)]
         else:
             words += [flag, str(value)]
-    assert config_from(parser.parse_args(words)) == changed
+    assert TrainConfig(**options_from(parser.parse_args(words))) == changed
 
 
 def test_an_unfreeze_option_without_an_epoch(capsys):

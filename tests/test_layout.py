@@ -33,6 +33,7 @@ ORDER = [
     "features",
     "training",
     "report",
+    "export",
     "demo",
     "cli",
 ]

@@ -118,7 +118,7 @@ def test_two_processes_give_the_losses_of_one(images, tmp_path):
     script = Path(__file__).with_name("two_processes.py")
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join([str(script.parent.parent), str(script.parent)]),
-        "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1",
     }  # fmt: skip
     for name in ("images", "cached"):
         results = []
@@ -277,7 +277,7 @@ def test_an_unknown_layer_to_freeze(images, config):
 @pytest.mark.parametrize(
     ("head", "layers"),
     [
-        ("tutorial", "conv pool flatten hidden dropout predictions"),
+        ("tutorial", "norm conv pool flatten hidden dropout predictions"),
         ("linear", "mean max pool norm predictions"),
         ("mlp", "mean max pool norm dropout hidden norm2 dropout2 predictions"),
     ],
@@ -297,6 +297,21 @@ def test_heads(head, layers):
     assert all(map(np.array_equal, tiny.weights(base), before))
     assert "block2_conv1" not in [layer.name for layer in model.layers]
     keras.models.clone_model(surgery.truncate(model, "block1_pool"))
+
+
+@pytest.mark.parametrize("head", ["tutorial", "linear", "mlp"])
+def test_heads_learn_the_same_from_maps_of_any_scale(head, images, config):
+    losses = []
+    for scale in (1, 1000):  # `oxford`'s maps are as large as pixel values
+        base = tiny.network(None)
+        kernel = base.get_layer("block1_conv1").kernel
+        kernel.assign(kernel * scale)
+        folder = f"{config.folder}-{scale}"
+        config = dataclasses.replace(
+            config, head=head, cut="block1_pool", freeze="block1_pool", folder=folder
+        )
+        losses.append(curve(finetune(base, images, config=config)))
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-2)
 
 
 def test_a_head_needs_feature_maps(images, config):

@@ -29,6 +29,7 @@ _select_torch_backend()
 from vggtorch.advice import advise  # noqa: E402
 from vggtorch.composition import compose_  # noqa: E402
 from vggtorch.config import TrainConfig  # noqa: E402
+from vggtorch.export import export  # noqa: E402
 from vggtorch.fitting import fit_  # noqa: E402
 from vggtorch.inspection import compare, draw, inspect  # noqa: E402
 from vggtorch.lowering import accelerate_, lower  # noqa: E402
@@ -66,6 +67,7 @@ __all__ = [
     "compose_",
     "decode_predictions",
     "draw",
+    "export",
     "find_learning_rate",
     "finetune",
     "fit_",

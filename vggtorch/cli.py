@@ -23,6 +23,7 @@ from vggtorch import (
     training,
 )
 from vggtorch.architectures import ARCHITECTURES
+from vggtorch.export import export
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -57,6 +58,14 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("--before", metavar="MODEL", help="compare: what it was before a surgery")
     inspect.add_argument("--draw", metavar="FILE", help="draw the graph as SVG, changes marked")
     inspect.set_defaults(run=_inspect)
+
+    export = commands.add_parser("export", help="a network as ONNX or as torch.export's .pt2")
+    export.add_argument("model", metavar="MODEL", help="an architecture's name or a .keras file")
+    export.add_argument("path", metavar="PATH", help="ends in .onnx or .pt2")
+    export.add_argument(
+        "--weights", default="imagenet", help="of an architecture: a weight set or a path"
+    )
+    export.set_defaults(run=_export)
 
     predict = commands.add_parser("predict", help="the most probable classes of images")
     predict.add_argument("images", metavar="IMAGE", nargs="+")
@@ -123,6 +132,15 @@ def _inspect(arguments: argparse.Namespace) -> None:
             temporary.write_text(inspection.draw(model, before))
 
 
+def _export(arguments: argparse.Namespace) -> None:
+    if arguments.model in ARCHITECTURES:
+        model = models.constructor(arguments.model)(weights=arguments.weights)
+    else:
+        model = models.describe(arguments.model)
+    export(model, arguments.path)
+    print(f"Wrote {arguments.path}.")
+
+
 def _predict(arguments: argparse.Namespace) -> None:
     categories = None
     if arguments.model:
@@ -140,22 +158,26 @@ def _predict(arguments: argparse.Namespace) -> None:
             print(f"  {probability:6.1%}  {category}")
 
 
+def _settings(arguments: argparse.Namespace) -> config.TrainConfig:
+    """What was asked for on the command line, above the plan where there is one."""
+    options = config.options_from(arguments)
+    if not arguments.advise:
+        return config.TrainConfig(**options)
+    default = config.TrainConfig()
+    folder = data.read_folder(
+        data.find_splits(Path(arguments.train))[0],
+        options.get("image_size", default.image_size),
+        broken=options.get("broken", default.broken),
+    )
+    plan = advice.advise(len(folder), len(folder.classes), arguments.advise)
+    print(plan)
+    return dataclasses.replace(plan, **options)
+
+
 def _finetune(arguments: argparse.Namespace) -> None:
     from accelerate import PartialState
 
-    settings = config.config_from(arguments)
-    if arguments.advise:
-        folder = data.read_folder(data.find_splits(Path(arguments.train))[0], settings.image_size)
-        plan = advice.advise(len(folder), len(folder.classes), arguments.advise)
-        print(plan)
-        # What was asked for on the command line stands above the plan.
-        default = config.TrainConfig()
-        asked = {
-            field.name: getattr(settings, field.name)
-            for field in dataclasses.fields(config.TrainConfig)
-            if getattr(settings, field.name) != getattr(default, field.name)
-        }
-        settings = dataclasses.replace(plan, **asked)
+    settings = _settings(arguments)
     size = settings.image_size
     model = models.constructor(arguments.architecture)(
         weights=arguments.weights, include_top=False, input_shape=(size, size, 3)

@@ -140,19 +140,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         kind = next((a for a in typing.get_args(hint) if a is not types.NoneType), hint)
         flag = "--" + option.name.replace("_", "-")
         default = "" if option.default in (None, ()) else f" (default: {option.default})"
-        text = option.metadata["help"].replace("%", "%%") + default
+        kwargs: dict[str, Any] = {"help": option.metadata["help"].replace("%", "%%") + default}
         if hint is bool:
-            parser.add_argument(
-                flag, action=argparse.BooleanOptionalAction, default=option.default, help=text
-            )
+            kwargs["action"] = argparse.BooleanOptionalAction
         elif option.name == "unfreeze":
-            parser.add_argument(flag, type=_stage, nargs="+", default=(), help=text)
+            kwargs |= {"type": _stage, "nargs": "+"}
         elif choices := _choices(hint) or _choices(kind):
-            parser.add_argument(flag, choices=choices, default=option.default, help=text)
+            kwargs["choices"] = choices
         else:
-            parser.add_argument(
-                flag, type=kind, default=option.default, metavar=kind.__name__.upper(), help=text
-            )
+            kwargs |= {"type": kind, "metavar": kind.__name__.upper()}
+        # What was not asked for is left out, so that a plan can decide it.
+        parser.add_argument(flag, default=argparse.SUPPRESS, **kwargs)
 
 
 def _stage(text: str) -> tuple[int, str]:
@@ -162,7 +160,10 @@ def _stage(text: str) -> tuple[int, str]:
     return int(epoch), layer
 
 
-def config_from(arguments: argparse.Namespace) -> TrainConfig:
-    """The TrainConfig that the options of `add_arguments` describe."""
-    values = {f.name: getattr(arguments, f.name) for f in dataclasses.fields(TrainConfig)}
-    return TrainConfig(**values | {"unfreeze": tuple(values["unfreeze"])})
+def options_from(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Of the options of `add_arguments` those that were given, as fields of TrainConfig."""
+    given = vars(arguments)
+    options = {f.name: given[f.name] for f in dataclasses.fields(TrainConfig) if f.name in given}
+    if "unfreeze" in options:
+        options["unfreeze"] = tuple(options["unfreeze"])
+    return options

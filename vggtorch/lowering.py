@@ -224,8 +224,25 @@ class Dense(nn.Module):
         return y if self.activation is None else self.activation(y)
 
 
+class _SumOverProcesses(torch.autograd.Function):
+    """The sum of a tensor over all processes; so is the gradient with respect to it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        total = x.clone()
+        torch.distributed.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        return _SumOverProcesses.forward(ctx, gradient)
+
+
 class BatchNorm(nn.Module):
-    """Batch norm with Keras's rules: biased variance, and inference where it is not trainable."""
+    """Batch norm with Keras's rules: biased variance, and inference where it is not trainable.
+
+    `synchronized` trains on the mean and variance of all processes' images together.
+    """
 
     def __init__(self, layer: keras.Layer, format: Format) -> None:
         super().__init__()
@@ -236,6 +253,7 @@ class BatchNorm(nn.Module):
         self.momentum, self.epsilon = layer.momentum, layer.epsilon
         self.dtype = format.compute_dtype(layer)
         self.layer = (layer,)  # in a tuple, which keeps it from being a submodule
+        self.synchronized = False
 
     def forward(self, x: Tensor) -> Tensor:
         x = _cast(x, self.dtype)
@@ -243,6 +261,8 @@ class BatchNorm(nn.Module):
             return F.batch_norm(
                 x, self.moving_mean, self.moving_variance, self.gamma, self.beta, eps=self.epsilon
             )
+        if self.synchronized:
+            return self._over_processes(x)
         # torch would keep the unbiased variance; ask it for the batch's own and undo that.
         n = x.numel() // x.shape[1]
         mean, variance = torch.zeros_like(self.moving_mean), torch.zeros_like(self.moving_mean)
@@ -252,9 +272,35 @@ class BatchNorm(nn.Module):
         )  # fmt: skip
         with torch.no_grad():
             variance = variance * ((n - 1) / n) if n > 1 else torch.zeros_like(variance)
-            self.moving_mean.lerp_(mean, 1 - self.momentum)
-            self.moving_variance.lerp_(variance, 1 - self.momentum)
+        self._keep(mean, variance)
         return y
+
+    def _over_processes(self, x: Tensor) -> Tensor:
+        """Normalise a process's part of a batch, which may be empty, by the whole batch's moments.
+
+        torch.nn.SyncBatchNorm does so on GPUs only.
+        """
+        wide = x.float()
+        axes = [axis for axis in range(x.ndim) if axis != 1]
+        shape = [-1 if axis == 1 else 1 for axis in range(x.ndim)]
+        count = _SumOverProcesses.apply(wide.new_tensor(x.numel() // x.shape[1]))
+        mean = _SumOverProcesses.apply(wide.sum(axes)) / count
+        centred = wide - mean.view(shape)
+        variance = _SumOverProcesses.apply(centred.square().sum(axes)) / count
+        scale = torch.rsqrt(variance + self.epsilon)
+        if self.gamma is not None:
+            scale = scale * self.gamma
+        y = centred * scale.view(shape)
+        if self.beta is not None:
+            y = y + self.beta.view(shape)
+        self._keep(mean, variance)
+        return y.to(x.dtype)
+
+    @torch.no_grad()
+    def _keep(self, mean: Tensor, variance: Tensor) -> None:
+        """Let the moving mean and variance follow those of a batch."""
+        self.moving_mean.lerp_(mean, 1 - self.momentum)
+        self.moving_variance.lerp_(variance, 1 - self.momentum)
 
 
 class Pool2D(nn.Module):
@@ -785,6 +831,7 @@ class Graph(nn.Module):
     def forward(self, *inputs: Tensor) -> list[Tensor]:
         values = dict(zip(self.inputs, inputs, strict=True))
         on_cpu = inputs[0].device.type == "cpu" and not torch.compiler.is_compiling()
+        on_cpu = on_cpu and len(inputs[0]) > 0  # of an empty batch there are no groups
         for segment in self.inference if self._infers() else self.segments:
             if segment.grouped and on_cpu:
                 self._run_in_groups(segment.steps, values)

@@ -30,6 +30,7 @@ from vggtorch.config import TrainConfig
 from vggtorch.data import Augment, Folder, Items, Planner, Source
 from vggtorch.display import Display, display
 from vggtorch.features import cached_features, frozen_end, part
+from vggtorch.lowering import BatchNorm
 from vggtorch.preprocessing import remember_, weight_set
 
 # 1. The network: its head, what trains when, how fast
@@ -38,7 +39,8 @@ from vggtorch.preprocessing import remember_, weight_set
 def with_head(model: keras.Model, config: TrainConfig, classes: int) -> keras.Model:
     """A new model: `model` up to `config.cut` with the head that `config.head` names.
 
-    `tutorial` is the seed's; `linear` and `mlp` are fastai's, on the mean and the maximum of each
+    `tutorial` is the seed's, on normalised maps: on maps as large as pixel values, which `oxford`
+    has, it learns nothing. `linear` and `mlp` are fastai's, on the mean and the maximum of each
     feature map, normalised. Source: Howard and Gugger, "fastai: a layered API", 2020.
     """
     layers = keras.layers
@@ -51,6 +53,7 @@ def with_head(model: keras.Model, config: TrainConfig, classes: int) -> keras.Mo
                 f"ends in {tuple(x.shape)}. Name a layer to cut at: cut='block5_pool'."
             )
         if config.head == "tutorial":
+            x = layers.BatchNormalization(epsilon=1e-5, momentum=0.9, name="head_norm")(x)
             x = layers.Conv2D(64, 3, activation="relu", name="head_conv")(x)
             x = layers.MaxPooling2D(2, name="head_pool")(x)
             x = layers.Flatten(name="head_flatten")(x)
@@ -121,7 +124,7 @@ def _optimizer(
         }
         for (block, is_kernel), members in groups.items()
     ]
-    fused = device.type == "cuda"
+    fused = device.type in ("cpu", "cuda")  # one pass over memory instead of one for each term
     if config.optimizer == "adamw":
         return torch.optim.AdamW(described, fused=fused)
     return torch.optim.SGD(described, momentum=0.9, fused=fused)
@@ -337,10 +340,8 @@ def finetune(
             keys = [[stage.key(index, epoch) for index in batch] for batch in plan(epoch)]
             show.begin(f"epoch {epoch + 1}/{config.epochs}", sum(map(len, keys)), progress.images)
             began = time.perf_counter() - progress.seconds
-            mine = [_share(batch, accelerator) for batch in keys[progress.step :]]
             module.train()
-            for images, labels in data.batches(stage.training, mine, config.workers):
-                count = len(keys[progress.step])
+            for images, labels, count in _loaded(run, stage, keys[progress.step :]):
                 rate = learning_rate(config, progress.done, steps)
                 for group in run.optimizer.param_groups:
                     group["lr"] = rate * group["scale"]
@@ -419,7 +420,8 @@ def _accelerator(config: TrainConfig) -> Any:
     precision = "bf16" if config.precision == "bf16" else launched
     if AcceleratorState._shared_state.get("_mixed_precision", precision) != precision:
         AcceleratorState._reset_state()  # an earlier run in this process had another one
-    return Accelerator(mixed_precision=precision)
+    # Told so, Accelerate joins the processes of torchrun on a machine without GPUs too.
+    return Accelerator(mixed_precision=precision, cpu=not torch.accelerator.is_available())
 
 
 def _settings(config: TrainConfig) -> dict[str, Any]:
@@ -510,6 +512,10 @@ def _prepare(
     model, config = run.model, run.config
     end = frozen_end(model) if config.cache else model.inputs[0]
     tail = part(end, model.outputs[0])
+    for module in tail.modules():
+        if isinstance(module, BatchNorm):
+            # In pieces, batch norm is of each piece, in one process and in several.
+            module.synchronized = run.accelerator.num_processes > 1 and config.accumulate == 1
     if end is model.inputs[0]:
         return _Stage(tail, training, held, is_cached=False)
     folder = Path(config.cache_folder or Path(config.folder) / "features")
@@ -536,9 +542,17 @@ def _prepare(
     )
 
 
-def _share(batch: list[data.Key], accelerator: Any) -> list[data.Key]:
-    """The part of a batch that this process runs."""
-    return batch[accelerator.process_index :: accelerator.num_processes]
+def _loaded(
+    run: _Run, stage: _Stage, keys: list[list[data.Key]]
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
+    """Of each batch the part that this process runs, images and labels, and the batch's size."""
+    mine = [batch[run.accelerator.process_index :: run.accelerator.num_processes] for batch in keys]
+    # A batch of fewer images than processes leaves some without a part. They take part in the
+    # step all the same, as the others wait for them, with an image of which nothing is used.
+    listed = [some or batch[:1] for some, batch in zip(mine, keys, strict=True)]
+    loaded = data.batches(stage.training, listed, run.config.workers)
+    for batch, some, (images, labels) in zip(keys, mine, loaded, strict=True):
+        yield (images, labels, len(batch)) if some else (images[:0], labels[:0], len(batch))
 
 
 def _step(
@@ -624,6 +638,8 @@ def _to_device(run: _Run, x: torch.Tensor) -> torch.Tensor:
 
 
 def _check_labels(model: keras.Model, labels: torch.Tensor) -> None:
+    if not len(labels):
+        return
     low, high, classes = int(labels.min()), int(labels.max()), model.output_shape[1]
     if low < 0 or high >= classes:
         raise ValueError(
@@ -770,8 +786,4 @@ def _endless(
         if len(keys) >= steps:
             break
         keys += [[stage.key(index, epoch) for index in batch] for batch in plan(epoch)]
-    keys = keys[:steps]
-    mine = [_share(batch, run.accelerator) for batch in keys]
-    loaded = data.batches(stage.training, mine, run.config.workers)
-    for batch, (images, labels) in zip(keys, loaded, strict=True):
-        yield images, labels, len(batch)
+    yield from _loaded(run, stage, keys[:steps])
