@@ -1,7 +1,7 @@
 """One 5x5 for block1_conv1 and block1_conv2: how well the network still works, and what is gained.
 
     python benchmarks/replacement.py match        cosine to the original's maps, by layer
-    python benchmarks/replacement.py curve        the same for other budgets, targets and layers
+    python benchmarks/replacement.py curve        the same for other budgets, losses and layers
     python benchmarks/replacement.py probe DATA   accuracy of a linear probe on CIFAR-10
     python benchmarks/replacement.py speed        images each second at 224x224
 
@@ -13,6 +13,7 @@ DATA holds `train/<class>/*.jpg` and `test/<class>/*.jpg`.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -121,50 +122,120 @@ def cosines(original: keras.Model, result: keras.Model, images: np.ndarray) -> l
 
 
 def replaced(
-    original: keras.Model, new: list[keras.Layer], init: Literal["compose"] | None
+    original: keras.Model, shape: str, init: Literal["compose"] | None, seed: int = 0
 ) -> keras.Model:
-    keras.utils.set_random_seed(0)
-    return vt.replace(original, REPLACED, new, init=init)
+    keras.utils.set_random_seed(seed)  # a layer's initializer draws its seed when it is made
+    return vt.replace(original, REPLACED, SHAPES[shape](), init=init)
 
 
 def fitted(
-    original: keras.Model, new: list[keras.Layer], images: np.ndarray, **options: Any
+    original: keras.Model, shape: str, images: np.ndarray, **options: Any
 ) -> tuple[keras.Model, fitting.Fit]:
-    result = replaced(original, new, None)
-    return result, fitting.fit_(original, result, [a.name for a in new], images, **options)
+    result = replaced(original, shape, None)
+    known = {layer.name for layer in original.layers}
+    new = [layer.name for layer in result.layers if layer.name not in known]
+    return result, fitting.fit_(original, result, new, images, **options)
 
 
 def row(name: str, values: list[float], note: str = "") -> None:
     print(f"{name:<34}" + "".join(f"{value:>8.4f}" for value in values) + f"  {note}", flush=True)
 
 
-def compare(original: keras.Model, shown: np.ndarray, unseen: np.ndarray, seconds: float) -> None:
+def compare(
+    original: keras.Model, shown: np.ndarray, unseen: np.ndarray, seconds: float, seeds: int
+) -> None:
     """The two convolutions replaced by one 5x5 in four ways."""
     print(f"{'cosine after block':<34}" + "".join(f"{b:>8}" for b in range(1, 6)))
-    row("random", cosines(original, replaced(original, SHAPES["5x5"](), None), unseen))
-    row("composed", cosines(original, replaced(original, SHAPES["5x5"](), "compose"), unseen))
-    result, fit = fitted(original, SHAPES["5x5"](), shown, steps=10**6, seconds=seconds)
-    note = f"{fit.seconds:.0f} s, {fit.steps} steps, from {fit.start}"
-    row("fitted", cosines(original, result, unseen), note)
+    row("composed", cosines(original, replaced(original, "5x5", "compose"), unseen))
+    random, fits = [], []
+    for seed in range(seeds):
+        random.append(cosines(original, replaced(original, "5x5", None, seed), unseen))
+        row(f"random, seed {seed}", random[-1])
+        result, fit = fitted(original, "5x5", shown, steps=10**6, seconds=seconds, seed=seed)
+        note = f"{fit.seconds:.0f} s, {fit.steps} steps, from {fit.start}"
+        fits.append(cosines(original, result, unseen))
+        row(f"fitted, seed {seed}", fits[-1], note)
+    for name, values in (("random", random), ("fitted", fits)) if seeds > 1 else ():
+        row(f"{name}, mean of {seeds}", np.mean(values, 0).tolist())
+        row(f"{name}, largest less smallest", np.ptp(values, 0).tolist())
+
+
+Distance = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def weighted(distance: Distance, weights: tuple[int, ...] = (1, 3, 9)) -> fitting.Loss:
+    """The distances of the maps, summed; by default with the weights that the fit has."""
+
+    def loss(outputs: Sequence[torch.Tensor], targets: Sequence[torch.Tensor]) -> torch.Tensor:
+        pairs = zip(outputs, targets, strict=True)
+        distances = torch.stack([distance(y, t) for y, t in pairs])
+        return distances @ distances.new_tensor(weights)
+
+    return loss
+
+
+def absolute(y: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    return (y - target).abs().sum() / target.abs().sum()
+
+
+def squared(y: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    return (y - target).square().sum() / target.square().sum()
+
+
+def huber(y: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    size = target.square().mean().sqrt()
+    return F.huber_loss(y / size, target / size)
+
+
+def by_channel(y: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Each channel in units of its own size, those that are nearly silent aside."""
+    size = target.square().mean((0, 2, 3))
+    errors = (y - target).square().mean((0, 2, 3))
+    return (errors / size.clamp_min(1e-3 * float(size.mean()))).mean()
+
+
+def angle(y: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    return 1 - F.cosine_similarity(y.flatten(1), target.flatten(1)).mean()
+
+
+def angle_by_position(y: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    return 1 - F.cosine_similarity(y, target, dim=1).mean()
+
+
+LOSSES = {
+    "absolute error, maps alike": weighted(absolute, (1, 1, 1)),
+    "squared error": weighted(squared),
+    "squared error, maps alike": weighted(squared, (1, 1, 1)),
+    "squared error, not relative": weighted(F.mse_loss, (1, 1, 1)),
+    "Huber": weighted(huber),
+    "squared error by channel": weighted(by_channel),
+    "1 - cosine of maps": weighted(angle),
+    "1 - cosine of positions": weighted(angle_by_position),
+}
 
 
 def curve(original: keras.Model, shown: np.ndarray, unseen: np.ndarray, seconds: float) -> None:
-    """What more time, other maps to match and other layers bring; equal steps where not said."""
+    """What more time, other maps to match, other losses and other layers bring.
+
+    Each of the fits takes 100 steps where nothing else is said.
+    """
     print(f"{'cosine after block':<34}" + "".join(f"{b:>8}" for b in range(1, 6)))
     runs: list[tuple[str, str, dict[str, Any]]] = [
         *((f"5x5, {n} steps", "5x5", {"steps": n}) for n in (25, 100, 250, 1000)),
-        *((f"5x5, match {POOLS[n - 1]} and before", "5x5", {"match": POOLS[:n], "steps": 100})
-          for n in (1, 2, 4, 5)),
-        *((f"{name}, 100 steps", name, {"steps": 100}) for name in SHAPES if name != "5x5"),
+        *((f"match {POOLS[n - 1]} and before", "5x5", {"match": POOLS[:n]}) for n in (1, 2, 4, 5)),
+        *((f"match {POOLS[n - 1]} alone", "5x5", {"match": POOLS[n - 1]}) for n in (3, 4)),
+        *((name, "5x5", {"loss": loss}) for name, loss in LOSSES.items()),
+        *((name, name, {}) for name in SHAPES if name != "5x5"),
     ]  # fmt: skip
     for name, shape, options in runs:
-        result, fit = fitted(original, SHAPES[shape](), shown, seconds=seconds, **options)
+        options = {"steps": 100, "seconds": seconds} | options
+        result, fit = fitted(original, shape, shown, **options)
         note = f"{fit.seconds:.0f} s, {fit.steps} steps, from {fit.start}"
         row(name, cosines(original, result, unseen), note)
 
 
 def cifar10(folder: Path, part: str, each: int) -> tuple[np.ndarray, np.ndarray]:
-    """The first images of each class, enlarged to 96x96."""
+    """The first images of each class, enlarged to 96x96 and preprocessed, and their labels."""
     images, labels = [], []
     classes = sorted(path for path in (folder / part).glob("*") if path.is_dir())
     if not classes:
@@ -173,41 +244,63 @@ def cifar10(folder: Path, part: str, each: int) -> tuple[np.ndarray, np.ndarray]
         for file in sorted(path.glob("*.jpg"))[:each]:
             images.append(np.asarray(Image.open(file).resize((96, 96), Image.Resampling.BILINEAR)))
             labels.append(label)
-    return np.stack(images), np.array(labels)
+    return preprocessed(np.stack(images)), np.array(labels)
 
 
 def probe(
     original: keras.Model, shown: np.ndarray, folder: Path, each: tuple[int, int], seconds: float
 ) -> None:
-    """Logistic regression on the mean and maximum of block4_pool's channels."""
+    """Logistic regression on the mean and maximum of block4_pool's channels.
+
+    Five folds of the training images choose its regularisation, for each network anew.
+    """
     from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import GridSearchCV
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    sets = [cifar10(folder, "train", each[0]), cifar10(folder, "test", each[1])]
-    networks = {
+    (x, labels), (x_test, labels_test) = (
+        cifar10(folder, part, n) for part, n in zip(("train", "test"), each, strict=True)
+    )
+    own = x[np.random.default_rng(0).permutation(len(x))[: len(shown)]]
+    options = {"steps": 100, "seconds": seconds}
+    networks: dict[str, keras.Model] = {
         "original": original,
-        "random": replaced(original, SHAPES["5x5"](), None),
-        "composed": replaced(original, SHAPES["5x5"](), "compose"),
-        "fitted": fitted(original, SHAPES["5x5"](), shown, steps=10**6, seconds=seconds)[0],
+        "random": replaced(original, "5x5", None),
+        "composed": replaced(original, "5x5", "compose"),
+        "fitted on photographs": fitted(original, "5x5", shown, **options)[0],
+        "fitted on CIFAR-10": fitted(original, "5x5", own, **options)[0],
     }
-    print(f"{len(sets[0][1])} images to train on, {len(sets[1][1])} to test on")
+
+    def features(network: keras.Model, images: np.ndarray) -> np.ndarray:
+        (y,) = maps(network, images, ["block4_pool"])  # NHWC
+        return torch.cat([y.mean((1, 2)), y.amax((1, 2))], 1).cpu().numpy()
+
+    print(f"{len(labels)} images to train on, {len(labels_test)} to test on; +- standard error")
+    print(f"{'':<24}{'accuracy':>16}{'less original':>18}   C")
+    right = {}
     for name, network in networks.items():
-        cut = vt.truncate(network, "block4_pool")
-        features = []
-        for images, _ in sets:
-            (x,) = maps(cut, preprocessed(images), ["block4_pool"])
-            features.append(torch.cat([x.mean((1, 2)), x.amax((1, 2))], 1).cpu().numpy())
-        classifier = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=1000))
-        classifier.fit(features[0], sets[0][1])
-        print(f"{name:<12} accuracy {classifier.score(features[1], sets[1][1]):.3f}", flush=True)
+        search = GridSearchCV(
+            make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000)),
+            {"logisticregression__C": [1e-4, 1e-3, 1e-2, 1e-1]},
+            cv=5,
+        ).fit(features(network, x), labels)
+        right[name] = search.predict(features(network, x_test)) == labels_test
+        less = right[name].astype(float) - right["original"]
+        error = len(less) ** -0.5
+        print(
+            f"{name:<24}{right[name].mean():>8.3f} +-{error * right[name].std():.3f}"
+            f"{less.mean():>+10.3f} +-{error * less.std():.3f}"
+            f"   {search.best_params_['logisticregression__C']:g}",
+            flush=True,
+        )
 
 
 def speed(original: keras.Model, images: np.ndarray, repeats: int) -> None:
     """Original and replaced in turn, each first checked against Keras."""
     networks = {
         "original": original,
-        "one 5x5": replaced(original, SHAPES["5x5"](), "compose"),
+        "one 5x5": replaced(original, "5x5", "compose"),
     }
     modules = {name: lowering.lower(network).eval() for name, network in networks.items()}
     x = torch.from_numpy(images).to(next(modules["original"].parameters()).device)
@@ -235,12 +328,13 @@ def main() -> None:
     parser.add_argument("--photographs", type=Path, help="folder of photographs for the fit")
     parser.add_argument("--test", type=Path, help="folder of photographs that it doesn't see")
     parser.add_argument("--images", type=int, default=300, help="crops of 224x224 for the fit")
+    parser.add_argument("--seeds", type=int, default=1, help="for match: how many fits")
     parser.add_argument("--seconds", type=float, default=110.0, help="time for each fit")
     parser.add_argument(
         "--each",
         type=int,
         nargs=2,
-        default=(200, 100),
+        default=(300, 100),
         help="for probe: images of each class to train and to test on",
     )
     parser.add_argument("--batch", type=int, default=8, help="for speed")
@@ -259,7 +353,7 @@ def main() -> None:
     print(f"{args.images} crops of {len(seen)} photographs; tested on {len(unseen)} others")
     match args.question:
         case "match":
-            compare(original, shown, unseen, args.seconds)
+            compare(original, shown, unseen, args.seconds, args.seeds)
         case "curve":
             curve(original, shown, unseen, args.seconds)
         case "probe":

@@ -83,6 +83,15 @@ def test_an_open_size_is_the_one_asked_for():
     assert report.layers[0].shape == (8, 8, 4)
 
 
+def test_a_report_is_a_table_with_a_line_for_each_layer():
+    lines = [line.split() for line in str(inspection.inspect(branched(), repeats=1)).splitlines()]
+    assert [line[0] for line in lines] == [
+        *("layer", "stem", "separable", "grouped", "add", "pool", "dense", "total")
+    ]
+    assert lines[1][:5] == ["stem", "Conv2D", "8x8x8", "224", "13,824"]
+    assert lines[1][5:7] == ["0.00", "MiB"]
+
+
 def test_a_comparison_shows_what_a_replacement_gains(vgg, replaced):
     comparison = inspection.compare(vgg, replaced, repeats=1)
     before, after = (

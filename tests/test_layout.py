@@ -21,6 +21,7 @@ ORDER = [
     "conversion",
     "models",
     "lowering",
+    "composition",
     "fitting",
     "surgery",
     "inspection",

@@ -27,9 +27,10 @@ _select_torch_backend()
 
 # Only now that the backend is torch:
 from vggtorch.advice import advise  # noqa: E402
+from vggtorch.composition import compose_  # noqa: E402
 from vggtorch.config import TrainConfig  # noqa: E402
 from vggtorch.export import export  # noqa: E402
-from vggtorch.fitting import compose_, fit_  # noqa: E402
+from vggtorch.fitting import fit_  # noqa: E402
 from vggtorch.inspection import compare, draw, inspect  # noqa: E402
 from vggtorch.lowering import accelerate_, lower  # noqa: E402
 from vggtorch.models import (  # noqa: E402

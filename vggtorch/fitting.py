@@ -1,16 +1,17 @@
-"""What the weights of a replacement layer should be, from the layers it replaces and from images.
+"""Train the layers that replace others until the network behind them sees what it always saw.
 
-`compose_` multiplies a chain of linear layers out into one kernel: exact algebra, no images.
-`fit_` then trains the new layers alone, so that the network behind them sees what it always saw.
+`fit_` starts from the best of three sets of weights (composed, least squares, the layers' own) and
+needs images, but no labels. The new layers alone change.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from math import ceil, cos, pi, prod
+from math import cos, pi
 from typing import Any
 
 import keras
@@ -20,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vggtorch import lowering
+from vggtorch.composition import POINTWISE, SKIPPED, compose_
 
 CROP = 96  # height and width of the crops that a fit trains on
 CROPS = 320  # how many of them, drawn once, if their maps take less than MEMORY
@@ -32,360 +34,9 @@ PATIENCE = 10  # looks without a better one before it stops
 WARM_UP = 10  # steps
 LEARNING_RATE = 0.1  # relative to the size of the weights, in coordinates where inputs are white
 DAMPING = 1e-3  # of the mean variance of the inputs
+DEEPER = 3.0  # how many times as much as the map before it each matched map counts
 
-_SKIPPED = (  # at inference these pass their input on
-    keras.layers.InputLayer,
-    keras.layers.Dropout,
-    keras.layers.SpatialDropout2D,
-    keras.layers.GaussianNoise,
-    keras.layers.GaussianDropout,
-    keras.layers.ActivityRegularization,
-)
-_POINTWISE = (  # layers that are nothing but an activation
-    keras.layers.Activation,
-    keras.layers.ReLU,
-    keras.layers.LeakyReLU,
-    keras.layers.PReLU,
-    keras.layers.ELU,
-    keras.layers.Softmax,
-)
-
-
-@dataclass(frozen=True)
-class Composition:
-    """What `compose_` did.
-
-    Attributes:
-        exact: the new layer computes what the chain computes, up to rounding, `border` aside.
-        reasons: where `exact` is False, why; one sentence for each cause.
-        border: rows (and columns) of the output along each edge, at most, that may differ all the
-            same, because the chain pads its intermediate maps with zeros, which one layer cannot.
-        kernel_size: height and width of the composed kernel, before it was laid into the new one.
-    """
-
-    exact: bool
-    reasons: tuple[str, ...]
-    border: int
-    kernel_size: tuple[int, int]
-
-
-@dataclass(frozen=True)
-class _Linear:
-    """y[i] = bias + sum over u of x[i * stride + u - padding] @ kernel[u], in two dimensions."""
-
-    kernel: np.ndarray  # HWIO, float64, dilation already filled in with zeros
-    bias: np.ndarray  # O
-    strides: tuple[int, int] = (1, 1)
-    padding: str | tuple[tuple[int, int], tuple[int, int]] = "valid"
-
-
-def _array(variable: keras.Variable) -> np.ndarray:
-    return keras.ops.convert_to_numpy(variable).astype(np.float64)
-
-
-def _dilate(kernel: np.ndarray, rate: Sequence[int]) -> np.ndarray:
-    """Spread a kernel's taps `rate` apart."""
-    height, width, inputs, outputs = kernel.shape
-    shape = ((height - 1) * rate[0] + 1, (width - 1) * rate[1] + 1, inputs, outputs)
-    spread = np.zeros(shape)
-    spread[:: rate[0], :: rate[1]] = kernel
-    return spread
-
-
-def _ungroup(kernel: np.ndarray, groups: int) -> np.ndarray:
-    """The kernel of a grouped convolution as that of an ordinary one: block-diagonal."""
-    height, width, inputs, outputs = kernel.shape
-    step = outputs // groups
-    full = np.zeros((height, width, inputs * groups, outputs))
-    for g in range(groups):
-        block = slice(g * step, (g + 1) * step)
-        full[:, :, g * inputs : (g + 1) * inputs, block] = kernel[:, :, :, block]
-    return full
-
-
-def _depthwise(kernel: np.ndarray) -> np.ndarray:
-    """(H, W, I, multiplier) of a depthwise convolution -> HWIO with zeros between channels."""
-    height, width, inputs, multiplier = kernel.shape
-    return _ungroup(kernel.reshape(height, width, 1, inputs * multiplier), inputs)
-
-
-def _bias(layer: keras.Layer, outputs: int) -> np.ndarray:
-    return _array(layer.bias) if layer.use_bias else np.zeros(outputs)
-
-
-def _scale(scale: np.ndarray, shift: np.ndarray) -> _Linear:
-    """A factor and a summand for each channel, as a 1x1 convolution."""
-    return _Linear(np.diag(scale)[None, None], shift)
-
-
-def _batch_norm(layer: keras.layers.BatchNormalization) -> _Linear:
-    scale = 1 / np.sqrt(_array(layer.moving_variance) + layer.epsilon)
-    if layer.scale:
-        scale = scale * _array(layer.gamma)
-    shift = -_array(layer.moving_mean) * scale
-    return _scale(scale, shift + _array(layer.beta) if layer.center else shift)
-
-
-def _linear_parts(layer: keras.Layer, channels: int) -> list[_Linear]:
-    """The linear operations of a layer, its activation left out; `channels` enter it."""
-    match layer:
-        case keras.layers.SeparableConv2D():
-            pointwise = _array(layer.pointwise_kernel)
-            depthwise = _dilate(_depthwise(_array(layer.depthwise_kernel)), layer.dilation_rate)
-            return [
-                _Linear(depthwise, np.zeros(depthwise.shape[3]), layer.strides, layer.padding),
-                _Linear(pointwise, _bias(layer, pointwise.shape[3])),
-            ]
-        case keras.layers.Conv2D() | keras.layers.DepthwiseConv2D():
-            if isinstance(layer, keras.layers.DepthwiseConv2D):
-                kernel = _depthwise(_array(layer.kernel))
-            else:
-                kernel = _ungroup(_array(layer.kernel), layer.groups)
-            kernel = _dilate(kernel, layer.dilation_rate)
-            return [_Linear(kernel, _bias(layer, kernel.shape[3]), layer.strides, layer.padding)]
-        case keras.layers.Dense():
-            kernel = _array(layer.kernel)[None, None]
-            return [_Linear(kernel, _bias(layer, kernel.shape[3]))]
-        case keras.layers.BatchNormalization():
-            return [_batch_norm(layer)]
-        case keras.layers.Rescaling():
-            return [
-                _scale(
-                    np.broadcast_to(np.asarray(layer.scale, float), channels),
-                    np.broadcast_to(np.asarray(layer.offset, float), channels),
-                )
-            ]
-        case keras.layers.ZeroPadding2D():
-            return [
-                _Linear(np.eye(channels)[None, None], np.zeros(channels), (1, 1), layer.padding)
-            ]
-        case keras.layers.AveragePooling2D() if layer.padding == "valid":
-            kernel = np.tile(np.eye(channels) / prod(layer.pool_size), (*layer.pool_size, 1, 1))
-            return [_Linear(kernel, np.zeros(channels), layer.strides)]
-    raise ValueError(
-        f"Layer {layer.name!r} ({type(layer).__name__}) is not a linear layer that can be "
-        f"composed: composable are Conv2D, DepthwiseConv2D, SeparableConv2D, Dense, "
-        f"BatchNormalization, Rescaling, ZeroPadding2D and AveragePooling2D with padding='valid', "
-        f"with activations and dropout between them. Use init='fit', or leave this layer "
-        f"out of those to replace."
-    )
-
-
-def _activation(layer: keras.Layer) -> str | None:
-    """The activation of a layer as text; None where it is linear."""
-    if isinstance(layer, keras.layers.Activation):
-        activation = layer.activation
-    elif isinstance(layer, keras.layers.ReLU) and not layer.negative_slope and not layer.threshold:
-        # Keras's ReLU layer with its defaults is the function relu
-        activation = keras.activations.relu if layer.max_value is None else keras.activations.relu6
-        if layer.max_value not in (None, 6):
-            return f"ReLU(max_value={layer.max_value})"
-    elif isinstance(layer, _POINTWISE):
-        config = {k: v for k, v in layer.get_config().items() if k not in ("name", "dtype")}
-        return f"{type(layer).__name__}({config})"
-    else:
-        activation = getattr(layer, "activation", None)
-    if activation is None or activation is keras.activations.linear:
-        return None
-    return getattr(activation, "__name__", str(activation))
-
-
-def _channels(layers: Sequence[keras.Layer]) -> int:
-    """How many channels enter a chain, from the first of its layers whose weights say so."""
-    for layer in layers:
-        match layer:
-            case keras.layers.SeparableConv2D():
-                return layer.depthwise_kernel.shape[2]
-            case keras.layers.DepthwiseConv2D():
-                return layer.kernel.shape[2]
-            case keras.layers.Conv2D():
-                return layer.kernel.shape[2] * layer.groups
-            case keras.layers.Dense():
-                return layer.kernel.shape[0]
-            case keras.layers.BatchNormalization():
-                return layer.moving_mean.shape[0]
-    names = [layer.name for layer in layers]
-    raise ValueError(f"None of the layers {names} has weights: there is nothing to compose.")
-
-
-def _size(layer: keras.Layer) -> tuple[int | None, int | None]:
-    """Height and width of the map that enters a layer; None where the graph leaves it open."""
-    nodes = layer._inbound_nodes
-    if not nodes or not nodes[0].input_tensors or len(nodes[0].input_tensors[0].shape) != 4:
-        return None, None
-    shape = nodes[0].input_tensors[0].shape
-    channels_first = getattr(layer, "data_format", keras.config.image_data_format())
-    return shape[2:] if channels_first == "channels_first" else shape[1:3]
-
-
-def _pad(linear: _Linear, size: Sequence[int | None]) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Zeros before and after, by rows and columns; a size that is open divides by the stride."""
-    if not isinstance(linear.padding, str):
-        return linear.padding
-    if linear.padding != "same":
-        return (0, 0), (0, 0)
-    pads = []
-    for n, k, s in zip(size, linear.kernel.shape[:2], linear.strides, strict=True):
-        total = max(k - ((n or 0) % s or s), 0)
-        pads.append((total // 2, total - total // 2))
-    return pads[0], pads[1]
-
-
-def _then(first: np.ndarray, strides: Sequence[int], second: np.ndarray) -> np.ndarray:
-    """The kernel of two convolutions: `first` with `strides`, `second` on its output."""
-    (sh, sw), (h1, w1), (h2, w2) = strides, first.shape[:2], second.shape[:2]
-    kernel = np.zeros((h1 + sh * (h2 - 1), w1 + sw * (w2 - 1), first.shape[2], second.shape[3]))
-    for i, j in np.ndindex(h2, w2):
-        if second[i, j].any():  # dilation leaves whole taps at zero
-            kernel[sh * i : sh * i + h1, sw * j : sw * j + w1] += first @ second[i, j]
-    return kernel
-
-
-def _inner(layers: Sequence[keras.Layer]) -> Iterator[keras.Layer]:
-    """The layers of a chain, those of nested Sequential models among them."""
-    for layer in layers:
-        if isinstance(layer, keras.Sequential):
-            yield from _inner(layer.layers)
-        else:
-            yield layer
-
-
-def compose_(old_layers: Sequence[keras.Layer], new: keras.Layer) -> Composition:
-    """Give `new` the product of a chain of linear layers as its weights, in place.
-
-    The chain may hold Conv2D (strides, padding, dilation, groups), DepthwiseConv2D,
-    SeparableConv2D, Dense, BatchNormalization (as at inference), Rescaling, ZeroPadding2D and
-    AveragePooling2D. Activations between them are left out, which makes the result the best
-    linear reading of the chain and not its equal; the Composition says so. A composed kernel
-    smaller than `new`'s is laid into it where its taps fall, zeros around; a larger one is cropped.
-
-    Args:
-        old_layers: the chain in the order of its computation, built.
-        new: a built Conv2D (groups=1, dilation_rate=1) or Dense.
-
-    Returns:
-        Whether `new` now equals the chain, and if not, why.
-
-    Raises:
-        ValueError: a layer is not linear, or strides, channels or kind don't fit; `new` keeps its
-            weights then.
-    """
-    layers = [layer for layer in _inner(old_layers) if not isinstance(layer, _SKIPPED)]
-    channels = _channels(layers)
-    reasons: list[str] = []
-    kernel, bias = np.eye(channels)[None, None], np.zeros(channels)
-    strides, padding, border = (1, 1), np.zeros((2, 2), int), 0
-    size = start = _size(layers[0])
-
-    for position, layer in enumerate(layers):
-        activation = _activation(layer)
-        if position < len(layers) - 1 and activation is not None:
-            if all(isinstance(rest, _POINTWISE) for rest in layers[position + 1 :]):
-                reasons.append(f"{layer.name!r}: two activations in a row, {activation} left out")
-            else:
-                reasons.append(f"{layer.name!r}: its activation {activation} is left out")
-        if isinstance(layer, _POINTWISE):
-            continue
-        for linear in _linear_parts(layer, kernel.shape[3]):
-            if linear.kernel.shape[2] != kernel.shape[3]:
-                raise ValueError(
-                    f"Layer {layer.name!r} takes {linear.kernel.shape[2]} channels, but the layer "
-                    f"before it in the chain gives {kernel.shape[3]}: pass the layers in the order "
-                    f"of their computation."
-                )
-            pads = np.array(_pad(linear, size))
-            if any(n is None and s > 1 for n, s in zip(size, linear.strides, strict=True)) and (
-                linear.padding == "same"
-            ):
-                reasons.append(
-                    f"{layer.name!r}: padding='same' with strides {linear.strides} depends on the "
-                    f"size of the input, which is open; taken for a multiple of the strides"
-                )
-            # Zeros around an intermediate map are what the chain sees and the product does not,
-            # unless that map is zero where the input is.
-            untouched = kernel.shape[:2] == (1, 1) and not bias.any()
-            edge = 0 if untouched else int(pads.max())
-            border = ceil((border + edge) / min(linear.strides)) if border + edge else 0
-            size = tuple(  # type: ignore[assignment]
-                None if n is None else (n + p.sum() - k) // s + 1
-                for n, p, k, s in zip(
-                    size, pads, linear.kernel.shape[:2], linear.strides, strict=True
-                )
-            )
-            bias = linear.bias + bias @ linear.kernel.sum((0, 1))
-            kernel = _then(kernel, strides, linear.kernel)
-            padding = padding + np.array(strides)[:, None] * pads
-            strides = (strides[0] * linear.strides[0], strides[1] * linear.strides[1])
-
-    last, ends_in = _activation(layers[-1]), _activation(new)
-    if last != ends_in:
-        reasons.append(
-            f"the chain ends in {last or 'linear'}, {new.name!r} in {ends_in or 'linear'}"
-        )
-    weights = _laid_into(new, kernel, strides, padding[:, 0], start, reasons)
-    if new.use_bias:
-        new.set_weights([weights, bias])
-    else:
-        if bias.any():
-            reasons.append(f"{new.name!r} has no bias, and the chain has one")
-        new.set_weights([weights])
-    return Composition(not reasons, tuple(reasons), border, kernel.shape[:2])
-
-
-def _laid_into(
-    new: keras.Layer,
-    kernel: np.ndarray,
-    strides: tuple[int, int],
-    before: np.ndarray,
-    size: Sequence[int | None],
-    reasons: list[str],
-) -> np.ndarray:
-    """A composed kernel in the shape of `new`'s, each tap over the pixel that it is meant for."""
-    height, width = kernel.shape[:2]
-    if isinstance(new, keras.layers.Dense):
-        if (height, width) != (1, 1) or strides != (1, 1):
-            raise ValueError(
-                f"The chain composes to a {height}x{width} kernel with strides {strides}; "
-                f"{new.name!r} is a Dense layer, which sees one position. Use Conv2D."
-            )
-        shape = (1, 1, *new.kernel.shape)
-    elif type(new) is not keras.layers.Conv2D or new.groups != 1 or max(new.dilation_rate) != 1:
-        raise ValueError(
-            f"A chain can be composed into one Conv2D (groups=1, dilation_rate=1) or Dense layer, "
-            f"but {new.name!r} is {type(new).__name__} with "
-            f"groups={getattr(new, 'groups', None)}, "
-            f"dilation_rate={getattr(new, 'dilation_rate', None)}. Use init='fit'."
-        )
-    else:
-        shape = new.kernel.shape
-        if new.strides != strides:
-            raise ValueError(
-                f"The chain has strides {strides} in all, {new.name!r} has {new.strides}: "
-                f"give it strides={strides}."
-            )
-    if kernel.shape[2:] != tuple(shape[2:]):
-        raise ValueError(
-            f"The chain takes {kernel.shape[2]} channels to {kernel.shape[3]}, {new.name!r} takes "
-            f"{shape[2]} to {shape[3]}: give it {kernel.shape[3]} outputs."
-        )
-    pads = _pad(
-        _Linear(np.zeros(shape), np.zeros(0), strides, getattr(new, "padding", "valid")), size
-    )
-    laid = np.zeros(shape)
-    target, source = [], []
-    for axis in (0, 1):
-        offset = pads[axis][0] - int(before[axis])  # where the composed kernel's first tap goes
-        low, high = max(offset, 0), min(offset + kernel.shape[axis], shape[axis])
-        target.append(slice(low, max(low, high)))
-        source.append(slice(low - offset, max(low, high) - offset))
-    laid[tuple(target)] = kernel[tuple(source)]
-    energy = (laid**2).sum() / max((kernel**2).sum(), np.finfo(float).tiny)
-    if any(s.stop - s.start < n for s, n in zip(source, (height, width), strict=True)):
-        reasons.append(
-            f"the composed {height}x{width} kernel reaches beyond the {shape[0]}x{shape[1]} of "
-            f"{new.name!r} (padding={new.padding!r}) and is cropped to {energy:.1%} of its energy"
-        )
-    return laid.reshape(new.kernel.shape)
+Loss = Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor]
 
 
 @dataclass(frozen=True)
@@ -417,7 +68,7 @@ class _Region:
 
     old: tuple[keras.KerasTensor, keras.KerasTensor]  # what enters, what leaves
     new: tuple[keras.KerasTensor, keras.KerasTensor]
-    downstream: list[str]  # layers of both behind it, in the order of their computation
+    behind: dict[str, tuple[keras.KerasTensor, keras.KerasTensor]]  # what later layers give
 
 
 def _producer(tensor: keras.KerasTensor) -> keras.Layer:
@@ -430,10 +81,16 @@ def _inputs(tensor: keras.KerasTensor) -> list[keras.KerasTensor]:
     return history.operation._inbound_nodes[history.node_index].input_tensors
 
 
+def _calls(model: keras.Model) -> list[Any]:
+    """The nodes of a model's own graph, in the order of their computation."""
+    graph = model._functional if isinstance(model, keras.Sequential) else model
+    depths = sorted(graph._nodes_by_depth, reverse=True)
+    return [node for depth in depths for node in graph._nodes_by_depth[depth]]
+
+
 def _nodes(model: keras.Model) -> dict[str, Any]:
-    """The node of each layer in a model's own graph, in the order of their computation."""
-    depths = sorted(model._nodes_by_depth, reverse=True)
-    return {node.operation.name: node for d in depths for node in model._nodes_by_depth[d]}
+    """The node of each layer, in the order of their computation; of a shared one, the last."""
+    return {node.operation.name: node for node in _calls(model)}
 
 
 def _region(original: keras.Model, result: keras.Model, new_layers: Sequence[str]) -> _Region:
@@ -447,32 +104,40 @@ def _region(original: keras.Model, result: keras.Model, new_layers: Sequence[str
             f"The new layers {sorted(new)} take their input from {sorted(entries)}; expected one "
             f"layer, which the original has too."
         )
-    entry = entries.pop()
+    (entry,) = entries
 
-    downstream: list[str] = []
+    calls = Counter(node.operation.name for node in _calls(result))
+    behind: dict[str, tuple[keras.KerasTensor, keras.KerasTensor]] = {}
     exits = [
         (a, b)
         for a, b in zip(original.outputs, result.outputs, strict=True)
         if _producer(b).name in new
     ]
-    for name, node in now.items():
-        producers = {_producer(tensor).name for tensor in node.input_tensors}
-        if name in new or producers.isdisjoint(new | set(downstream)):
+    for node in _calls(result):
+        name, producers = node.operation.name, {_producer(t).name for t in node.input_tensors}
+        later = not producers.isdisjoint({*new, *behind})
+        if calls[name] > 1 and (name in {*new, entry} or later):
+            raise ValueError(
+                f"Layer {name!r} is called {calls[name]} times; expected the new layers, the one "
+                f"before them and those behind them to be called once."
+            )
+        if name in new or not later:
             continue
         if name not in old:
             raise ValueError(
                 f"Layer {name!r} comes after the new layers and is not in the original: "
                 f"name it in new_layers too."
             )
-        downstream.append(name)
+        behind[name] = old[name].outputs[0], node.outputs[0]
         pairs = zip(old[name].input_tensors, node.input_tensors, strict=True)
         exits += [(a, b) for a, b in pairs if _producer(b).name in new]
     if len({id(b) for _, b in exits}) != 1:
         leaving = sorted({_producer(b).name for _, b in exits})
         raise ValueError(f"The new layers are left from {leaving}; expected one way out.")
-    return _Region(
-        (old[entry].outputs[0], exits[0][0]), (now[entry].outputs[0], exits[0][1]), downstream
-    )
+    leaves, leaves_now = exits[0]
+    if not behind:  # they are the network's last
+        behind = {_producer(leaves_now).name: exits[0]}
+    return _Region((old[entry].outputs[0], leaves), (now[entry].outputs[0], leaves_now), behind)
 
 
 def _chain(start: keras.KerasTensor, end: keras.KerasTensor) -> list[keras.Layer] | None:
@@ -486,19 +151,18 @@ def _chain(start: keras.KerasTensor, end: keras.KerasTensor) -> list[keras.Layer
     return layers
 
 
-def _matched(original: keras.Model, region: _Region) -> list[str]:
+def _matched(region: _Region) -> list[str]:
     """The layers whose outputs are to agree: the next three that make the map smaller.
 
     Each further block costs as much time as those before it. Where the network has no such layer
     behind the cut, its last layer counts.
     """
-    nodes = _nodes(original)
     shrinking = [
         name
-        for name in region.downstream
-        if np.max(getattr(nodes[name].operation, "strides", None) or 1) > 1
+        for name, (tensor, _) in region.behind.items()
+        if np.max(getattr(_producer(tensor), "strides", None) or 1) > 1
     ]
-    return shrinking[:3] or region.downstream[-1:]
+    return shrinking[:3] or list(region.behind)[-1:]
 
 
 # Parts of the graphs as torch modules
@@ -528,18 +192,21 @@ def _linears(graph: nn.Module, parameters: Sequence[Tensor]) -> list[Linear]:
 def _linear_target(model: keras.Model, region: _Region) -> lowering.Graph:
     """What the replaced layers give before their last activation, as a function of their input."""
     tensor = region.old[1]
-    while isinstance(_producer(tensor), _POINTWISE):
+    while isinstance(_producer(tensor), POINTWISE):
         (tensor,) = _inputs(tensor)
     graph = _graph(model, region.old[0], [tensor])
-    for module in _linears(graph, [v.value for v in _producer(tensor).variables]):
+    variables = getattr(_producer(tensor), "variables", [])  # keras.ops.add, say, has none
+    for module in _linears(graph, [v.value for v in variables]):
         module.activation = None
     return graph
 
 
 def _last_linear(region: _Region, tail: nn.Module) -> Linear | None:
     """The new layer that gives the exit its values, if it is an ungrouped product."""
-    tensor = region.new[1]
-    while isinstance(_producer(tensor), (*_POINTWISE, *_SKIPPED, keras.layers.BatchNormalization)):
+    start, tensor = region.new
+    while isinstance(_producer(tensor), (*POINTWISE, *SKIPPED, keras.layers.BatchNormalization)):
+        if tensor is start:
+            return None
         (tensor,) = _inputs(tensor)
     layer = _producer(tensor)
     if isinstance(layer, keras.layers.DepthwiseConv2D) or getattr(layer, "groups", 1) != 1:
@@ -705,9 +372,9 @@ class _Examples:
     x: Tensor
     targets: list[Tensor]
 
-    def error(self, tail: nn.Module) -> float:
+    def error(self, tail: nn.Module, loss: Loss) -> float:
         """Of the new layers and what follows them, over all examples."""
-        return float(_error(_in_batches(tail, self.x), self.targets))
+        return float(loss(_in_batches(tail, self.x), self.targets))
 
     def batch(self, generator: torch.Generator) -> tuple[Tensor, list[Tensor]]:
         """A batch drawn at random."""
@@ -715,10 +382,12 @@ class _Examples:
         return self.x[which], [t[which] for t in self.targets]
 
 
-def _error(outputs: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
-    """Squared error of each map relative to its square, summed over the maps."""
+def relative_error(outputs: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
+    """Absolute error of each map relative to its size; a mean in which deeper maps count more."""
     pairs = zip(outputs, targets, strict=True)
-    return torch.stack([(y - t).square().sum() / t.square().sum() for y, t in pairs]).sum()
+    errors = torch.stack([(y - t).abs().sum() / t.abs().sum() for y, t in pairs])
+    weights = DEEPER ** torch.arange(len(errors), device=errors.device)
+    return errors @ weights / weights.sum()
 
 
 def _crops(images: Tensor, number: int, size: int, generator: torch.Generator) -> Tensor:
@@ -808,7 +477,15 @@ def _restore_(parameters: Sequence[Tensor], values: Sequence[Tensor]) -> None:
 def _checked(images: Any, original: keras.Model) -> np.ndarray:
     if len(original.inputs) != 1:
         raise ValueError(f"Received a model with {len(original.inputs)} inputs; expected one.")
-    stacked = np.stack([np.asarray(image, np.float32) for image in images])
+    arrays = [np.asarray(keras.ops.convert_to_numpy(image), np.float32) for image in images]
+    if len(arrays) < 10:
+        raise ValueError(f"Received {len(arrays)} images; expected 10 at least, better 100.")
+    if len(shapes := sorted({array.shape for array in arrays})) > 1:
+        raise ValueError(
+            f"Received images of {len(shapes)} shapes, such as {shapes[0]} and {shapes[1]}; "
+            f"expected one: preprocess them to one size."
+        )
+    stacked = np.stack(arrays)
     shape = tuple(original.inputs[0].shape)
     if stacked.ndim != len(shape) or any(
         a not in (None, b) for a, b in zip(shape, stacked.shape, strict=True)
@@ -817,8 +494,6 @@ def _checked(images: Any, original: keras.Model) -> np.ndarray:
             f"Received images of shape {stacked.shape}; expected {shape}, preprocessed as the "
             f"model expects."
         )
-    if len(stacked) < 10:
-        raise ValueError(f"Received {len(stacked)} images; expected 10 at least, better 100.")
     if not np.isfinite(stacked).all():
         raise ValueError("Received images with NaN or infinite values; leave those out.")
     return stacked
@@ -827,10 +502,11 @@ def _checked(images: Any, original: keras.Model) -> np.ndarray:
 def fit_(
     original: keras.Model,
     result: keras.Model,
-    new_layers: Sequence[str],
+    new_layers: str | Sequence[str],
     images: Any,
     *,
-    match: Sequence[str] | None = None,
+    match: str | Sequence[str] | None = None,
+    loss: Loss = relative_error,
     steps: int = 500,
     seconds: float = 110.0,
     seed: int = 0,
@@ -838,7 +514,7 @@ def fit_(
     """Train a replacement, in place, until the network behind it sees what it saw before.
 
     Starts from composed, least-squares or the layers' own weights, whichever are best on held-out
-    images (a tenth of all), and minimises the relative squared error of the next maps on random
+    images (a tenth of all), and minimises the relative absolute error of the next maps on random
     crops with all other layers frozen, by Adam in coordinates where inputs are white. Stops when
     the held-out images get no better and ends on the weights that were best there. One seed gives
     one result on one machine, unless `seconds` run out before `steps`.
@@ -850,27 +526,33 @@ def fit_(
         images: (N, H, W, C), preprocessed, without labels; a hundred or more.
         match: layers of both networks whose outputs are to agree; by default the next three that
             make the map smaller (pools, strides).
+        loss: of these layers' outputs (N, C, H, W) and the original's, in the order of their
+            computation; the default did as well as any that was tried (benchmarks/README.md).
         steps: optimizer steps at most; by then the learning rate has fallen to nothing.
         seconds: wall-clock time at most; by then the learning rate has fallen to nothing as well.
         seed: decides the held-out images, the crops and their order.
 
     Raises:
-        ValueError: the new layers have more than one way in or out, or nothing to train, or the
-            images are too few or of another shape than the network takes.
+        ValueError: the new layers have more than one way in or out, are shared or have nothing to
+            train, or the images are too few or of another shape than the network takes.
     """
     begun = time.monotonic()
     pixels = torch.from_numpy(_checked(images, original))
+    new_layers = [new_layers] if isinstance(new_layers, str) else list(new_layers)
     region = _region(original, result, new_layers)
-    names = _matched(original, region) if match is None else list(match)
-    if unknown := sorted(set(names) - set(region.downstream)) or not names:
+    match = [match] if isinstance(match, str) else match
+    wanted = set(_matched(region) if match is None else match)
+    names = [name for name in region.behind if name in wanted]
+    unknown = sorted(wanted - set(names))
+    if unknown or not names:
         raise ValueError(
-            f"Received match={match}; expected layers behind the new ones: {region.downstream}. "
+            f"Received match={match}; expected layers behind the new ones: {list(region.behind)}. "
             f"Not among them: {unknown}."
         )
     layers = [result.get_layer(name) for name in new_layers]
     trained = [v.value for layer in layers for v in layer.trainable_variables]
     if not trained:
-        raise ValueError(f"The new layers {list(new_layers)} have no trainable weights to fit.")
+        raise ValueError(f"The new layers {new_layers} have no trainable weights to fit.")
 
     pixels = pixels.to(trained[0].device)
     if lowering._data_format(original) == "channels_last":
@@ -879,13 +561,12 @@ def fit_(
     pixels = pixels[torch.randperm(len(pixels), generator=generator).to(pixels.device)]
     held_out, shown = pixels[: len(pixels) // 10], pixels[len(pixels) // 10 :]
 
-    old, now = _nodes(original), _nodes(result)
-    reference = _graph(original, region.old[0], [old[name].outputs[0] for name in names])
-    tail = _graph(result, region.new[0], [now[name].outputs[0] for name in names])
+    old, new = zip(*(region.behind[name] for name in names), strict=True)
+    reference, tail = _graph(original, region.old[0], old), _graph(result, region.new[0], new)
     # Layers that know the size of the map they get leave no choice but whole images.
     sized = keras.layers.Flatten | keras.layers.Reshape
-    between = keras.Function(original.inputs, [old[name].outputs[0] for name in names])
-    whole = any(isinstance(operation, sized) for operation in between.operations)
+    operations = keras.Function(original.inputs, list(old)).operations
+    whole = any(isinstance(operation, sized) for operation in operations)
     size = max(pixels.shape[2:]) if whole else CROP
 
     enter: nn.Module | None = None
@@ -897,10 +578,10 @@ def fit_(
         x = x if enter is None else _in_batches(enter, x)[0]
         return _Examples(x, _in_batches(reference, x))
 
-    compared = list(dict.fromkeys([*names, region.downstream[-1]]))
+    compared = list(dict.fromkeys([*names, list(region.behind)[-1]]))
     deep = [
-        _graph(model, model.inputs[0], [nodes[name].outputs[0] for name in compared])
-        for model, nodes in ((original, old), (result, now))
+        _graph(model, model.inputs[0], [region.behind[name][i] for name in compared])
+        for i, model in enumerate((original, result))
     ]
 
     def cosines() -> dict[str, float]:
@@ -924,13 +605,15 @@ def fit_(
         with torch.no_grad():
             aimed = next((m for m in moments if m.targets is not None), None)
             starts = {
-                name: (check.error(tail), [p.clone() for p in trained])
+                name: (check.error(tail, loss), [p.clone() for p in trained])
                 for name in _starts_(region, aimed, trained)
             }
             start = min(starts, key=lambda name: starts[name][0])
             _restore_(trained, starts[start][1])
         before = cosines()
-        taken = _descend_(tail, trained, moments, train, check, steps, begun + seconds, generator)
+        taken = _descend_(
+            tail, trained, moments, train, check, loss, steps, begun + seconds, generator
+        )
         after = cosines()
     return Fit(start, before, after, taken, time.monotonic() - begun)
 
@@ -941,6 +624,7 @@ def _descend_(
     moments: Sequence[_Moments],
     train: _Examples,
     check: _Examples,
+    loss: Loss,
     steps: int,
     deadline: float,
     generator: torch.Generator,
@@ -953,7 +637,7 @@ def _descend_(
     others = [_Plain(p) for p in trained if id(p) not in done]
     coordinates: list[_Coordinates | _Plain] = [*linear, *others]
     optimizer = torch.optim.Adam([c.theta for c in coordinates], LEARNING_RATE, (0.9, 0.99))
-    best, kept, waited = check.error(tail), [p.detach().clone() for p in trained], 0
+    best, kept, waited = check.error(tail, loss), [p.detach().clone() for p in trained], 0
     begun, step = time.monotonic(), 0
     text, left = (
         TextColumn("fitting, held-out error {task.fields[error]:.4f}"),
@@ -972,7 +656,7 @@ def _descend_(
                 warm = min(1.0, (step + 1) / WARM_UP)
                 group["lr"] = LEARNING_RATE * warm * (1 + cos(pi * progress)) / 2
             x, targets = train.batch(generator)
-            gradients = torch.autograd.grad(_error(tail(x), targets), trained)
+            gradients = torch.autograd.grad(loss(tail(x), targets), trained)
             with torch.no_grad():
                 by_parameter = {id(p): g for p, g in zip(trained, gradients, strict=True)}
                 for c in coordinates:
@@ -982,12 +666,13 @@ def _descend_(
                     c.write_()
             step += 1
             if step % CHECK == 0:
-                error, waited = check.error(tail), waited + 1
+                error, waited = check.error(tail, loss), waited + 1
                 if error < best:
                     best, kept, waited = error, [p.detach().clone() for p in trained], 0
                 bar.update(task, completed=progress, error=best)
-        if step % CHECK and check.error(tail) < best:
-            kept = [p.detach().clone() for p in trained]
+        if step % CHECK and (error := check.error(tail, loss)) < best:
+            best, kept = error, [p.detach().clone() for p in trained]
+        bar.update(task, completed=1.0, error=best)
     with torch.no_grad():
         _restore_(trained, kept)
     return step

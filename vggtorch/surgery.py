@@ -35,7 +35,8 @@ from keras.src.ops.node import Node
 from keras.src.saving.serialization_lib import SafeModeScope
 from keras.src.utils.naming import to_snake_case
 
-from vggtorch import fitting
+from vggtorch.composition import compose_
+from vggtorch.fitting import fit_
 
 New: TypeAlias = Layer | torch.nn.Module | Sequence[Layer | torch.nn.Module]
 
@@ -148,7 +149,8 @@ def replace(
     With `init=None`, `new` keeps the weights it has, or its random ones. "compose" gives a single
     new layer the product of the linear layers that it replaces. "fit" then trains the new layers
     alone, on a few hundred preprocessed `images` (N, H, W, C) without labels, until the layers
-    behind them see what they saw before: `fit_` with its defaults, two minutes at most.
+    behind them see what they saw before: `fit_` with its defaults, two minutes at most. To learn
+    how well the result matches, call `compose_` or `fit_` on what `init=None` gives: they say it.
 
     Raises ValueError if the set has more than one way in or out (it names the edges), and if what
     follows can't take what `new` puts out (it gives both shapes).
@@ -175,9 +177,9 @@ def replace(
         )
     result = _splice(graph, pairs, added)
     if init == "compose":
-        fitting.compose_(list(dict.fromkeys(node.operation for node in nodes)), added[0])
+        compose_(list(dict.fromkeys(node.operation for node in nodes)), added[0])
     elif init == "fit":
-        fitting.fit_(model, result, [layer.name for layer in added], images)
+        fit_(model, result, [layer.name for layer in added], images)
     return result
 
 
