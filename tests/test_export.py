@@ -92,6 +92,15 @@ def test_an_accelerated_model_with_preprocessing_inside(tmp_path):
     np.testing.assert_allclose(found, model.predict(x, verbose=0), rtol=1e-4, atol=1e-6)
 
 
+def test_onnx_comes_back_with_its_weight_set(tmp_path):
+    model = remember_(vgg(), "oxford")
+    vt.export(model, tmp_path / "model.onnx")
+    again = vt.VGG11(weights=tmp_path / "model.onnx", input_shape=(32, 32, 3), classes=7)
+    assert vt.weight_set(again) == "oxford"
+    for one, expected in zip(again.weights, model.weights, strict=True):
+        assert torch.equal(one.value, expected.value), expected.path
+
+
 def test_the_model_stays_as_it_is(tmp_path):
     model, x = vgg(dropout=0.5), images(2, 32, 32, 3)
     before, outputs = model.get_weights(), model.predict(x, verbose=0)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import http.server
+import json
 import multiprocessing
 import os
 import pickle
 import random
 import resource
+import struct
 import tempfile
 import threading
 import time
@@ -1191,3 +1193,18 @@ def test_damaged_files_load_right_or_not_at_all(
             assert tensor.is_floating_point(), seed
             assert torch.isfinite(tensor).all(), seed
     assert refused > cases // 4
+
+
+def test_files_of_the_first_version_still_load(tmp_path):
+    values = torch.arange(6.0).reshape(2, 3)
+    header: dict[str, dict] = {
+        "__metadata__": {"format": "vggtorch", "weight_set": "oxford", "sha256": "0" * 64},
+        "a/kernel": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]},
+    }
+    header["__metadata__"]["header_sha256"] = sources._header_sha256(header)
+    text = json.dumps(header).encode()
+    path = tmp_path / "old.safetensors"
+    path.write_bytes(struct.pack("<Q", len(text)) + text + values.numpy().tobytes())
+    checkpoint = sources.read(path)
+    assert torch.equal(checkpoint.tensors["a/kernel"], values)
+    assert checkpoint.weight_set == "oxford"

@@ -931,7 +931,7 @@ def _copied(checkpoint: Checkpoint, stamp: list[int], identity: Future[Identity]
     return _read_copy(copy, digest)
 
 
-_LAYOUT = "keras, output channels first"
+_LAYOUT = "keras, output channels first, fc1 unflattened"
 
 
 def _output_first(key: str, tensor: torch.Tensor) -> torch.Tensor:
@@ -991,9 +991,9 @@ def _read_safetensors(
     spans.sort()
     if [start for start, _ in spans] + [size - begin] != [0] + [end for _, end in spans]:
         raise ValueError("its tensors do not fill the file: truncated, or its header is damaged")
-    if ours:
+    if expected := metadata.get("crc32"):  # the first version wrote none
         crc32 = _once(path, "crc32", lambda file: _crc32(file, begin), fresh=fresh)
-        if crc32 != metadata.get("crc32"):
+        if crc32 != expected:
             raise ValueError("its values do not match the CRC-32 in its header")
     # Mapped privately: pages are read when touched, and writing to a tensor never reaches the file.
     storage = torch.UntypedStorage.from_file(str(path), False, size)
@@ -1144,7 +1144,10 @@ def _read_onnx(path: Path) -> tuple[dict[str, torch.Tensor], Mapping[str, str]]:
     """
     with path.open("rb") as file:
         model = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-    graphs = [value for field, value in _fields(model) if field == 7]
+    fields = list(_fields(model))
+    graphs = [value for field, value in fields if field == 7]
+    properties = [dict(_fields(_bytes(value))) for field, value in fields if field == 14]
+    metadata = {_text(entry.get(1, b"")): _text(entry.get(2, b"")) for entry in properties}
     if len(graphs) != 1 or not isinstance(graphs[0], memoryview):
         raise ValueError("it is not an ONNX model")
     initializers: dict[str, memoryview] = {}
@@ -1196,7 +1199,7 @@ def _read_onnx(path: Path) -> tuple[dict[str, torch.Tensor], Mapping[str, str]]:
         elif kind == "Add" and weights:
             tensors[f"dense{dense - 1}.bias"] = weights[0]
             previous = None
-    return tensors, {}
+    return tensors, metadata
 
 
 def _fields(buffer: memoryview) -> Iterator[tuple[int, int | memoryview]]:
