@@ -97,10 +97,10 @@ def test_any_replacement_gets_better_and_alone_changes(original, new):
     keras.utils.set_random_seed(1)
     result, names = replaced(original, *new())
     before, untouched = states(result), states(original)
-    fit = fitting.fit_(original, result, names, images(), steps=50)
+    fit = fitting.fit_(original, result, names, images(), steps=100)
 
     assert fit.after["block3_pool"] > max(0.9, fit.before["block3_pool"])
-    assert fit.steps == 50
+    assert fit.steps == 100
     for path, value in states(original).items():
         np.testing.assert_array_equal(value, untouched[path])
     changed = {

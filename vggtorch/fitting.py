@@ -32,7 +32,7 @@ BATCH = 16
 CHECK = 25  # steps from one look at the held-out images to the next
 PATIENCE = 10  # looks without a better one before it stops
 WARM_UP = 10  # steps
-LEARNING_RATE = 0.1  # relative to the size of the weights, in coordinates where inputs are white
+LEARNING_RATE = 0.2  # relative to the size of the weights, in coordinates where inputs are white
 DAMPING = 1e-3  # of the mean variance of the inputs
 DEEPER = 3.0  # how many times as much as the map before it each matched map counts
 
