@@ -156,10 +156,11 @@ def main() -> None:
         check(steps)
         seconds = harness.in_turns(steps, args.repeats, device, warmup=1)
         rows = harness.table(seconds, "vggtorch")
+        peaks = [harness.peak_memory(step, device) for step in steps.values()]
         print(f"\n{job}, batch {batch}, float32\n")
         print("| | ms | quartiles | times ours | peak MB |\n|-|-|-|-|-|")
-        for row, step in zip(rows, steps.values(), strict=True):
-            print(f"{row} {harness.peak_memory(step, device) / 1e6:.0f} |", flush=True)
+        for row, peak in zip(rows, peaks, strict=True):
+            print(f"{row} {peak / 1e6:.0f} |", flush=True)
 
 
 if __name__ == "__main__":
