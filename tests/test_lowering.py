@@ -810,6 +810,8 @@ def follows_inputs_and_parameters(model: keras.Model, lowered: lowering.Lowered,
     """Whether replays give what Keras gives: other images, other shapes, other weights."""
     kernel = model.get_layer("block1_conv1").kernel.value
     x, few = images(model).to(kernel.device), images(model, 2).to(kernel.device)
+    with torch.inference_mode():
+        run(x)
     with torch.no_grad():
         first = run(x)
         expected = model(x, training=False)

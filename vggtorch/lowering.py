@@ -269,7 +269,7 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str = "
 
 
 def _matmul(a: Tensor, b: Tensor) -> Tensor:
-    return _product(a.contiguous(), b.t().contiguous(), None)
+    return _product(a, b.t(), None)  # in whatever order the numbers are: a copy would take longer
 
 
 class BatchNorm(nn.Module):
@@ -1093,7 +1093,9 @@ class Lowered(Graph):
         state = _state(self.parameters())
         if state != self.captured_state:  # what was prepared of the parameters is out of date
             self.captured, self.captured_state = {}, state
-        key = tuple((x.shape, x.stride(), x.device) for x in inputs)
+        # What was made in inference mode can't be written to outside of it.
+        mode = torch.is_inference_mode_enabled()
+        key = (mode, *((x.shape, x.stride(), x.device) for x in inputs))
         if key not in self.captured:
             self.captured[key] = self._capture(inputs)
         graph, static, outputs = self.captured[key]
