@@ -1160,8 +1160,8 @@ def lower(
         dtype: what layers compute in that Keras would run in float32, as a mixed dtype policy
             would do; the parameters stay as they are.
         checkpoint: in training, keep only what pools put out and compute the activations between
-            them again in backward: the same gradients from a fraction of the memory, in a third
-            more time. Blocks in which a layer runs as Keras runs it are kept whole.
+            them again in backward: the same gradients from a fraction of the memory, in up to a
+            third more time. Blocks in which a layer runs as Keras runs it are kept whole.
         cuda_graphs: on a GPU, replay inference as a CUDA graph, which spares small batches the time
             that it takes to launch each kernel. A graph, with memory of its own, is captured for
             each shape of the inputs, and again when a parameter has changed.
