@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import vggtorch  # noqa: F401  # isort: skip  (first: it selects Keras's torch backend)
@@ -83,11 +84,11 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+")
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--compile", action="store_true", help="torchvision and ours compiled, too")
+    parser.add_argument("--compile", action="store_true", help="ours and torchvision compiled, too")
     parser.add_argument("--networks", nargs="+", default=["vgg16", "vgg16 5x5"])
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    batches = args.batches or ([1, 8, 256] if device.type == "cuda" else [1, 8])
+    batches = args.batches or [1, 8, 256 if device.type == "cuda" else 64]
     print(harness.header(device))
     torch.set_grad_enabled(False)
     for name in args.dtypes:
@@ -99,7 +100,9 @@ def main() -> None:
             for batch in batches:
                 x = torch.randn(batch, 224, 224, 3, device=device)
                 flops = 2 * batch * multiply_adds(models["torchvision"], x.permute(0, 3, 1, 2))
-                candidates = calls(models, x, dtype, args.compile)
+                candidates = calls(models, x, dtype)
+                if args.compile:
+                    candidates |= compiled(models, x, dtype)
                 check(candidates, TOLERANCE[dtype])
                 seconds = harness.in_turns(candidates, args.repeats, device)
                 print(f"\n{network}, batch {batch}, {name}\n")
@@ -113,37 +116,53 @@ def build(five: bool, dtype: torch.dtype, device: torch.device) -> dict[str, Any
     twin = keras.models.clone_model(keras_vgg)
     twin.set_weights(keras_vgg.get_weights())
     eager = torch_vgg16(keras_vgg, five).to(device, dtype)
-    return {
+    models = {
         "vggtorch": lower(twin).eval(),
         "torchvision": eager,
         "torchvision, channels-last": copy.deepcopy(eager).to(memory_format=torch.channels_last),
         "Keras on torch": keras_vgg,
     }
+    if device.type == "cuda":
+        models["vggtorch, CUDA graphs"] = lower(twin, cuda_graphs=True).eval()
+    return models
 
 
-def calls(
-    models: dict[str, Any], x: Tensor, dtype: torch.dtype, compiled: bool
-) -> dict[str, Callable[[], Tensor]]:
+def calls(models: dict[str, Any], x: Tensor, dtype: torch.dtype) -> dict[str, Callable[[], Tensor]]:
     """What is timed. Each network gets the images in the layout and dtype it is best at."""
     nchw = x.permute(0, 3, 1, 2).to(dtype)
     contiguous = nchw.contiguous()
-    ours, last = models["vggtorch"], models["torchvision, channels-last"]
-    candidates: dict[str, Callable[[], Tensor]] = {
-        "vggtorch": lambda: ours(x),
-        "torchvision": lambda: models["torchvision"](contiguous),
-        "torchvision, channels-last": lambda: last(nchw),
-        "Keras on torch": lambda: models["Keras on torch"](x, training=False),
+    given = dict.fromkeys(models, x) | {
+        "torchvision": contiguous,
+        "torchvision, channels-last": nchw,
     }
-    if compiled:
-        compiled_ours, compiled_last = torch.compile(ours), torch.compile(last)
-        candidates["vggtorch, compiled"] = lambda: compiled_ours(x)
-        candidates["torchvision, compiled"] = lambda: compiled_last(nchw)
-    return candidates
+    options = {"Keras on torch": {"training": False}}
+    return {
+        name: partial(model, given[name], **options.get(name, {})) for name, model in models.items()
+    }
+
+
+def compiled(
+    models: dict[str, Any], x: Tensor, dtype: torch.dtype
+) -> dict[str, Callable[[], Tensor]]:
+    """Ours and torchvision's through torch.compile; says so where that can't be done here."""
+    found: dict[str, Callable[[], Tensor]] = {}
+    torch.compiler.reset()  # or it would give up after eight networks and shapes
+    mode = "reduce-overhead" if x.is_cuda else "default"  # with CUDA graphs, for small batches
+    for name in ("vggtorch", "torchvision, channels-last"):
+        run = calls({name: torch.compile(models[name], mode=mode, dynamic=False)}, x, dtype)[name]
+        try:
+            run()
+        except Exception as error:  # no C++ compiler, no Triton ...
+            print(f"\n{name} can't be compiled here: {str(error).strip().splitlines()[0]}")
+        else:
+            found[f"{name}, compiled"] = run
+    return found
 
 
 def check(candidates: dict[str, Callable[[], Tensor]], tolerance: float) -> None:
     """Raise where a candidate's logits are not those of the first."""
-    outputs = {name: run().float() for name, run in candidates.items()}
+    # A copy, because a compiled network may write its next output over the last.
+    outputs = {name: run().float().clone() for name, run in candidates.items()}
     expected = next(iter(outputs.values()))
     for name, output in outputs.items():
         error = ((output - expected).abs().max() / expected.abs().max()).item()

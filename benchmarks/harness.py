@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import platform
 import statistics
 import sys
@@ -10,6 +11,7 @@ from collections.abc import Callable, Mapping
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -59,6 +61,21 @@ def in_turns(
         for name, run in candidates.items():
             seconds[name].append(timed(run, device))
     return seconds
+
+
+def peak_memory(run: Callable[[], object], device: torch.device) -> int:
+    """Bytes of tensors at the worst moment of a call, above what was there before it."""
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        run()
+        return torch.cuda.max_memory_allocated(device) - before
+    with torch.profiler.profile(profile_memory=True) as profile:
+        run()
+    kineto: Any = profile.profiler
+    events = [e for e in kineto.kineto_results.events() if e.name() == "[memory]"]
+    changes = [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]
+    return max(itertools.accumulate(changes))
 
 
 def matmul_rate(dtype: torch.dtype, device: torch.device, repeats: int = 5) -> float:

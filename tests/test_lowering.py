@@ -4,6 +4,7 @@ import copy
 import os
 import socket
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,11 +14,12 @@ import torch.multiprocessing
 import torch.nn.functional as F
 from torch import nn
 
-import vggtorch  # noqa: F401  # isort: skip  (first: it selects Keras's torch backend)
+import vggtorch  # isort: skip  (first: it selects Keras's torch backend)
 import keras
 from keras import layers
 
-from vggtorch.lowering import KerasLayer, accelerate_, lower
+from vggtorch import lowering
+from vggtorch.lowering import KerasLayer, Product, accelerate_, lower, part
 
 APPLICATIONS = {  # name: image size, layers of it that run as Keras runs them
     "VGG16": (32, 0),
@@ -133,6 +135,117 @@ def test_training_equals_keras(dtype: str, tolerance: float) -> None:
     assert_close(output, expected, tolerance)
     for actual, value in zip(left, keras_left, strict=True):
         assert_close(actual, value, tolerance)
+
+
+def test_images_in_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One image after the other gives what all at once give, in inference and in training."""
+    model, twin = small_vgg(), small_vgg()
+    x = images(model)
+    expected, expected_left = step(twin, lambda x: twin(x, training=True))
+    monkeypatch.setattr(lowering, "GROUP_BYTES", 1)
+    lowered: Any = lower(model).train()
+    entered: list[int] = []
+    lowered.block1_conv1.register_forward_pre_hook(lambda _, args: entered.append(len(args[0])))
+    with torch.profiler.profile() as profile:
+        output, left = step(model, lowered)
+    assert entered == [1] * 5  # the first to see how many fit
+    # Each would fill and add up a tensor as large as the batch's.
+    assert "aten::slice_backward" not in {event.key for event in profile.key_averages()}
+    assert_close(output, expected, 1e-4)
+    for actual, value in zip(left, expected_left, strict=True):
+        assert_close(actual, value, 1e-4)
+    with torch.no_grad():
+        assert_close(lowered.eval()(x), model(x, training=False))
+
+
+def test_onednns_product_has_torchs_gradients_and_those_of_gradients() -> None:
+    x = torch.randn(5, 20, requires_grad=True)
+    kernel = torch.randn(7, 20).t().requires_grad_()
+    bias = torch.randn(7, requires_grad=True)
+    for b in (bias, None):
+        inputs = [t for t in (x, kernel, b) if t is not None]
+        found = []
+        for y in (Product.apply(x, kernel, b), F.linear(x, kernel.t(), b)):
+            grads = torch.autograd.grad(y.square().sum(), inputs, create_graph=True)
+            penalty = torch.stack([g.square().sum() for g in grads]).sum()
+            found.append([y, *grads, *torch.autograd.grad(penalty, inputs)])
+        for actual, expected in zip(*found, strict=True):
+            assert_close(actual.detach(), expected.detach())
+            assert actual.stride() == expected.stride()
+        first = torch.autograd.grad(Product.apply(x, kernel, b).square().sum(), inputs)
+        for actual, expected in zip(first, found[1][1:], strict=False):
+            assert_close(actual, expected.detach())
+
+
+def test_a_batch_without_images() -> None:
+    model = small_vgg()
+    lowered = lower(model).train()
+    model.get_layer("block2_bn1").trainable = False
+    lowered(torch.zeros(0, 16, 16, 3)).sum().backward()
+    assert not model.get_layer("fc1").kernel.value.grad.any()
+    with torch.no_grad():
+        assert lowered.eval()(torch.zeros(0, 16, 16, 3)).shape == (0, 10)
+
+
+def dropout_vgg() -> keras.Model:
+    """small_vgg with a second convolution in its first block and dropout in its second."""
+    keras.utils.set_random_seed(0)
+    x = image = keras.Input((16, 16, 3))
+    for _ in range(2):
+        x = layers.Conv2D(8, 3, padding="same", activation="relu")(x)
+    x = layers.MaxPooling2D()(x)
+    x = layers.Conv2D(8, 3, padding="same")(x)
+    x = layers.ReLU()(layers.BatchNormalization()(x))
+    x = layers.Dropout(0.5)(layers.Conv2D(8, 3, padding="same")(x))
+    x = layers.Flatten()(layers.MaxPooling2D()(x))
+    return randomise(keras.Model(image, layers.Dense(10)(x)))
+
+
+def kept(run: Any, x: torch.Tensor) -> int:
+    """Bytes that a call keeps for backward."""
+    storages: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if not isinstance(tensor._base, nn.Parameter):
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        run(x)
+    return sum(storages.values())
+
+
+def test_checkpointing_keeps_less_and_changes_nothing() -> None:
+    """Dropout must drop the same, and batch norm must count a batch once."""
+    found, memory = [], []
+    for checkpoint in (False, True):
+        model = dropout_vgg()
+        lowered = lower(model, checkpoint=checkpoint).train()
+        torch.manual_seed(5)
+        output, left = step(model, lowered)
+        found.append([output, *left])
+        memory.append(kept(lowered, images(model)))
+        with torch.no_grad():
+            assert_close(lowered.eval()(images(model)), model(images(model), training=False))
+    for actual, expected in zip(*found, strict=True):
+        assert_close(actual, expected)
+    assert memory[1] < memory[0] / 4
+
+
+def test_checkpointing_leaves_keras_layers_alone() -> None:
+    """A seeded layer counts its calls, so that a second one would not repeat the first."""
+    found = []
+    for checkpoint in (False, True):
+        keras.utils.set_random_seed(0)
+        image = keras.Input((8, 8, 3))
+        x = layers.SpatialDropout2D(0.5, seed=3)(layers.Conv2D(8, 3)(image))
+        x = layers.GlobalAveragePooling2D()(layers.Conv2D(8, 3)(x))
+        model = keras.Model(image, x)
+        output, _ = step(model, lower(model, checkpoint=checkpoint).train())
+        grads = [v.value.grad for v in model.trainable_variables]
+        found.append([output, *grads])
+    for actual, expected in zip(*found, strict=True):
+        assert torch.equal(actual, expected)
 
 
 @pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
@@ -299,6 +412,59 @@ def test_the_parameters_are_the_keras_models_own() -> None:
         kernel = model.get_layer(name).kernel.value
         assert kernel.permute(3, 2, 0, 1).is_contiguous(memory_format=torch.channels_last)
     assert model.get_layer("fc1").kernel.value.t().is_contiguous()
+
+
+@pytest.mark.parametrize("batch_norm", [False, True])
+def test_torchvision_takes_our_state_dict(batch_norm: bool) -> None:
+    torchvision = pytest.importorskip("torchvision")
+    model = randomise(vggtorch.VGG11(weights=None, classes=10, batch_norm=batch_norm,
+                                     classifier_activation=None))  # fmt: skip
+    lowered = lower(model, data_format="channels_first").eval()
+    name = "vgg11_bn" if batch_norm else "vgg11"
+    theirs = getattr(torchvision.models, name)(num_classes=10).eval()
+    state = lowered.torchvision_state_dict()
+    assert list(state) == list(theirs.state_dict())
+    theirs.load_state_dict(state, strict=True)
+    x = torch.randn(1, 3, 224, 224)
+    with torch.no_grad():
+        assert_close(lowered(x), theirs(x))
+    kernel = model.get_layer("block1_conv1").kernel.value
+    assert state["features.0.weight"].data_ptr() == kernel.data_ptr()
+
+
+def test_torchvision_has_no_keys_for_other_layers() -> None:
+    image = keras.Input((8, 8, 3))
+    x = layers.Conv2D(64, 3, padding="same", name="block1_conv1")(image)
+    lowered = lower(keras.Model(image, layers.Conv2D(5, 1, name="head")(x)))
+    with pytest.raises(ValueError, match="Unexpected: head/bias, head/kernel"):
+        lowered.torchvision_state_dict()
+
+
+def test_parts_of_a_model() -> None:
+    model = small_vgg()
+    calls = [len(layer._inbound_nodes) for layer in model.layers]
+    x = images(model)
+    middle, end = model.get_layer("block1_pool").output, model.get_layer("block2_relu1").output
+    first = part(model.input, middle).eval()
+    rest = part(middle, [end, model.output]).eval()
+    with torch.no_grad():
+        found, probabilities = rest(first(x))
+        assert_close(probabilities, model(x, training=False))
+        assert_close(found, keras.Model(model.input, end)(x, training=False))
+        nchw = part(model.input, middle, data_format="channels_first").eval()
+        assert_close(nchw(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1), first(x))
+        assert first(torch.zeros(1, 20, 24, 3)).shape == (1, 10, 12, 8)  # another size
+    assert {id(p) for p in rest.parameters()} <= {id(v.value) for v in model.variables}
+    assert [len(layer._inbound_nodes) for layer in model.layers][:-2] == calls[:-2]
+    with pytest.raises(ValueError, match="shape .4, 16, 16, 3.; expected .None, None, None, 8."):
+        rest(x)
+    with pytest.raises(ValueError, match="data_format='NCHW'"):
+        part(model.input, middle, data_format="NCHW")
+    image = keras.Input((8, 8, 3))
+    branch = layers.Conv2D(3, 1)(image)
+    around = keras.Model(image, layers.Add()([branch, image]))
+    with pytest.raises(ValueError, match="not connected"):
+        part(branch, around.output)
 
 
 def test_convolution_copies_no_activation() -> None:
@@ -468,13 +634,16 @@ def _gradients(rank: int, port: int, out: object) -> None:
     torch.set_num_threads(1)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
-    model = small_vgg()
-    model.get_layer("block2_bn1").trainable = False
-    parallel = nn.parallel.DistributedDataParallel(lower(model).train())
-    half = images(model)[rank * 2 : rank * 2 + 2]
-    parallel(half).square().sum(1).mean().backward()
+    grads: list[np.ndarray] = []
+    for checkpoint in (False, True):
+        model = small_vgg()
+        model.get_layer("block2_bn1").trainable = False
+        module = lower(model, checkpoint=checkpoint).train()
+        parallel = nn.parallel.DistributedDataParallel(module)
+        half = images(model)[rank * 2 : rank * 2 + 2]
+        parallel(half).square().sum(1).mean().backward()
+        grads += [v.value.grad.numpy() for v in model.trainable_variables]
     if rank == 0:
-        grads = [v.value.grad.numpy() for v in model.trainable_variables]
         np.savez(out, *grads)  # type: ignore[arg-type]
     torch.distributed.destroy_process_group()
 
@@ -488,7 +657,8 @@ def test_two_processes_have_the_gradients_of_one(tmp_path: Path) -> None:
     model = small_vgg()
     model.get_layer("block2_bn1").trainable = False
     lower(model).train()(images(model)).square().sum(1).mean().backward()
-    for variable, grad in zip(model.trainable_variables, np.load(out).values(), strict=True):
+    variables = model.trainable_variables * 2  # without checkpointing, and with it
+    for variable, grad in zip(variables, np.load(out).values(), strict=True):
         np.testing.assert_allclose(variable.value.grad.numpy(), grad, rtol=1e-4, atol=1e-6)
 
 
@@ -636,20 +806,54 @@ def test_cuda_equals_keras(training: bool) -> None:
     assert {p.device.type for p in lowered.parameters()} == {"cuda"}
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_cuda_graph() -> None:
-    model = small_vgg()
-    x = images(model).cuda()
-    lowered = lower(model).eval()
+def follows_inputs_and_parameters(model: keras.Model, lowered: lowering.Lowered, run: Any) -> None:
+    """Whether replays give what Keras gives: other images, other shapes, other weights."""
+    kernel = model.get_layer("block1_conv1").kernel.value
+    x, few = images(model).to(kernel.device), images(model, 2).to(kernel.device)
+    with torch.inference_mode():
+        run(x)
     with torch.no_grad():
-        expected = lowered(x)
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            lowered(x)
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            captured = lowered(x)
-        graph.replay()
-    assert_close(captured, expected)
+        first = run(x)
+        expected = model(x, training=False)
+        for given in (x, few, x * 2):
+            assert_close(run(given), model(given, training=False), 1e-3)
+        assert_close(first, expected, 1e-3)  # no replay has written over it
+        for change in (lambda: kernel.mul_(1.5), lambda: setattr(kernel, "data", kernel * 0.5)):
+            change()
+            assert not torch.allclose(run(x), expected)
+            assert_close(run(x), model(x, training=False), 1e-3)
+    assert len(lowered.captured) == 1  # what was captured of other weights is gone
+    assert not copy.deepcopy(lowered).captured
+
+
+def test_replays_follow_inputs_and_parameters() -> None:
+    """Where there is no GPU, with a function that stands for the graph."""
+    model = small_vgg()
+    lowered: Any = lower(model, cuda_graphs=True).eval()
+
+    def capture(inputs: list[torch.Tensor]) -> Any:
+        static = [x.clone() for x in inputs]
+        outputs = lowering.Graph.forward(lowered, *static)
+
+        def replay() -> None:
+            for mine, new in zip(outputs, lowering.Graph.forward(lowered, *static), strict=True):
+                mine.copy_(new)
+
+        return SimpleNamespace(replay=replay), static, outputs
+
+    lowered._capture = capture
+    follows_inputs_and_parameters(
+        model, lowered, lambda x: lowered._replay([x.permute(0, 3, 1, 2)])[0]
+    )
+    lowered.captured.clear()
+    with torch.no_grad():  # as it is, it doesn't try on a CPU
+        assert_close(lowered(images(model)), model(images(model), training=False))
+    assert not lowered.captured
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_cuda_graphs() -> None:
+    model = small_vgg()
+    lowered = lower(model, cuda_graphs=True).eval()
+    follows_inputs_and_parameters(model, lowered, lowered)
+    lowered.train()(images(model).cuda()).sum().backward()  # as without graphs

@@ -18,20 +18,7 @@ import torch
 from filelock import FileLock
 
 from vggtorch.data import Folder, Items, Key, as_input, batches, fingerprint, in_order
-from vggtorch.lowering import Lowered, lower
-
-
-def part(inputs: keras.KerasTensor, outputs: keras.KerasTensor) -> Lowered:
-    """What a Keras model does between two of its tensors, lowered, on its own Parameters.
-
-    Raises:
-        ValueError: a path from the model's input to `outputs` that goes around `inputs`.
-    """
-    calls = {op: len(op._inbound_nodes) for op in keras.Function(inputs, outputs).operations}
-    module = lower(keras.Model(inputs, outputs))
-    for operation, count in calls.items():  # the model in the middle left its calls on the layers
-        del operation._inbound_nodes[count:]
-    return module
+from vggtorch.lowering import part
 
 
 def frozen_end(model: keras.Model) -> keras.KerasTensor:

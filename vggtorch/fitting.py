@@ -170,14 +170,9 @@ def _matched(region: _Region) -> list[str]:
 Linear = lowering.Conv2D | lowering.Dense
 
 
-def _graph(
-    model: keras.Model, start: keras.KerasTensor, ends: Sequence[keras.KerasTensor]
-) -> lowering.Graph:
+def _part(start: keras.KerasTensor, ends: Sequence[keras.KerasTensor]) -> lowering.Lowered:
     """The layers between tensors of a model as a torch module; takes and returns NCHW."""
-    channels_last = lowering._data_format(model) == "channels_last"
-    # keras.Function makes no nodes, so that layer.output keeps its meaning.
-    function = keras.Function([start], list(ends))
-    return lowering.Graph(function, lowering.Format(channels_last, dtype=None)).eval()
+    return lowering.part(start, list(ends), data_format="channels_first").eval()
 
 
 def _linears(graph: nn.Module, parameters: Sequence[Tensor]) -> list[Linear]:
@@ -194,7 +189,7 @@ def _linear_target(model: keras.Model, region: _Region) -> lowering.Graph:
     tensor = region.old[1]
     while isinstance(_producer(tensor), POINTWISE):
         (tensor,) = _inputs(tensor)
-    graph = _graph(model, region.old[0], [tensor])
+    graph = _part(region.old[0], [tensor])
     variables = getattr(_producer(tensor), "variables", [])  # keras.ops.add, say, has none
     for module in _linears(graph, [v.value for v in variables]):
         module.activation = None
@@ -554,24 +549,24 @@ def fit_(
     if not trained:
         raise ValueError(f"The new layers {new_layers} have no trainable weights to fit.")
 
+    old, new = zip(*(region.behind[name] for name in names), strict=True)
+    above = keras.Function(original.inputs, list(old))
     pixels = pixels.to(trained[0].device)
-    if lowering._data_format(original) == "channels_last":
+    if lowering.layout(above) == "channels_last":
         pixels = pixels.permute(0, 3, 1, 2)  # NHWC -> NCHW view
     generator = torch.Generator().manual_seed(seed)
     pixels = pixels[torch.randperm(len(pixels), generator=generator).to(pixels.device)]
     held_out, shown = pixels[: len(pixels) // 10], pixels[len(pixels) // 10 :]
 
-    old, new = zip(*(region.behind[name] for name in names), strict=True)
-    reference, tail = _graph(original, region.old[0], old), _graph(result, region.new[0], new)
+    reference, tail = _part(region.old[0], old), _part(region.new[0], new)
     # Layers that know the size of the map they get leave no choice but whole images.
     sized = keras.layers.Flatten | keras.layers.Reshape
-    operations = keras.Function(original.inputs, list(old)).operations
-    whole = any(isinstance(operation, sized) for operation in operations)
+    whole = any(isinstance(operation, sized) for operation in above.operations)
     size = max(pixels.shape[2:]) if whole else CROP
 
     enter: nn.Module | None = None
     if region.old[0] is not original.inputs[0]:
-        enter = _graph(original, original.inputs[0], [region.old[0]])
+        enter = _part(original.inputs[0], [region.old[0]])
 
     def examples(source: Tensor, number: int) -> _Examples:
         x = _crops(source, number, size, generator)
@@ -580,7 +575,7 @@ def fit_(
 
     compared = list(dict.fromkeys([*names, list(region.behind)[-1]]))
     deep = [
-        _graph(model, model.inputs[0], [region.behind[name][i] for name in compared])
+        _part(model.inputs[0], [region.behind[name][i] for name in compared])
         for i, model in enumerate((original, result))
     ]
 

@@ -11,15 +11,16 @@ How it works, in the order of this file:
    prepared once.
 4. `Graph` runs the modules in the order of the Functional graph: one list of steps for training,
    one for inference.
-5. `Lowered` is the outermost graph: it takes and returns what the Keras model does. `accelerate_`
-   puts it inside the Keras model itself.
+5. `Lowered` is the outermost graph: it takes and returns what the Keras model does. `lower` makes
+   it of a model, `part` of a part of one, and `accelerate_` puts it inside the Keras model itself.
 """
 
 # ruff: noqa: D102  (forward does what its class says)
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial, reduce
 from typing import Any
@@ -32,6 +33,9 @@ from keras.src.backend.common.stateless_scope import in_stateless_scope
 from keras.src.models.functional import Functional
 from keras.src.ops.symbolic_arguments import SymbolicArguments
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from vggtorch import conversion
 
 # While images run through the convolutions in groups, a group's largest activation has about this
 # many bytes for each thread, so that the next layer still finds it in the cache.
@@ -43,15 +47,17 @@ GROUP_BYTES = 8 << 20
 
 @dataclass(frozen=True)
 class Format:
-    """What is true of a whole graph: which layout the Keras model has, and what it computes in.
+    """What is true of a whole graph: its layout, what it computes in, what backward keeps.
 
     Attributes:
         channels_last: 4-D tensors are NHWC in Keras, so NCHW views of NHWC memory here.
         dtype: computes in this dtype where Keras would in float32; None leaves it to Keras.
+        checkpoint: backward computes activations between pools again instead of keeping them.
     """
 
     channels_last: bool
     dtype: torch.dtype | None
+    checkpoint: bool = False
 
     def axis(self, axis: int, rank: int) -> int:
         """Where an axis of a Keras tensor is here."""
@@ -218,9 +224,12 @@ class Dense(nn.Module):
         _lay_out_(self.kernel)
 
     def forward(self, x: Tensor) -> Tensor:
-        kernel = _cast(self.kernel, self.dtype)
+        x, kernel = _cast(x, self.dtype), _cast(self.kernel, self.dtype)
         bias = None if self.bias is None else _cast(self.bias, self.dtype)
-        y = F.linear(_cast(x, self.dtype), kernel.t(), bias)
+        if x.ndim == 2 and len(x) and not _is_recorded() and _fuses(x, self.dtype):
+            y = Product.apply(x, kernel, bias)
+        else:
+            y = F.linear(x, kernel.t(), bias)
         return y if self.activation is None else self.activation(y)
 
 
@@ -236,6 +245,45 @@ class _SumOverProcesses(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
         return _SumOverProcesses.forward(ctx, gradient)
+
+
+class Product(torch.autograd.Function):
+    """x (N, in) times kernel (in, out) plus bias by oneDNN, which is faster than torch's product.
+
+    The kernel is a view of (out, in) memory, and so is its gradient. Forward-mode differentiation
+    needs `torch.backends.mkldnn.flags(enabled=False)`.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
+        return _product(x, kernel.t(), bias)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[:2])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, kernel = ctx.saved_tensors
+        of_x, of_kernel, of_bias = ctx.needs_input_grad
+        # oneDNN's product has no gradient of its own, which create_graph=True would need.
+        product = torch.matmul if torch.is_grad_enabled() else _matmul
+        return (
+            product(grad, kernel.t()) if of_x else None,
+            product(grad.t(), x).t() if of_kernel else None,
+            grad.sum(0) if of_bias else None,
+        )
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str = "none") -> Tensor:
+    """x (N, in) times weight (out, in), and what follows, in oneDNN."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, activation, [], "")
+
+
+def _matmul(a: Tensor, b: Tensor) -> Tensor:
+    return _product(a, b.t(), None)  # in whatever order the numbers are: a copy would take longer
 
 
 class BatchNorm(nn.Module):
@@ -254,6 +302,7 @@ class BatchNorm(nn.Module):
         self.dtype = format.compute_dtype(layer)
         self.layer = (layer,)  # in a tuple, which keeps it from being a submodule
         self.synchronized = False
+        self.again = False  # whether checkpointing runs a batch for the second time
 
     def forward(self, x: Tensor) -> Tensor:
         x = _cast(x, self.dtype)
@@ -298,7 +347,9 @@ class BatchNorm(nn.Module):
 
     @torch.no_grad()
     def _keep(self, mean: Tensor, variance: Tensor) -> None:
-        """Let the moving mean and variance follow those of a batch."""
+        """Let the moving mean and variance follow those of a batch, once."""
+        if self.again:
+            return
         self.moving_mean.lerp_(mean, 1 - self.momentum)
         self.moving_variance.lerp_(variance, 1 - self.momentum)
 
@@ -552,6 +603,16 @@ HANDLERS: dict[type[keras.Layer], Handler] = {
 # 3. Inference: what is constant is prepared once
 
 
+def _is_recorded() -> bool:
+    """Whether someone records or recasts what is called, so that it must be torch's operations."""
+    return (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch.is_autocast_enabled("cpu")
+        or torch.is_autocast_enabled("cuda")
+    )
+
+
 def _onednn() -> bool:
     """Whether this torch has oneDNN's fused convolution and product, which it keeps private."""
     return (
@@ -571,6 +632,11 @@ def _fuses(x: Tensor, dtype: torch.dtype) -> bool:
     )
 
 
+def _state(parameters: Iterable[nn.Parameter]) -> list[tuple[int, int]]:
+    """What changes when a parameter does: its version, or its address."""
+    return [(0 if p.is_inference() else p._version, p.data_ptr()) for p in parameters]
+
+
 class Prepared:
     """Tensors made from parameters, made anew when a parameter changes.
 
@@ -586,8 +652,7 @@ class Prepared:
 
     def __call__(self, fuses: bool, *args: Any) -> Any:
         """What was made, of the parameters as they are now, for fused operations or for plain."""
-        versions = [0 if p.is_inference() else p._version for p in self.parameters]
-        key = (fuses, versions, [p.data_ptr() for p in self.parameters])
+        key = (fuses, _state(self.parameters))
         first = self.parameters[0].detach()
         step = max(1, first.numel() // 64)
         sample = first.as_strided((first.numel() // step,), (step,))
@@ -666,8 +731,8 @@ class FusedDense:
             y = F.linear(x, weight, bias)
             return y if activation is None else activation(y)
         if activation is not None and activation.is_relu:
-            return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "relu", [], "")
-        y = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+            return _product(x, weight, bias, "relu")
+        y = _product(x, weight, bias)
         return y if activation is None else activation(y)
 
     def _constants(self, fuses: bool) -> tuple[Tensor, Tensor | None]:
@@ -700,10 +765,16 @@ class Step:
 
 @dataclass(frozen=True)
 class Segment:
-    """Steps that run one after the other; `grouped`, also for some of the images at a time."""
+    """Steps that run one after the other.
+
+    Attributes:
+        grouped: they may run for some of the images at a time.
+        checkpoint: backward runs them again.
+    """
 
     steps: list[Step]
     grouped: bool
+    checkpoint: bool = False
 
 
 FRESH = (BatchNorm, Conv2D, Dense, Merge)  # their backward doesn't need what they return
@@ -745,6 +816,8 @@ class Graph(nn.Module):
         self.outputs = tuple(numbers[id(tensor)] for tensor in model.outputs)
         self._allow_in_place(steps)
         self.segments = self._segments(steps, BY_IMAGE)
+        if format.checkpoint:
+            self.segments = self._blocks(steps)
         self.inference = self._segments(self._fuse(steps), (*BY_IMAGE, BatchNorm, Dropout))
         self.group_sizes: dict[Any, int] = {}
 
@@ -817,16 +890,22 @@ class Graph(nn.Module):
             segments.append(_segment(steps[start:], grouped and len(live) == 1))
         return segments
 
+    def _blocks(self, steps: list[Step]) -> list[Segment]:
+        """Cut the steps after pools only; those with convolutions run again in backward.
+
+        Chen et al., "Training Deep Nets with Sublinear Memory Cost", 2016.
+        """
+        blocks = []
+        for segment in self._segments(steps, (nn.Module,)):
+            by_image = all(isinstance(step.run, BY_IMAGE) for step in segment.steps)
+            # Keras's layers may draw random numbers, or count, in ways of their own.
+            again = _convolves(segment.steps) and not _modules(segment.steps, KerasLayer)
+            blocks.append(Segment(segment.steps, segment.grouped and by_image, again))
+        return blocks
+
     def _infers(self) -> bool:
         """Whether only the outputs are asked for, and of real tensors."""
-        return not (
-            self.training
-            or torch.is_grad_enabled()
-            or torch.compiler.is_compiling()
-            or torch.jit.is_tracing()
-            or torch.is_autocast_enabled("cpu")
-            or torch.is_autocast_enabled("cuda")
-        )
+        return not (self.training or torch.is_grad_enabled() or _is_recorded())
 
     def forward(self, *inputs: Tensor) -> list[Tensor]:
         values = dict(zip(self.inputs, inputs, strict=True))
@@ -834,40 +913,83 @@ class Graph(nn.Module):
         on_cpu = on_cpu and len(inputs[0]) > 0  # of an empty batch there are no groups
         for segment in self.inference if self._infers() else self.segments:
             if segment.grouped and on_cpu:
-                self._run_in_groups(segment.steps, values)
+                self._run_in_groups(segment, values)
             else:
-                _run(segment.steps, values)
+                _run_segment(segment, values)
         return [values[i] for i in self.outputs]
 
-    def _run_in_groups(self, steps: list[Step], values: dict[int, Tensor]) -> None:
-        """Run steps that have one value in and one out for a few images after the other.
+    def _run_in_groups(self, segment: Segment, values: dict[int, Tensor]) -> None:
+        """Run a segment that has one value in and one out for a few images after the other.
 
         What one layer writes is then still in the cache when the next reads it, and memory is
         used again instead of being taken from the system for each large activation.
         """
-        (number,) = steps[0].inputs
-        (result,) = steps[-1].outputs
+        (number,) = segment.steps[0].inputs
+        (result,) = segment.steps[-1].outputs
         x = values.pop(number)
         if x.shape[1:] not in self.group_sizes:
             # Before the first batch, so that the same batch always runs in the same groups: a
             # kernel's last bit depends on how many images it is given.
             sizes = [1]
             with torch.no_grad():
-                _run(steps, {number: x[:1]}, sizes)
+                _run(segment.steps, {number: x[:1]}, sizes)
             size = max(1, GROUP_BYTES * torch.get_num_threads() // max(sizes))
             self.group_sizes[x.shape[1:]] = size
         parts: list[Tensor] = []
         size = self.group_sizes[x.shape[1:]]
-        for done in range(0, len(x), size):
-            part = {number: x[done : done + size]}
-            _run(steps, part)
+        # Gradients of slices would be added up, each as large as x; those of a split are joined.
+        for group in x.split(size) if len(x) > size else (x,):
+            part = {number: group}
+            _run_segment(segment, part)
             parts.append(part[result])
         values[result] = parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
+def _convolves(steps: list[Step]) -> bool:
+    return any(isinstance(step.run, Conv2D | FusedConv2D) for step in steps)
+
+
+def _modules(steps: list[Step], kind: type[nn.Module]) -> list[Any]:
+    """The modules of a kind in steps of training, also those inside of others."""
+    runs: list[Any] = [step.run for step in steps]
+    return [module for run in runs for module in run.modules() if isinstance(module, kind)]
+
+
 def _segment(steps: list[Step], grouped: bool) -> Segment:
-    convolves = any(isinstance(step.run, Conv2D | FusedConv2D) for step in steps)
-    return Segment(steps, grouped and convolves)
+    return Segment(steps, grouped and _convolves(steps))
+
+
+def _run_segment(segment: Segment, values: dict[int, Tensor]) -> None:
+    """Run a segment's steps; `values` keeps what is needed later."""
+    # A compiler decides by itself what is computed again.
+    if not segment.checkpoint or torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        _run(segment.steps, values)
+        return
+
+    def run(*inputs: Tensor) -> dict[int, Tensor]:
+        inside = dict(zip(numbers, inputs, strict=True))
+        _run(segment.steps, inside)
+        return inside
+
+    taken = {i for step in segment.steps for i in step.inputs}
+    numbers = [i for i in values if i in taken]
+    inputs = [values.pop(i) for i in numbers]
+    values |= checkpoint(
+        run, *inputs, use_reentrant=False, context_fn=lambda: (nullcontext(), _again(segment.steps))
+    )
+
+
+@contextmanager
+def _again(steps: list[Step]) -> Iterator[None]:
+    """Let batch norm leave its moving statistics alone, which have counted this batch."""
+    norms = _modules(steps, BatchNorm)
+    for norm in norms:
+        norm.again = True
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.again = False
 
 
 def _run(steps: list[Step], values: dict[int, Tensor], sizes: list[int] | None = None) -> None:
@@ -939,9 +1061,20 @@ def _functional(model: Any) -> Functional | None:
 class Lowered(Graph):
     """What `lower` returns: takes and returns what the Keras model does."""
 
-    def __init__(self, model: Functional, format: Format, data_format: str) -> None:
+    def __init__(
+        self,
+        model: keras.Function,
+        format: Format,
+        data_format: str,
+        *,
+        any_size: bool = False,
+        cuda_graphs: bool = False,
+    ) -> None:
         super().__init__(model, format)
-        self.data_format = data_format
+        self.data_format, self.cuda_graphs = data_format, cuda_graphs
+        # By the inputs' shapes and layouts; all are of the parameters that had this state.
+        self.captured: dict[Any, tuple[torch.cuda.CUDAGraph, list[Tensor], list[Tensor]]] = {}
+        self.captured_state: Any = None
         self.input_dtypes = [getattr(torch, x.dtype) for x in model.inputs]
         # Shapes as the caller has them: the Keras model's, unless asked for the other layout.
         axes = {(True, "channels_first"): (0, 3, 1, 2), (False, "channels_last"): (0, 2, 3, 1)}
@@ -950,6 +1083,14 @@ class Lowered(Graph):
             tuple(x.shape[i] for i in order) if len(x.shape) == 4 else tuple(x.shape)
             for x in model.inputs
         ]
+        if any_size:
+            channels = 3 if data_format == "channels_last" else 1
+            self.input_shapes = [
+                tuple(n if i == channels else None for i, n in enumerate(shape))
+                if len(shape) == 4
+                else shape
+                for shape in self.input_shapes
+            ]
         number = {id(tensor): i for i, tensor in enumerate(model.outputs)}
         self.structure = keras.tree.map_structure(lambda x: number[id(x)], model._outputs_struct)
 
@@ -984,16 +1125,75 @@ class Lowered(Graph):
                 )
             x = x.to(dtype)
             values.append(_to_torch(x) if self.data_format == "channels_last" else x)
-        outputs = super().forward(*values)
+        if self.cuda_graphs and self._infers() and all(x.is_cuda for x in values):
+            outputs = self._replay(values)
+        else:
+            outputs = super().forward(*values)
         if self.data_format == "channels_last":
             outputs = [_to_keras(y) for y in outputs]
         if isinstance(self.structure, int):
             return outputs[0]
         return keras.tree.map_structure(lambda i: outputs[i], self.structure)
 
+    def _replay(self, inputs: list[Tensor]) -> list[Tensor]:
+        """Run the CUDA graph of inference for inputs of these shapes and layouts."""
+        state = _state(self.parameters())
+        if state != self.captured_state:  # what was prepared of the parameters is out of date
+            self.captured, self.captured_state = {}, state
+        # What was made in inference mode can't be written to outside of it.
+        mode = torch.is_inference_mode_enabled()
+        key = (mode, *((x.shape, x.stride(), x.device) for x in inputs))
+        if key not in self.captured:
+            self.captured[key] = self._capture(inputs)
+        graph, static, outputs = self.captured[key]
+        for mine, given in zip(static, inputs, strict=True):
+            mine.copy_(given)
+        graph.replay()
+        return [y.clone() for y in outputs]  # the next replay overwrites them
+
+    def _capture(
+        self, inputs: list[Tensor]
+    ) -> tuple[torch.cuda.CUDAGraph, list[Tensor], list[Tensor]]:
+        """A CUDA graph of inference, and where it reads its inputs and writes its outputs.
+
+        As https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs describes.
+        """
+        with torch.cuda.device(inputs[0].device):
+            static = [x.clone() for x in inputs]
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):  # prepares weights; cuDNN and cuBLAS set themselves up
+                for _ in range(3):
+                    super().forward(*static)
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                outputs = super().forward(*static)
+        return graph, static, outputs
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"captured": {}, "captured_state": None}  # can't be copied
+
+    def torchvision_state_dict(self) -> dict[str, Tensor]:
+        """`state_dict` with torchvision's keys, shapes and order; of a VGG, whole or in part.
+
+        The tensors share the parameters' memory, but for fc1's kernel, which is a copy: torchvision
+        flattens the last map in another order.
+
+        Raises:
+            ValueError: layers that torchvision's VGG doesn't have.
+        """
+        tensors = {key.replace(".", "/"): value for key, value in self.state_dict().items()}
+        return conversion.keras_to_torchvision(tensors)
+
 
 def lower(
-    model: keras.Model, *, data_format: str | None = None, dtype: torch.dtype | None = None
+    model: keras.Model,
+    *,
+    data_format: str | None = None,
+    dtype: torch.dtype | None = None,
+    checkpoint: bool = False,
+    cuda_graphs: bool = False,
 ) -> Lowered:
     """Return a torch module that runs a Keras model on the model's own parameters.
 
@@ -1006,6 +1206,15 @@ def lower(
             "channels_first" (N, C, H, W); the Keras model's own by default.
         dtype: what layers compute in that Keras would run in float32, as a mixed dtype policy
             would do; the parameters stay as they are.
+        checkpoint: in training, keep only what pools put out and compute the activations between
+            them again in backward: the same gradients from a fraction of the memory, in up to a
+            third more time. Blocks in which a layer runs as Keras runs it are kept whole.
+        cuda_graphs: on a GPU, replay inference as a CUDA graph, which spares small batches the time
+            that it takes to launch each kernel. A graph, with memory of its own, is captured for
+            each shape of the inputs, and again when a parameter has changed.
+
+    Raises:
+        ValueError: a model that isn't a graph of layers, or an unknown data_format or dtype.
     """
     graph = _functional(model)
     if graph is None:
@@ -1014,6 +1223,34 @@ def lower(
             f"only a graph of layers can be lowered. Build the model from keras.Input, or call "
             f"the Keras model itself in the torch loop."
         )
+    _check(data_format, dtype)
+    own = layout(graph)
+    format = Format(own == "channels_last", dtype, checkpoint)
+    return Lowered(graph, format, data_format or own, cuda_graphs=cuda_graphs)
+
+
+def part(inputs: keras.KerasTensor, outputs: Any, *, data_format: str | None = None) -> Lowered:
+    """Lower what a Keras model does between its tensors, on its own Parameters.
+
+    The model isn't changed. Height and width may differ from the model's where its layers allow it.
+
+    Args:
+        inputs: where the part starts: `model.input`, or the `output` of a layer.
+        outputs: where it ends: one such tensor, or a list of them.
+        data_format: layout of 4-D inputs and outputs, as `lower` takes it.
+
+    Raises:
+        ValueError: a path from the model's input to `outputs` that goes around `inputs`.
+    """
+    _check(data_format)
+    function = keras.Function(inputs, outputs)  # makes no nodes, so `layer.output` stays what it is
+    own = layout(function)
+    return Lowered(
+        function, Format(own == "channels_last", None), data_format or own, any_size=True
+    )
+
+
+def _check(data_format: str | None, dtype: torch.dtype | None = None) -> None:
     if data_format not in (None, "channels_last", "channels_first"):
         raise ValueError(
             f"Received data_format={data_format!r}; expected 'channels_last' or 'channels_first'."
@@ -1022,15 +1259,14 @@ def lower(
         raise ValueError(
             f"Received dtype={dtype!r}; expected torch.float32, torch.bfloat16 or torch.float16."
         )
-    own = _data_format(graph)
-    return Lowered(graph, Format(own == "channels_last", dtype), data_format or own)
 
 
-def _data_format(model: keras.Model) -> str:
+def layout(model: keras.Function) -> str:
     """The layout that the model's spatial layers have; Flatten has an option of the same name."""
-    for layer in model._flatten_layers():
-        if hasattr(layer, "data_format") and not isinstance(layer, layers.Flatten):
-            return str(layer.data_format)
+    for operation in model.operations:
+        for layer in operation._flatten_layers() if isinstance(operation, keras.Layer) else ():
+            if hasattr(layer, "data_format") and not isinstance(layer, layers.Flatten):
+                return str(layer.data_format)
     return str(keras.config.image_data_format())
 
 
