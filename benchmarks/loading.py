@@ -28,8 +28,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:  # the parent process stays small, and each way imports what it needs itself
     import torch
 
-FIRST = ("first load", "conversion")  # without a converted copy from before
-WAYS = ("vggtorch", "torchvision", "torchvision mmap", "keras.applications", *FIRST, "copy")
+# What is forgotten before a load: everything; or the converted copy, but not the hash of the file,
+# which was taken when it was downloaded.
+FORGOTTEN = {"first load": "home", "conversion": "home/converted"}
+WAYS = ("vggtorch", "torchvision", "torchvision mmap", "keras.applications", *FORGOTTEN, "copy")
 
 
 def resident(field: str) -> float:
@@ -151,8 +153,8 @@ def measure(folder: Path, rounds: int) -> None:
     for _ in range(rounds):
         for way in WAYS:
             # Giving the room of an old file back may take longer than writing the new one.
-            if way in FIRST:
-                shutil.rmtree(folder / "home")
+            if way in FORGOTTEN:
+                shutil.rmtree(folder / FORGOTTEN[way])
             elif way == "copy":
                 (folder / "copy").unlink(missing_ok=True)
             measured[way].append(json.loads(run("--child", way, folder)))

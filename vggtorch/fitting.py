@@ -550,9 +550,9 @@ def fit_(
         raise ValueError(f"The new layers {new_layers} have no trainable weights to fit.")
 
     old, new = zip(*(region.behind[name] for name in names), strict=True)
-    above = keras.Function(original.inputs, list(old))
+    prefix = keras.Function(original.inputs, list(old))
     pixels = pixels.to(trained[0].device)
-    if lowering.layout(above) == "channels_last":
+    if lowering.layout(prefix) == "channels_last":
         pixels = pixels.permute(0, 3, 1, 2)  # NHWC -> NCHW view
     generator = torch.Generator().manual_seed(seed)
     pixels = pixels[torch.randperm(len(pixels), generator=generator).to(pixels.device)]
@@ -561,7 +561,7 @@ def fit_(
     reference, tail = _part(region.old[0], old), _part(region.new[0], new)
     # Layers that know the size of the map they get leave no choice but whole images.
     sized = keras.layers.Flatten | keras.layers.Reshape
-    whole = any(isinstance(operation, sized) for operation in above.operations)
+    whole = any(isinstance(operation, sized) for operation in prefix.operations)
     size = max(pixels.shape[2:]) if whole else CROP
 
     enter: nn.Module | None = None

