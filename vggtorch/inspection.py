@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterable
@@ -206,6 +207,13 @@ def _median(run: Callable[[], Any], device: torch.device, repeats: int) -> float
     return statistics.median(seconds)
 
 
+def _product_flops(
+    x: tuple[int, ...], weight: tuple[int, ...], *_: Any, out_shape: tuple[int, ...]
+) -> int:
+    """Operations of (N, in) times (out, in)."""
+    return 2 * math.prod(x) * weight[0]
+
+
 def _count(
     module: nn.Module, example: Any
 ) -> tuple[dict[str, int], dict[str, tuple[int, ...]], dict[str, int]]:
@@ -216,7 +224,10 @@ def _count(
     hooks = []
     with torch.enable_grad():  # layers one by one; without gradients several run as one
         module(example)  # finds out first how many images run at a time
-    with FlopCounterMode(display=False) as counter:
+    # The counter knows torch's own operations, not oneDNN's product.
+    product = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+    mapping = {product: _product_flops} if product else {}
+    with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
         for name, child in module.named_children():
 
             def before(_: nn.Module, __: Any, name: str = name) -> None:

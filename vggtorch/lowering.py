@@ -226,7 +226,7 @@ class Dense(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x, kernel = _cast(x, self.dtype), _cast(self.kernel, self.dtype)
         bias = None if self.bias is None else _cast(self.bias, self.dtype)
-        if x.ndim == 2 and len(x) and not _is_recorded() and _fuses(x, self.dtype):
+        if not _is_recorded() and x.ndim == 2 and len(x) and _fuses(x, self.dtype):
             y = Product.apply(x, kernel, bias)
         else:
             y = F.linear(x, kernel.t(), bias)
