@@ -484,6 +484,20 @@ def test_damaged_copy_is_made_again(tmp_path: Path) -> None:
         sources.converted(path, never)
 
 
+def test_copy_of_another_layout_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.pth"
+    sources.write(path, first_block())
+    with monkeypatch.context() as earlier:
+        earlier.setattr(sources, "_LAYOUT", "another version's")
+        sources.converted(path, to_keras)
+    with pytest.raises(AssertionError, match="converted once more"):
+        sources.converted(path, never)
+    sources.converted(path, to_keras)
+    sources.converted(path, never)
+
+
 def test_flattening_fc1_of_a_copy_costs_no_memory(tmp_path: Path) -> None:
     # fc1 of a network whose last map is 2x2: its rows go from C, H, W to H, W, C.
     generator = torch.Generator().manual_seed(0)
