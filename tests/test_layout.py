@@ -20,6 +20,8 @@ ORDER = [
     "sources",
     "conversion",
     "models",
+    "kernels",
+    "modules",
     "lowering",
     "composition",
     "fitting",

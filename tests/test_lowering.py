@@ -19,7 +19,8 @@ import keras
 from keras import layers
 
 from vggtorch import lowering
-from vggtorch.lowering import KerasLayer, Product, accelerate_, lower, part
+from vggtorch.lowering import accelerate_, lower, part
+from vggtorch.modules import KerasLayer
 
 APPLICATIONS = {  # name: image size, layers of it that run as Keras runs them
     "VGG16": (32, 0),
@@ -156,25 +157,6 @@ def test_images_in_groups(monkeypatch: pytest.MonkeyPatch) -> None:
         assert_close(actual, value, 1e-4)
     with torch.no_grad():
         assert_close(lowered.eval()(x), model(x, training=False))
-
-
-def test_onednns_product_has_torchs_gradients_and_those_of_gradients() -> None:
-    x = torch.randn(5, 20, requires_grad=True)
-    kernel = torch.randn(7, 20).t().requires_grad_()
-    bias = torch.randn(7, requires_grad=True)
-    for b in (bias, None):
-        inputs = [t for t in (x, kernel, b) if t is not None]
-        found = []
-        for y in (Product.apply(x, kernel, b), F.linear(x, kernel.t(), b)):
-            grads = torch.autograd.grad(y.square().sum(), inputs, create_graph=True)
-            penalty = torch.stack([g.square().sum() for g in grads]).sum()
-            found.append([y, *grads, *torch.autograd.grad(penalty, inputs)])
-        for actual, expected in zip(*found, strict=True):
-            assert_close(actual.detach(), expected.detach())
-            assert actual.stride() == expected.stride()
-        first = torch.autograd.grad(Product.apply(x, kernel, b).square().sum(), inputs)
-        for actual, expected in zip(first, found[1][1:], strict=False):
-            assert_close(actual, expected.detach())
 
 
 def test_a_batch_without_images() -> None:

@@ -495,15 +495,15 @@ def test_a_gradient_that_is_not_finite_stops(config):
     head = model.get_layer("predictions")
     real = type(head).call
     head.call = lambda x, training=None: Root.apply(real(head, x))
-    from vggtorch import lowering
+    from vggtorch import modules
 
-    handlers = dict(lowering.HANDLERS)
-    lowering.HANDLERS.pop(keras.layers.Dense)
+    handlers = dict(modules.HANDLERS)
+    modules.HANDLERS.pop(keras.layers.Dense)
     try:
         with pytest.raises(FloatingPointError, match="norm of its gradient"):
             finetune(model, dataset(), config=config)
     finally:
-        lowering.HANDLERS.update(handlers)
+        modules.HANDLERS.update(handlers)
     assert all(map(np.array_equal, tiny.weights(model), before))
 
 

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vggtorch import lowering
+from vggtorch import lowering, modules
 from vggtorch.composition import POINTWISE, SKIPPED, compose_
 
 CROP = 96  # height and width of the crops that a fit trains on
@@ -167,7 +167,7 @@ def _matched(region: _Region) -> list[str]:
 
 # Parts of the graphs as torch modules
 
-Linear = lowering.Conv2D | lowering.Dense
+Linear = modules.Conv2D | modules.Dense
 
 
 def _part(start: keras.KerasTensor, ends: Sequence[keras.KerasTensor]) -> lowering.Lowered:
@@ -220,7 +220,7 @@ def _in_batches(graph: nn.Module, x: Tensor) -> list[Tensor]:
 
 def _matrix(module: Linear, kernel: Tensor) -> Tensor:
     """A kernel, or its gradient, as (inputs of one output, outputs); rows as in `_patches`."""
-    if isinstance(module, lowering.Dense):
+    if isinstance(module, modules.Dense):
         return kernel
     if module.depthwise:
         return kernel.flatten(2).flatten(0, 1)  # HWCM -> (HW, CM)
@@ -229,7 +229,7 @@ def _matrix(module: Linear, kernel: Tensor) -> Tensor:
 
 def _kernel(module: Linear, matrix: Tensor) -> Tensor:
     """The inverse of `_matrix`."""
-    if isinstance(module, lowering.Dense) or module.depthwise:
+    if isinstance(module, modules.Dense) or module.depthwise:
         return matrix.reshape(module.kernel.shape)
     height, width, inputs, outputs = module.kernel.shape
     return matrix.reshape(inputs, height, width, outputs).permute(1, 2, 0, 3)
@@ -237,7 +237,7 @@ def _kernel(module: Linear, matrix: Tensor) -> Tensor:
 
 def _patches(module: Linear, x: Tensor) -> Tensor:
     """What meets the kernel at each position, and a one for the bias: (positions, inputs + 1)."""
-    if isinstance(module, lowering.Dense):
+    if isinstance(module, modules.Dense):
         rows = x.flatten(0, -2)
     else:
         x, padding = module.pad(x)

@@ -1,635 +1,63 @@
 """A Keras model as a plain torch.nn.Module on the very same parameters, run the fast way.
 
-How it works, in the order of this file:
+How it works, in the order of this file, on the modules of vggtorch/modules.py:
 
-1. Each kind of Keras layer has a small torch module (`Conv2D`, `Dense`, ...) that holds the layer's
-   own Parameters. Every 4-D tensor of a channels_last model is an NCHW view of NHWC memory here,
-   which torch calls channels-last, so that going from one layout to the other never copies.
-2. `HANDLERS` maps layer types to those modules; a layer that has no handler is wrapped in
-   `KerasLayer`, which calls it as Keras does: correct and slower.
-3. In inference a convolution, its batch norm and its ReLU are one kernel, on a weight that was
+1. In inference a convolution, its batch norm and its ReLU are one kernel, on a weight that was
    prepared once.
-4. `Graph` runs the modules in the order of the Functional graph: one list of steps for training,
+2. `Graph` runs the modules in the order of the Functional graph: one list of steps for training,
    one for inference.
-5. `Lowered` is the outermost graph: it takes and returns what the Keras model does. `lower` makes
+3. `Lowered` is the outermost graph: it takes and returns what the Keras model does. `lower` makes
    it of a model, `part` of a part of one, and `accelerate_` puts it inside the Keras model itself.
 """
 
 # ruff: noqa: D102  (forward does what its class says)
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from functools import partial, reduce
 from typing import Any
 
 import keras
 import torch
 import torch.nn.functional as F
-from keras import activations, layers
+from keras import layers
 from keras.src.backend.common.stateless_scope import in_stateless_scope
 from keras.src.models.functional import Functional
 from keras.src.ops.symbolic_arguments import SymbolicArguments
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from vggtorch import conversion
+from vggtorch import conversion, kernels
+from vggtorch.kernels import is_recorded
+from vggtorch.modules import (
+    HANDLERS,
+    Activate,
+    BatchNorm,
+    Conv2D,
+    Dense,
+    Dropout,
+    Flatten,
+    Format,
+    GlobalPool2D,
+    KerasLayer,
+    Merge,
+    Pool2D,
+    Rescale,
+    ZeroPadding2D,
+    cast,
+    lay_out_,
+    to_keras,
+    to_torch,
+)
 
 # While images run through the convolutions in groups, a group's largest activation has about this
 # many bytes for each thread, so that the next layer still finds it in the cache.
 GROUP_BYTES = 8 << 20
 
 
-# 1. Layers
-
-
-@dataclass(frozen=True)
-class Format:
-    """What is true of a whole graph: its layout, what it computes in, what backward keeps.
-
-    Attributes:
-        channels_last: 4-D tensors are NHWC in Keras, so NCHW views of NHWC memory here.
-        dtype: computes in this dtype where Keras would in float32; None leaves it to Keras.
-        checkpoint: backward computes activations between pools again instead of keeping them.
-    """
-
-    channels_last: bool
-    dtype: torch.dtype | None
-    checkpoint: bool = False
-
-    def axis(self, axis: int, rank: int) -> int:
-        """Where an axis of a Keras tensor is here."""
-        return (0, 2, 3, 1)[axis % 4] if rank == 4 and self.channels_last else axis % rank
-
-    def compute_dtype(self, layer: keras.Layer) -> torch.dtype:
-        """What the layer computes in."""
-        dtype: torch.dtype = getattr(torch, layer.compute_dtype)
-        return self.dtype if dtype == torch.float32 and self.dtype is not None else dtype
-
-
-def _lay_out_(kernel: nn.Parameter) -> None:
-    """Put a kernel's numbers in O, H, W, I order in memory; same Parameter, shape and values.
-
-    A kernel (H, W, I, O) permuted to OIHW is then in torch's channels-last order, and one of
-    (I, O) transposed is contiguous, so that torch's operations take them as they are.
-    """
-    rank = kernel.ndim
-    outputs_first = kernel.detach().permute(rank - 1, *range(rank - 1))
-    if not outputs_first.is_contiguous():
-        kernel.data = outputs_first.contiguous().permute(*range(1, rank), 0)
-
-
-def _to_torch(x: Tensor) -> Tensor:
-    """NHWC -> NCHW, a view."""
-    return x.permute(0, 3, 1, 2) if x.ndim == 4 else x
-
-
-def _to_keras(x: Tensor) -> Tensor:
-    """NCHW -> NHWC, a view."""
-    return x.permute(0, 2, 3, 1) if x.ndim == 4 else x
-
-
-def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """What Keras does to a layer's input; under torch.autocast the operation itself decides."""
-    if x.dtype == dtype or not x.is_floating_point() or torch.is_autocast_enabled(x.device.type):
-        return x
-    return x.to(dtype)
-
-
-def _same_padding(
-    size: Sequence[int],
-    kernel: Sequence[int],
-    stride: Sequence[int],
-    dilation: Sequence[int] = (1, 1),
-) -> list[tuple[int, int]]:
-    """Rows before and after, columns before and after, that Keras's padding="same" adds."""
-    padding = []
-    for n, k, s, d in zip(size, kernel, stride, dilation, strict=True):
-        total = max(0, (-(-n // s) - 1) * s + (k - 1) * d + 1 - n)
-        padding.append((total // 2, total - total // 2))
-    return padding
-
-
-def _pad(x: Tensor, padding: list[tuple[int, int]], mode: str) -> tuple[Tensor, tuple[int, int]]:
-    """Leave even padding to the operation; pad here what is uneven."""
-    (top, bottom), (left, right) = padding
-    if top == bottom and left == right:
-        return x, (top, left)
-    return F.pad(x, (left, right, top, bottom), mode=mode), (0, 0)
-
-
-# Keras's activations as torch has them. Those of ELEMENTWISE run in any layout; the others, and
-# whatever isn't here and runs as the Keras function, on the Keras layout.
-ELEMENTWISE: dict[Any, Callable[[Tensor], Tensor]] = {
-    activations.relu: F.relu,
-    activations.relu6: F.relu6,
-    activations.sigmoid: torch.sigmoid,
-    activations.hard_sigmoid: F.hardsigmoid,
-    activations.tanh: torch.tanh,
-    activations.silu: F.silu,
-    activations.hard_silu: F.hardswish,
-    activations.elu: F.elu,
-    activations.softplus: F.softplus,
-}
-LAST_AXIS: dict[Any, Callable[[Tensor], Tensor]] = {
-    activations.softmax: partial(torch.softmax, dim=-1),
-    activations.log_softmax: partial(torch.log_softmax, dim=-1),
-}
-
-
-class Activate(nn.Module):
-    """An activation function; `inplace` lets a ReLU overwrite its input."""
-
-    def __init__(self, function: Any, layer: keras.Layer, format: Format) -> None:
-        super().__init__()
-        self.function = ELEMENTWISE.get(function) or LAST_AXIS.get(function, function)
-        self.any_layout = function in ELEMENTWISE or not format.channels_last
-        self.is_relu = function is activations.relu
-        self.inplace = True  # unless the graph finds that its input is needed
-        self.dtype = format.compute_dtype(layer)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = _cast(x, self.dtype)
-        if self.is_relu:
-            return F.relu_(x) if self.inplace else F.relu(x)
-        if self.any_layout:
-            return self.function(x)
-        return _to_torch(self.function(_to_keras(x)))
-
-
-def _activation(layer: keras.Layer, format: Format) -> Activate | None:
-    """The activation at the end of a layer, which may overwrite what the layer has computed."""
-    if layer.activation is None or layer.activation is activations.linear:
-        return None
-    return Activate(layer.activation, layer, format)
-
-
-class Conv2D(nn.Module):
-    """Convolution, bias and activation in one; x is (N, C, H, W), the kernel HWIO as in Keras.
-
-    A depthwise kernel is (H, W, C, multiplier).
-    """
-
-    def __init__(
-        self,
-        kernel: nn.Parameter,
-        bias: nn.Parameter | None,
-        activation: Activate | None,
-        *,
-        stride: tuple[int, int],
-        dilation: tuple[int, int],
-        same: bool,
-        depthwise: bool,
-        dtype: torch.dtype,
-    ) -> None:
-        super().__init__()
-        self.kernel, self.bias, self.activation = kernel, bias, activation
-        self.stride, self.dilation, self.same = stride, dilation, same
-        self.depthwise, self.dtype = depthwise, dtype
-        _lay_out_(kernel)
-
-    def weight(self) -> Tensor:
-        """The kernel as torch has it, (O, I, H, W): a view."""
-        kernel = self.kernel.flatten(2).unsqueeze(2) if self.depthwise else self.kernel
-        return kernel.permute(3, 2, 0, 1)
-
-    def pad(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        """The input and what the convolution itself must pad it by."""
-        if not self.same:
-            return x, (0, 0)
-        size = self.kernel.shape[:2]
-        padding = _same_padding(x.shape[2:], size, self.stride, self.dilation)
-        return _pad(x, padding, "constant")
-
-    def forward(self, x: Tensor) -> Tensor:
-        x, padding = self.pad(_cast(x, self.dtype))
-        weight = _cast(self.weight(), self.dtype)
-        bias = None if self.bias is None else _cast(self.bias, self.dtype)
-        groups = x.shape[1] // weight.shape[1]
-        y = F.conv2d(x, weight, bias, self.stride, padding, self.dilation, groups)
-        return y if self.activation is None else self.activation(y)
-
-
-class Dense(nn.Module):
-    """Product with the (in, out) kernel, bias and activation, over the last axis."""
-
-    def __init__(self, layer: keras.Layer, format: Format) -> None:
-        super().__init__()
-        self.kernel = layer.kernel.value
-        self.bias = None if layer.bias is None else layer.bias.value
-        self.dtype = format.compute_dtype(layer)
-        self.activation = _activation(layer, format)
-        _lay_out_(self.kernel)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x, kernel = _cast(x, self.dtype), _cast(self.kernel, self.dtype)
-        bias = None if self.bias is None else _cast(self.bias, self.dtype)
-        if not _is_recorded() and x.ndim == 2 and len(x) and _fuses(x, self.dtype):
-            y = Product.apply(x, kernel, bias)
-        else:
-            y = F.linear(x, kernel.t(), bias)
-        return y if self.activation is None else self.activation(y)
-
-
-class _SumOverProcesses(torch.autograd.Function):
-    """The sum of a tensor over all processes; so is the gradient with respect to it."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        total = x.clone()
-        torch.distributed.all_reduce(total)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
-        return _SumOverProcesses.forward(ctx, gradient)
-
-
-class Product(torch.autograd.Function):
-    """x (N, in) times kernel (in, out) plus bias by oneDNN, which is faster than torch's product.
-
-    The kernel is a view of (out, in) memory, and so is its gradient. Forward-mode differentiation
-    needs `torch.backends.mkldnn.flags(enabled=False)`.
-    """
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
-        return _product(x, kernel.t(), bias)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs[:2])
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, kernel = ctx.saved_tensors
-        of_x, of_kernel, of_bias = ctx.needs_input_grad
-        # oneDNN's product has no gradient of its own, which create_graph=True would need.
-        product = torch.matmul if torch.is_grad_enabled() else _matmul
-        return (
-            product(grad, kernel.t()) if of_x else None,
-            product(grad.t(), x).t() if of_kernel else None,
-            grad.sum(0) if of_bias else None,
-        )
-
-
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str = "none") -> Tensor:
-    """x (N, in) times weight (out, in), and what follows, in oneDNN."""
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, activation, [], "")
-
-
-def _matmul(a: Tensor, b: Tensor) -> Tensor:
-    return _product(a, b.t(), None)  # in whatever order the numbers are: a copy would take longer
-
-
-class BatchNorm(nn.Module):
-    """Batch norm with Keras's rules: biased variance, and inference where it is not trainable.
-
-    `synchronized` trains on the mean and variance of all processes' images together.
-    """
-
-    def __init__(self, layer: keras.Layer, format: Format) -> None:
-        super().__init__()
-        self.gamma = layer.gamma.value if layer.scale else None
-        self.beta = layer.beta.value if layer.center else None
-        self.moving_mean = layer.moving_mean.value
-        self.moving_variance = layer.moving_variance.value
-        self.momentum, self.epsilon = layer.momentum, layer.epsilon
-        self.dtype = format.compute_dtype(layer)
-        self.layer = (layer,)  # in a tuple, which keeps it from being a submodule
-        self.synchronized = False
-        self.again = False  # whether checkpointing runs a batch for the second time
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = _cast(x, self.dtype)
-        if not (self.training and self.layer[0].trainable):
-            return F.batch_norm(
-                x, self.moving_mean, self.moving_variance, self.gamma, self.beta, eps=self.epsilon
-            )
-        if self.synchronized:
-            return self._over_processes(x)
-        # torch would keep the unbiased variance; ask it for the batch's own and undo that.
-        n = x.numel() // x.shape[1]
-        mean, variance = torch.zeros_like(self.moving_mean), torch.zeros_like(self.moving_mean)
-        y = torch.batch_norm(
-            x, self.gamma, self.beta, mean, variance, True, 1.0, self.epsilon,
-            torch.backends.cudnn.enabled,
-        )  # fmt: skip
-        with torch.no_grad():
-            variance = variance * ((n - 1) / n) if n > 1 else torch.zeros_like(variance)
-        self._keep(mean, variance)
-        return y
-
-    def _over_processes(self, x: Tensor) -> Tensor:
-        """Normalise a process's part of a batch, which may be empty, by the whole batch's moments.
-
-        torch.nn.SyncBatchNorm does so on GPUs only.
-        """
-        wide = x.float()
-        axes = [axis for axis in range(x.ndim) if axis != 1]
-        shape = [-1 if axis == 1 else 1 for axis in range(x.ndim)]
-        count = _SumOverProcesses.apply(wide.new_tensor(x.numel() // x.shape[1]))
-        mean = _SumOverProcesses.apply(wide.sum(axes)) / count
-        centred = wide - mean.view(shape)
-        variance = _SumOverProcesses.apply(centred.square().sum(axes)) / count
-        scale = torch.rsqrt(variance + self.epsilon)
-        if self.gamma is not None:
-            scale = scale * self.gamma
-        y = centred * scale.view(shape)
-        if self.beta is not None:
-            y = y + self.beta.view(shape)
-        self._keep(mean, variance)
-        return y.to(x.dtype)
-
-    @torch.no_grad()
-    def _keep(self, mean: Tensor, variance: Tensor) -> None:
-        """Let the moving mean and variance follow those of a batch, once."""
-        if self.again:
-            return
-        self.moving_mean.lerp_(mean, 1 - self.momentum)
-        self.moving_variance.lerp_(variance, 1 - self.momentum)
-
-
-class Pool2D(nn.Module):
-    """Maximum or average over windows; x is (N, C, H, W)."""
-
-    def __init__(self, layer: keras.Layer, format: Format) -> None:
-        super().__init__()
-        self.maximum = isinstance(layer, layers.MaxPooling2D)
-        self.size, self.stride = tuple(layer.pool_size), tuple(layer.strides)
-        self.same = layer.padding == "same"
-        self.dtype = format.compute_dtype(layer)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x, padding = _cast(x, self.dtype), (0, 0)
-        if self.same:
-            padded = _same_padding(x.shape[2:], self.size, self.stride)
-            x, padding = _pad(x, padded, "replicate")  # as Keras does
-        if self.maximum:
-            return F.max_pool2d(x, self.size, self.stride, padding)
-        return F.avg_pool2d(x, self.size, self.stride, padding, count_include_pad=False)
-
-
-class GlobalPool2D(nn.Module):
-    """Maximum or average over each whole map; x is (N, C, H, W)."""
-
-    def __init__(self, layer: keras.Layer, format: Format) -> None:
-        super().__init__()
-        self.maximum = isinstance(layer, layers.GlobalMaxPooling2D)
-        self.keepdim = layer.keepdims
-        self.dtype = format.compute_dtype(layer)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = _cast(x, self.dtype)
-        return (torch.amax if self.maximum else torch.mean)(x, (2, 3), self.keepdim)
-
-
-class ZeroPadding2D(nn.Module):
-    """Zeros around each map; x is (N, C, H, W)."""
-
-    def __init__(self, layer: keras.Layer, format: Format) -> None:
-        super().__init__()
-        (top, bottom), (left, right) = layer.padding
-        self.padding = (left, right, top, bottom)
-        self.dtype = format.compute_dtype(layer)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.pad(_cast(x, self.dtype), self.padding)
-
-
-class Flatten(nn.Module):
-    """All but the batch as one axis; in NHWC order, as Keras has it, a view of NHWC memory."""
-
-    def __init__(self, nhwc: bool) -> None:
-        super().__init__()
-        self.nhwc = nhwc
-
-    def forward(self, x: Tensor) -> Tensor:
-        return (_to_keras(x) if self.nhwc else x).flatten(1)
-
-
-class Dropout(nn.Module):
-    """Dropout from torch's global generator, as Keras's Dropout without a seed."""
-
-    def __init__(self, layer: keras.Layer, format: Format) -> None:
-        super().__init__()
-        self.rate = layer.rate
-        self.dtype = format.compute_dtype(layer)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.dropout(_cast(x, self.dtype), self.rate, self.training)
-
-
-class Merge(nn.Module):
-    """A sum, product, concatenation ... of tensors of one rank."""
-
-    def __init__(self, function: Callable[[list[Tensor]], Tensor], dtype: torch.dtype) -> None:
-        super().__init__()
-        self.function, self.dtype = function, dtype
-
-    def forward(self, *inputs: Tensor) -> Tensor:
-        return self.function([_cast(x, self.dtype) for x in inputs])
-
-
-class Rescale(nn.Module):
-    """x * scale + offset."""
-
-    def __init__(self, layer: keras.Layer, format: Format) -> None:
-        super().__init__()
-        self.scale, self.offset = layer.scale, layer.offset
-        self.dtype = format.compute_dtype(layer)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x.to(self.dtype) * self.scale + self.offset
-
-
-class KerasLayer(nn.Module):
-    """A layer, or an operation of keras.ops, that runs as Keras runs it, on Keras's layout."""
-
-    def __init__(self, operation: Any, format: Format) -> None:
-        super().__init__()
-        self.operation = (operation,)  # in a tuple, which keeps it from being a submodule
-        self.channels_last = format.channels_last
-        self.takes_training = getattr(operation, "_call_has_training_arg", False)
-        prefix = f"{getattr(operation, 'path', '')}/"
-        for variable in getattr(operation, "variables", ()):
-            name = variable.path.removeprefix(prefix).replace("/", "_").replace(".", "_")
-            self.register_parameter(name, variable.value)
-
-    def forward(self, arguments: SymbolicArguments, *inputs: Tensor) -> list[Tensor]:
-        values: Iterable[Tensor] = map(_to_keras, inputs) if self.channels_last else inputs
-        pairs = zip(arguments.keras_tensors, values, strict=True)
-        args, kwargs = arguments.fill_in({id(tensor): x for tensor, x in pairs})
-        if self.takes_training:
-            kwargs = kwargs | {"training": self.training}
-        outputs = keras.tree.flatten(self.operation[0](*args, **kwargs))
-        return [_to_torch(y) for y in outputs] if self.channels_last else outputs
-
-
-# 2. From layers to modules
-
-
-def _conv2d(layer: keras.Layer, format: Format, inputs: list[Any]) -> nn.Module | None:
-    if getattr(layer, "lora_enabled", False) or layer.quantization_mode is not None:
-        return None
-    return Conv2D(
-        layer.kernel.value,
-        None if layer.bias is None else layer.bias.value,
-        _activation(layer, format),
-        stride=tuple(layer.strides),
-        dilation=tuple(layer.dilation_rate),
-        same=layer.padding == "same",
-        depthwise=isinstance(layer, layers.DepthwiseConv2D),
-        dtype=format.compute_dtype(layer),
-    )
-
-
-def _separable_conv2d(layer: keras.Layer, format: Format, inputs: list[Any]) -> nn.Module:
-    depthwise = Conv2D(
-        layer.depthwise_kernel.value,
-        None,
-        None,
-        stride=tuple(layer.strides),
-        dilation=tuple(layer.dilation_rate),
-        same=layer.padding == "same",
-        depthwise=True,
-        dtype=format.compute_dtype(layer),
-    )
-    pointwise = Conv2D(
-        layer.pointwise_kernel.value,
-        None if layer.bias is None else layer.bias.value,
-        _activation(layer, format),
-        stride=(1, 1),
-        dilation=(1, 1),
-        same=False,
-        depthwise=False,
-        dtype=format.compute_dtype(layer),
-    )
-    return nn.Sequential(OrderedDict(depthwise=depthwise, pointwise=pointwise))
-
-
-def _dense(layer: keras.Layer, format: Format, inputs: list[Any]) -> nn.Module | None:
-    if layer.lora_enabled or layer.quantization_mode is not None or len(inputs[0].shape) == 4:
-        return None
-    return Dense(layer, format)
-
-
-def _batch_norm(layer: keras.Layer, format: Format, inputs: list[Any]) -> nn.Module | None:
-    rank = len(inputs[0].shape)
-    if getattr(layer, "renorm", False) or format.axis(layer.axis, rank) != 1:
-        return None
-    return BatchNorm(layer, format)
-
-
-def _activation_layer(layer: keras.Layer, format: Format, inputs: list[Any]) -> nn.Module:
-    return Activate(layer.activation, layer, format)
-
-
-def _relu(layer: keras.Layer, format: Format, inputs: list[Any]) -> nn.Module | None:
-    if layer.negative_slope or layer.threshold or layer.max_value not in (None, 6):
-        return None
-    relu = activations.relu if layer.max_value is None else activations.relu6
-    return Activate(relu, layer, format)
-
-
-def _dropout(layer: keras.Layer, format: Format, inputs: list[Any]) -> nn.Module | None:
-    if layer.seed is not None or layer.noise_shape is not None:
-        return None
-    return Dropout(layer, format)
-
-
-def _flatten(layer: keras.Layer, format: Format, inputs: list[Any]) -> nn.Module | None:
-    last = layer.data_format == "channels_last"
-    if len(inputs[0].shape) != 4:
-        return Flatten(nhwc=False) if last else None
-    if format.channels_last and not last:
-        return None
-    return Flatten(nhwc=format.channels_last or not last)  # channels_first: Keras transposes
-
-
-def _merge(layer: keras.Layer, format: Format, inputs: list[Any]) -> nn.Module | None:
-    ranks = {len(x.shape) for x in inputs}
-    if len(ranks) > 1 or len(inputs) < 2:
-        return None
-    function: Callable[[list[Tensor]], Tensor]
-    if isinstance(layer, layers.Concatenate):
-        function = partial(torch.cat, dim=format.axis(layer.axis, ranks.pop()))
-    else:
-        pair = {layers.Add: torch.add, layers.Multiply: torch.mul, layers.Subtract: torch.sub}
-        function = partial(reduce, pair[type(layer)])
-    return Merge(function, format.compute_dtype(layer))
-
-
-def _rescale(layer: keras.Layer, format: Format, inputs: list[Any]) -> nn.Module | None:
-    if not all(isinstance(x, int | float) for x in (layer.scale, layer.offset)):
-        return None
-    return Rescale(layer, format)
-
-
-def _module(kind: type[nn.Module]) -> Handler:
-    return lambda layer, format, inputs: kind(layer, format)
-
-
-# A handler makes the module for a layer that is called on `inputs` (KerasTensors), or returns None
-# where the layer is set to something that only Keras itself can do.
-Handler = Callable[[keras.Layer, Format, list[Any]], nn.Module | None]
-HANDLERS: dict[type[keras.Layer], Handler] = {
-    layers.Activation: _activation_layer,
-    layers.Add: _merge,
-    layers.AveragePooling2D: _module(Pool2D),
-    layers.BatchNormalization: _batch_norm,
-    layers.Concatenate: _merge,
-    layers.Conv2D: _conv2d,
-    layers.Dense: _dense,
-    layers.DepthwiseConv2D: _conv2d,
-    layers.Dropout: _dropout,
-    layers.Flatten: _flatten,
-    layers.GlobalAveragePooling2D: _module(GlobalPool2D),
-    layers.GlobalMaxPooling2D: _module(GlobalPool2D),
-    layers.MaxPooling2D: _module(Pool2D),
-    layers.Multiply: _merge,
-    layers.ReLU: _relu,
-    layers.Rescaling: _rescale,
-    layers.SeparableConv2D: _separable_conv2d,
-    layers.Subtract: _merge,
-    layers.ZeroPadding2D: _module(ZeroPadding2D),
-}
-
-
-# 3. Inference: what is constant is prepared once
-
-
-def _is_recorded() -> bool:
-    """Whether someone records or recasts what is called, so that it must be torch's operations."""
-    return (
-        torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
-        or torch.is_autocast_enabled("cpu")
-        or torch.is_autocast_enabled("cuda")
-    )
-
-
-def _onednn() -> bool:
-    """Whether this torch has oneDNN's fused convolution and product, which it keeps private."""
-    return (
-        torch.backends.mkldnn.is_available()
-        and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
-        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-        and hasattr(torch.ops.aten, "mkldnn_reorder_conv2d_weight")
-    )
-
-
-def _fuses(x: Tensor, dtype: torch.dtype) -> bool:
-    """Whether oneDNN's fused operations take this input."""
-    if x.device.type != "cpu" or not torch.backends.mkldnn.enabled or not _onednn():
-        return False
-    return dtype == torch.float32 or (
-        dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    )
+# 1. Inference: what is constant is prepared once
 
 
 def _state(parameters: Iterable[nn.Parameter]) -> list[tuple[int, int]]:
@@ -676,19 +104,18 @@ class FusedConv2D:
 
     def __call__(self, x: Tensor) -> Tensor:
         conv = self.conv
-        x = _cast(x, conv.dtype).contiguous(memory_format=torch.channels_last)
+        x = cast(x, conv.dtype).contiguous(memory_format=torch.channels_last)
         x, padding = conv.pad(x)
-        fuses = _fuses(x, conv.dtype)
+        fuses = kernels.fuses(x, conv.dtype)
         weight, bias, groups = self.constants(fuses, x, padding)
+        options = conv.stride, padding, conv.dilation, groups
         if not fuses:
-            y = F.conv2d(x, weight, bias, conv.stride, padding, conv.dilation, groups)
+            y = F.conv2d(x, weight, bias, *options)
             return y if self.activation is None else self.activation(y)
-        relu = self.activation is not None and self.activation.is_relu
-        y = torch.ops.mkldnn._convolution_pointwise(
-            x, weight, bias, padding, conv.stride, conv.dilation, groups,
-            "relu" if relu else "none", [], "",
-        )  # fmt: skip
-        return y if relu or self.activation is None else self.activation(y)
+        if self.activation is not None and self.activation.is_relu:
+            return kernels.conv2d(x, weight, bias, *options, "relu")
+        y = kernels.conv2d(x, weight, bias, *options)
+        return y if self.activation is None else self.activation(y)
 
     def _constants(
         self, fuses: bool, x: Tensor, padding: tuple[int, int]
@@ -708,10 +135,8 @@ class FusedConv2D:
         weight = weight.to(conv.dtype)
         bias = None if bias is None else bias.detach().to(conv.dtype)
         if fuses:
-            # The size is a hint: a weight prepared for one size is right for all.
-            weight = torch.ops.aten.mkldnn_reorder_conv2d_weight(
-                weight.to_mkldnn(), padding, conv.stride, conv.dilation, groups, x.shape
-            )
+            options = conv.stride, padding, conv.dilation, groups
+            weight = kernels.prepared_weight(weight, x.shape, *options)
         return weight, bias, groups
 
 
@@ -724,15 +149,15 @@ class FusedDense:
 
     def __call__(self, x: Tensor) -> Tensor:
         activation, dtype = self.dense.activation, self.dense.dtype
-        x = _cast(x, dtype)
-        fuses = _fuses(x, dtype)
+        x = cast(x, dtype)
+        fuses = kernels.fuses(x, dtype)
         weight, bias = self.constants(fuses)
         if not fuses:
             y = F.linear(x, weight, bias)
             return y if activation is None else activation(y)
         if activation is not None and activation.is_relu:
-            return _product(x, weight, bias, "relu")
-        y = _product(x, weight, bias)
+            return kernels.linear(x, weight, bias, "relu")
+        y = kernels.linear(x, weight, bias)
         return y if activation is None else activation(y)
 
     def _constants(self, fuses: bool) -> tuple[Tensor, Tensor | None]:
@@ -742,7 +167,7 @@ class FusedDense:
         return dense.kernel.detach().t().to(dense.dtype), bias
 
 
-# 4. Graphs
+# 2. Graphs
 
 
 @dataclass(frozen=True)
@@ -905,7 +330,7 @@ class Graph(nn.Module):
 
     def _infers(self) -> bool:
         """Whether only the outputs are asked for, and of real tensors."""
-        return not (self.training or torch.is_grad_enabled() or _is_recorded())
+        return not (self.training or torch.is_grad_enabled() or is_recorded())
 
     def forward(self, *inputs: Tensor) -> list[Tensor]:
         values = dict(zip(self.inputs, inputs, strict=True))
@@ -1029,7 +454,7 @@ def _lower(node: Any, format: Format) -> nn.Module:
         return Graph(graph, format)
     handler = HANDLERS.get(type(layer))
     own = "channels_last" if format.channels_last else "channels_first"
-    same_layout = handler is _flatten or getattr(layer, "data_format", own) == own
+    same_layout = type(layer) is layers.Flatten or getattr(layer, "data_format", own) == own
     plain = plain and same_layout
     if handler is not None and plain and layer.activity_regularizer is None:
         module = handler(layer, format, node.input_tensors)
@@ -1055,7 +480,7 @@ def _functional(model: Any) -> Functional | None:
     return None
 
 
-# 5. Models
+# 3. Models
 
 
 class Lowered(Graph):
@@ -1124,13 +549,13 @@ class Lowered(Graph):
                     f"with the data_format that the input has."
                 )
             x = x.to(dtype)
-            values.append(_to_torch(x) if self.data_format == "channels_last" else x)
+            values.append(to_torch(x) if self.data_format == "channels_last" else x)
         if self.cuda_graphs and self._infers() and all(x.is_cuda for x in values):
             outputs = self._replay(values)
         else:
             outputs = super().forward(*values)
         if self.data_format == "channels_last":
-            outputs = [_to_keras(y) for y in outputs]
+            outputs = [to_keras(y) for y in outputs]
         if isinstance(self.structure, int):
             return outputs[0]
         return keras.tree.map_structure(lambda i: outputs[i], self.structure)
@@ -1315,4 +740,4 @@ def _lay_out_slots_(optimizer: keras.Optimizer, lowered: Lowered) -> None:
     shapes = {p.shape for p in lowered.parameters() if not p.is_contiguous()}
     for variable in optimizer.variables:
         if variable.value.shape in shapes:
-            _lay_out_(variable.value)
+            lay_out_(variable.value)

@@ -30,7 +30,8 @@ from vggtorch.config import TrainConfig
 from vggtorch.data import Augment, Folder, Items, Planner, Source
 from vggtorch.display import Display, display
 from vggtorch.features import cached_features, frozen_end
-from vggtorch.lowering import BatchNorm, part
+from vggtorch.lowering import part
+from vggtorch.modules import BatchNorm
 from vggtorch.preprocessing import remember_, weight_set
 
 # 1. The network: its head, what trains when, how fast

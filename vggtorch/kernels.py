@@ -1,0 +1,216 @@
+"""What torch can compute faster on a CPU than its public functions and its autograd do.
+
+oneDNN's convolution and product take bias and ReLU along, but torch keeps them private; where they
+are missing, or don't take an input, `fuses` says so, and callers use torch's own functions.
+"""
+
+# ruff: noqa: D102  (forward and backward do what their class says)
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# From here on the C library gives memory back to the system as soon as it is free
+# (glibc's largest threshold for mmap, see `man mallopt`).
+LARGE_BYTES = 32 << 20
+# Of a large product, which is computed piece by piece.
+PIECE_BYTES = 16 << 20
+
+
+def is_recorded() -> bool:
+    """Whether someone records or recasts what is called, so that it must be torch's operations."""
+    return (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch.is_autocast_enabled("cpu")
+        or torch.is_autocast_enabled("cuda")
+    )
+
+
+def _onednn() -> bool:
+    """Whether this torch has oneDNN's fused convolution and product."""
+    return (
+        torch.backends.mkldnn.is_available()
+        and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
+        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+        and hasattr(torch.ops.aten, "mkldnn_reorder_conv2d_weight")
+    )
+
+
+def fuses(x: Tensor, dtype: torch.dtype) -> bool:
+    """Whether oneDNN's fused operations take this input."""
+    if x.device.type != "cpu" or not torch.backends.mkldnn.enabled or not _onednn():
+        return False
+    return dtype == torch.float32 or (
+        dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
+
+
+# Inference
+
+
+def prepared_weight(
+    weight: Tensor,
+    shape: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """A weight (O, I, H, W) in the order that oneDNN likes best for inputs of this shape.
+
+    The shape's batch and size are hints: the weight is right for all.
+    """
+    return torch.ops.aten.mkldnn_reorder_conv2d_weight(
+        weight.to_mkldnn(), padding, stride, dilation, groups, shape
+    )
+
+
+def conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    activation: str = "none",
+) -> Tensor:
+    """Convolution, bias and activation ("none" or "relu") in one; no gradients."""
+    return torch.ops.mkldnn._convolution_pointwise(
+        x, weight, bias, padding, stride, dilation, groups, activation, [], ""
+    )
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str = "none") -> Tensor:
+    """The same for x (N, in) times weight (out, in)."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, activation, [], "")
+
+
+def _matmul(a: Tensor, b: Tensor) -> Tensor:
+    return linear(a, b.t(), None)  # in whatever order the numbers are: a copy would take longer
+
+
+# Training. Forward-mode differentiation of these functions needs
+# `torch.backends.mkldnn.flags(enabled=False)`, where they aren't used.
+
+
+class Convolution(torch.autograd.Function):
+    """torch's conv2d with bias; the bias's gradient is a sum of its own in backward.
+
+    oneDNN's, which computes the weight's along with it, takes many times as long.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, bias: Tensor, *options: Any) -> Tensor:
+        """`options`: stride, padding, dilation and groups, as conv2d takes them."""
+        return F.conv2d(x, weight, bias, *options)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[:2])
+        ctx.options = inputs[3:]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, weight = ctx.saved_tensors
+        stride, padding, dilation, groups = ctx.options
+        of_x, of_weight, of_bias = ctx.needs_input_grad[:3]
+        of_both = torch.ops.aten.convolution_backward(
+            grad, x, weight, None, stride, padding, dilation, False, (0, 0), groups,
+            (of_x, of_weight, False),
+        )  # fmt: skip
+        return (*of_both[:2], grad.sum((0, 2, 3)) if of_bias else None, None, None, None, None)
+
+
+class ReusedMemory:
+    """Memory for a large tensor that is made again and again, such as a kernel's gradient.
+
+    Taking it from the system page by page and giving it back takes longer than computing the
+    gradient of a VGG's fc1 into it. It is lent to one tensor at a time, and is free again when no
+    tensor, gradient or view has it any more.
+    """
+
+    def __init__(self) -> None:
+        self.memory: Any = None  # a numpy array, because whoever uses one can be counted
+        self.users = 0
+        self.lock = threading.Lock()
+
+    def lend(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
+        """An uninitialised tensor; None while the last one is in use."""
+        nbytes = torch.Size(shape).numel() * dtype.itemsize
+        with self.lock:
+            if self.memory is None or self.memory.nbytes != nbytes:
+                self.memory = torch.empty(nbytes, dtype=torch.uint8).numpy()
+                self.users = sys.getrefcount(self.memory)
+            elif sys.getrefcount(self.memory) > self.users:
+                return None
+            return torch.from_numpy(self.memory).view(dtype).view(shape)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ReusedMemory, ()  # a copy has memory of its own, when it needs it
+
+
+class Product(torch.autograd.Function):
+    """x (N, in) times kernel (in, out) plus bias by oneDNN, which is faster than torch's product.
+
+    The kernel is a view of (out, in) memory, and so is its gradient, which `memory` is for.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, kernel: Tensor, bias: Tensor | None, memory: ReusedMemory) -> Tensor:
+        return linear(x, kernel.t(), bias)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[:2])
+        ctx.memory = inputs[3]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, kernel = ctx.saved_tensors
+        of_x, of_kernel, of_bias = ctx.needs_input_grad[:3]
+        # oneDNN's product has no gradient of its own, which create_graph=True would need.
+        once = not torch.is_grad_enabled()
+        product = _matmul if once else torch.matmul
+        kernel_grad = None
+        if of_kernel:
+            if once and kernel.nbytes >= LARGE_BYTES:
+                kernel_grad = _in_memory(ctx.memory, grad.t(), x)
+            if kernel_grad is None:
+                kernel_grad = product(grad.t(), x)
+            kernel_grad = kernel_grad.t()
+        return (
+            product(grad, kernel.t()) if of_x else None,
+            kernel_grad,
+            grad.sum(0) if of_bias else None,
+            None,
+        )
+
+
+def _in_memory(memory: ReusedMemory, a: Tensor, b: Tensor) -> Tensor | None:
+    """The product of two matrices; None where it can't be in this memory.
+
+    oneDNN's product can't be told where to put what it computes, so it goes there piece by piece,
+    each still in the cache. torch.mm can, but takes longer than product and copy.
+    """
+    whole = memory.lend((len(a), b.shape[1]), a.dtype)
+    if whole is None:
+        return None
+    rows = max(1, PIECE_BYTES // whole[0].nbytes)
+    try:
+        for rows_of_a, piece in zip(a.split(rows), whole.split(rows), strict=True):
+            piece.copy_(_matmul(rows_of_a, b))
+    except RuntimeError:  # a or b stands for many, as under vmap
+        return None
+    return whole
