@@ -52,6 +52,12 @@ def fuses(x: Tensor, dtype: torch.dtype) -> bool:
     )
 
 
+def trains(x: Tensor, dtype: torch.dtype) -> bool:
+    """Whether `Convolution` and `Product` take this input."""
+    # In this order: asking a recorded batch for its length makes it a constant.
+    return not is_recorded() and len(x) > 0 and fuses(x, dtype)
+
+
 # Inference
 
 

@@ -21,7 +21,7 @@ from keras import activations, layers
 from keras.src.ops.symbolic_arguments import SymbolicArguments
 from torch import Tensor, nn
 
-from vggtorch.kernels import Convolution, Product, ReusedMemory, fuses, is_recorded
+from vggtorch.kernels import Convolution, Product, ReusedMemory, trains
 
 
 @dataclass(frozen=True)
@@ -187,7 +187,7 @@ class Conv2D(nn.Module):
         weight = cast(self.weight(), self.dtype)
         bias = None if self.bias is None else cast(self.bias, self.dtype)
         options = self.stride, padding, self.dilation, x.shape[1] // weight.shape[1]
-        if bias is not None and len(x) and not is_recorded() and fuses(x, self.dtype):
+        if bias is not None and trains(x, self.dtype):
             y = Convolution.apply(x, weight, bias, *options)
         else:
             y = F.conv2d(x, weight, bias, *options)
@@ -214,7 +214,7 @@ class Dense(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x, kernel = cast(x, self.dtype), cast(self.kernel, self.dtype)
         bias = None if self.bias is None else cast(self.bias, self.dtype)
-        if x.ndim == 2 and len(x) and not is_recorded() and fuses(x, self.dtype):
+        if x.ndim == 2 and trains(x, self.dtype):
             y = Product.apply(x, kernel, bias, self.gradients)
         else:
             y = F.linear(x, kernel.t(), bias)
