@@ -148,7 +148,7 @@ def compiled(
     found: dict[str, Callable[[], Tensor]] = {}
     torch.compiler.reset()  # or it would give up after eight networks and shapes
     # CUDA graphs, for small batches; on a CPU weights that were prepared once.
-    options = {"triton.cudagraphs": True} if x.is_cuda else {"freezing": True}
+    options: dict[str, Any] = {"triton.cudagraphs": True} if x.is_cuda else {"freezing": True}
     for name in ("vggtorch", "torchvision, channels-last"):
         model = torch.compile(models[name], options=options, dynamic=False)
         run = calls({name: model}, x, dtype)[name]

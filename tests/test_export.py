@@ -10,7 +10,7 @@ import onnxruntime
 import torch
 from keras import layers
 
-from vggtorch import sources
+from vggtorch import files
 from vggtorch.preprocessing import remember_
 
 
@@ -130,7 +130,7 @@ def test_a_full_disk_leaves_the_old_file_whole(tmp_path, monkeypatch, ending):
     def full(file):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(sources.os, "fsync", full)
+    monkeypatch.setattr(files.os, "fsync", full)
     with pytest.raises(OSError, match="No space left on device.*unchanged"):
         vt.export(vgg(), path)
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]

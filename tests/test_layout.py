@@ -16,7 +16,10 @@ PACKAGE = Path(vggtorch.__file__).parent
 ORDER = [
     "architectures",
     "preprocessing",
+    "files",
+    "downloads",
     "hdf5",
+    "readers",
     "sources",
     "conversion",
     "models",

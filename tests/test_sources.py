@@ -26,7 +26,7 @@ import numpy as np
 import pytest
 import torch
 
-from vggtorch import conversion, models, preprocessing, sources
+from vggtorch import conversion, downloads, files, models, preprocessing, readers, sources
 from vggtorch.architectures import ARCHITECTURES
 
 
@@ -364,12 +364,12 @@ def test_find_takes_a_verified_file_and_says_which_is_damaged(
     torch.save(small_state(), target)
     with pytest.raises(FileNotFoundError, match=r"vgg16-397923af\.pth is damaged or another file"):
         sources.find("imagenet", include_top=True)
-    known = dataclasses.replace(sources.KNOWN[target.name], sha256=sources.sha256(target)[:8])
+    known = dataclasses.replace(sources.KNOWN[target.name], sha256=files.sha256(target)[:8])
     monkeypatch.setitem(sources.KNOWN, target.name, known)
     assert sources.find("imagenet", include_top=True) == target
     # In the checkout or in VGGTORCH_HOME it comes first.
-    sources.home().mkdir(exist_ok=True)
-    first = sources.home() / target.name
+    files.home().mkdir(exist_ok=True)
+    first = files.home() / target.name
     first.write_bytes(target.read_bytes())
     assert sources.find("imagenet", include_top=True) == first
     assert sources.read(first).weight_set == "imagenet"
@@ -383,7 +383,7 @@ def test_features_come_without_the_classifier_that_is_nan(
     with pytest.raises(ValueError, match=r"a\.pth: classifier\.0\.bias holds NaN"):
         sources.read(path)
     file = "vgg16_features-amdegroot-88682ab5.pth"
-    known = dataclasses.replace(sources.KNOWN[file], sha256=sources.sha256(path)[:8])
+    known = dataclasses.replace(sources.KNOWN[file], sha256=files.sha256(path)[:8])
     monkeypatch.setitem(sources.KNOWN, file, known)
     checkpoint = sources.read(path)  # known by its hash, whatever its name
     assert_same(checkpoint.tensors, small_state())
@@ -516,7 +516,7 @@ def test_copy_of_a_known_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     path = tmp_path / "renamed.pth"
     sources.write(path, first_block())
     file = "vgg16-397923af.pth"
-    known = dataclasses.replace(sources.KNOWN[file], sha256=sources.sha256(path)[:8])
+    known = dataclasses.replace(sources.KNOWN[file], sha256=files.sha256(path)[:8])
     monkeypatch.setitem(sources.KNOWN, file, known)
     for convert in (to_keras, never):
         assert sources.converted(path, convert).weight_set == "imagenet"
@@ -697,8 +697,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The address of a file server on this machine."""
     _Handler.asked = []
-    monkeypatch.setattr(sources, "PAUSE", 0.0)
-    monkeypatch.setattr(sources, "TIMEOUT", 0.5)
+    monkeypatch.setattr(downloads, "PAUSE", 0.0)
+    monkeypatch.setattr(downloads, "TIMEOUT", 0.5)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Handler) as running:
         threading.Thread(target=running.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{running.server_port}"
@@ -719,10 +719,10 @@ def test_download_ends_with_the_right_file(
     tmp_path: Path, server: str, manner: str, ranges: list[str | None]
 ) -> None:
     target = tmp_path / "weights.pth"
-    sources.download(f"{server}/{manner}/weights.pth", target, DIGEST[:8])
+    downloads.download(f"{server}/{manner}/weights.pth", target, DIGEST[:8])
     assert target.read_bytes() == CONTENT
     assert set(os.listdir(tmp_path)) - {"home"} == {target.name}
-    assert sources._remembered(target, "sha256", sources._stamp(target)) == DIGEST
+    assert files.remembered(target, "sha256") == DIGEST
     assert [asked for _, asked in _Handler.asked] == ranges
 
 
@@ -740,7 +740,7 @@ def test_download_ends_with_the_right_file(
 def test_download_fails_clearly(tmp_path: Path, server: str, manner: str, message: str) -> None:
     target = tmp_path / "weights.pth"
     with pytest.raises((OSError, ValueError), match=message) as caught:
-        sources.download(f"{server}/{manner}/weights.pth", target, DIGEST[:8])
+        downloads.download(f"{server}/{manner}/weights.pth", target, DIGEST[:8])
     assert f"/{manner}/weights.pth" in str(caught.value)
     assert not target.exists()
 
@@ -749,29 +749,29 @@ def test_download_goes_on_in_the_next_run(tmp_path: Path, server: str) -> None:
     target = tmp_path / "weights.pth"
     part = tmp_path / "weights.pth.part"
     part.write_bytes(CONTENT[:100_000])
-    sources.download(f"{server}/well/weights.pth", target, DIGEST)
+    downloads.download(f"{server}/well/weights.pth", target, DIGEST)
     assert target.read_bytes() == CONTENT
     assert [asked for _, asked in _Handler.asked] == ["bytes=100000-"]
     # A part that is whole already, one that is longer, and one of another file.
     for left in (CONTENT, CONTENT + b"more", b"?" * 100_000):
         target.unlink()
         part.write_bytes(left)
-        sources.download(f"{server}/well/weights.pth", target, DIGEST)
+        downloads.download(f"{server}/well/weights.pth", target, DIGEST)
         assert target.read_bytes() == CONTENT
         assert not part.exists()
 
 
 def test_no_server_is_not_asked_twice(tmp_path: Path) -> None:
     with pytest.raises(OSError, match=r"http://127\.0\.0\.1:1/a: .*refused"):
-        sources.download("http://127.0.0.1:1/a", tmp_path / "a", "00")
+        downloads.download("http://127.0.0.1:1/a", tmp_path / "a", "00")
 
 
 def test_announced_size_is_held_against_reason(
     tmp_path: Path, server: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sources, "LARGEST", 1000)
+    monkeypatch.setattr(downloads, "LARGEST", 1000)
     with pytest.raises(OSError, match="announces 300000 bytes, more than any checkpoint has"):
-        sources.download(f"{server}/well/a", tmp_path / "a", DIGEST)
+        downloads.download(f"{server}/well/a", tmp_path / "a", DIGEST)
 
 
 @pytest.fixture
@@ -809,7 +809,7 @@ def test_hub_where_torchvisions_site_fails(
         sources.find("imagenet", include_top=True)
     cached = tmp_path / "hub" / "model.safetensors"
     row = next(k for k in sources.KNOWN.values() if k.address.startswith("timm/vgg16.tv"))
-    known = dataclasses.replace(row, sha256=sources.sha256(cached))
+    known = dataclasses.replace(row, sha256=files.sha256(cached))
     monkeypatch.setitem(sources.KNOWN, row.file, known)
     cached.unlink()
     hub["calls"].clear()
@@ -874,10 +874,10 @@ def test_weights_on_the_command_line(
 ) -> None:
     from vggtorch.cli import main
 
-    target = sources.home() / "vgg16-397923af.pth"
+    target = files.home() / "vgg16-397923af.pth"
     target.parent.mkdir()
     sources.write(target, first_block())
-    known = dataclasses.replace(sources.KNOWN[target.name], sha256=sources.sha256(target))
+    known = dataclasses.replace(sources.KNOWN[target.name], sha256=files.sha256(target))
     monkeypatch.setitem(sources.KNOWN, target.name, known)
     copy = sources.converted(target, to_keras).path
 
@@ -903,12 +903,12 @@ def test_verify_finds_what_the_file_system_did_not_tell(
     sources.write(path, first_block())
     expected = to_keras(sources.read(path))
     copy = sources.converted(path, to_keras).path
-    stamp = sources._stamp
+    stamp = files.stamp
     stood = stamp(copy)
     content = copy.read_bytes()
     copy.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     # As if the disk itself had failed: all that tells of a write is as it was.
-    monkeypatch.setattr(sources, "_stamp", lambda p: stood if p == copy else stamp(p))
+    monkeypatch.setattr(files, "stamp", lambda p: stood if p == copy else stamp(p))
     sources.converted(path, never)
     assert main(["weights", "verify"]) == 1
     assert f"{copy} is damaged: its values do not match" in capsys.readouterr().out
@@ -1094,8 +1094,8 @@ def test_hdf5_library_that_hangs_or_crashes(
     path = tmp_path / "a.h5"
     write_legacy_weights(path, {"c/kernel": torch.zeros(2, 2)})
     (tmp_path / "hdf5.py").write_text(trouble)
-    monkeypatch.setattr(sources, "__file__", str(tmp_path / "sources.py"))
-    monkeypatch.setattr(sources, "H5_TIMEOUT", 1.0)
+    monkeypatch.setattr(readers, "__file__", str(tmp_path / "readers.py"))
+    monkeypatch.setattr(readers, "H5_TIMEOUT", 1.0)
     with pytest.raises(ValueError, match=r"a\.h5 .*(not understood in 1\.0 s|crashes on it)"):
         sources.read(path)
 
@@ -1183,14 +1183,14 @@ def test_damaged_files_load_right_or_not_at_all(
     checked: bool,
 ) -> None:
     # Waits for the clock to tick after each file, which is changed at once here.
-    monkeypatch.setattr(sources, "_remember", lambda *arguments: None)
+    monkeypatch.setattr(files, "remember", lambda *arguments: None)
     path = tmp_path / "fuzzed"
     _write_form(form, path, keras_model)
     content = path.read_bytes()
     expected = sources.read(path)
     refused = 0
     # Each case of HDF5 costs a process, and a second where the library does not come to an end.
-    monkeypatch.setattr(sources, "H5_TIMEOUT", 1.0)
+    monkeypatch.setattr(readers, "H5_TIMEOUT", 1.0)
     cases = FUZZ_CASES if form in FAST_FORMS else FUZZ_CASES // 10
     for seed in range(cases):
         damaged = _damaged(random.Random(seed), content)
@@ -1216,7 +1216,7 @@ def test_files_of_the_first_version_still_load(tmp_path):
         "__metadata__": {"format": "vggtorch", "weight_set": "oxford", "sha256": "0" * 64},
         "a/kernel": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]},
     }
-    header["__metadata__"]["header_sha256"] = sources._header_sha256(header)
+    header["__metadata__"]["header_sha256"] = readers.header_sha256(header)
     text = json.dumps(header).encode()
     path = tmp_path / "old.safetensors"
     path.write_bytes(struct.pack("<Q", len(text)) + text + values.numpy().tobytes())

@@ -15,6 +15,7 @@ from vggtorch import (
     config,
     data,
     demo,
+    files,
     inspection,
     models,
     preprocessing,
@@ -128,7 +129,7 @@ def _inspect(arguments: argparse.Namespace) -> None:
     else:
         print(inspection.compare(before, model))
     if arguments.draw:
-        with sources.atomic(arguments.draw) as temporary:
+        with files.atomic(arguments.draw) as temporary:
             temporary.write_text(inspection.draw(model, before))
 
 

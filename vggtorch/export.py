@@ -11,7 +11,7 @@ from typing import Any
 import keras
 import torch
 
-from vggtorch import sources
+from vggtorch import files
 from vggtorch.lowering import lower
 from vggtorch.preprocessing import weight_set
 
@@ -54,7 +54,7 @@ def export(model: keras.Model, path: str | PathLike, *, data_format: str | None 
         program = torch.export.export(
             lowered, arguments, dynamic_shapes=(dynamic if len(images) > 1 else dynamic[0],)
         )
-    with sources.atomic(path) as temporary:
+    with files.atomic(path) as temporary:
         if path.suffix == ".pt2":
             with warnings.catch_warnings():
                 # The kernels' storage is in another order than their axes, which it keeps whole.

@@ -14,7 +14,7 @@ from keras import layers
 from keras.src.applications.imagenet_utils import obtain_input_shape
 from keras.src.backend.torch.core import get_device
 
-from vggtorch import conversion, preprocessing, sources
+from vggtorch import conversion, files, preprocessing, sources
 from vggtorch.architectures import ARCHITECTURES, CLASSES, GRID, WIDTHS, Architecture
 from vggtorch.conversion import Shape
 from vggtorch.preprocessing import WEIGHT_SETS
@@ -408,7 +408,7 @@ def save_weights(model: keras.Model, path: str | PathLike) -> None:
         OSError: the file can't be written; one that stood there before is then still whole.
     """
     if str(path).endswith(".weights.h5"):
-        with sources.atomic(path) as temporary:
+        with files.atomic(path) as temporary:
             model.save_weights(temporary)
     else:
         tensors = {key: variable.value for key, variable in named_variables(model).items()}
@@ -472,7 +472,7 @@ def convert(
         if str(target).endswith(".weights.h5"):
             save_weights(model, target)
         else:
-            with sources.atomic(target) as temporary:
+            with files.atomic(target) as temporary:
                 model.save(temporary)
     else:
         _write(target, tensors, checkpoint.weight_set)

