@@ -98,13 +98,16 @@ def matmul_rate(dtype: torch.dtype, device: torch.device, repeats: int = 5) -> f
 def table(
     seconds: dict[str, list[float]], ours: str, flops: float = 0, peak: float = 0
 ) -> list[str]:
-    """Markdown rows: median, quartiles, how many times faster `ours` is, share of the peak."""
-    mine = statistics.median(seconds[ours])
+    """Markdown rows: median, quartiles, how many times as long as `ours`, share of the peak.
+
+    The ratio is the median of those in each turn, which hardly sees a machine that gets slower.
+    """
     rows = []
     for name, values in seconds.items():
         median = statistics.median(values)
         low, _, high = statistics.quantiles(values, n=4)
         row = f"| {name} | {median * 1e3:.1f} | {low * 1e3:.1f}-{high * 1e3:.1f} "
-        row += f"| {median / mine:.2f} |"
+        ratio = statistics.median(a / b for a, b in zip(values, seconds[ours], strict=True))
+        row += f"| {ratio:.2f} |"
         rows.append(row + (f" {flops / median / peak:.2f} |" if peak else ""))
     return rows
