@@ -16,8 +16,11 @@ import keras
 from keras import layers
 
 from vggtorch import kernels
-from vggtorch.kernels import Convolution, Product, ReusedMemory
+from vggtorch.kernels import Convolution, MaxPoolReLU, Product, ReusedMemory
 from vggtorch.lowering import Lowered, lower
+
+ACTIVATIONS: dict[str, Any] = {"none": lambda x: x, "relu": F.relu}
+ONE: Any = (1, 1), (1, 1), (1, 1), 1  # stride, padding, dilation and groups
 
 
 def product(x: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
@@ -55,19 +58,20 @@ def test_product_has_torchs_gradients(large: int, monkeypatch: pytest.MonkeyPatc
     )
 
 
+@pytest.mark.parametrize("activation", ["none", "relu"])
 @pytest.mark.parametrize(
     "stride,padding,dilation,groups", [(1, 1, 1, 1), (2, 0, 1, 2), (1, 2, 2, 1)]
 )
 def test_convolution_has_torchs_gradients(
-    stride: int, padding: int, dilation: int, groups: int
+    stride: int, padding: int, dilation: int, groups: int, activation: str
 ) -> None:
     options: Any = (stride,) * 2, (padding,) * 2, (dilation,) * 2, groups
     x = torch.randn(2, 4, 9, 8).to(memory_format=torch.channels_last).requires_grad_()
     weight = torch.randn(6, 4 // groups, 3, 3).to(memory_format=torch.channels_last)
     inputs = [x, weight.requires_grad_(), torch.randn(6, requires_grad=True)]
     same_to_the_second_order(
-        lambda *inputs: Convolution.apply(*inputs, *options),
-        lambda x, weight, bias: F.conv2d(x, weight, bias, *options),
+        lambda *inputs: Convolution.apply(*inputs, activation, *options),
+        lambda *inputs: ACTIVATIONS[activation](F.conv2d(*inputs, *options)),
         inputs,
     )
 
@@ -76,12 +80,51 @@ def test_convolution_computes_only_gradients_that_are_asked_for() -> None:
     x, weight, bias = torch.randn(2, 3, 5, 5), torch.randn(4, 3, 3, 3), torch.randn(4)
     for asked in (x, weight, bias):
         asked.requires_grad_()
-        Convolution.apply(x, weight, bias, (1, 1), (1, 1), (1, 1), 1).sum().backward()
+        Convolution.apply(x, weight, bias, "none", *ONE).sum().backward()
         given = asked.grad
         asked.grad = None
         F.conv2d(x, weight, bias, padding=1).sum().backward()
         torch.testing.assert_close(given, asked.grad)
         asked.requires_grad_(False)
+
+
+@pytest.mark.parametrize("size,stride,padding", [(2, 2, 0), (3, 2, 1), (3, 1, 0)])
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+def test_max_pool_before_relu_has_torchs_gradients(
+    size: int, stride: int, padding: int, layout: torch.memory_format
+) -> None:
+    options: Any = (size,) * 2, (stride,) * 2, (padding,) * 2
+    x = torch.randn(2, 4, 9, 8).round(decimals=1)  # with equal maxima
+    x = x.contiguous(memory_format=layout).requires_grad_()
+    same_to_the_second_order(
+        lambda x: MaxPoolReLU.apply(x, *options)[0],
+        lambda x: F.max_pool2d(F.relu(x), *options),
+        [x],
+    )
+
+
+def test_forward_mode_has_torchs_derivatives() -> None:
+    image, weight, bias = torch.randn(2, 3, 8, 8), torch.randn(4, 3, 3, 3), torch.randn(4)
+    x, kernel = torch.randn(5, 20), torch.randn(7, 20).t()
+    functions: list[tuple[Any, Any, tuple[Tensor, ...]]] = [
+        (
+            lambda *inputs: Convolution.apply(*inputs, "relu", *ONE),
+            lambda *inputs: F.relu(F.conv2d(*inputs, *ONE)),
+            (image, weight, bias),
+        ),
+        (
+            lambda x: MaxPoolReLU.apply(x, (2, 2), (2, 2), (0, 0))[0],
+            lambda x: F.max_pool2d(F.relu(x), 2),
+            (image,),
+        ),
+        (product, lambda x, k, b: F.linear(x, k.t(), b), (x, kernel, torch.randn(7))),
+        (lambda x: product(x, kernel, None), lambda x: F.linear(x, kernel.t()), (x,)),
+    ]
+    for ours, torchs, inputs in functions:
+        tangents = tuple(torch.randn_like(tensor) for tensor in inputs)
+        found = torch.func.jvp(ours, inputs, tangents)
+        for actual, expected in zip(found, torch.func.jvp(torchs, inputs, tangents), strict=True):
+            torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_memory_is_lent_to_one_tensor_at_a_time() -> None:
@@ -189,3 +232,89 @@ def test_gradients_under_vmap(monkeypatch: pytest.MonkeyPatch) -> None:
 
     each = torch.func.vmap(torch.func.grad(loss), (None, 0))(kernel.detach(), x)
     torch.testing.assert_close(each, x.unsqueeze(2).expand(5, 20, 7))
+
+
+# cuDNN's convolution with ReLU, which may be slow, refuse or be missing
+
+
+class Cudnn:
+    """Stands for cuDNN's convolution and for the clock; knows whether it was called."""
+
+    def __init__(
+        self, monkeypatch: pytest.MonkeyPatch, milliseconds: float = 1.0, shift: float = 0.0
+    ) -> None:
+        self.milliseconds, self.shift = milliseconds, shift  # torch's own take 2.0
+        self.called, self.capturing, self.refuses, self.measured = False, False, False, 0
+        monkeypatch.setattr(kernels, "_fused_is_faster", {})
+        monkeypatch.setattr(kernels, "_milliseconds", self.time)
+        monkeypatch.setattr(torch, "cudnn_convolution_relu", self)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: self.capturing)
+
+    def __call__(self, *arguments: Any) -> Tensor:
+        if self.refuses:
+            raise RuntimeError("cuDNN error: CUDNN_STATUS_NOT_SUPPORTED")
+        self.called = True
+        return F.conv2d(*arguments).relu_() + self.shift
+
+    def time(self, run: Any, device: torch.device) -> float:
+        self.measured += 1
+        return self.milliseconds if run.__name__ == "fused" else 2.0
+
+    def runs(self, batch: int = 4) -> bool:
+        """Whether cuDNN computed this batch, rightly, after it was measured if it ever is."""
+        x, weight, bias = torch.randn(batch, 3, 9, 9), torch.randn(5, 3, 3, 3), torch.randn(5)
+        kernels.conv2d_relu(x, weight, bias, *ONE)
+        self.called = False
+        found = kernels.conv2d_relu(x, weight, bias, *ONE)
+        torch.testing.assert_close(found, F.conv2d(x, weight, bias, *ONE).relu())
+        return self.called
+
+
+def test_cudnn_where_it_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert Cudnn(monkeypatch).runs()
+    assert not Cudnn(monkeypatch, milliseconds=3.0).runs()
+
+
+def test_cudnn_is_measured_once_for_batches_of_about_a_size(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cudnn = Cudnn(monkeypatch)
+    assert cudnn.runs(4)
+    once = cudnn.measured
+    assert cudnn.runs(7) and cudnn.measured == once
+    assert cudnn.runs(64) and cudnn.measured == 2 * once
+
+
+def test_cudnn_that_refuses_or_errs(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not Cudnn(monkeypatch, shift=1.0).runs()
+    assert not Cudnn(monkeypatch, shift=torch.nan).runs()
+    cudnn = Cudnn(monkeypatch)
+    cudnn.refuses = True
+    assert not cudnn.runs()
+    assert not cudnn.runs(0)
+
+
+def test_without_cudnn_where_runs_must_be_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    cudnn = Cudnn(monkeypatch)
+    with torch.backends.cudnn.flags(deterministic=True):
+        assert not cudnn.runs()
+    with torch.backends.cudnn.flags(enabled=False):
+        assert not cudnn.runs()
+    cudnn.capturing = True
+    assert not cudnn.runs()
+    cudnn.capturing = False
+    assert cudnn.runs()  # nothing was decided for good meanwhile
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("batch", [1, 16])
+def test_convolution_and_relu_on_a_gpu(batch: int, dtype: torch.dtype) -> None:
+    make: Any = {"device": "cuda", "dtype": dtype}
+    x = torch.randn(batch, 64, 28, 28, **make).to(memory_format=torch.channels_last)
+    weight = torch.randn(128, 64, 3, 3, **make).to(memory_format=torch.channels_last) / 24
+    bias = torch.randn(128, **make)
+    expected = F.conv2d(x, weight, bias, *ONE).relu()
+    for _ in range(2):
+        found = kernels.conv2d_relu(x, weight, bias, *ONE)
+        torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-2)

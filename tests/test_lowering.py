@@ -13,6 +13,7 @@ import torch
 import torch.multiprocessing
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import vggtorch  # isort: skip  (first: it selects Keras's torch backend)
 import keras
@@ -146,7 +147,13 @@ def test_images_in_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lowering, "GROUP_BYTES", 1)
     lowered: Any = lower(model).train()
     entered: list[int] = []
-    lowered.block1_conv1.register_forward_pre_hook(lambda _, args: entered.append(len(args[0])))
+    convolve = lowered.block1_conv1.convolve
+
+    def spy(x: torch.Tensor, activation: Any) -> torch.Tensor:
+        entered.append(len(x))
+        return convolve(x, activation)
+
+    monkeypatch.setattr(lowered.block1_conv1, "convolve", spy)
     with torch.profiler.profile() as profile:
         output, left = step(model, lowered)
     assert entered == [1] * 5  # the first to see how many fit
@@ -157,6 +164,75 @@ def test_images_in_groups(monkeypatch: pytest.MonkeyPatch) -> None:
         assert_close(actual, value, 1e-4)
     with torch.no_grad():
         assert_close(lowered.eval()(x), model(x, training=False))
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("checkpoint", [False, True])
+def test_hooks_see_what_each_layer_gives(
+    training: bool, checkpoint: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the whole batch, although otherwise layers are fused and images run in groups."""
+    monkeypatch.setattr(lowering, "GROUP_BYTES", 1)
+    model = small_vgg()
+    x = images(model)
+    names = ["block1_conv1", "block2_relu1", "block2_pool", "fc1"]
+    parts = keras.Model(model.input, [model.get_layer(name).output for name in names])
+    lowered: Any = lower(model, checkpoint=checkpoint).train(training)
+    expected = parts(x, training=training)
+    seen: dict[str, torch.Tensor] = {}
+
+    def see(name: str, y: torch.Tensor) -> None:
+        seen[name] = y.detach().permute(0, 2, 3, 1) if y.ndim == 4 else y.detach()
+
+    hooks = [
+        getattr(lowered, name).register_forward_hook(lambda _, __, y, name=name: see(name, y))
+        for name in names
+    ]
+    with torch.set_grad_enabled(training):
+        lowered(x)
+        for name, value in zip(names, expected, strict=True):
+            assert_close(seen[name], value.detach(), 1e-4)
+        for hook in hooks:
+            hook.remove()
+        seen.clear()
+        lowered(x)
+    assert not seen
+
+
+def test_gradients_of_a_hooked_map() -> None:
+    """As Grad-CAM takes them."""
+    model = small_vgg()
+    lowered: Any = lower(model).eval()
+    found: list[torch.Tensor] = []
+    lowered.block1_conv1.register_full_backward_hook(lambda _, __, of_y: found.append(of_y[0]))
+    lowered(images(model))[:, 0].sum().backward()
+    assert found[0].shape == (4, 8, 16, 16) and found[0].any()
+
+
+def test_what_goes_into_a_pool_is_not_kept() -> None:
+    model = small_vgg()
+    lowered = lower(model).train()
+    shapes: list[torch.Size] = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        shapes.append(tensor.shape)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        lowered(images(model))
+    assert (4, 3, 16, 16) in shapes and (4, 8, 8, 8) in shapes
+    assert (4, 8, 16, 16) not in shapes
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_operations_are_counted(training: bool) -> None:
+    """A count of floating-point operations must not miss fused ones."""
+    model = small_vgg()
+    lowered = lower(model).train(training)
+    with torch.set_grad_enabled(training), FlopCounterMode(display=False) as counter:
+        lowered(images(model))
+    convolutions = 16 * 16 * 9 * 3 * 8 + 8 * 8 * 9 * 8 * 16
+    assert counter.get_total_flops() == 2 * 4 * (convolutions + 4 * 4 * 16 * 32 + 32 * 10)
 
 
 def test_a_batch_without_images() -> None:

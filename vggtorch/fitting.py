@@ -426,21 +426,18 @@ def _moments(
 ) -> list[_Moments]:
     """Moments at each of the new layers; at the last one also with what it should give."""
     moments = [_Moments(module) for module in linears]
-    entering: dict[nn.Module, list[Tensor]] = {}
+    entered: dict[nn.Module, Tensor] = {}
 
     def keep(module: nn.Module, args: tuple[Tensor]) -> None:
-        entering[module].append(args[0].detach())
+        entered[module] = args[0].detach()
 
     hooks = [module.register_forward_pre_hook(keep) for module in linears]
     for part in x.split(BATCH):
-        entering.update((module, []) for module in linears)
         tail(part)
         (y,) = target(part)
         for moment in moments:
             wanted = y if moment.module is last else None
-            # A graph runs a few images at a time, the first time one more to see how many.
-            entered = torch.cat(entering[moment.module])[-len(part) :]
-            moment.add(entered, wanted, generator)
+            moment.add(entered[moment.module], wanted, generator)
     for hook in hooks:
         hook.remove()
     return moments

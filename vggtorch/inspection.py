@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 import time
 from collections.abc import Callable, Iterable
@@ -157,8 +156,10 @@ def inspect(model: keras.Model, *, size: int = 224, repeats: int = 5) -> Report:
     ]
     example = keras.tree.pack_sequence_as(model._inputs_struct, inputs)
 
-    counts, shapes, outputs = _count(module, example)
-    times = _time_layers(module, example, repeats)
+    with torch.no_grad():
+        counts, shapes, outputs = _count(module, example)
+        times = _time_layers(module, example, repeats)
+        seconds = _median(lambda: module(example), device, repeats)
     kinds = {layer.name.replace(".", "_"): layer for layer in model.layers}
     rows = [
         Row(
@@ -173,8 +174,6 @@ def inspect(model: keras.Model, *, size: int = 224, repeats: int = 5) -> Report:
         for name, child in module.named_children()
     ]
     total = _sum("total", rows)
-    with torch.no_grad():
-        seconds = _median(lambda: module(example), device, repeats)
     parameters = sum(p.numel() for p in module.parameters())  # shared ones once
     network = Row(
         "total", "", total.shape, parameters, total.multiply_adds, total.activation, seconds
@@ -207,13 +206,6 @@ def _median(run: Callable[[], Any], device: torch.device, repeats: int) -> float
     return statistics.median(seconds)
 
 
-def _product_flops(
-    x: tuple[int, ...], weight: tuple[int, ...], *_: Any, out_shape: tuple[int, ...]
-) -> int:
-    """Operations of (N, in) times (out, in)."""
-    return 2 * math.prod(x) * weight[0]
-
-
 def _count(
     module: nn.Module, example: Any
 ) -> tuple[dict[str, int], dict[str, tuple[int, ...]], dict[str, int]]:
@@ -222,12 +214,7 @@ def _count(
     shapes: dict[str, tuple[int, ...]] = dict.fromkeys(counts, ())
     sizes = dict(counts)
     hooks = []
-    with torch.enable_grad():  # layers one by one; without gradients several run as one
-        module(example)  # finds out first how many images run at a time
-    # The counter knows torch's own operations, not oneDNN's product.
-    product = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
-    mapping = {product: _product_flops} if product else {}
-    with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
+    with FlopCounterMode(display=False) as counter:
         for name, child in module.named_children():
 
             def before(_: nn.Module, __: Any, name: str = name) -> None:
@@ -242,8 +229,7 @@ def _count(
                 shapes[name] = tuple((tensors[0].movedim(1, -1) if last else tensors[0]).shape[1:])
 
             hooks += [child.register_forward_pre_hook(before), child.register_forward_hook(after)]
-        with torch.enable_grad():
-            module(example)
+        module(example)
     for hook in hooks:
         hook.remove()
     return counts, shapes, sizes
@@ -266,8 +252,7 @@ def _time_layers(module: nn.Module, example: Any, repeats: int) -> dict[str, flo
     for _ in range(repeats + 1):
         for values in spent.values():
             values.append(0.0)
-        with torch.enable_grad():
-            module(example)
+        module(example)
     for hook in hooks:
         hook.remove()
     return {name: statistics.median(values[1:]) for name, values in spent.items()}

@@ -1,7 +1,8 @@
-"""What torch can compute faster on a CPU than its public functions and its autograd do.
+"""What torch can compute faster than its public functions and its autograd do.
 
 oneDNN's convolution and product take bias and ReLU along, but torch keeps them private; where they
-are missing, or don't take an input, `fuses` says so, and callers use torch's own functions.
+are missing, or don't take an input, `fuses` says so, and callers use torch's own functions. cuDNN's
+convolution, on a GPU, can do so too.
 """
 
 # ruff: noqa: D102  (forward and backward do what their class says)
@@ -9,7 +10,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -24,13 +25,17 @@ PIECE_BYTES = 16 << 20
 
 
 def is_recorded() -> bool:
-    """Whether someone records or recasts what is called, so that it must be torch's operations."""
+    """Whether someone records the operations that run, as compilers and counters do."""
     return (
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()
-        or torch.is_autocast_enabled("cpu")
-        or torch.is_autocast_enabled("cuda")
+        or torch._C._len_torch_dispatch_stack() > 0
     )
+
+
+def is_recast() -> bool:
+    """Whether torch.autocast chooses what the operations compute in."""
+    return torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
 
 
 def _onednn() -> bool:
@@ -55,10 +60,10 @@ def fuses(x: Tensor, dtype: torch.dtype) -> bool:
 def trains(x: Tensor, dtype: torch.dtype) -> bool:
     """Whether `Convolution` and `Product` take this input."""
     # In this order: asking a recorded batch for its length makes it a constant.
-    return not is_recorded() and len(x) > 0 and fuses(x, dtype)
+    return not (is_recorded() or is_recast()) and len(x) > 0 and fuses(x, dtype)
 
 
-# Inference
+# Inference on a CPU
 
 
 def prepared_weight(
@@ -103,12 +108,80 @@ def _matmul(a: Tensor, b: Tensor) -> Tensor:
     return linear(a, b.t(), None)  # in whatever order the numbers are: a copy would take longer
 
 
-# Training. Forward-mode differentiation of these functions needs
-# `torch.backends.mkldnn.flags(enabled=False)`, where they aren't used.
+# Inference on a GPU
+
+_fused_is_faster: dict[tuple[Any, ...], bool] = {}  # of convolutions, by all that decides it
+
+
+def conv2d_relu(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    dilation: tuple[int, ...],
+    groups: int,
+) -> Tensor:
+    """Convolution, bias and ReLU by cuDNN in one or by torch one by one, whichever is faster here.
+
+    cuDNN takes many times as long for some shapes and refuses others
+    (https://github.com/pytorch/pytorch/issues/68506 and 62926), so the first batch of about this
+    size is measured. Where every run must compute alike, it is always torch.
+    """
+    options = stride, padding, dilation, groups
+
+    def fused() -> Tensor:
+        return torch.cudnn_convolution_relu(x, weight, bias, *options)
+
+    def plain() -> Tensor:
+        return F.conv2d(x, weight, bias, *options).relu_()
+
+    alike = torch.backends.cudnn.deterministic or torch.are_deterministic_algorithms_enabled()
+    if alike or not torch.backends.cudnn.enabled:
+        return plain()
+    key = x.device, x.dtype, len(x).bit_length(), x.shape[1:], weight.shape, *options
+    if key not in _fused_is_faster:
+        if torch.cuda.is_current_stream_capturing():  # when nothing can be measured
+            return plain()
+        _fused_is_faster[key] = _is_faster(fused, plain, x.device)
+    return fused() if _fused_is_faster[key] else plain()
+
+
+def _is_faster(
+    fused: Callable[[], Tensor], plain: Callable[[], Tensor], device: torch.device
+) -> bool:
+    """Whether `fused` computes what `plain` does, and in less time."""
+    expected = plain()
+    try:
+        error = fused().sub_(expected).abs().max()
+    except RuntimeError:  # it doesn't take this, or not in the memory that is left
+        return False
+    # Both may round to TF32, each in its own order.
+    tolerance = 1e-3 if expected.dtype == torch.float32 else 2e-2
+    if not error <= tolerance * expected.max():
+        return False
+    del expected
+    turns = [(_milliseconds(fused, device), _milliseconds(plain, device)) for _ in range(3)]
+    return min(one for one, _ in turns) < min(two for _, two in turns)
+
+
+def _milliseconds(run: Callable[[], object], device: torch.device) -> float:
+    """Of a few calls, on the device's own clock."""
+    with torch.cuda.device(device):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(5):
+            run()
+        end.record()
+        end.synchronize()
+        return float(start.elapsed_time(end))
+
+
+# Training, by gradients of our own
 
 
 class Convolution(torch.autograd.Function):
-    """torch's conv2d with bias; the bias's gradient is a sum of its own in backward.
+    """Convolution with bias, and ReLU; the bias's gradient is a sum of its own in backward.
 
     oneDNN's, which computes the weight's along with it, takes many times as long.
     """
@@ -116,25 +189,79 @@ class Convolution(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, weight: Tensor, bias: Tensor, *options: Any) -> Tensor:
-        """`options`: stride, padding, dilation and groups, as conv2d takes them."""
-        return F.conv2d(x, weight, bias, *options)
+    def forward(x: Tensor, weight: Tensor, bias: Tensor, activation: str, *options: Any) -> Tensor:
+        """`activation`: "none" or "relu"; `options`: stride, padding, dilation and groups."""
+        stride, padding, dilation, groups = options
+        return conv2d(x, weight, bias, stride, padding, dilation, groups, activation)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs[:2])
-        ctx.options = inputs[3:]
+        x, weight, _, activation, *ctx.options = inputs
+        saved = x, weight, output if activation == "relu" else None
+        ctx.save_for_backward(*saved)
+        ctx.save_for_forward(*saved)
+
+    @staticmethod
+    def jvp(ctx: Any, of_x: Tensor, of_weight: Tensor, of_bias: Tensor, *_: Any) -> Tensor:  # type: ignore[override]
+        x, weight, y = ctx.saved_tensors
+        of_y = F.conv2d(of_x, weight, of_bias, *ctx.options)
+        of_y = of_y + F.conv2d(x, of_weight, None, *ctx.options)
+        return of_y if y is None else of_y * (y > 0)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, weight = ctx.saved_tensors
+        x, weight, y = ctx.saved_tensors
+        if y is not None:
+            grad = torch.ops.aten.threshold_backward(grad, y, 0)
         stride, padding, dilation, groups = ctx.options
         of_x, of_weight, of_bias = ctx.needs_input_grad[:3]
         of_both = torch.ops.aten.convolution_backward(
             grad, x, weight, None, stride, padding, dilation, False, (0, 0), groups,
             (of_x, of_weight, False),
         )  # fmt: skip
-        return (*of_both[:2], grad.sum((0, 2, 3)) if of_bias else None, None, None, None, None)
+        return (*of_both[:2], grad.sum((0, 2, 3)) if of_bias else None, *(None,) * 5)
+
+
+class MaxPoolReLU(torch.autograd.Function):
+    """relu(max_pool2d(x)), which is max_pool2d(relu(x)) with a fraction of the work; on any device.
+
+    Backward takes nothing of x: a network need not keep what goes into its pools.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+        """`options`: size, stride and padding, as max_pool2d takes them. Also returns indices."""
+        y, indices = F.max_pool2d(x, *options, return_indices=True)
+        return y.relu_(), indices
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        x, *ctx.options = inputs
+        ctx.save_for_backward(*output)
+        ctx.save_for_forward(*output)
+        ctx.mark_non_differentiable(output[1])
+        nhwc = x.is_contiguous(memory_format=torch.channels_last)
+        ctx.layout = torch.channels_last if nhwc else torch.contiguous_format
+        ctx.shape = x.shape
+
+    @staticmethod
+    def jvp(ctx: Any, of_x: Tensor, *_: Any) -> tuple[Tensor, None]:  # type: ignore[override]
+        y, indices = ctx.saved_tensors
+        of_y = of_x.flatten(2).gather(2, indices.flatten(2)).view(y.shape)
+        return of_y * (y > 0), None
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        y, indices = ctx.saved_tensors
+        grad = torch.ops.aten.threshold_backward(grad, y, 0)
+        # Of x torch wants shape and layout alone.
+        x = torch.empty(ctx.shape, dtype=y.dtype, device=y.device, memory_format=ctx.layout)
+        of_x = torch.ops.aten.max_pool2d_with_indices_backward(
+            grad, x, *ctx.options, (1, 1), False, indices
+        )
+        return of_x, None, None, None
 
 
 class ReusedMemory:
@@ -180,7 +307,14 @@ class Product(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         ctx.save_for_backward(*inputs[:2])
+        ctx.save_for_forward(*inputs[:2])
         ctx.memory = inputs[3]
+
+    @staticmethod
+    def jvp(ctx: Any, of_x: Tensor, of_kernel: Tensor, of_bias: Tensor | None, _: Any) -> Tensor:  # type: ignore[override]
+        x, kernel = ctx.saved_tensors
+        of_y = of_x @ kernel + x @ of_kernel
+        return of_y if of_bias is None else of_y + of_bias
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]

@@ -5,7 +5,7 @@ How it works, in the order of this file, on the modules of vggtorch/modules.py:
 1. In inference a convolution, its batch norm and its ReLU are one kernel, on a weight that was
    prepared once.
 2. `Graph` runs the modules in the order of the Functional graph: one list of steps for training,
-   one for inference.
+   one for inference, one for onlookers such as hooks and compilers.
 3. `Lowered` is the outermost graph: it takes and returns what the Keras model does. `lower` makes
    it of a model, `part` of a part of one, and `accelerate_` puts it inside the Keras model itself.
 """
@@ -13,10 +13,12 @@ How it works, in the order of this file, on the modules of vggtorch/modules.py:
 # ruff: noqa: D102  (forward does what its class says)
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import keras
@@ -30,7 +32,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vggtorch import conversion, kernels
-from vggtorch.kernels import is_recorded
+from vggtorch.kernels import is_recast, is_recorded
 from vggtorch.modules import (
     HANDLERS,
     Activate,
@@ -44,6 +46,7 @@ from vggtorch.modules import (
     KerasLayer,
     Merge,
     Pool2D,
+    ReLUPool2D,
     Rescale,
     ZeroPadding2D,
     cast,
@@ -109,12 +112,12 @@ class FusedConv2D:
         fuses = kernels.fuses(x, conv.dtype)
         weight, bias, groups = self.constants(fuses, x, padding)
         options = conv.stride, padding, conv.dilation, groups
-        if not fuses:
-            y = F.conv2d(x, weight, bias, *options)
-            return y if self.activation is None else self.activation(y)
-        if self.activation is not None and self.activation.is_relu:
+        relu = self.activation is not None and self.activation.is_relu
+        if relu and fuses:
             return kernels.conv2d(x, weight, bias, *options, "relu")
-        y = kernels.conv2d(x, weight, bias, *options)
+        if relu and x.is_cuda:
+            return kernels.conv2d_relu(x, weight, bias, *options)
+        y = (kernels.conv2d if fuses else F.conv2d)(x, weight, bias, *options)
         return y if self.activation is None else self.activation(y)
 
     def _constants(
@@ -203,7 +206,7 @@ class Segment:
 
 
 FRESH = (BatchNorm, Conv2D, Dense, Merge)  # their backward doesn't need what they return
-POOLS = (Pool2D, GlobalPool2D)
+POOLS = (Pool2D, GlobalPool2D, ReLUPool2D)
 # What one image becomes doesn't depend on the others (of BatchNorm and Dropout: in inference).
 # Dense isn't here because it would read its large kernel once for each group.
 BY_IMAGE = (Activate, Conv2D, Flatten, FusedConv2D, Merge, Rescale, ZeroPadding2D, *POOLS)
@@ -240,10 +243,11 @@ class Graph(nn.Module):
         self.inputs = tuple(numbers[id(tensor)] for tensor in model.inputs)
         self.outputs = tuple(numbers[id(tensor)] for tensor in model.outputs)
         self._allow_in_place(steps)
-        self.segments = self._segments(steps, BY_IMAGE)
-        if format.checkpoint:
-            self.segments = self._blocks(steps)
         self.inference = self._segments(self._fuse(steps), (*BY_IMAGE, BatchNorm, Dropout))
+        cut = self._blocks if format.checkpoint else partial(self._segments, by_image=BY_IMAGE)
+        self.segments = cut(self._pool_first(steps))
+        self.observed = [replace(segment, grouped=False) for segment in cut(steps)]
+        self.descendants = tuple(self.modules())[1:]
         self.group_sizes: dict[Any, int] = {}
 
     def _register(self, name: str, module: nn.Module) -> None:
@@ -267,6 +271,23 @@ class Graph(nn.Module):
         for step in steps:
             if isinstance(step.run, Activate):
                 step.run.inplace &= step.inputs[0] in fresh and uses[step.inputs[0]] == 1
+
+    def _pool_first(self, steps: list[Step]) -> list[Step]:
+        """The steps of training: a max pool takes the ReLU before it."""
+        uses = self._uses(steps)
+        only_use = {i: step for step in steps for i in step.inputs if uses[i] == 1}
+        result: list[Step] = []
+        absorbed = set()
+        for step in steps:
+            if id(step) in absorbed:
+                continue
+            after = only_use.get(step.outputs[0])
+            both = ReLUPool2D.of(step.run, after.run) if after is not None else None
+            if after is not None and both is not None:
+                absorbed.add(id(after))
+                step = replace(step, run=both, outputs=after.outputs)
+            result.append(step)
+        return result
 
     def _fuse(self, steps: list[Step]) -> list[Step]:
         """The steps of inference: a convolution takes the batch norm and activation after it."""
@@ -330,14 +351,27 @@ class Graph(nn.Module):
 
     def _infers(self) -> bool:
         """Whether only the outputs are asked for, and of real tensors."""
-        return not (self.training or torch.is_grad_enabled() or is_recorded())
+        return not (self.training or torch.is_grad_enabled() or is_recorded() or is_recast())
+
+    def _is_observed(self) -> bool:
+        """Whether someone looks on, who must see the whole batch go through each module."""
+        return is_recorded() or any(
+            module._forward_hooks
+            or module._forward_pre_hooks
+            or module._backward_hooks
+            or module._backward_pre_hooks
+            for module in self.descendants
+        )
 
     def forward(self, *inputs: Tensor) -> list[Tensor]:
         values = dict(zip(self.inputs, inputs, strict=True))
-        on_cpu = inputs[0].device.type == "cpu" and not torch.compiler.is_compiling()
-        on_cpu = on_cpu and len(inputs[0]) > 0  # of an empty batch there are no groups
-        for segment in self.inference if self._infers() else self.segments:
-            if segment.grouped and on_cpu:
+        if self._is_observed():
+            segments = self.observed
+        else:
+            segments = self.inference if self._infers() else self.segments
+        for segment in segments:
+            # Of an empty batch there are no groups.
+            if segment.grouped and inputs[0].device.type == "cpu" and len(inputs[0]) > 0:
                 self._run_in_groups(segment, values)
             else:
                 _run_segment(segment, values)
@@ -371,7 +405,7 @@ class Graph(nn.Module):
 
 
 def _convolves(steps: list[Step]) -> bool:
-    return any(isinstance(step.run, Conv2D | FusedConv2D) for step in steps)
+    return any(isinstance(step.run, Conv2D | FusedConv2D | ReLUPool2D) for step in steps)
 
 
 def _modules(steps: list[Step], kind: type[nn.Module]) -> list[Any]:
@@ -428,7 +462,9 @@ def _run(steps: list[Step], values: dict[int, Tensor], sizes: list[int] | None =
         if isinstance(outputs, Tensor):
             values[step.outputs[0]] = outputs
             if sizes is not None:
-                sizes.append(outputs.nbytes)
+                # What goes into a pool is so many times larger than what comes out.
+                pooled = math.prod(step.run.pool.stride) if isinstance(step.run, ReLUPool2D) else 1
+                sizes.append(pooled * outputs.nbytes)
         else:
             values.update(zip(step.outputs, outputs, strict=True))
 

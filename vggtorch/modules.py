@@ -21,7 +21,13 @@ from keras import activations, layers
 from keras.src.ops.symbolic_arguments import SymbolicArguments
 from torch import Tensor, nn
 
-from vggtorch.kernels import Convolution, Product, ReusedMemory, trains
+from vggtorch.kernels import (
+    Convolution,
+    MaxPoolReLU,
+    Product,
+    ReusedMemory,
+    trains,
+)
 
 
 @dataclass(frozen=True)
@@ -183,15 +189,21 @@ class Conv2D(nn.Module):
         return _pad(x, padding, "constant")
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.convolve(x, self.activation)
+
+    def convolve(self, x: Tensor, activation: Activate | None) -> Tensor:
         x, padding = self.pad(cast(x, self.dtype))
         weight = cast(self.weight(), self.dtype)
         bias = None if self.bias is None else cast(self.bias, self.dtype)
         options = self.stride, padding, self.dilation, x.shape[1] // weight.shape[1]
         if bias is not None and trains(x, self.dtype):
-            y = Convolution.apply(x, weight, bias, *options)
+            relu = activation is not None and activation.is_relu
+            y = Convolution.apply(x, weight, bias, "relu" if relu else "none", *options)
+            if relu:
+                return y
         else:
             y = F.conv2d(x, weight, bias, *options)
-        return y if self.activation is None else self.activation(y)
+        return y if activation is None else activation(y)
 
 
 class Dense(nn.Module):
@@ -313,14 +325,42 @@ class Pool2D(nn.Module):
         self.same = layer.padding == "same"
         self.dtype = format.compute_dtype(layer)
 
+    def pad(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """The input and what the pool itself must pad it by."""
+        if not self.same:
+            return x, (0, 0)
+        padding = _same_padding(x.shape[2:], self.size, self.stride)
+        return _pad(x, padding, "replicate")  # as Keras does
+
     def forward(self, x: Tensor) -> Tensor:
-        x, padding = cast(x, self.dtype), (0, 0)
-        if self.same:
-            padded = _same_padding(x.shape[2:], self.size, self.stride)
-            x, padding = _pad(x, padded, "replicate")  # as Keras does
+        x, padding = self.pad(cast(x, self.dtype))
         if self.maximum:
             return F.max_pool2d(x, self.size, self.stride, padding)
         return F.avg_pool2d(x, self.size, self.stride, padding, count_include_pad=False)
+
+
+class ReLUPool2D(nn.Module):
+    """A convolution with ReLU, or a ReLU alone, and the max pool after it, pooled first."""
+
+    def __init__(self, before: Conv2D | Activate, pool: Pool2D) -> None:
+        super().__init__()
+        self.before, self.pool = before, pool
+
+    @staticmethod
+    def of(before: object, pool: object) -> ReLUPool2D | None:
+        """The two in one; None where they are anything else."""
+        if not isinstance(before, Conv2D | Activate) or not isinstance(pool, Pool2D):
+            return None
+        activation = before.activation if isinstance(before, Conv2D) else before
+        if activation is None or not activation.is_relu or not pool.maximum:
+            return None
+        return ReLUPool2D(before, pool)
+
+    def forward(self, x: Tensor) -> Tensor:
+        before, pool = self.before, self.pool
+        x = before.convolve(x, None) if isinstance(before, Conv2D) else cast(x, before.dtype)
+        x, padding = pool.pad(cast(x, pool.dtype))
+        return MaxPoolReLU.apply(x, pool.size, pool.stride, padding)[0]
 
 
 class GlobalPool2D(nn.Module):
