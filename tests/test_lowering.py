@@ -149,9 +149,9 @@ def test_images_in_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     entered: list[int] = []
     convolve = lowered.block1_conv1.convolve
 
-    def spy(x: torch.Tensor, activation: Any) -> torch.Tensor:
+    def spy(x: torch.Tensor) -> torch.Tensor:
         entered.append(len(x))
-        return convolve(x, activation)
+        return convolve(x)
 
     monkeypatch.setattr(lowered.block1_conv1, "convolve", spy)
     with torch.profiler.profile() as profile:
@@ -233,6 +233,62 @@ def test_operations_are_counted(training: bool) -> None:
         lowered(images(model))
     convolutions = 16 * 16 * 9 * 3 * 8 + 8 * 8 * 9 * 8 * 16
     assert counter.get_total_flops() == 2 * 4 * (convolutions + 4 * 4 * 16 * 32 + 32 * 10)
+
+
+def exchanged(model: keras.Model, lowered: torch.nn.Module, factor: float) -> tuple[Any, Any]:
+    """Other parameters, by name, and what Keras gives with them."""
+    names = [name for name, _ in lowered.named_parameters()]
+    twin = small_vgg()
+    for kernel in twin.trainable_variables:
+        kernel.assign(kernel * factor)
+    parameters = dict(zip(names, (p.detach() for p in lower(twin).parameters()), strict=True))
+    return parameters, twin
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_parameters_of_one_call(training: bool) -> None:
+    """functional_call, as averaged weights or ensembles are evaluated."""
+    model = small_vgg()
+    lowered = lower(model).train(training)
+    x = images(model)
+    with torch.set_grad_enabled(training):
+        expected = [model(x, training=training)]
+        found = [lowered(x)]
+        for factor in (1.5, 0.5):
+            parameters, twin = exchanged(model, lowered, factor)
+            found.append(torch.func.functional_call(lowered, parameters, (x,)))
+            expected.append(twin(x, training=training))
+            del parameters  # so that the next may stand where these stood
+        found.append(lowered(x))
+    for actual, value in zip(found, [*expected, expected[0]], strict=True):
+        assert_close(actual.detach(), value.detach(), 1e-4)
+
+
+def test_transforms() -> None:
+    """Derivatives in forward mode, and one gradient for each image."""
+    model = small_vgg()
+    model.get_layer("block2_bn1").trainable = False  # or images would depend on each other
+    lowered = lower(model).train()
+    x, of_x = images(model), images(model).flip(0)
+    of_y = torch.func.jvp(lowered, (x,), (of_x,))[1].detach()
+    weights = torch.randn(of_y.shape)
+    (gradient,) = torch.autograd.grad(lowered(x.requires_grad_()), x, weights)
+    assert_close((of_y * weights).sum(), (gradient * of_x).sum(), 1e-3)
+    x = x.detach()
+
+    parameters = dict(lowered.named_parameters())
+    trained = {name: p.detach() for name, p in parameters.items() if p.requires_grad}
+
+    def loss(trained: dict[str, torch.Tensor], image: torch.Tensor) -> torch.Tensor:
+        output = torch.func.functional_call(lowered, trained, (image.unsqueeze(0),))
+        return output.square().sum()
+
+    each = torch.func.vmap(torch.func.grad(loss), (None, 0))(trained, x)
+    lowered(x).square().sum().backward()
+    for name, gradients in each.items():
+        expected = parameters[name].grad
+        assert expected is not None
+        assert_close(gradients.sum(0), expected, 1e-4)
 
 
 def test_a_batch_without_images() -> None:

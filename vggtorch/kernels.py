@@ -11,11 +11,13 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 # From here on the C library gives memory back to the system as soon as it is free
 # (glibc's largest threshold for mmap, see `man mallopt`).
@@ -24,12 +26,14 @@ LARGE_BYTES = 32 << 20
 PIECE_BYTES = 16 << 20
 
 
-def is_recorded() -> bool:
-    """Whether someone records the operations that run, as compilers and counters do."""
+def is_intercepted() -> bool:
+    """Whether someone takes the operations that run: a compiler, a counter, a transform."""
     return (
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()
         or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.maybe_current_level() is not None  # torch.func
+        or forward_ad._current_level >= 0
     )
 
 
@@ -59,8 +63,8 @@ def fuses(x: Tensor, dtype: torch.dtype) -> bool:
 
 def trains(x: Tensor, dtype: torch.dtype) -> bool:
     """Whether `Convolution` and `Product` take this input."""
-    # In this order: asking a recorded batch for its length makes it a constant.
-    return not (is_recorded() or is_recast()) and len(x) > 0 and fuses(x, dtype)
+    # In this order: a compiler takes a batch whose length is asked for to have always that one.
+    return not (is_intercepted() or is_recast()) and len(x) > 0 and fuses(x, dtype)
 
 
 # Inference on a CPU
@@ -181,7 +185,7 @@ def _milliseconds(run: Callable[[], object], device: torch.device) -> float:
 
 
 class Convolution(torch.autograd.Function):
-    """Convolution with bias, and ReLU; the bias's gradient is a sum of its own in backward.
+    """torch's conv2d with bias; the bias's gradient is a sum of its own in backward.
 
     oneDNN's, which computes the weight's along with it, takes many times as long.
     """
@@ -189,37 +193,25 @@ class Convolution(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, weight: Tensor, bias: Tensor, activation: str, *options: Any) -> Tensor:
-        """`activation`: "none" or "relu"; `options`: stride, padding, dilation and groups."""
-        stride, padding, dilation, groups = options
-        return conv2d(x, weight, bias, stride, padding, dilation, groups, activation)
+    def forward(x: Tensor, weight: Tensor, bias: Tensor, *options: Any) -> Tensor:
+        """`options`: stride, padding, dilation and groups, as conv2d takes them."""
+        return F.conv2d(x, weight, bias, *options)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, weight, _, activation, *ctx.options = inputs
-        saved = x, weight, output if activation == "relu" else None
-        ctx.save_for_backward(*saved)
-        ctx.save_for_forward(*saved)
-
-    @staticmethod
-    def jvp(ctx: Any, of_x: Tensor, of_weight: Tensor, of_bias: Tensor, *_: Any) -> Tensor:  # type: ignore[override]
-        x, weight, y = ctx.saved_tensors
-        of_y = F.conv2d(of_x, weight, of_bias, *ctx.options)
-        of_y = of_y + F.conv2d(x, of_weight, None, *ctx.options)
-        return of_y if y is None else of_y * (y > 0)
+        x, weight, _, *ctx.options = inputs
+        ctx.save_for_backward(x, weight)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, weight, y = ctx.saved_tensors
-        if y is not None:
-            grad = torch.ops.aten.threshold_backward(grad, y, 0)
+        x, weight = ctx.saved_tensors
         stride, padding, dilation, groups = ctx.options
         of_x, of_weight, of_bias = ctx.needs_input_grad[:3]
         of_both = torch.ops.aten.convolution_backward(
             grad, x, weight, None, stride, padding, dilation, False, (0, 0), groups,
             (of_x, of_weight, False),
         )  # fmt: skip
-        return (*of_both[:2], grad.sum((0, 2, 3)) if of_bias else None, *(None,) * 5)
+        return (*of_both[:2], grad.sum((0, 2, 3)) if of_bias else None, None, None, None, None)
 
 
 class MaxPoolReLU(torch.autograd.Function):
@@ -240,28 +232,23 @@ class MaxPoolReLU(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         x, *ctx.options = inputs
         ctx.save_for_backward(*output)
-        ctx.save_for_forward(*output)
         ctx.mark_non_differentiable(output[1])
         nhwc = x.is_contiguous(memory_format=torch.channels_last)
         ctx.layout = torch.channels_last if nhwc else torch.contiguous_format
         ctx.shape = x.shape
 
     @staticmethod
-    def jvp(ctx: Any, of_x: Tensor, *_: Any) -> tuple[Tensor, None]:  # type: ignore[override]
-        y, indices = ctx.saved_tensors
-        of_y = of_x.flatten(2).gather(2, indices.flatten(2)).view(y.shape)
-        return of_y * (y > 0), None
-
-    @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         y, indices = ctx.saved_tensors
         grad = torch.ops.aten.threshold_backward(grad, y, 0)
-        # Of x torch wants shape and layout alone.
-        x = torch.empty(ctx.shape, dtype=y.dtype, device=y.device, memory_format=ctx.layout)
-        of_x = torch.ops.aten.max_pool2d_with_indices_backward(
-            grad, x, *ctx.options, (1, 1), False, indices
-        )
-        return of_x, None, None, None
+        of_x = torch.empty(ctx.shape, dtype=y.dtype, device=y.device, memory_format=ctx.layout)
+        operation = torch.ops.aten.max_pool2d_with_indices_backward
+        # Of x torch wants shape and layout alone, which its gradient has too.
+        arguments = grad, of_x, *ctx.options, (1, 1), False, indices
+        if not torch.is_grad_enabled():  # which `grad_input` has no gradient for
+            with suppress(RuntimeError):  # nor has it room where grad stands for many, as in vmap
+                return operation.grad_input(*arguments, grad_input=of_x), None, None, None
+        return operation(*arguments), None, None, None
 
 
 class ReusedMemory:
@@ -307,14 +294,7 @@ class Product(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         ctx.save_for_backward(*inputs[:2])
-        ctx.save_for_forward(*inputs[:2])
         ctx.memory = inputs[3]
-
-    @staticmethod
-    def jvp(ctx: Any, of_x: Tensor, of_kernel: Tensor, of_bias: Tensor | None, _: Any) -> Tensor:  # type: ignore[override]
-        x, kernel = ctx.saved_tensors
-        of_y = of_x @ kernel + x @ of_kernel
-        return of_y if of_bias is None else of_y + of_bias
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]

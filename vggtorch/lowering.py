@@ -13,7 +13,7 @@ How it works, in the order of this file, on the modules of vggtorch/modules.py:
 # ruff: noqa: D102  (forward does what its class says)
 from __future__ import annotations
 
-import math
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -32,12 +32,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vggtorch import conversion, kernels
-from vggtorch.kernels import is_recast, is_recorded
+from vggtorch.kernels import is_intercepted, is_recast
 from vggtorch.modules import (
     HANDLERS,
     Activate,
     BatchNorm,
     Conv2D,
+    Convolve,
     Dense,
     Dropout,
     Flatten,
@@ -71,29 +72,40 @@ def _state(parameters: Iterable[nn.Parameter]) -> list[tuple[int, int]]:
 class Prepared:
     """Tensors made from parameters, made anew when a parameter changes.
 
-    A parameter's version says that it was written to, its address that its storage was replaced.
-    Writing through `.data` shows in neither, so on a CPU a sample of the first parameter's values
-    is compared as well.
+    A parameter's version says that it was written to, its address that its storage was replaced,
+    and torch.func.functional_call puts another tensor in its place for one call. Writing through
+    `.data` shows in none of them, so on a CPU a sample of the first parameter's values is compared
+    as well.
     """
 
-    def __init__(self, parameters: list[nn.Parameter], make: Callable[..., Any]) -> None:
-        self.parameters, self.make = parameters, make
+    def __init__(self, modules: list[nn.Module], make: Callable[..., Any]) -> None:
+        self.modules, self.make = modules, make
         self.key: Any = None
+        self.parameters: list[weakref.ref[Tensor]] = []
         self.sample, self.made = torch.empty(0), None
 
     def __call__(self, fuses: bool, *args: Any) -> Any:
         """What was made, of the parameters as they are now, for fused operations or for plain."""
-        key = (fuses, _state(self.parameters))
-        first = self.parameters[0].detach()
+        own = [module._parameters.values() for module in self.modules]
+        parameters = [p for values in own for p in values if p is not None]
+        same = [known() is p for known, p in zip(self.parameters, parameters, strict=False)]
+        key = (fuses, _state(parameters))
+        first = parameters[0].detach()
         step = max(1, first.numel() // 64)
         sample = first.as_strided((first.numel() // step,), (step,))
-        if key != self.key or not (first.is_cuda or torch.equal(sample, self.sample)):
+        if (
+            key != self.key
+            or not all(same)
+            or not (first.is_cuda or torch.equal(sample, self.sample))
+        ):
             self.made = self.make(fuses, *args)
             self.key, self.sample = key, sample.clone()
+            self.parameters = [weakref.ref(p) for p in parameters]
         return self.made
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"key": None, "made": None}  # oneDNN's tensors can't be copied
+        # Neither oneDNN's tensors nor references can be copied.
+        return vars(self) | {"key": None, "made": None, "parameters": []}
 
 
 class FusedConv2D:
@@ -101,9 +113,7 @@ class FusedConv2D:
 
     def __init__(self, conv: Conv2D, norm: BatchNorm | None, activation: Activate | None) -> None:
         self.conv, self.norm, self.activation = conv, norm, activation
-        modules = [conv] if norm is None else [conv, norm]
-        parameters = [p for module in modules for p in module.parameters()]
-        self.constants = Prepared(parameters, self._constants)
+        self.constants = Prepared([conv] if norm is None else [conv, norm], self._constants)
 
     def __call__(self, x: Tensor) -> Tensor:
         conv = self.conv
@@ -148,7 +158,7 @@ class FusedDense:
 
     def __init__(self, dense: Dense) -> None:
         self.dense = dense
-        self.constants = Prepared(list(dense.parameters()), self._constants)
+        self.constants = Prepared([dense], self._constants)
 
     def __call__(self, x: Tensor) -> Tensor:
         activation, dtype = self.dense.activation, self.dense.dtype
@@ -209,7 +219,7 @@ FRESH = (BatchNorm, Conv2D, Dense, Merge)  # their backward doesn't need what th
 POOLS = (Pool2D, GlobalPool2D, ReLUPool2D)
 # What one image becomes doesn't depend on the others (of BatchNorm and Dropout: in inference).
 # Dense isn't here because it would read its large kernel once for each group.
-BY_IMAGE = (Activate, Conv2D, Flatten, FusedConv2D, Merge, Rescale, ZeroPadding2D, *POOLS)
+BY_IMAGE = (Activate, Conv2D, Convolve, Flatten, FusedConv2D, Merge, Rescale, ZeroPadding2D, *POOLS)
 
 
 class Graph(nn.Module):
@@ -273,20 +283,29 @@ class Graph(nn.Module):
                 step.run.inplace &= step.inputs[0] in fresh and uses[step.inputs[0]] == 1
 
     def _pool_first(self, steps: list[Step]) -> list[Step]:
-        """The steps of training: a max pool takes the ReLU before it."""
+        """The steps of training: a max pool takes over the ReLU before it."""
         uses = self._uses(steps)
         only_use = {i: step for step in steps for i in step.inputs if uses[i] == 1}
+        pools: dict[int, Step] = {}
         result: list[Step] = []
-        absorbed = set()
         for step in steps:
-            if id(step) in absorbed:
-                continue
             after = only_use.get(step.outputs[0])
-            both = ReLUPool2D.of(step.run, after.run) if after is not None else None
-            if after is not None and both is not None:
-                absorbed.add(id(after))
-                step = replace(step, run=both, outputs=after.outputs)
-            result.append(step)
+            conv = step.run if isinstance(step.run, Conv2D) else None
+            relu = conv.activation if conv is not None else step.run
+            pool = after.run if after is not None else None
+            if (
+                after is not None
+                and isinstance(relu, Activate)
+                and relu.is_relu
+                and isinstance(pool, Pool2D)
+                and pool.maximum
+            ):
+                inputs = step.inputs if conv is None else step.outputs
+                pools[id(after)] = replace(after, run=ReLUPool2D(pool), inputs=inputs)
+                if conv is not None:
+                    result.append(replace(step, run=Convolve(conv)))
+            else:
+                result.append(pools.get(id(step), step))
         return result
 
     def _fuse(self, steps: list[Step]) -> list[Step]:
@@ -351,11 +370,11 @@ class Graph(nn.Module):
 
     def _infers(self) -> bool:
         """Whether only the outputs are asked for, and of real tensors."""
-        return not (self.training or torch.is_grad_enabled() or is_recorded() or is_recast())
+        return not (self.training or torch.is_grad_enabled() or is_intercepted() or is_recast())
 
     def _is_observed(self) -> bool:
         """Whether someone looks on, who must see the whole batch go through each module."""
-        return is_recorded() or any(
+        return is_intercepted() or any(
             module._forward_hooks
             or module._forward_pre_hooks
             or module._backward_hooks
@@ -405,7 +424,7 @@ class Graph(nn.Module):
 
 
 def _convolves(steps: list[Step]) -> bool:
-    return any(isinstance(step.run, Conv2D | FusedConv2D | ReLUPool2D) for step in steps)
+    return any(isinstance(step.run, Conv2D | Convolve | FusedConv2D) for step in steps)
 
 
 def _modules(steps: list[Step], kind: type[nn.Module]) -> list[Any]:
@@ -462,9 +481,7 @@ def _run(steps: list[Step], values: dict[int, Tensor], sizes: list[int] | None =
         if isinstance(outputs, Tensor):
             values[step.outputs[0]] = outputs
             if sizes is not None:
-                # What goes into a pool is so many times larger than what comes out.
-                pooled = math.prod(step.run.pool.stride) if isinstance(step.run, ReLUPool2D) else 1
-                sizes.append(pooled * outputs.nbytes)
+                sizes.append(outputs.nbytes)
         else:
             values.update(zip(step.outputs, outputs, strict=True))
 

@@ -188,22 +188,30 @@ class Conv2D(nn.Module):
         padding = _same_padding(x.shape[2:], size, self.stride, self.dilation)
         return _pad(x, padding, "constant")
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.convolve(x, self.activation)
-
-    def convolve(self, x: Tensor, activation: Activate | None) -> Tensor:
+    def convolve(self, x: Tensor) -> Tensor:
+        """Convolution and bias alone."""
         x, padding = self.pad(cast(x, self.dtype))
         weight = cast(self.weight(), self.dtype)
         bias = None if self.bias is None else cast(self.bias, self.dtype)
         options = self.stride, padding, self.dilation, x.shape[1] // weight.shape[1]
         if bias is not None and trains(x, self.dtype):
-            relu = activation is not None and activation.is_relu
-            y = Convolution.apply(x, weight, bias, "relu" if relu else "none", *options)
-            if relu:
-                return y
-        else:
-            y = F.conv2d(x, weight, bias, *options)
-        return y if activation is None else activation(y)
+            return Convolution.apply(x, weight, bias, *options)
+        return F.conv2d(x, weight, bias, *options)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.convolve(x)
+        return y if self.activation is None else self.activation(y)
+
+
+class Convolve(nn.Module):
+    """A Conv2D without its activation."""
+
+    def __init__(self, conv: Conv2D) -> None:
+        super().__init__()
+        self.conv = conv
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv.convolve(x)
 
 
 class Dense(nn.Module):
@@ -340,27 +348,15 @@ class Pool2D(nn.Module):
 
 
 class ReLUPool2D(nn.Module):
-    """A convolution with ReLU, or a ReLU alone, and the max pool after it, pooled first."""
+    """A ReLU and the max pool after it, pooled first; x is (N, C, H, W)."""
 
-    def __init__(self, before: Conv2D | Activate, pool: Pool2D) -> None:
+    def __init__(self, pool: Pool2D) -> None:
         super().__init__()
-        self.before, self.pool = before, pool
-
-    @staticmethod
-    def of(before: object, pool: object) -> ReLUPool2D | None:
-        """The two in one; None where they are anything else."""
-        if not isinstance(before, Conv2D | Activate) or not isinstance(pool, Pool2D):
-            return None
-        activation = before.activation if isinstance(before, Conv2D) else before
-        if activation is None or not activation.is_relu or not pool.maximum:
-            return None
-        return ReLUPool2D(before, pool)
+        self.pool = pool
 
     def forward(self, x: Tensor) -> Tensor:
-        before, pool = self.before, self.pool
-        x = before.convolve(x, None) if isinstance(before, Conv2D) else cast(x, before.dtype)
-        x, padding = pool.pad(cast(x, pool.dtype))
-        return MaxPoolReLU.apply(x, pool.size, pool.stride, padding)[0]
+        x, padding = self.pool.pad(cast(x, self.pool.dtype))
+        return MaxPoolReLU.apply(x, self.pool.size, self.pool.stride, padding)[0]
 
 
 class GlobalPool2D(nn.Module):
