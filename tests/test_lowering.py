@@ -19,18 +19,22 @@ import vggtorch  # isort: skip  (first: it selects Keras's torch backend)
 import keras
 from keras import layers
 
-from vggtorch import lowering
+from vggtorch import kernels, lowering, modules
 from vggtorch.lowering import accelerate_, lower, part
 from vggtorch.modules import KerasLayer
 
-APPLICATIONS = {  # name: image size, layers of it that run as Keras runs them
-    "VGG16": (32, 0),
-    "ResNet50": (32, 0),
-    "MobileNetV2": (32, 0),
-    "MobileNetV3Small": (32, None),
-    "DenseNet121": (32, 0),
-    "EfficientNetB0": (32, None),
-    "InceptionV3": (75, 0),
+APPLICATIONS = {  # name: image size, operations of it that run as Keras runs them
+    "VGG16": (32, set()),
+    "ResNet50": (32, set()),
+    "ResNet50V2": (32, set()),
+    "MobileNet": (32, set()),
+    "MobileNetV2": (32, set()),
+    "MobileNetV3Small": (32, {"Add", "Multiply"}),  # of keras.ops
+    "DenseNet121": (32, set()),
+    "EfficientNetB0": (32, {"Dropout"}),  # of whole images
+    "InceptionV3": (75, set()),
+    "Xception": (71, set()),
+    "ConvNeXtTiny": (32, {"Add", "Dense", "LayerScale"}),  # Dense at each position
 }
 
 
@@ -88,18 +92,25 @@ def assert_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float 
 
 
 @pytest.mark.parametrize("name", APPLICATIONS)
-def test_outputs_equal_keras(name: str) -> None:
+def test_outputs_and_gradients_equal_keras(name: str) -> None:
+    """Batch norm as in inference: that of deep maps of one pixel would let rounding grow."""
     size, as_keras = APPLICATIONS[name]
     model = application(name, size)
     x = images(model)
-    with torch.no_grad():
-        expected = model(x, training=False)
-        lowered = lower(model).eval()
-        assert_close(lowered(x), expected)
-    with torch.enable_grad():  # the other list of steps
-        assert_close(lowered(x).detach(), expected)
-    if as_keras is not None:
-        assert sum(isinstance(m, KerasLayer) for m in lowered.modules()) == as_keras
+    lowered = lower(model).eval()
+    found = []
+    for run in (lowered, lambda x: model(x, training=False)):
+        output = run(x)
+        grads = torch.autograd.grad(
+            output.square().sum(), [v.value for v in model.trainable_variables]
+        )
+        found.append([output.detach(), *grads])
+    for actual, expected in zip(*found, strict=True):
+        assert_close(actual, expected)
+    with torch.no_grad():  # in which all is fused
+        assert_close(lowered(x), output.detach())
+    kept = {type(m.operation[0]).__name__ for m in lowered.modules() if isinstance(m, KerasLayer)}
+    assert kept == as_keras
 
 
 def test_vgg_without_batch_norm_is_bit_identical() -> None:
@@ -452,6 +463,100 @@ def test_a_layer_without_handler_gets_training_and_keeps_its_parameters() -> Non
     assert lowered.prelu.alpha is model.get_layer("prelu").alpha.value
 
 
+def as_torch(model: keras.Model, x: torch.Tensor) -> torch.Tensor:
+    """What the lowered model gives, in which no layer may run as Keras runs it."""
+    lowered = lower(model).train()
+    assert not any(isinstance(m, KerasLayer) for m in lowered.modules())
+    output = lowered(x).detach()
+    with torch.no_grad():
+        assert_close(lowered.eval()(x), output)
+    return output
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        layers.Rescaling(2.0, -1.0),
+        layers.Rescaling([0.5, 2.0, 1.0], [1.0, 0.0, -1.0]),
+        layers.Rescaling(0.5, [1.0, 0.0, -1.0], dtype="mixed_bfloat16"),
+        layers.Normalization(mean=[1.0, 2.0, 3.0], variance=[4.0, 1.0, 0.0]),
+        layers.Normalization(mean=1.0, variance=4.0, axis=None),
+        layers.LayerNormalization(),
+        layers.LayerNormalization(center=False, scale=False, epsilon=0.1, dtype="mixed_bfloat16"),
+        layers.UpSampling2D((2, 3)),
+        layers.Reshape((4, 5, 6)),
+        layers.Reshape((-1, 3)),
+        layers.Reshape((60, -1)),
+    ],
+)
+def test_layers_of_one_input(layer: keras.Layer) -> None:
+    image = keras.Input((8, 5, 3))
+    model = randomise(keras.Model(image, layer(image)))
+    x = images(model)
+    assert_close(as_torch(model, x), model(x).detach())
+
+
+@pytest.mark.parametrize("axis", [-1, (1, 2), None])
+def test_adapted_normalization(axis: Any) -> None:
+    image = keras.Input((8, 5, 3))
+    layer = layers.Normalization(axis=axis)
+    model = keras.Model(image, layer(image))
+    x = images(model)
+    layer.adapt(3 * x.numpy() + 1)
+    assert_close(as_torch(model, x), model(x).detach())
+    layer.adapt(x.numpy())
+    assert_close(as_torch(model, x), model(x).detach())
+
+
+@pytest.mark.parametrize(
+    "merge", [layers.Add, layers.Average, layers.Maximum, layers.Minimum, layers.Multiply]
+)
+def test_merges(merge: type) -> None:
+    image = keras.Input((6, 6, 3))
+    several = [image, layers.Rescaling(2.0)(image), layers.Rescaling(-1.0, 0.5)(image)]
+    model = keras.Model(image, merge()(several))
+    x = images(model)
+    assert_close(as_torch(model, x), model(x))
+
+
+def test_layers_set_to_what_only_keras_does() -> None:
+    image = keras.Input((6, 4, 3))
+    outputs = [
+        layers.Normalization(mean=1.0, variance=4.0, invert=True)(image),
+        layers.LayerNormalization(axis=[2, 3])(image),
+        layers.UpSampling2D(2, interpolation="bilinear")(image),
+        layers.Rescaling(np.ones((4, 3)), 1.0)(image),
+    ]
+    model = keras.Model(image, outputs)
+    x = images(model)
+    for actual, expected in zip(lower(model)(x), model(x), strict=True):
+        assert_close(actual.detach(), expected.detach())
+
+
+def test_layers_of_any_name() -> None:
+    """Also of one that the module itself would use."""
+    x = image = keras.Input((4,), name="inputs")
+    names = ["steps", "forward", "data_format", "training", "outputs"]
+    for name in names:
+        x = layers.Dense(4, name=name)(x)
+    model = keras.Model(image, x)
+    lowered = lower(model)
+    assert_close(lowered(torch.ones(2, 4)).detach(), model(torch.ones(2, 4)).detach())
+    found = [name for name, _ in lowered.named_modules()][1:]
+    assert found == ["steps", "forward_", "data_format_", "training_", "outputs"]
+
+
+def test_one_activation_after_several_convolutions() -> None:
+    """Each convolution must keep its own weights where it takes the activation over."""
+    image = keras.Input((8, 8, 3))
+    relu = layers.ReLU()
+    x = relu(layers.Conv2D(4, 3)(image))
+    model = keras.Model(image, relu(layers.Conv2D(4, 3)(x)))
+    x = images(model)
+    with torch.no_grad():
+        assert_close(lower(model).eval()(x), model(x))
+
+
 def test_masks_are_kept() -> None:
     tokens = keras.Input((5,), dtype="int32")
     x = layers.Embedding(7, 4, mask_zero=True)(tokens)
@@ -584,10 +689,7 @@ def test_parts_of_a_model() -> None:
 def test_convolution_copies_no_activation() -> None:
     lowered = lower(small_vgg()).train()
     x = torch.randn(2, 16, 16, 3)
-    with torch.profiler.profile() as profile:
-        lowered(x)
-    operations = {event.key for event in profile.key_averages()}
-    assert not operations & {"aten::contiguous", "aten::clone"}
+    assert not operations(lowered, x) & {"aten::contiguous", "aten::clone"}
 
 
 def test_trained_from_either_side() -> None:
@@ -681,6 +783,96 @@ def test_a_frozen_prefix_keeps_nothing_for_backward() -> None:
     assert model.get_layer("fc1").kernel.value.grad is not None
 
 
+def operations(run: Any, x: torch.Tensor) -> set[str]:
+    """The operations of torch that a call runs."""
+    with torch.profiler.profile() as profile:
+        run(x)
+    return {event.key for event in profile.key_averages()}
+
+
+FUSED = "mkldnn::_convolution_pointwise"
+
+
+@pytest.mark.parametrize("until", ["block1_conv1", "block1_pool", "block2_conv1", "fc1"])
+@pytest.mark.parametrize("checkpoint", [False, True])
+@pytest.mark.parametrize("group_bytes", [1, 1 << 20])
+def test_frozen_layers_train_as_keras(
+    until: str, checkpoint: bool, group_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever the boundary is between those that run as in inference and those that learn."""
+    monkeypatch.setattr(lowering, "GROUP_BYTES", group_bytes)
+    model, twin = small_vgg(), small_vgg()
+    for network in (model, twin):
+        for layer in network.layers:
+            layer.trainable = False
+            if layer.name == until:
+                break
+    lowered = lower(model, checkpoint=checkpoint).train()
+    x = images(model)
+    assert (FUSED in operations(lowered, x)) == kernels.fuses(x, x.dtype)
+    output, left = step(model, lowered)
+    twin(x, training=True)  # counted by batch norm
+    expected, expected_left = step(twin, lambda x: twin(x, training=True))
+    assert_close(output, expected, 1e-4)
+    for actual, value in zip(left, expected_left, strict=True):
+        assert_close(actual, value, 1e-4)
+
+
+def test_layers_that_thaw_or_freeze_are_noticed() -> None:
+    model = small_vgg()
+    x, kernel = images(model), model.get_layer("block1_conv1").kernel.value
+    lowered = lower(model).train()
+    for trainable in (False, True, False):
+        model.trainable = trainable
+        kernel.grad = None
+        output = lowered(x)
+        assert output.requires_grad == trainable
+        if trainable:
+            output.sum().backward()
+            assert kernel.grad is not None and kernel.grad.any()
+        else:
+            assert_close(output, model(x, training=True).detach())
+
+
+def test_gradients_of_the_input_go_through_frozen_layers() -> None:
+    """As adversarial examples and style transfer take them."""
+    model = small_vgg()
+    model.trainable = False
+    found = []
+    for run in (lower(model).train(), lower(model).eval(), lambda x: model(x, training=True)):
+        x = images(model).requires_grad_()
+        run(x).square().sum().backward()
+        assert x.grad is not None
+        found.append(x.grad)
+    assert_close(found[0], found[2], 1e-4)
+    assert_close(found[1], found[2], 1e-4)
+
+
+def test_frozen_dropout_still_drops() -> None:
+    model = dropout_vgg()
+    model.trainable = False
+    lowered = lower(model).train()
+    x = images(model)
+    assert not torch.equal(lowered(x), lowered(x))
+    with torch.no_grad():
+        assert not torch.equal(lowered(x), lowered(x))
+
+
+def test_evaluation_sees_weights_that_were_written_through_data() -> None:
+    """As averages of weights are often put in place; here where no sample of them is taken."""
+    model = small_vgg()
+    kernel = model.get_layer("block2_conv1").kernel.value
+    lowered = lower(model).eval()
+    x = images(model)
+    with torch.no_grad():
+        before = lowered(x)
+        lowered.train()
+        kernel.data[1, 1, 1, 1] += 1
+        after = lowered.eval()(x)
+    assert not torch.equal(before, after)
+    assert_close(after, model(x, training=False).detach())
+
+
 # Precision
 
 
@@ -712,19 +904,55 @@ def test_dtype_computes_as_the_mixed_policy_does() -> None:
     assert {p.dtype for p in lowered.parameters()} == {torch.float32}
 
 
-def test_autocast_computes_in_bfloat16() -> None:
+@pytest.mark.parametrize("frozen", [False, True])
+def test_autocast_computes_in_bfloat16(frozen: bool) -> None:
+    """Convolutions and products; from them on, everything that autocast leaves in bfloat16."""
     model = small_vgg()
+    if frozen:
+        model.get_layer("block1_conv1").trainable = False
     x = images(model)
     lowered: Any = lower(model).train()
     seen: list[torch.dtype] = []
-    lowered.block2_bn1.register_forward_pre_hook(lambda _, args: seen.append(args[0].dtype))
+    hook = lowered.block2_bn1.register_forward_pre_hook(lambda _, args: seen.append(args[0].dtype))
     with torch.autocast("cpu", torch.bfloat16):
+        lowered(x)
+        hook.remove()
         output = lowered(x)
+        with torch.no_grad():
+            fused = lowered.eval()(x)
     assert seen == [torch.bfloat16]
-    output.float().sum().backward()
+    output.float().square().sum().backward()
+    twin = small_vgg()
+    for _ in range(2):  # counted by batch norm
+        expected = twin(x, training=True)
+    expected.square().sum().backward()
+    assert_close(output.detach().float(), expected.detach(), 5e-2)
+    for name in ("block2_conv1", "fc1", "predictions"):
+        grad = model.get_layer(name).kernel.value.grad
+        assert grad.dtype == torch.float32
+        exact = twin.get_layer(name).kernel.value.grad
+        assert (grad - exact).norm() < 0.1 * exact.norm()
+    assert_close(fused.float(), twin(x, training=False).detach(), 5e-2)
+    assert lowered(x).dtype == torch.float32  # the next call is nobody's autocast
     with torch.no_grad():
-        twin = small_vgg()
-        assert_close(output.detach().float(), lower(twin).train()(x), 5e-2)
+        assert_close(lowered(x), model(x, training=False))
+
+
+def test_a_large_batch_of_mixed_precision_is_cast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dense computes small batches in its kernel's own dtype, which is exact, and large in bf16."""
+    for many_rows in (1, 100):
+        monkeypatch.setattr(modules, "MANY_ROWS", many_rows)
+        model = small_vgg()
+        lowered: Any = lower(model, dtype=torch.bfloat16).train()
+        fc1 = model.get_layer("fc1")
+        x = torch.randn(4, 4 * 4 * 16).bfloat16()
+        y = lowered.fc1(x)
+        assert y.dtype == torch.bfloat16
+        exact = F.linear(x.float(), fc1.kernel.value.t(), fc1.bias.value).relu().bfloat16()
+        assert torch.equal(y, exact) == (many_rows == 100 and kernels.fuses(x, torch.float32))
+        assert_close(y.detach(), exact.detach(), 2e-2)
+        y.float().sum().backward()
+        assert fc1.kernel.value.grad.dtype == torch.float32
 
 
 # torch.compile, several processes
@@ -817,10 +1045,8 @@ def test_accelerated_fit_evaluate_predict_and_call() -> None:
 def test_accelerated_runs_the_lowered_module() -> None:
     model = accelerate_(accelerate_(small_vgg()))
     x = images(model)
-    with torch.profiler.profile() as profile:
-        model.predict(x, verbose=0)
-    operations = {event.key for event in profile.key_averages()}
-    assert ("mkldnn::_convolution_pointwise" in operations) == torch.backends.mkldnn.enabled
+    ran = operations(lambda x: model.predict(x, verbose=0), x)
+    assert (FUSED in ran) == kernels.fuses(x, x.dtype)
 
 
 def test_accelerated_compiled() -> None:
@@ -936,8 +1162,8 @@ def follows_inputs_and_parameters(model: keras.Model, lowered: lowering.Lowered,
             change()
             assert not torch.allclose(run(x), expected)
             assert_close(run(x), model(x, training=False), 1e-3)
-    assert len(lowered.captured) == 1  # what was captured of other weights is gone
-    assert not copy.deepcopy(lowered).captured
+    assert len(lowered._captured) == 1  # what was captured of other weights is gone
+    assert not copy.deepcopy(lowered)._captured
 
 
 def test_replays_follow_inputs_and_parameters() -> None:
@@ -959,10 +1185,10 @@ def test_replays_follow_inputs_and_parameters() -> None:
     follows_inputs_and_parameters(
         model, lowered, lambda x: lowered._replay([x.permute(0, 3, 1, 2)])[0]
     )
-    lowered.captured.clear()
+    lowered._captured.clear()
     with torch.no_grad():  # as it is, it doesn't try on a CPU
         assert_close(lowered(images(model)), model(images(model), training=False))
-    assert not lowered.captured
+    assert not lowered._captured
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

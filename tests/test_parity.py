@@ -140,3 +140,102 @@ def test_a_saved_pth_is_what_torchvision_loads(oxford, tmp_path):
     with torch.no_grad():
         expected = reference.features.eval()(images.movedim(-1, 1))
         assert_close(oxford(images), expected.movedim(1, -1), "block5_pool")
+
+
+# The lowered module against the Keras model it was made of: outputs and gradients
+
+
+def outputs_and_gradients(model, run):
+    x = torch.from_numpy(vt.preprocess(PHOTOS, "imagenet", size=32))
+    outputs = keras.tree.flatten(run(x))
+    torch.stack([y.square().mean() / y.detach().square().mean() for y in outputs]).sum().backward()
+    grads = [v.value.grad for v in model.variables]
+    left = [
+        v.value.detach() if grad is None else grad
+        for v, grad in zip(model.variables, grads, strict=True)
+    ]
+    assert [v.path for v in model.trainable_variables] == [
+        v.path for v, grad in zip(model.variables, grads, strict=True) if grad is not None
+    ]
+    return [y.detach() for y in outputs], left
+
+
+def assert_lowered_equals_keras(model, training):
+    twin = keras.models.clone_model(model)
+    twin.set_weights(model.get_weights())
+    lowered = vt.lower(model).train(training)
+    expected, keras_left = outputs_and_gradients(twin, lambda x: twin(x, training=training))
+    outputs, left = outputs_and_gradients(model, lowered)
+    for received, theirs in zip(outputs, expected, strict=True):
+        assert_close(received, theirs, "output")
+    for variable, received, theirs in zip(model.variables, left, keras_left, strict=True):
+        # Rounding may put a value on the other side of a ReLU; all gradients before it differ.
+        error = (received - theirs).norm() / theirs.norm()
+        assert error <= 1e-2, f"{variable.path}: {error:.2e}"
+    with torch.no_grad():
+        x = torch.from_numpy(vt.preprocess(PHOTOS, "imagenet", size=32))
+        fused = keras.tree.flatten(lowered.eval()(x))
+        for received, theirs in zip(fused, keras.tree.flatten(twin(x)), strict=True):
+            assert_close(received, theirs, "output of inference")
+
+
+def small(name):
+    """A network for images of 32x32, with random weights that let signals pass."""
+    keras.utils.set_random_seed(0)
+    constructor = getattr(vt, name.removesuffix("_bn").upper())
+    model = constructor(
+        weights=None, input_shape=(32, 32, 3), classes=10, batch_norm=name.endswith("_bn")
+    )
+    rng = np.random.default_rng(0)
+    for variable in model.variables:
+        if variable.name == "kernel":
+            variable.assign(variable.numpy() * 1.4)
+        elif variable.name in ("gamma", "moving_variance"):
+            variable.assign(rng.uniform(0.5, 1.5, variable.shape))
+        else:
+            variable.assign(rng.normal(0, 0.1, variable.shape))
+    return model
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("until", [None, "block3_pool"])
+def test_lowered_networks_equal_keras(name, until):
+    model = small(name)
+    if until is not None:
+        vt.freeze_(model, until=until)
+    # Batch norm over two images would let rounding grow.
+    assert_lowered_equals_keras(model, training=not name.endswith("_bn"))
+
+
+def block3(model):
+    names = [layer.name for layer in model.layers]
+    return names[names.index("block2_pool") + 1 : names.index("block3_pool")]
+
+
+def conv(name, filters=256, size=5):
+    return keras.layers.Conv2D(filters, size, padding="same", activation="relu", name=name)
+
+
+SURGERIES = {
+    "truncate": lambda model: vt.truncate(model, ["block2_pool", "block4_conv1"]),
+    "stack": lambda model: vt.freeze_(
+        vt.stack(
+            vt.truncate(model, "block3_pool"),
+            [keras.layers.GlobalAveragePooling2D(), keras.layers.Dense(7, "softmax")],
+        ),
+        until="block3_pool",
+    ),
+    "insert": lambda model: vt.insert(model, "block2_pool", conv("new", 128, 3)),
+    "remove": lambda model: vt.remove(model, "block5_conv2"),
+    "replace": lambda model: vt.replace(model, block3(model), conv("new")),
+    "one after the other": lambda model: vt.remove(
+        vt.replace(vt.truncate(model, "block5_pool"), block3(model), conv("new")), "block5_conv2"
+    ),
+}
+
+
+@pytest.mark.parametrize("surgery", SURGERIES)
+@pytest.mark.parametrize("name", ["vgg11_bn", "vgg16"])
+def test_lowered_surgeries_equal_keras(name, surgery):
+    result = SURGERIES[surgery](small(name))
+    assert_lowered_equals_keras(result, training=name == "vgg16")

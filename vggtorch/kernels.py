@@ -37,11 +37,6 @@ def is_intercepted() -> bool:
     )
 
 
-def is_recast() -> bool:
-    """Whether torch.autocast chooses what the operations compute in."""
-    return torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
-
-
 def _onednn() -> bool:
     """Whether this torch has oneDNN's fused convolution and product."""
     return (
@@ -64,7 +59,7 @@ def fuses(x: Tensor, dtype: torch.dtype) -> bool:
 def trains(x: Tensor, dtype: torch.dtype) -> bool:
     """Whether `Convolution` and `Product` take this input."""
     # In this order: a compiler takes a batch whose length is asked for to have always that one.
-    return not (is_intercepted() or is_recast()) and len(x) > 0 and fuses(x, dtype)
+    return not is_intercepted() and len(x) > 0 and fuses(x, dtype)
 
 
 # Inference on a CPU

@@ -4,8 +4,9 @@ How it works, in the order of this file, on the modules of vggtorch/modules.py:
 
 1. In inference a convolution, its batch norm and its ReLU are one kernel, on a weight that was
    prepared once.
-2. `Graph` runs the modules in the order of the Functional graph: one list of steps for training,
-   one for inference, one for onlookers such as hooks and compilers.
+2. `Graph` runs the modules in the order of the Functional graph. The leading steps that learn
+   nothing, all of them in inference, run fused; the others by gradients of our own; and all run one
+   by one before onlookers such as hooks and compilers.
 3. `Lowered` is the outermost graph: it takes and returns what the Keras model does. `lower` makes
    it of a model, `part` of a part of one, and `accelerate_` puts it inside the Keras model itself.
 """
@@ -15,10 +16,9 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import keras
@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vggtorch import conversion, kernels
-from vggtorch.kernels import is_intercepted, is_recast
+from vggtorch.kernels import is_intercepted
 from vggtorch.modules import (
     HANDLERS,
     Activate,
@@ -45,13 +45,16 @@ from vggtorch.modules import (
     Format,
     GlobalPool2D,
     KerasLayer,
+    LayerNorm,
     Merge,
+    Normalize,
     Pool2D,
     ReLUPool2D,
     Rescale,
+    UpSample2D,
     ZeroPadding2D,
-    cast,
     lay_out_,
+    product_dtype,
     to_keras,
     to_torch,
 )
@@ -75,7 +78,7 @@ class Prepared:
     A parameter's version says that it was written to, its address that its storage was replaced,
     and torch.func.functional_call puts another tensor in its place for one call. Writing through
     `.data` shows in none of them, so on a CPU a sample of the first parameter's values is compared
-    as well.
+    as well, and going from training to evaluation or back makes all anew.
     """
 
     def __init__(self, modules: list[nn.Module], make: Callable[..., Any]) -> None:
@@ -84,12 +87,16 @@ class Prepared:
         self.parameters: list[weakref.ref[Tensor]] = []
         self.sample, self.made = torch.empty(0), None
 
-    def __call__(self, fuses: bool, *args: Any) -> Any:
-        """What was made, of the parameters as they are now, for fused operations or for plain."""
+    @torch.no_grad()
+    def __call__(self, fuses: bool, dtype: torch.dtype, *args: Any) -> Any:
+        """What was made in this dtype of the parameters as they are now.
+
+        For fused operations, which want it in an order of their own, or for plain ones.
+        """
         own = [module._parameters.values() for module in self.modules]
         parameters = [p for values in own for p in values if p is not None]
         same = [known() is p for known, p in zip(self.parameters, parameters, strict=False)]
-        key = (fuses, _state(parameters))
+        key = (fuses, dtype, _state(parameters))
         first = parameters[0].detach()
         step = max(1, first.numel() // 64)
         sample = first.as_strided((first.numel() // step,), (step,))
@@ -98,7 +105,7 @@ class Prepared:
             or not all(same)
             or not (first.is_cuda or torch.equal(sample, self.sample))
         ):
-            self.made = self.make(fuses, *args)
+            self.made = self.make(fuses, dtype, *args)
             self.key, self.sample = key, sample.clone()
             self.parameters = [weakref.ref(p) for p in parameters]
         return self.made
@@ -117,10 +124,10 @@ class FusedConv2D:
 
     def __call__(self, x: Tensor) -> Tensor:
         conv = self.conv
-        x = cast(x, conv.dtype).contiguous(memory_format=torch.channels_last)
-        x, padding = conv.pad(x)
-        fuses = kernels.fuses(x, conv.dtype)
-        weight, bias, groups = self.constants(fuses, x, padding)
+        dtype = product_dtype(x, conv.dtype)
+        x, padding = conv.pad(x.to(dtype).contiguous(memory_format=torch.channels_last))
+        fuses = kernels.fuses(x, dtype)
+        weight, bias, groups = self.constants(fuses, dtype, x, padding)
         options = conv.stride, padding, conv.dilation, groups
         relu = self.activation is not None and self.activation.is_relu
         if relu and fuses:
@@ -131,7 +138,7 @@ class FusedConv2D:
         return y if self.activation is None else self.activation(y)
 
     def _constants(
-        self, fuses: bool, x: Tensor, padding: tuple[int, int]
+        self, fuses: bool, dtype: torch.dtype, x: Tensor, padding: tuple[int, int]
     ) -> tuple[Tensor, Tensor | None, int]:
         """Weight (O, I, H, W), bias and groups; batch norm is a scale of one and a shift."""
         conv, norm = self.conv, self.norm
@@ -145,8 +152,8 @@ class FusedConv2D:
             shift = shift * scale
             bias = shift if norm.beta is None else shift + norm.beta
             weight = weight * scale.reshape(-1, 1, 1, 1)
-        weight = weight.to(conv.dtype)
-        bias = None if bias is None else bias.detach().to(conv.dtype)
+        weight = weight.to(dtype)
+        bias = None if bias is None else bias.detach().to(dtype)
         if fuses:
             options = conv.stride, padding, conv.dilation, groups
             weight = kernels.prepared_weight(weight, x.shape, *options)
@@ -161,10 +168,10 @@ class FusedDense:
         self.constants = Prepared([dense], self._constants)
 
     def __call__(self, x: Tensor) -> Tensor:
-        activation, dtype = self.dense.activation, self.dense.dtype
-        x = cast(x, dtype)
+        activation, dtype = self.dense.activation, product_dtype(x, self.dense.dtype)
+        x = x.to(dtype)
         fuses = kernels.fuses(x, dtype)
-        weight, bias = self.constants(fuses)
+        weight, bias = self.constants(fuses, dtype)
         if not fuses:
             y = F.linear(x, weight, bias)
             return y if activation is None else activation(y)
@@ -173,11 +180,11 @@ class FusedDense:
         y = kernels.linear(x, weight, bias)
         return y if activation is None else activation(y)
 
-    def _constants(self, fuses: bool) -> tuple[Tensor, Tensor | None]:
+    def _constants(self, fuses: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
         """Weight (out, in) and bias; the parameters themselves where their dtype is right."""
         dense = self.dense
-        bias = None if dense.bias is None else dense.bias.detach().to(dense.dtype)
-        return dense.kernel.detach().t().to(dense.dtype), bias
+        bias = None if dense.bias is None else dense.bias.detach().to(dtype)
+        return dense.kernel.detach().t().to(dtype), bias
 
 
 # 2. Graphs
@@ -188,17 +195,19 @@ class Step:
     """One call of one module.
 
     Attributes:
-        run: the module.
+        run: the module, or a fused step of inference.
         inputs, outputs: numbers of the values that it takes and makes.
-        last_use: inputs that nobody needs afterwards.
         arguments: how Keras was called, for a KerasLayer.
+        by_image: what one image becomes doesn't depend on the others.
+        last_use: inputs that nobody needs afterwards.
     """
 
-    run: Callable[..., Any]
+    run: Any
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
-    last_use: tuple[int, ...] = ()
     arguments: SymbolicArguments | None = None
+    by_image: bool = False
+    last_use: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -208,18 +217,23 @@ class Segment:
     Attributes:
         grouped: they may run for some of the images at a time.
         checkpoint: backward runs them again.
+        group_sizes: how many images at a time, for images of each shape and dtype.
     """
 
     steps: list[Step]
     grouped: bool
     checkpoint: bool = False
+    group_sizes: dict[Any, int] = field(default_factory=dict)
 
 
 FRESH = (BatchNorm, Conv2D, Dense, Merge)  # their backward doesn't need what they return
 POOLS = (Pool2D, GlobalPool2D, ReLUPool2D)
-# What one image becomes doesn't depend on the others (of BatchNorm and Dropout: in inference).
 # Dense isn't here because it would read its large kernel once for each group.
-BY_IMAGE = (Activate, Conv2D, Convolve, Flatten, FusedConv2D, Merge, Rescale, ZeroPadding2D, *POOLS)
+BY_IMAGE = (
+    Activate, Conv2D, Convolve, Flatten, FusedConv2D, LayerNorm, Merge, Normalize, Rescale,
+    UpSample2D, ZeroPadding2D, *POOLS,
+)  # fmt: skip
+BY_IMAGE_IN_INFERENCE = (*BY_IMAGE, BatchNorm, Dropout)
 
 
 class Graph(nn.Module):
@@ -250,15 +264,16 @@ class Graph(nn.Module):
                         arguments=node.arguments if isinstance(module, KerasLayer) else None,
                     )
                 )
-        self.inputs = tuple(numbers[id(tensor)] for tensor in model.inputs)
-        self.outputs = tuple(numbers[id(tensor)] for tensor in model.outputs)
+        self._inputs = tuple(numbers[id(tensor)] for tensor in model.inputs)
+        self._outputs = tuple(numbers[id(tensor)] for tensor in model.outputs)
+        self._uses = Counter(i for step in steps for i in step.inputs) + Counter(self._outputs)
         self._allow_in_place(steps)
-        self.inference = self._segments(self._fuse(steps), (*BY_IMAGE, BatchNorm, Dropout))
-        cut = self._blocks if format.checkpoint else partial(self._segments, by_image=BY_IMAGE)
-        self.segments = cut(self._pool_first(steps))
-        self.observed = [replace(segment, grouped=False) for segment in cut(steps)]
-        self.descendants = tuple(self.modules())[1:]
-        self.group_sizes: dict[Any, int] = {}
+        self._steps, self._checkpoint = steps, format.checkpoint
+        self._inside = [tuple(step.run.modules()) for step in steps]
+        self._descendants = tuple(self.modules())[1:]
+        self._fused: dict[Any, FusedConv2D | FusedDense] = {}  # by the modules that are in one
+        self._plans: dict[int, list[Segment]] = {}  # by how many of the steps are settled
+        self._observed = [replace(segment, grouped=False) for segment in self._cut(steps)]
 
     def _register(self, name: str, module: nn.Module) -> None:
         """Add a submodule under its layer's name, or the nearest that torch allows."""
@@ -267,12 +282,8 @@ class Graph(nn.Module):
             name += "_"
         self.add_module(name, module)
 
-    def _uses(self, steps: list[Step]) -> Counter[int]:
-        return Counter(i for step in steps for i in step.inputs) + Counter(self.outputs)
-
     def _allow_in_place(self, steps: list[Step]) -> None:
         """Let a ReLU overwrite its input where that is nobody else's business."""
-        uses = self._uses(steps)
         fresh = {
             step.outputs[0]
             for step in steps
@@ -280,12 +291,23 @@ class Graph(nn.Module):
         }
         for step in steps:
             if isinstance(step.run, Activate):
-                step.run.inplace &= step.inputs[0] in fresh and uses[step.inputs[0]] == 1
+                step.run.inplace &= step.inputs[0] in fresh and self._uses[step.inputs[0]] == 1
+
+    def _plan(self, settled: int) -> list[Segment]:
+        """What runs where this many of the leading steps learn nothing."""
+        if settled not in self._plans:
+            head = _marked(self._fuse(self._steps[:settled]), BY_IMAGE_IN_INFERENCE)
+            tail = _marked(self._pool_first(self._steps[settled:]), BY_IMAGE)
+            self._plans[settled] = self._cut([*head, *tail])
+        return self._plans[settled]
+
+    def _only_use(self, steps: list[Step]) -> dict[int, Step]:
+        """The step that takes a value which nothing else takes."""
+        return {i: step for step in steps for i in step.inputs if self._uses[i] == 1}
 
     def _pool_first(self, steps: list[Step]) -> list[Step]:
-        """The steps of training: a max pool takes over the ReLU before it."""
-        uses = self._uses(steps)
-        only_use = {i: step for step in steps for i in step.inputs if uses[i] == 1}
+        """For training: a max pool takes over the ReLU before it."""
+        only_use = self._only_use(steps)
         pools: dict[int, Step] = {}
         result: list[Step] = []
         for step in steps:
@@ -309,16 +331,15 @@ class Graph(nn.Module):
         return result
 
     def _fuse(self, steps: list[Step]) -> list[Step]:
-        """The steps of inference: a convolution takes the batch norm and activation after it."""
-        uses = self._uses(steps)
-        only_use = {i: step for step in steps for i in step.inputs if uses[i] == 1}
-        fused: list[Step] = []
+        """For inference: a convolution takes over the batch norm and activation after it."""
+        only_use = self._only_use(steps)
+        result: list[Step] = []
         absorbed = set()
         for step in steps:
             if id(step) in absorbed:
                 continue
             if isinstance(step.run, Dense):
-                step = replace(step, run=FusedDense(step.run))
+                step = self._fused_step(step, FusedDense, step.run)
             elif isinstance(step.run, Conv2D):
                 norm, activation, end = None, step.run.activation, step
                 after = only_use.get(end.outputs[0])
@@ -329,48 +350,68 @@ class Graph(nn.Module):
                 if activation is None and after is not None and isinstance(after.run, Activate):
                     activation, end = after.run, after
                     absorbed.add(id(end))
-                run = FusedConv2D(step.run, norm, activation)
-                step = replace(step, run=run, outputs=end.outputs)
-            fused.append(step)
-        return fused
+                step = self._fused_step(step, FusedConv2D, step.run, norm, activation)
+                step = replace(step, outputs=end.outputs)
+            result.append(step)
+        return result
 
-    def _segments(self, steps: list[Step], by_image: tuple[type, ...]) -> list[Segment]:
+    def _fused_step(self, step: Step, kind: Callable[..., Any], *modules: nn.Module | None) -> Step:
+        """The step of a kind for these modules, the same in all plans: it has prepared weights."""
+        if modules not in self._fused:
+            self._fused[modules] = kind(*modules)
+        return replace(step, run=self._fused[modules])
+
+    def _cut(self, steps: list[Step]) -> list[Segment]:
         """Cut the steps after each pool where all that is needed later is one value.
 
         After a pool the maps are smaller, so that more images fit in a group.
         """
-        steps = _with_last_use(steps, self.outputs)
+        steps = _with_last_use(steps, self._outputs)
         segments: list[Segment] = []
-        live, start, grouped = set(self.inputs), 0, len(self.inputs) == 1
+        live, start, grouped = set(self._inputs), 0, len(self._inputs) == 1
         for i, step in enumerate(steps):
-            if not isinstance(step.run, by_image):
+            # A checkpoint takes everything between two pools.
+            if not (step.by_image or self._checkpoint):
                 if start < i:
-                    segments.append(_segment(steps[start:i], grouped and len(live) == 1))
+                    segments.append(self._segment(steps[start:i], grouped and len(live) == 1))
                 start, grouped = i, False
             live = (live | set(step.outputs)) - set(step.last_use)
             if len(live) == 1 and (isinstance(step.run, POOLS) or not grouped):
-                segments.append(_segment(steps[start : i + 1], grouped))
+                segments.append(self._segment(steps[start : i + 1], grouped))
                 start, grouped = i + 1, True
         if start < len(steps):
-            segments.append(_segment(steps[start:], grouped and len(live) == 1))
+            segments.append(self._segment(steps[start:], grouped and len(live) == 1))
         return segments
 
-    def _blocks(self, steps: list[Step]) -> list[Segment]:
-        """Cut the steps after pools only; those with convolutions run again in backward.
+    def _segment(self, steps: list[Step], grouped: bool) -> Segment:
+        """A segment; with checkpointing, backward runs those with convolutions that learn again.
 
         Chen et al., "Training Deep Nets with Sublinear Memory Cost", 2016.
         """
-        blocks = []
-        for segment in self._segments(steps, (nn.Module,)):
-            by_image = all(isinstance(step.run, BY_IMAGE) for step in segment.steps)
-            # Keras's layers may draw random numbers, or count, in ways of their own.
-            again = _convolves(segment.steps) and not _modules(segment.steps, KerasLayer)
-            blocks.append(Segment(segment.steps, segment.grouped and by_image, again))
-        return blocks
+        learns = _any(steps, (Conv2D, Convolve))
+        grouped &= all(step.by_image for step in steps) and (learns or _any(steps, FusedConv2D))
+        # Keras's layers may draw random numbers, or count, in ways of their own.
+        again = self._checkpoint and learns and not _modules(steps, KerasLayer)
+        return Segment(steps, grouped, again)
 
-    def _infers(self) -> bool:
-        """Whether only the outputs are asked for, and of real tensors."""
-        return not (self.training or torch.is_grad_enabled() or is_intercepted() or is_recast())
+    def _settled(self, inputs: tuple[Tensor, ...]) -> int:
+        """How many of the leading steps run as in inference, with no gradient to come."""
+        grad = torch.is_grad_enabled()
+        if not (self.training or grad):
+            return len(self._steps)
+        if grad and any(x.requires_grad for x in inputs):
+            return 0
+        for i, modules in enumerate(self._inside):
+            if not all(_is_settled(module, grad) for module in modules):
+                return i
+        return len(self._steps)
+
+    def train(self, mode: bool = True) -> Graph:
+        if mode != self.training:
+            for step in self._fused.values():
+                step.constants.key = None  # averaged weights, say, may be there for the evaluation
+        super().train(mode)
+        return self
 
     def _is_observed(self) -> bool:
         """Whether someone looks on, who must see the whole batch go through each module."""
@@ -379,62 +420,69 @@ class Graph(nn.Module):
             or module._forward_pre_hooks
             or module._backward_hooks
             or module._backward_pre_hooks
-            for module in self.descendants
+            for module in self._descendants
         )
 
     def forward(self, *inputs: Tensor) -> list[Tensor]:
-        values = dict(zip(self.inputs, inputs, strict=True))
-        if self._is_observed():
-            segments = self.observed
-        else:
-            segments = self.inference if self._infers() else self.segments
+        values = dict(zip(self._inputs, inputs, strict=True))
+        segments = self._observed if self._is_observed() else self._plan(self._settled(inputs))
         for segment in segments:
             # Of an empty batch there are no groups.
             if segment.grouped and inputs[0].device.type == "cpu" and len(inputs[0]) > 0:
-                self._run_in_groups(segment, values)
+                _run_in_groups(segment, values)
             else:
                 _run_segment(segment, values)
-        return [values[i] for i in self.outputs]
-
-    def _run_in_groups(self, segment: Segment, values: dict[int, Tensor]) -> None:
-        """Run a segment that has one value in and one out for a few images after the other.
-
-        What one layer writes is then still in the cache when the next reads it, and memory is
-        used again instead of being taken from the system for each large activation.
-        """
-        (number,) = segment.steps[0].inputs
-        (result,) = segment.steps[-1].outputs
-        x = values.pop(number)
-        if x.shape[1:] not in self.group_sizes:
-            # Before the first batch, so that the same batch always runs in the same groups: a
-            # kernel's last bit depends on how many images it is given.
-            sizes = [1]
-            with torch.no_grad():
-                _run(segment.steps, {number: x[:1]}, sizes)
-            size = max(1, GROUP_BYTES * torch.get_num_threads() // max(sizes))
-            self.group_sizes[x.shape[1:]] = size
-        parts: list[Tensor] = []
-        size = self.group_sizes[x.shape[1:]]
-        # Gradients of slices would be added up, each as large as x; those of a split are joined.
-        for group in x.split(size) if len(x) > size else (x,):
-            part = {number: group}
-            _run_segment(segment, part)
-            parts.append(part[result])
-        values[result] = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return [values[i] for i in self._outputs]
 
 
-def _convolves(steps: list[Step]) -> bool:
-    return any(isinstance(step.run, Conv2D | Convolve | FusedConv2D) for step in steps)
+def _run_in_groups(segment: Segment, values: dict[int, Tensor]) -> None:
+    """Run a segment that has one value in and one out for a few images after the other.
+
+    What one layer writes is then still in the cache when the next reads it, and memory is
+    used again instead of being taken from the system for each large activation.
+    """
+    (number,) = segment.steps[0].inputs
+    (result,) = segment.steps[-1].outputs
+    x = values.pop(number)
+    key = x.shape[1:], product_dtype(x, x.dtype)
+    if key not in segment.group_sizes:
+        # Before the first batch, so that the same batch always runs in the same groups: a
+        # kernel's last bit depends on how many images it is given.
+        sizes = [1]
+        with torch.no_grad():
+            _run(segment.steps, {number: x[:1]}, sizes)
+        segment.group_sizes[key] = max(1, GROUP_BYTES * torch.get_num_threads() // max(sizes))
+    parts: list[Tensor] = []
+    size = segment.group_sizes[key]
+    # Gradients of slices would be added up, each as large as x; those of a split are joined.
+    for group in x.split(size) if len(x) > size else (x,):
+        part = {number: group}
+        _run_segment(segment, part)
+        parts.append(part[result])
+    values[result] = parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _is_settled(module: nn.Module, grad: bool) -> bool:
+    """Whether a module does what it does in inference; `grad`: whether parameters may learn."""
+    counts = isinstance(module, BatchNorm) and module.layer[0].trainable
+    if module.training and (counts or isinstance(module, Dropout)):
+        return False
+    parameters = module._parameters.values() if grad else ()
+    return not any(p is not None and p.requires_grad for p in parameters)
+
+
+def _any(steps: list[Step], kinds: type | tuple[type, ...]) -> bool:
+    return any(isinstance(step.run, kinds) for step in steps)
 
 
 def _modules(steps: list[Step], kind: type[nn.Module]) -> list[Any]:
-    """The modules of a kind in steps of training, also those inside of others."""
-    runs: list[Any] = [step.run for step in steps]
+    """The modules of a kind in the steps, also those inside of others."""
+    runs = [step.run for step in steps if isinstance(step.run, nn.Module)]
     return [module for run in runs for module in run.modules() if isinstance(module, kind)]
 
 
-def _segment(steps: list[Step], grouped: bool) -> Segment:
-    return Segment(steps, grouped and _convolves(steps))
+def _marked(steps: list[Step], by_image: tuple[type, ...]) -> list[Step]:
+    return [replace(step, by_image=isinstance(step.run, by_image)) for step in steps]
 
 
 def _run_segment(segment: Segment, values: dict[int, Tensor]) -> None:
@@ -539,6 +587,12 @@ def _functional(model: Any) -> Functional | None:
 class Lowered(Graph):
     """What `lower` returns: takes and returns what the Keras model does."""
 
+    # Declared here so that no layer of the same name takes their place.
+    data_format = "channels_last"
+    cuda_graphs = False
+    input_dtypes: Sequence[torch.dtype] = ()
+    input_shapes: Sequence[tuple[int | None, ...]] = ()
+
     def __init__(
         self,
         model: keras.Function,
@@ -551,8 +605,8 @@ class Lowered(Graph):
         super().__init__(model, format)
         self.data_format, self.cuda_graphs = data_format, cuda_graphs
         # By the inputs' shapes and layouts; all are of the parameters that had this state.
-        self.captured: dict[Any, tuple[torch.cuda.CUDAGraph, list[Tensor], list[Tensor]]] = {}
-        self.captured_state: Any = None
+        self._captured: dict[Any, tuple[torch.cuda.CUDAGraph, list[Tensor], list[Tensor]]] = {}
+        self._captured_state: Any = None
         self.input_dtypes = [getattr(torch, x.dtype) for x in model.inputs]
         # Shapes as the caller has them: the Keras model's, unless asked for the other layout.
         axes = {(True, "channels_first"): (0, 3, 1, 2), (False, "channels_last"): (0, 2, 3, 1)}
@@ -570,7 +624,13 @@ class Lowered(Graph):
                 for shape in self.input_shapes
             ]
         number = {id(tensor): i for i, tensor in enumerate(model.outputs)}
-        self.structure = keras.tree.map_structure(lambda x: number[id(x)], model._outputs_struct)
+        self._structure = keras.tree.map_structure(lambda x: number[id(x)], model._outputs_struct)
+
+    def train(self, mode: bool = True) -> Lowered:
+        if mode != self.training:
+            self._captured_state = None
+        super().train(mode)
+        return self
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Lowered:
         """What `.to()`, `.cuda()` and `.half()` do; refused where the Keras model can't follow."""
@@ -588,8 +648,8 @@ class Lowered(Graph):
     def forward(self, inputs: Any) -> Any:  # type: ignore[override]
         """Run the model on a tensor, or on the list or dict that the Keras model takes."""
         flat = [inputs] if isinstance(inputs, Tensor) else keras.tree.flatten(inputs)
-        if len(flat) != len(self.inputs):
-            raise ValueError(f"Received {len(flat)} inputs; this model takes {len(self.inputs)}.")
+        if len(flat) != len(self._inputs):
+            raise ValueError(f"Received {len(flat)} inputs; this model takes {len(self._inputs)}.")
         values = []
         for x, shape, dtype in zip(flat, self.input_shapes, self.input_dtypes, strict=True):
             if x.ndim != len(shape) or any(
@@ -603,27 +663,28 @@ class Lowered(Graph):
                 )
             x = x.to(dtype)
             values.append(to_torch(x) if self.data_format == "channels_last" else x)
-        if self.cuda_graphs and self._infers() and all(x.is_cuda for x in values):
+        alone = not (self.training or torch.is_grad_enabled() or self._is_observed())
+        if self.cuda_graphs and alone and all(x.is_cuda for x in values):
             outputs = self._replay(values)
         else:
             outputs = super().forward(*values)
         if self.data_format == "channels_last":
             outputs = [to_keras(y) for y in outputs]
-        if isinstance(self.structure, int):
+        if isinstance(self._structure, int):
             return outputs[0]
-        return keras.tree.map_structure(lambda i: outputs[i], self.structure)
+        return keras.tree.map_structure(lambda i: outputs[i], self._structure)
 
     def _replay(self, inputs: list[Tensor]) -> list[Tensor]:
         """Run the CUDA graph of inference for inputs of these shapes and layouts."""
         state = _state(self.parameters())
-        if state != self.captured_state:  # what was prepared of the parameters is out of date
-            self.captured, self.captured_state = {}, state
+        if state != self._captured_state:  # what was prepared of the parameters is out of date
+            self._captured, self._captured_state = {}, state
         # What was made in inference mode can't be written to outside of it.
         mode = torch.is_inference_mode_enabled()
         key = (mode, *((x.shape, x.stride(), x.device) for x in inputs))
-        if key not in self.captured:
-            self.captured[key] = self._capture(inputs)
-        graph, static, outputs = self.captured[key]
+        if key not in self._captured:
+            self._captured[key] = self._capture(inputs)
+        graph, static, outputs = self._captured[key]
         for mine, given in zip(static, inputs, strict=True):
             mine.copy_(given)
         graph.replay()
@@ -650,7 +711,7 @@ class Lowered(Graph):
         return graph, static, outputs
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"captured": {}, "captured_state": None}  # can't be copied
+        return vars(self) | {"_captured": {}, "_captured_state": None}  # can't be copied
 
     def torchvision_state_dict(self) -> dict[str, Tensor]:
         """`state_dict` with torchvision's keys, shapes and order; of a VGG, whole or in part.

@@ -15,6 +15,7 @@ from functools import partial, reduce
 from typing import Any
 
 import keras
+import numpy as np
 import torch
 import torch.nn.functional as F
 from keras import activations, layers
@@ -28,6 +29,10 @@ from vggtorch.kernels import (
     ReusedMemory,
     trains,
 )
+
+# On a CPU a Dense layer of mixed precision trains in its kernel's own dtype with fewer rows than
+# this: reading a large kernel takes longer than its product, and casting it and its gradient most.
+MANY_ROWS = 128
 
 
 @dataclass(frozen=True)
@@ -81,6 +86,14 @@ def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
     if x.dtype == dtype or not x.is_floating_point() or torch.is_autocast_enabled(x.device.type):
         return x
     return x.to(dtype)
+
+
+def product_dtype(x: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """What a convolution or product of x computes in: torch.autocast's choice, or its own dtype."""
+    device = x.device.type
+    if dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return dtype
+    return torch.get_autocast_dtype(device)
 
 
 def _same_padding(
@@ -190,11 +203,12 @@ class Conv2D(nn.Module):
 
     def convolve(self, x: Tensor) -> Tensor:
         """Convolution and bias alone."""
-        x, padding = self.pad(cast(x, self.dtype))
-        weight = cast(self.weight(), self.dtype)
-        bias = None if self.bias is None else cast(self.bias, self.dtype)
+        dtype = product_dtype(x, self.dtype)
+        x, padding = self.pad(x.to(dtype))
+        weight = self.weight().to(dtype)
+        bias = None if self.bias is None else self.bias.to(dtype)
         options = self.stride, padding, self.dilation, x.shape[1] // weight.shape[1]
-        if bias is not None and trains(x, self.dtype):
+        if bias is not None and trains(x, dtype):
             return Convolution.apply(x, weight, bias, *options)
         return F.conv2d(x, weight, bias, *options)
 
@@ -232,10 +246,13 @@ class Dense(nn.Module):
         return super().train(mode)
 
     def forward(self, x: Tensor) -> Tensor:
-        x, kernel = cast(x, self.dtype), cast(self.kernel, self.dtype)
-        bias = None if self.bias is None else cast(self.bias, self.dtype)
-        if x.ndim == 2 and trains(x, self.dtype):
-            y = Product.apply(x, kernel, bias, self.gradients)
+        dtype, own = product_dtype(x, self.dtype), self.kernel.dtype
+        few = x.ndim == 2 and trains(x, own) and len(x) < MANY_ROWS
+        computed_in = own if few else dtype
+        x, kernel = x.to(computed_in), self.kernel.to(computed_in)
+        bias = None if self.bias is None else self.bias.to(computed_in)
+        if x.ndim == 2 and trains(x, computed_in):
+            y = Product.apply(x, kernel, bias, self.gradients).to(dtype)
         else:
             y = F.linear(x, kernel.t(), bias)
         return y if self.activation is None else self.activation(y)
@@ -421,15 +438,89 @@ class Merge(nn.Module):
 
 
 class Rescale(nn.Module):
-    """x * scale + offset."""
+    """x * scale + offset; each a number, or one for each channel, which is axis 1 of x."""
+
+    scale: Tensor
+    offset: Tensor
 
     def __init__(self, layer: keras.Layer, format: Format) -> None:
         super().__init__()
-        self.scale, self.offset = layer.scale, layer.offset
         self.dtype = format.compute_dtype(layer)
+        for name in ("scale", "offset"):
+            value = keras.ops.convert_to_tensor(getattr(layer, name), layer.compute_dtype)
+            shape = (-1, 1, 1) if value.ndim else ()
+            self.register_buffer(name, value.view(shape).to(self.dtype), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return x.to(self.dtype) * self.scale + self.offset
+
+
+class Normalize(nn.Module):
+    """(x - mean) / standard deviation, by axes as the Keras layer has them."""
+
+    def __init__(self, layer: keras.Layer, format: Format) -> None:
+        super().__init__()
+        self.channels_last, self.dtype = format.channels_last, format.compute_dtype(layer)
+        self.shape = layer.mean.shape
+        if layer.input_mean is None:  # adapted: variables of the Keras model
+            self.mean, self.variance = layer.adapt_mean.value, layer.adapt_variance.value
+            self.count = layer.count.value
+        else:
+            self.register_buffer("mean", layer.mean, persistent=False)
+            self.register_buffer("variance", layer.variance, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean = self.mean.to(self.dtype).view(self.shape)
+        deviation = self.variance.to(self.dtype).view(self.shape).sqrt()
+        deviation = deviation.clamp(min=keras.config.epsilon())
+        if self.channels_last:
+            mean, deviation = to_torch(mean), to_torch(deviation)
+        return (x.to(self.dtype) - mean) / deviation
+
+
+class LayerNorm(nn.Module):
+    """Normalises each image by the last axis in Keras's layout, in float32 or more."""
+
+    def __init__(self, layer: keras.Layer, format: Format) -> None:
+        super().__init__()
+        self.gamma = layer.gamma.value if layer.scale else None
+        self.beta = layer.beta.value if layer.center else None
+        self.channels_last, self.epsilon = format.channels_last, layer.epsilon
+        self.dtype = format.compute_dtype(layer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = to_keras(x) if self.channels_last else x
+        wide = torch.promote_types(x.dtype, torch.float32)
+        gamma, beta = (p if p is None else p.to(wide) for p in (self.gamma, self.beta))
+        y = F.layer_norm(x.to(wide), x.shape[-1:], gamma, beta, self.epsilon).to(self.dtype)
+        return to_torch(y) if self.channels_last else y
+
+
+class UpSample2D(nn.Module):
+    """Each pixel several times; x is (N, C, H, W)."""
+
+    def __init__(self, layer: keras.Layer, format: Format) -> None:
+        super().__init__()
+        self.scale = tuple(float(n) for n in layer.size)
+        self.dtype = format.compute_dtype(layer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.interpolate(cast(x, self.dtype), scale_factor=self.scale, mode="nearest")
+
+
+class Reshape(nn.Module):
+    """All but the batch in another shape, both in Keras's layout."""
+
+    def __init__(self, layer: keras.Layer, format: Format) -> None:
+        super().__init__()
+        self.shape, self.channels_last = layer.target_shape, format.channels_last
+        self.dtype = format.compute_dtype(layer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = cast(x, self.dtype)
+        x = to_keras(x) if self.channels_last else x
+        y = x.reshape(len(x), *self.shape)
+        return to_torch(y) if self.channels_last else y
 
 
 class KerasLayer(nn.Module):
@@ -536,6 +627,19 @@ def _flatten(layer: keras.Layer, format: Format, inputs: list[Any]) -> nn.Module
     return Flatten(nhwc=format.channels_last or not last)  # channels_first: Keras transposes
 
 
+PAIRS: dict[type[keras.Layer], Callable[[Tensor, Tensor], Tensor]] = {
+    layers.Add: torch.add,
+    layers.Maximum: torch.maximum,
+    layers.Minimum: torch.minimum,
+    layers.Multiply: torch.mul,
+    layers.Subtract: torch.sub,
+}
+
+
+def _mean(tensors: list[Tensor]) -> Tensor:
+    return reduce(torch.add, tensors) / len(tensors)
+
+
 def _merge(layer: keras.Layer, format: Format, inputs: list[Any]) -> nn.Module | None:
     ranks = {len(x.shape) for x in inputs}
     if len(ranks) > 1 or len(inputs) < 2:
@@ -544,15 +648,33 @@ def _merge(layer: keras.Layer, format: Format, inputs: list[Any]) -> nn.Module |
     if isinstance(layer, layers.Concatenate):
         function = partial(torch.cat, dim=format.axis(layer.axis, ranks.pop()))
     else:
-        pair = {layers.Add: torch.add, layers.Multiply: torch.mul, layers.Subtract: torch.sub}
-        function = partial(reduce, pair[type(layer)])
+        function = (
+            _mean if isinstance(layer, layers.Average) else partial(reduce, PAIRS[type(layer)])
+        )
     return Merge(function, format.compute_dtype(layer))
 
 
 def _rescale(layer: keras.Layer, format: Format, inputs: list[Any]) -> nn.Module | None:
-    if not all(isinstance(x, int | float) for x in (layer.scale, layer.offset)):
+    ranks = {np.ndim(value) for value in (layer.scale, layer.offset)}
+    # Keras takes the last axis of the input, or by a global setting the first.
+    maps = len(inputs[0].shape) == 4 and format.channels_last
+    last = keras.config.image_data_format() == "channels_last"
+    if ranks != {0} and not (ranks <= {0, 1} and maps and last):
         return None
     return Rescale(layer, format)
+
+
+def _normalize(layer: keras.Layer, format: Format, inputs: list[Any]) -> nn.Module | None:
+    return None if layer.invert else Normalize(layer, format)
+
+
+def _layer_norm(layer: keras.Layer, format: Format, inputs: list[Any]) -> nn.Module | None:
+    last = {axis % len(inputs[0].shape) for axis in layer.axis} == {len(inputs[0].shape) - 1}
+    return LayerNorm(layer, format) if last and not layer.rms_scaling else None
+
+
+def _up_sample(layer: keras.Layer, format: Format, inputs: list[Any]) -> nn.Module | None:
+    return UpSample2D(layer, format) if layer.interpolation == "nearest" else None
 
 
 def _module(kind: type[nn.Module]) -> Handler:
@@ -565,6 +687,7 @@ Handler = Callable[[keras.Layer, Format, list[Any]], nn.Module | None]
 HANDLERS: dict[type[keras.Layer], Handler] = {
     layers.Activation: _activation_layer,
     layers.Add: _merge,
+    layers.Average: _merge,
     layers.AveragePooling2D: _module(Pool2D),
     layers.BatchNormalization: _batch_norm,
     layers.Concatenate: _merge,
@@ -575,11 +698,17 @@ HANDLERS: dict[type[keras.Layer], Handler] = {
     layers.Flatten: _flatten,
     layers.GlobalAveragePooling2D: _module(GlobalPool2D),
     layers.GlobalMaxPooling2D: _module(GlobalPool2D),
+    layers.LayerNormalization: _layer_norm,
     layers.MaxPooling2D: _module(Pool2D),
+    layers.Maximum: _merge,
+    layers.Minimum: _merge,
     layers.Multiply: _merge,
+    layers.Normalization: _normalize,
     layers.ReLU: _relu,
     layers.Rescaling: _rescale,
+    layers.Reshape: _module(Reshape),
     layers.SeparableConv2D: _separable_conv2d,
     layers.Subtract: _merge,
+    layers.UpSampling2D: _up_sample,
     layers.ZeroPadding2D: _module(ZeroPadding2D),
 }
