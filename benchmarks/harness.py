@@ -65,6 +65,16 @@ def in_turns(
     return seconds
 
 
+def compiles(name: str, run: Callable[[], object]) -> bool:
+    """Whether a candidate that is compiled at its first call can be; prints why not."""
+    try:
+        run()
+    except Exception as error:  # no C++ compiler, no Triton ...
+        print(f"\n{name} can't be compiled here: {str(error).strip().splitlines()[0]}")
+        return False
+    return True
+
+
 def peak_memory(run: Callable[[], object], device: torch.device) -> int:
     """Bytes of tensors at the worst moment of a call, above what was there before it."""
     if device.type == "cuda":

@@ -4,8 +4,8 @@ Full fine-tuning of VGG16 at 224x224, and the tutorial's transfer learning at 16
 block2_pool, a small head on top. SGD with momentum on the same weights and images, in float32 and
 in bfloat16 (autocast, and Keras's mixed policy). Before anything is timed all must agree on the
 first step: its loss, and how far it moves each parameter. The peak is of tensors, gradients among
-them, above what is there before the step; that comes after an inference, which lets go of whatever
-a network keeps from one step to the next.
+them, above what is there before the step; there is then no gradient, and an inference has let go of
+whatever a network keeps from one step to the next.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import copy
 import itertools
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import vggtorch  # noqa: F401  # isort: skip  (first: it selects Keras's torch backend)
 import harness
@@ -138,23 +138,30 @@ def nll(probabilities: Tensor, y: Tensor) -> Tensor:
     return F.nll_loss(probabilities.clamp(1e-7, 1 - 1e-7).log(), y)
 
 
+def task(job: str, batch: int, device: torch.device) -> tuple[keras.Model, Tensor, Tensor]:
+    """The network, images (N, H, W, 3) and classes; the same at every call."""
+    keras.utils.set_random_seed(0)
+    model = full() if job == "full" else tutorial()
+    size, classes = (224, 1000) if job == "full" else (160, 10)
+    x = torch.randn(batch, size, size, 3, device=device)
+    return model, x, torch.randint(0, classes, (batch,), device=device)
+
+
+def hand_written(job: str, model: keras.Model) -> nn.Module:
+    return torch_vgg16(model, five=False) if job == "full" else torch_tutorial(model)
+
+
 def candidates(
     job: str, batch: int, dtype: torch.dtype, device: torch.device
 ) -> dict[str, Candidate]:
-    size, classes = (224, 1000) if job == "full" else (160, 10)
-    make = full if job == "full" else tutorial
-    keras.utils.set_random_seed(0)
-    model = make()
+    model, x, y = task(job, batch, device)
     mixed = model
     if dtype != torch.float32:
         keras.config.set_dtype_policy("mixed_bfloat16")
-        mixed = make()
+        mixed = full() if job == "full" else tutorial()
         keras.config.set_dtype_policy("float32")
         mixed.set_weights(model.get_weights())
-    x = torch.randn(batch, size, size, 3, device=device)
-    y = torch.randint(0, classes, (batch,), device=device)
-    plain = torch_vgg16(model, five=False) if job == "full" else torch_tutorial(model)
-    plain = plain.to(device)
+    plain = hand_written(job, model).to(device)
     last = copy.deepcopy(plain).to(memory_format=torch.channels_last)
     nchw = x.permute(0, 3, 1, 2)
     return {
@@ -164,6 +171,27 @@ def candidates(
         "Keras, train_on_batch": keras_step(twin(mixed), x, y),
         "torchvision": torch_step(plain, nchw.contiguous(), y, F.cross_entropy, dtype),
         "torchvision, channels-last": torch_step(last, nchw, y, F.cross_entropy, dtype),
+    }
+
+
+def compiled(
+    job: str, batch: int, dtype: torch.dtype, device: torch.device
+) -> dict[str, Candidate]:
+    """Ours and torchvision's through torch.compile, where that can be done here."""
+    model, x, y = task(job, batch, device)
+    last = hand_written(job, model).to(device).to(memory_format=torch.channels_last)
+    ours: Any = torch.compile(lower(twin(model)))
+    theirs: Any = torch.compile(last)
+    nchw = x.permute(0, 3, 1, 2)
+    torch.compiler.reset()
+    found = {
+        "vggtorch, compiled": torch_step(ours, x, y, nll, dtype),
+        "torchvision, channels-last, compiled": torch_step(theirs, nchw, y, F.cross_entropy, dtype),
+    }
+    return {
+        name: candidate
+        for name, candidate in found.items()
+        if harness.compiles(name, candidate.infer)
     }
 
 
@@ -188,11 +216,24 @@ def check(found: dict[str, Candidate], tolerance: float) -> None:
             raise RuntimeError(f"{name}: loss or gradients differ by {error:.1e}")
 
 
+def measure(found: dict[str, Candidate], repeats: int, device: torch.device) -> list[str]:
+    """Rows of Markdown: times, ratios and the peak of memory."""
+    steps = {name: candidate.step for name, candidate in found.items()}
+    rows = harness.table(harness.in_turns(steps, repeats, device, warmup=1), "vggtorch")
+    for i, candidate in enumerate(found.values()):
+        candidate.infer()
+        for p in candidate.parameters:
+            p.grad = None  # some are let go of at the end of a step, some at the start of the next
+        rows[i] += f" {harness.peak_memory(candidate.step, device) / 1e6:.0f} |"
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--batch", type=int, help="8 on a CPU, 64 on a GPU by default")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--jobs", nargs="+", default=["full", "tutorial"])
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -201,18 +242,14 @@ def main() -> None:
     for job, name in itertools.product(args.jobs, args.dtypes):
         dtype = getattr(torch, name)
         found = candidates(job, batch, dtype, device)
+        if args.compile:
+            found |= compiled(job, batch, dtype, device)
         check(found, TOLERANCE[dtype])
-        steps = {name: candidate.step for name, candidate in found.items()}
-        seconds = harness.in_turns(steps, args.repeats, device, warmup=1)
-        rows = harness.table(seconds, "vggtorch")
-        peaks = []
-        for candidate in found.values():
-            candidate.infer()
-            peaks.append(harness.peak_memory(candidate.step, device))
+        rows = measure(found, args.repeats, device)
         print(f"\n{job}, batch {batch}, {name}\n")
         print("| | ms | quartiles | times ours | peak MB |\n|-|-|-|-|-|")
-        for row, peak in zip(rows, peaks, strict=True):
-            print(f"{row} {peak / 1e6:.0f} |", flush=True)
+        print("\n".join(rows), flush=True)
+        found.clear()  # before the next networks take as much memory
 
 
 if __name__ == "__main__":
