@@ -6,8 +6,7 @@ import itertools
 import platform
 import statistics
 import sys
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 
 from vggtorch import kernels
+from vggtorch.timing import in_turns
 
 
 def header(device: torch.device) -> str:
@@ -35,34 +35,6 @@ def header(device: torch.device) -> str:
         f"- Python {platform.python_version()}, {versions}\n"
         f"- {date.today()}: `python {' '.join(sys.argv)}`"
     )
-
-
-def timed(run: Callable[[], object], device: torch.device) -> float:
-    """Seconds of one call, the device's queue empty before and after."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    run()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
-
-
-def in_turns(
-    candidates: Mapping[str, Callable[[], object]],
-    repeats: int,
-    device: torch.device,
-    warmup: int = 2,
-) -> dict[str, list[float]]:
-    """Seconds of each call: A B C A B C ..., after a warm-up of each."""
-    for run in candidates.values():
-        for _ in range(warmup):
-            timed(run, device)
-    seconds: dict[str, list[float]] = {name: [] for name in candidates}
-    for _ in range(repeats):
-        for name, run in candidates.items():
-            seconds[name].append(timed(run, device))
-    return seconds
 
 
 def compiles(name: str, run: Callable[[], object]) -> bool:

@@ -35,6 +35,14 @@ def test_inspect_prints_every_layer(capsys):
     assert "block1_bn1" in printed and "predictions" in printed
 
 
+def test_bench_prints_every_way_to_run(tmp_path, capsys):
+    path = tmp_path / "tiny.keras"
+    tiny.network().save(path)
+    assert main(["bench", str(path), "--batch", "2", "--repeats", "1"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("batch 2\n") and "\ngradients, lowered, bfloat16 " in printed
+
+
 def test_predict_prints_the_most_probable_classes(tmp_path, capsys):
     weights, image = tmp_path / "random.safetensors", tmp_path / "china.png"
     model = remember_(vt.VGG11(weights=None), "imagenet")

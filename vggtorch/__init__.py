@@ -27,6 +27,7 @@ _select_torch_backend()
 
 # Only now that the backend is torch:
 from vggtorch.advice import advise  # noqa: E402
+from vggtorch.bench import bench  # noqa: E402
 from vggtorch.composition import compose_  # noqa: E402
 from vggtorch.config import TrainConfig  # noqa: E402
 from vggtorch.export import export  # noqa: E402
@@ -63,6 +64,7 @@ __all__ = [
     "TrainConfig",
     "accelerate_",
     "advise",
+    "bench",
     "compare",
     "compose_",
     "decode_predictions",

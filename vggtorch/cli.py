@@ -24,6 +24,7 @@ from vggtorch import (
     training,
 )
 from vggtorch.architectures import ARCHITECTURES
+from vggtorch.bench import bench
 from vggtorch.export import export
 
 
@@ -59,6 +60,13 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("--before", metavar="MODEL", help="compare: what it was before a surgery")
     inspect.add_argument("--draw", metavar="FILE", help="draw the graph as SVG, changes marked")
     inspect.set_defaults(run=_inspect)
+
+    bench = commands.add_parser("bench", help="how fast a network runs here: by Keras, and lowered")
+    bench.add_argument("model", metavar="MODEL", help="an architecture's name or a .keras file")
+    bench.add_argument("--batch", type=int, default=8, help="images at a time")
+    bench.add_argument("--size", type=int, default=224, help="pixels, where MODEL leaves them open")
+    bench.add_argument("--repeats", type=int, default=5)
+    bench.set_defaults(run=_bench)
 
     export = commands.add_parser("export", help="a network as ONNX or as torch.export's .pt2")
     export.add_argument("model", metavar="MODEL", help="an architecture's name or a .keras file")
@@ -131,6 +139,11 @@ def _inspect(arguments: argparse.Namespace) -> None:
     if arguments.draw:
         with files.atomic(arguments.draw) as temporary:
             temporary.write_text(inspection.draw(model, before))
+
+
+def _bench(arguments: argparse.Namespace) -> None:
+    model = models.describe(arguments.model)
+    print(bench(model, arguments.batch, size=arguments.size, repeats=arguments.repeats))
 
 
 def _export(arguments: argparse.Namespace) -> None:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import statistics
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from html import escape
 from itertools import pairwise
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from vggtorch.lowering import lower
+from vggtorch.timing import clock, in_turns
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Report:
             (row.name, row.kind, "x".join(map(str, row.shape)), *_cells(row))
             for row in (*self.layers, self.total)
         ]
-        return _table([header, *lines], left=3)
+        return table([header, *lines], left=3)
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class Comparison:
                 lines.append(("" if old else name, "after", *_cells(new)))
             if old is not None and new is not None and name == "total":
                 lines.append(("", "after/before", *_ratios(old, new)))
-        return _table(lines, left=2)
+        return table(lines, left=2)
 
 
 def _sum(name: str, rows: list[Row]) -> Row:
@@ -121,7 +121,7 @@ def _ratios(old: Row, new: Row) -> tuple[str, ...]:
     return tuple(f"{b / a:.3f}" if a else "" for a, b in pairs)
 
 
-def _table(lines: list[tuple[str, ...]], left: int) -> str:
+def table(lines: list[tuple[str, ...]], left: int) -> str:
     """Columns as wide as their longest cell, the first `left` flush left, the rest right."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
@@ -150,16 +150,13 @@ def inspect(model: keras.Model, *, size: int = 224, repeats: int = 5) -> Report:
     """
     module = lower(model).eval()
     device = next((p.device for p in module.parameters()), torch.device("cpu"))
-    inputs = [
-        torch.zeros([n or size for n in tensor.shape[1:]], device=device)[None]
-        for tensor in model.inputs
-    ]
-    example = keras.tree.pack_sequence_as(model._inputs_struct, inputs)
+    example = example_of(model, size, 1, device)
 
     with torch.no_grad():
         counts, shapes, outputs = _count(module, example)
         times = _time_layers(module, example, repeats)
-        seconds = _median(lambda: module(example), device, repeats)
+        runs = in_turns({"": lambda: module(example)}, repeats, device)
+        seconds = statistics.median(runs[""])
     kinds = {layer.name.replace(".", "_"): layer for layer in model.layers}
     rows = [
         Row(
@@ -190,20 +187,15 @@ def compare(
     )
 
 
-def _clock(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
-def _median(run: Callable[[], Any], device: torch.device, repeats: int) -> float:
-    run()
-    seconds = []
-    for _ in range(repeats):
-        begun = _clock(device)
-        run()
-        seconds.append(_clock(device) - begun)
-    return statistics.median(seconds)
+def example_of(model: keras.Model, size: int, batch: int, device: torch.device) -> Any:
+    """Random inputs in the structure that the model takes; `size` where it leaves H and W open."""
+    inputs = [
+        torch.randn([batch, *(n or size for n in tensor.shape[1:])], device=device).to(
+            getattr(torch, tensor.dtype)
+        )
+        for tensor in model.inputs
+    ]
+    return keras.tree.pack_sequence_as(model._inputs_struct, inputs)
 
 
 def _count(
@@ -243,10 +235,10 @@ def _time_layers(module: nn.Module, example: Any, repeats: int) -> dict[str, flo
     for name, child in module.named_children():
 
         def before(_: nn.Module, __: Any, name: str = name) -> None:
-            spent[name][-1] -= _clock(device)
+            spent[name][-1] -= clock(device)
 
         def after(_: nn.Module, __: Any, ___: Any, name: str = name) -> None:
-            spent[name][-1] += _clock(device)
+            spent[name][-1] += clock(device)
 
         hooks += [child.register_forward_pre_hook(before), child.register_forward_hook(after)]
     for _ in range(repeats + 1):

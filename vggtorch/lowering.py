@@ -273,7 +273,8 @@ class Graph(nn.Module):
         self._descendants = tuple(self.modules())[1:]
         self._fused: dict[Any, FusedConv2D | FusedDense] = {}  # by the modules that are in one
         self._plans: dict[int, list[Segment]] = {}  # by how many of the steps are settled
-        self._observed = [replace(segment, grouped=False) for segment in self._cut(steps)]
+        as_they_are = self._cut(steps, format.checkpoint)
+        self._observed = [replace(segment, grouped=False) for segment in as_they_are]
 
     def _register(self, name: str, module: nn.Module) -> None:
         """Add a submodule under its layer's name, or the nearest that torch allows."""
@@ -298,7 +299,7 @@ class Graph(nn.Module):
         if settled not in self._plans:
             head = _marked(self._fuse(self._steps[:settled]), BY_IMAGE_IN_INFERENCE)
             tail = _marked(self._pool_first(self._steps[settled:]), BY_IMAGE)
-            self._plans[settled] = self._cut([*head, *tail])
+            self._plans[settled] = self._cut([*head, *tail], self._checkpoint and bool(tail))
         return self._plans[settled]
 
     def _only_use(self, steps: list[Step]) -> dict[int, Step]:
@@ -361,38 +362,29 @@ class Graph(nn.Module):
             self._fused[modules] = kind(*modules)
         return replace(step, run=self._fused[modules])
 
-    def _cut(self, steps: list[Step]) -> list[Segment]:
+    def _cut(self, steps: list[Step], checkpoint: bool) -> list[Segment]:
         """Cut the steps after each pool where all that is needed later is one value.
 
-        After a pool the maps are smaller, so that more images fit in a group.
+        After a pool the maps are smaller, so that more images fit in a group. A checkpoint takes
+        everything between two pools, and backward runs those with convolutions that learn again:
+        Chen et al., "Training Deep Nets with Sublinear Memory Cost", 2016.
         """
         steps = _with_last_use(steps, self._outputs)
         segments: list[Segment] = []
         live, start, grouped = set(self._inputs), 0, len(self._inputs) == 1
         for i, step in enumerate(steps):
-            # A checkpoint takes everything between two pools.
-            if not (step.by_image or self._checkpoint):
+            if not (step.by_image or checkpoint):
                 if start < i:
-                    segments.append(self._segment(steps[start:i], grouped and len(live) == 1))
+                    one = grouped and len(live) == 1
+                    segments.append(_segment(steps[start:i], one, checkpoint))
                 start, grouped = i, False
             live = (live | set(step.outputs)) - set(step.last_use)
             if len(live) == 1 and (isinstance(step.run, POOLS) or not grouped):
-                segments.append(self._segment(steps[start : i + 1], grouped))
+                segments.append(_segment(steps[start : i + 1], grouped, checkpoint))
                 start, grouped = i + 1, True
         if start < len(steps):
-            segments.append(self._segment(steps[start:], grouped and len(live) == 1))
+            segments.append(_segment(steps[start:], grouped and len(live) == 1, checkpoint))
         return segments
-
-    def _segment(self, steps: list[Step], grouped: bool) -> Segment:
-        """A segment; with checkpointing, backward runs those with convolutions that learn again.
-
-        Chen et al., "Training Deep Nets with Sublinear Memory Cost", 2016.
-        """
-        learns = _any(steps, (Conv2D, Convolve))
-        grouped &= all(step.by_image for step in steps) and (learns or _any(steps, FusedConv2D))
-        # Keras's layers may draw random numbers, or count, in ways of their own.
-        again = self._checkpoint and learns and not _modules(steps, KerasLayer)
-        return Segment(steps, grouped, again)
 
     def _settled(self, inputs: tuple[Tensor, ...]) -> int:
         """How many of the leading steps run as in inference, with no gradient to come."""
@@ -469,6 +461,14 @@ def _is_settled(module: nn.Module, grad: bool) -> bool:
         return False
     parameters = module._parameters.values() if grad else ()
     return not any(p is not None and p.requires_grad for p in parameters)
+
+
+def _segment(steps: list[Step], grouped: bool, checkpoint: bool) -> Segment:
+    learns = _any(steps, (Conv2D, Convolve))
+    grouped &= all(step.by_image for step in steps) and (learns or _any(steps, FusedConv2D))
+    # Keras's layers may draw random numbers, or count, in ways of their own.
+    again = checkpoint and learns and not _modules(steps, KerasLayer)
+    return Segment(steps, grouped, again)
 
 
 def _any(steps: list[Step], kinds: type | tuple[type, ...]) -> bool:
@@ -737,7 +737,9 @@ def lower(
     """Return a torch module that runs a Keras model on the model's own parameters.
 
     `train()` and `eval()` decide what Keras's `training` argument does; train either and both
-    change. The kernels' storage is put in another order in place; their values stay.
+    change. Frozen layers at the front of the network run in training as in inference, which is
+    faster and keeps nothing. The kernels' storage is put in another order in place; their values
+    stay.
 
     Args:
         model: a Functional or Sequential model; any layers, the fast way for those in `HANDLERS`.
