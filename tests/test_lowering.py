@@ -1134,16 +1134,45 @@ def test_refusals() -> None:
 # A GPU, where there is one
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+needs_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+
+
+@needs_gpu
 @pytest.mark.parametrize("training", [True, False])
 def test_cuda_equals_keras(training: bool) -> None:
     model = small_vgg()
     twin = small_vgg()
-    x = images(model).cuda()
+    x = images(model).to(DEVICE)
     with torch.set_grad_enabled(training):
         lowered = lower(model).train(training)
         assert_close(lowered(x), twin(x, training=training), 1e-3)
-    assert {p.device.type for p in lowered.parameters()} == {"cuda"}
+    assert {p.device.type for p in lowered.parameters()} == {DEVICE}
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_cuda_trains_as_keras(frozen: bool, dtype: torch.dtype) -> None:
+    """Also after the parameters were elsewhere, and after an inference."""
+    model, twin = small_vgg(), small_vgg()
+    for network in (model, twin):
+        network.get_layer("block1_conv1").trainable = not frozen
+    x = images(model).to(DEVICE)
+    lowered = lower(model).to("cpu").to(DEVICE)
+    assert {id(p) for p in lowered.parameters()} == {id(v.value) for v in model.variables}
+    with torch.inference_mode():
+        lowered.eval()(x)
+    with torch.autocast(DEVICE, dtype, enabled=dtype != torch.float32):
+        output = lowered.train()(x)
+    expected = twin(x, training=True)
+    for y in (output, expected):
+        y.float().square().sum().backward()
+    tolerance = 1e-3 if dtype == torch.float32 else 0.1
+    for variable, theirs in zip(model.trainable_variables, twin.trainable_variables, strict=True):
+        if variable.path != "block2_conv1/bias":  # before batch norm, so its gradient is noise
+            exact = theirs.value.grad
+            assert (variable.value.grad - exact).norm() < tolerance * exact.norm()
 
 
 def follows_inputs_and_parameters(model: keras.Model, lowered: lowering.Lowered, run: Any) -> None:
@@ -1191,7 +1220,7 @@ def test_replays_follow_inputs_and_parameters() -> None:
     assert not lowered._captured
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@needs_gpu
 def test_cuda_graphs() -> None:
     model = small_vgg()
     lowered = lower(model, cuda_graphs=True).eval()

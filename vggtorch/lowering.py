@@ -663,8 +663,7 @@ class Lowered(Graph):
                 )
             x = x.to(dtype)
             values.append(to_torch(x) if self.data_format == "channels_last" else x)
-        alone = not (self.training or torch.is_grad_enabled() or self._is_observed())
-        if self.cuda_graphs and alone and all(x.is_cuda for x in values):
+        if self.cuda_graphs and self._replays(values):
             outputs = self._replay(values)
         else:
             outputs = super().forward(*values)
@@ -673,6 +672,13 @@ class Lowered(Graph):
         if isinstance(self._structure, int):
             return outputs[0]
         return keras.tree.map_structure(lambda i: outputs[i], self._structure)
+
+    def _replays(self, inputs: list[Tensor]) -> bool:
+        """Whether this is inference on a GPU, of which a graph can be replayed."""
+        # Autocast keeps what it has cast only while it is on, and a graph would read it afterwards.
+        recast = torch.is_autocast_enabled("cuda")
+        learns = self.training or torch.is_grad_enabled()
+        return all(x.is_cuda for x in inputs) and not (learns or recast or self._is_observed())
 
     def _replay(self, inputs: list[Tensor]) -> list[Tensor]:
         """Run the CUDA graph of inference for inputs of these shapes and layouts."""

@@ -672,10 +672,11 @@ def _predict(
 def _averaged(run: _Run) -> Iterator[None]:
     """Run the model on the averaged weights, if there are any."""
 
+    @torch.no_grad()
     def swap() -> None:
         for i, value in run.average.items():
-            kept = run.trained[i].detach().clone()
-            run.trained[i].data.copy_(value)
+            kept = run.trained[i].clone()
+            run.trained[i].copy_(value)
             value.copy_(kept)
 
     swap()
