@@ -46,8 +46,9 @@ def run_onnx(path, *inputs):
 
 def run_pt2(path, *inputs):
     values = [torch.from_numpy(x) for x in inputs]
-    found = torch.export.load(path).module()(values if len(values) > 1 else values[0])
-    return [y.detach().numpy() for y in (found if isinstance(found, list | tuple) else [found])]
+    with torch.no_grad():
+        found = torch.export.load(path).module()(values if len(values) > 1 else values[0])
+    return [y.numpy() for y in (found if isinstance(found, list | tuple) else [found])]
 
 
 RUN = {".onnx": run_onnx, ".pt2": run_pt2}

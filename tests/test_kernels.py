@@ -169,8 +169,8 @@ def test_a_gradient_that_is_kept_stays_what_it_is(monkeypatch: pytest.MonkeyPatc
     gradient(lowered, kernel, 2 * x)  # added
     kernel.grad = None
     gradient(lowered, kernel, 3 * x)
-    torch.testing.assert_close(kept, values + values_of(2 * x))
-    torch.testing.assert_close(kernel.grad, values_of(3 * x))
+    torch.testing.assert_close(kept, values + values_of(2 * x), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(kernel.grad, values_of(3 * x), rtol=1e-4, atol=1e-4)
 
 
 def values_of(x: Tensor) -> Tensor:

@@ -616,13 +616,14 @@ def test_operations_masks_and_layers_of_many_kinds():
             assert not parameter[1].is_meta
 
 
-def test_policies_regularisers_constraints_and_flags_are_kept():
+@pytest.mark.parametrize("regularizer", ["L1", "L2", "L1L2", "OrthogonalRegularizer"])
+def test_policies_regularisers_constraints_and_flags_are_kept(regularizer):
     keras.config.set_dtype_policy("mixed_bfloat16")
     try:
         inputs = keras.Input((8,))
         x = kl.Dense(
             8,
-            kernel_regularizer=keras.regularizers.L2(0.1),
+            kernel_regularizer=getattr(keras.regularizers, regularizer)(),
             kernel_constraint=keras.constraints.MaxNorm(1.0),
             name="a",
         )(inputs)

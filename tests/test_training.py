@@ -45,9 +45,17 @@ def curve(history, name="loss"):
 # The reference: Keras
 
 
+def regularized(network, regularizer):
+    for layer in network.layers:
+        if hasattr(layer, "kernel"):
+            layer.kernel.regularizer = regularizer
+    return network
+
+
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_the_losses_are_those_of_keras_fit(config, optimizer, smoothing):
+@pytest.mark.parametrize("regularizer", [None, keras.regularizers.L1L2(0.01, 0.02)])
+def test_the_losses_are_those_of_keras_fit(config, optimizer, smoothing, regularizer):
     schedule = "constant" if optimizer == "sgd" else "cosine"  # Keras's velocity holds the rate
     config = dataclasses.replace(
         config, optimizer=optimizer, schedule=schedule, warmup=0.0 if optimizer == "sgd" else 0.2,
@@ -64,7 +72,7 @@ def test_the_losses_are_those_of_keras_fit(config, optimizer, smoothing):
         def get_config(self):
             return {}
 
-    reference = tiny.network(dropout=0.0)
+    reference = regularized(tiny.network(dropout=0.0), regularizer)
     reference.compile(
         keras.optimizers.SGD(Schedule(), momentum=0.9)
         if optimizer == "sgd"
@@ -78,15 +86,23 @@ def test_the_losses_are_those_of_keras_fit(config, optimizer, smoothing):
         run = reference.fit(x, y, config.batch_size, shuffle=False, verbose=0)
         expected.append(run.history["loss"][0])
 
-    model = tiny.network(dropout=0.0)
+    model = regularized(tiny.network(dropout=0.0), regularizer)
     history = finetune(model, train, held, config)
     np.testing.assert_allclose(curve(history), expected, rtol=2e-4)
     load_checkpoint_(model, Path(config.folder) / "last.pt")
     for ours, theirs in zip(tiny.weights(model), tiny.weights(reference), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=2e-3, atol=2e-4)
-    logits = model(held.tensors[0], training=False)
+    logits = model(held.tensors[0], training=False).detach()
     loss = keras.losses.SparseCategoricalCrossentropy()(held.tensors[1], logits)
-    np.testing.assert_allclose(history.epochs[-1]["val_loss"], float(loss), rtol=1e-4)
+    penalty = float(sum(model.losses))
+    np.testing.assert_allclose(history.epochs[-1]["val_loss"], float(loss) + penalty, rtol=1e-4)
+
+
+def test_activity_regularisers_are_refused(config):
+    model = tiny.network()
+    model.get_layer("block1_conv1").activity_regularizer = keras.regularizers.L2(0.1)
+    with pytest.raises(ValueError, match="block1_conv1 have an activity_regularizer"):
+        finetune(model, dataset(), config=config)
 
 
 def test_learning_rate_is_keras_cosine_decay():

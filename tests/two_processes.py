@@ -6,7 +6,8 @@ import json
 import sys
 from pathlib import Path
 
-import tiny
+import tiny  # isort: skip  (before keras: it selects Keras's torch backend)
+import keras
 from accelerate import PartialState
 
 from vggtorch.config import TrainConfig
@@ -19,7 +20,9 @@ if __name__ == "__main__":
         freeze="block1_pool", unfreeze=((1, "block1_conv1"),), image_size=16, augment="crop",
         cache_copies=2, cache="cached" in folder.name, folder=str(folder),
     )  # fmt: skip
-    history = finetune(tiny.network(3, dropout=0.0, batch_norm=True), images, config=config)
+    network = tiny.network(3, dropout=0.0, batch_norm=True)
+    network.get_layer("block2_conv1").kernel.regularizer = keras.regularizers.L2(0.1)
+    history = finetune(network, images, config=config)
     if PartialState().is_main_process:
         result = {"processes": PartialState().num_processes, "epochs": history.epochs}
         (folder / "history.json").write_text(json.dumps(result))

@@ -677,7 +677,7 @@ def _copy(old: Any, weights: bool) -> Any:
     if _has_graph(old):
         return _copy_sequential(old, weights)
     try:
-        with _on(_where(old)), SafeModeScope(False):  # the user's own objects: nothing is unpickled
+        with SafeModeScope(False):  # the user's own objects: nothing is unpickled
             return _from_config(old)
     except Exception as error:
         raise ValueError(
@@ -704,9 +704,13 @@ def _from_config(old: Layer) -> Layer:
         live = getattr(old, key, None)
         if isinstance(live, FunctionType | BuiltinFunctionType) and not isinstance(value, str):
             config[key] = live
-    new = type(old).from_config(config)
+    # A regulariser's factor may be a tensor, which nothing would bring back from the meta device.
+    device = _where(old)
+    with _on(None if device == "meta" else device):
+        new = type(old).from_config(config)
     if old.built and type(old).build_from_config is not Layer.build_from_config:
-        new.build_from_config(old.get_build_config())  # it has a way of its own to make its state
+        with _on(device):
+            new.build_from_config(old.get_build_config())  # it makes its state in its own way
     return new
 
 

@@ -364,7 +364,8 @@ def finetune(
             if stage.validation is not None:
                 with _averaged(run):
                     outputs, labels = _predict(run, stage.module, stage.validation)
-                result["val_loss"] = F.cross_entropy(outputs, labels).item()
+                    penalty = _penalty(run).item()
+                result["val_loss"] = F.cross_entropy(outputs, labels).item() + penalty
                 result["val_accuracy"] = (outputs.argmax(1) == labels).double().mean().item()
             result["seconds"] = time.perf_counter() - began
             progress.epochs.append(result)
@@ -388,6 +389,12 @@ def _begin(
         raise ValueError(
             f"Received patience={config.patience} and no validation data to see improvement on. "
             f"Pass validation, or patience=None."
+        )
+    active = [x.name for x in model._flatten_layers() if x.activity_regularizer is not None]
+    if active:
+        raise ValueError(
+            f"The layers {', '.join(active)} have an activity_regularizer, which finetune doesn't "
+            f"add to the loss. Use Keras's fit, or layers without."
         )
     accelerator = _accelerator(config)
     model.to(accelerator.device)
@@ -621,6 +628,7 @@ def _gradients(
         for i, (x, y) in enumerate(pieces):
             x, y = _to_device(run, x), y.to(accelerator.device)
             is_last = i == len(pieces) - 1
+            penalty = _penalty(run) if is_last else x.new_zeros(())
             with contextlib.nullcontext() if is_last else accelerator.no_sync(module):
                 with accelerator.autocast():
                     outputs = module(x)
@@ -628,9 +636,17 @@ def _gradients(
                     outputs.float(), y, reduction="sum", label_smoothing=config.label_smoothing
                 )
                 # DistributedDataParallel takes the mean over processes; here over the images.
-                accelerator.backward(loss * accelerator.num_processes / count)
-            total += torch.stack([loss.detach(), (outputs.argmax(1) == y).sum()])
+                accelerator.backward(loss * accelerator.num_processes / count + penalty)
+            loss = loss.detach() + len(labels) * penalty.detach()
+            total += torch.stack([loss, (outputs.argmax(1) == y).sum()])
     return total
+
+
+def _penalty(run: _Run) -> torch.Tensor:
+    """What the regularisers of all trainable weights add to the loss, as in Keras's fit."""
+    kept = [v for v in run.model.trainable_variables if v.regularizer is not None]
+    zero = torch.zeros((), device=run.accelerator.device)
+    return sum((v.regularizer(v) for v in kept), start=zero)
 
 
 def _to_device(run: _Run, x: torch.Tensor) -> torch.Tensor:
