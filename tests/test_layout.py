@@ -25,6 +25,8 @@ ORDER = [
     "models",
     "kernels",
     "modules",
+    "fused",
+    "graphs",
     "lowering",
     "composition",
     "fitting",

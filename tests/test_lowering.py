@@ -19,8 +19,8 @@ import vggtorch  # isort: skip  (first: it selects Keras's torch backend)
 import keras
 from keras import layers
 
-from vggtorch import kernels, lowering, modules
-from vggtorch.lowering import accelerate_, lower, part
+from vggtorch import graphs, kernels, modules
+from vggtorch.lowering import Lowered, accelerate_, lower, part
 from vggtorch.modules import KerasLayer
 
 APPLICATIONS = {  # name: image size, operations of it that run as Keras runs them
@@ -155,7 +155,7 @@ def test_images_in_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     model, twin = small_vgg(), small_vgg()
     x = images(model)
     expected, expected_left = step(twin, lambda x: twin(x, training=True))
-    monkeypatch.setattr(lowering, "GROUP_BYTES", 1)
+    monkeypatch.setattr(graphs, "GROUP_BYTES", 1)
     lowered: Any = lower(model).train()
     entered: list[int] = []
     convolve = lowered.block1_conv1.convolve
@@ -183,7 +183,7 @@ def test_hooks_see_what_each_layer_gives(
     training: bool, checkpoint: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of the whole batch, although otherwise layers are fused and images run in groups."""
-    monkeypatch.setattr(lowering, "GROUP_BYTES", 1)
+    monkeypatch.setattr(graphs, "GROUP_BYTES", 1)
     model = small_vgg()
     x = images(model)
     names = ["block1_conv1", "block2_relu1", "block2_pool", "fc1"]
@@ -800,7 +800,7 @@ def test_frozen_layers_train_as_keras(
     until: str, checkpoint: bool, group_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Wherever the boundary is between those that run as in inference and those that learn."""
-    monkeypatch.setattr(lowering, "GROUP_BYTES", group_bytes)
+    monkeypatch.setattr(graphs, "GROUP_BYTES", group_bytes)
     model, twin = small_vgg(), small_vgg()
     for network in (model, twin):
         for layer in network.layers:
@@ -1175,7 +1175,7 @@ def test_cuda_trains_as_keras(frozen: bool, dtype: torch.dtype) -> None:
             assert (variable.value.grad - exact).norm() < tolerance * exact.norm()
 
 
-def follows_inputs_and_parameters(model: keras.Model, lowered: lowering.Lowered, run: Any) -> None:
+def follows_inputs_and_parameters(model: keras.Model, lowered: Lowered, run: Any) -> None:
     """Whether replays give what Keras gives: other images, other shapes, other weights."""
     kernel = model.get_layer("block1_conv1").kernel.value
     x, few = images(model).to(kernel.device), images(model, 2).to(kernel.device)
@@ -1202,10 +1202,10 @@ def test_replays_follow_inputs_and_parameters() -> None:
 
     def capture(inputs: list[torch.Tensor]) -> Any:
         static = [x.clone() for x in inputs]
-        outputs = lowering.Graph.forward(lowered, *static)
+        outputs = graphs.Graph.forward(lowered, *static)
 
         def replay() -> None:
-            for mine, new in zip(outputs, lowering.Graph.forward(lowered, *static), strict=True):
+            for mine, new in zip(outputs, graphs.Graph.forward(lowered, *static), strict=True):
                 mine.copy_(new)
 
         return SimpleNamespace(replay=replay), static, outputs

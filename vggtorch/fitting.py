@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vggtorch import lowering, modules
+from vggtorch import graphs, lowering, modules
 from vggtorch.composition import POINTWISE, SKIPPED, compose_
 
 CROP = 96  # height and width of the crops that a fit trains on
@@ -184,7 +184,7 @@ def _linears(graph: nn.Module, parameters: Sequence[Tensor]) -> list[Linear]:
     ]
 
 
-def _linear_target(model: keras.Model, region: _Region) -> lowering.Graph:
+def _linear_target(model: keras.Model, region: _Region) -> graphs.Graph:
     """What the replaced layers give before their last activation, as a function of their input."""
     tensor = region.old[1]
     while isinstance(_producer(tensor), POINTWISE):
