@@ -23,7 +23,7 @@ from torch.autograd import forward_ad
 # (glibc's largest threshold for mmap, see `man mallopt`).
 LARGE_BYTES = 32 << 20
 # Of a large product, which is computed piece by piece.
-PIECE_BYTES = 16 << 20
+PIECE_BYTES = 8 << 20
 
 
 def is_intercepted() -> bool:
