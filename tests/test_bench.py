@@ -49,6 +49,13 @@ def test_open_sizes_and_outputs_of_several_shapes() -> None:
     assert bench(model, 1, size=12, repeats=1).inference[1].difference < 1e-5
 
 
+def test_tokens() -> None:
+    tokens = keras.Input((50,), dtype="int32")
+    x = keras.layers.Flatten()(keras.layers.Embedding(1, 4)(tokens))
+    model = keras.Model(tokens, keras.layers.Dense(2)(x))
+    assert bench(model, 2, repeats=1).gradients[1].difference < 1e-5
+
+
 def test_refusals() -> None:
     with pytest.raises(ValueError, match="Received batch=0 and repeats=5; expected 1 or more"):
         bench(tiny.network(), 0)

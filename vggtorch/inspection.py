@@ -188,13 +188,16 @@ def compare(
 
 
 def example_of(model: keras.Model, size: int, batch: int, device: torch.device) -> Any:
-    """Random inputs in the structure that the model takes; `size` where it leaves H and W open."""
-    inputs = [
-        torch.randn([batch, *(n or size for n in tensor.shape[1:])], device=device).to(
-            getattr(torch, tensor.dtype)
-        )
-        for tensor in model.inputs
-    ]
+    """Inputs in the structure that the model takes; `size` where it leaves H and W open.
+
+    Random, but zeros for whole numbers, which often stand for entries of a table.
+    """
+    inputs = []
+    for tensor in model.inputs:
+        dtype = getattr(torch, tensor.dtype)
+        make = torch.randn if dtype.is_floating_point else torch.zeros
+        shape = [batch, *(n or size for n in tensor.shape[1:])]
+        inputs.append(make(shape, device=device, dtype=dtype))
     return keras.tree.pack_sequence_as(model._inputs_struct, inputs)
 
 
