@@ -1220,6 +1220,17 @@ def test_replays_follow_inputs_and_parameters() -> None:
     assert not lowered._captured
 
 
+def test_what_is_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
+    lowered = lower(small_vgg(), cuda_graphs=True).eval()
+    on_gpu: list[Any] = [SimpleNamespace(is_cuda=True)]
+    assert not lowered._replays(on_gpu)  # there may be gradients to come
+    with torch.no_grad():
+        assert lowered._replays(on_gpu)
+        assert not lowered._replays([torch.ones(1)])
+        monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: device == "cuda")
+        assert not lowered._replays(on_gpu)
+
+
 @needs_gpu
 def test_cuda_graphs() -> None:
     model = small_vgg()

@@ -157,7 +157,7 @@ def test_pieces_of_a_batch_add_up_to_it(config):
     losses = [
         curve(
             finetune(
-                tiny.network(dropout=0.0),
+                regularized(tiny.network(dropout=0.0), keras.regularizers.L2(0.02)),
                 dataset(),
                 config=dataclasses.replace(config, accumulate=n, folder=f"{config.folder}{n}"),
             )
