@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from vggtorch import kernels
-from vggtorch.timing import in_turns
+from vggtorch.lowering import kernels
+from vggtorch.measuring.timing import in_turns
 
 
 def header(device: torch.device) -> str:

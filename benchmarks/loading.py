@@ -75,7 +75,7 @@ def loader(way: str, folder: Path) -> Callable[[], Mapping[str, torch.Tensor]]:
         return plain
 
     import vggtorch as vt
-    from vggtorch.models import named_variables
+    from vggtorch.models.vgg import named_variables
 
     if way == "keras.applications":
         import keras
@@ -88,7 +88,7 @@ def loader(way: str, folder: Path) -> Callable[[], Mapping[str, torch.Tensor]]:
         return stock
 
     if way == "conversion":
-        from vggtorch import conversion, sources
+        from vggtorch.weights import conversion, sources
 
         def converted() -> Mapping[str, torch.Tensor]:
             return sources.converted(
@@ -119,7 +119,8 @@ def prepare(folder: Path) -> None:
     import torch
     import torchvision
 
-    from vggtorch import conversion, models
+    from vggtorch.models import vgg as models
+    from vggtorch.weights import conversion
 
     torch.manual_seed(0)
     state = torchvision.models.vgg16().state_dict()

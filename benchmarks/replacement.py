@@ -26,7 +26,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from vggtorch import fitting, lowering
+from vggtorch.lowering import lowered as lowering
+from vggtorch.surgery import distillation as fitting
 
 REPLACED = ["block1_conv1", "block1_conv2"]
 POOLS = [f"block{b}_pool" for b in range(1, 6)]

@@ -32,10 +32,10 @@ import numpy as np
 import torch
 from torch.utils.data import TensorDataset
 
-from vggtorch.config import TrainConfig
-from vggtorch.data import Folder, as_input, in_order, read_folder, shuffled
-from vggtorch.preprocessing import remember_
-from vggtorch.training import finetune, learning_rate, with_head
+from vggtorch.models.preprocessing import remember_
+from vggtorch.training.config import TrainConfig
+from vggtorch.training.data import Folder, as_input, in_order, read_folder, shuffled
+from vggtorch.training.loop import finetune, learning_rate, with_head
 
 SIZE = 96
 ROWS = ("block2_pool tutorial", "block4_pool mlp", "pooled 3-5")

@@ -8,10 +8,11 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 import vggtorch as vt
-from vggtorch import cli, sources
-from vggtorch.advice import advise
+from vggtorch import cli
 from vggtorch.cli import main
-from vggtorch.preprocessing import remember_
+from vggtorch.models.preprocessing import remember_
+from vggtorch.training.advice import advise
+from vggtorch.weights import sources
 
 
 def test_convert_prints_what_it_mapped(tmp_path, capsys):

@@ -26,15 +26,12 @@ def _select_torch_backend() -> None:
 _select_torch_backend()
 
 # Only now that the backend is torch:
-from vggtorch.advice import advise  # noqa: E402
-from vggtorch.bench import bench  # noqa: E402
-from vggtorch.composition import compose_  # noqa: E402
-from vggtorch.config import TrainConfig  # noqa: E402
-from vggtorch.export import export  # noqa: E402
-from vggtorch.fitting import fit_  # noqa: E402
-from vggtorch.inspection import compare, draw, inspect  # noqa: E402
-from vggtorch.lowering import accelerate_, lower  # noqa: E402
-from vggtorch.models import (  # noqa: E402
+from vggtorch.lowering.exporting import export  # noqa: E402
+from vggtorch.lowering.lowered import accelerate_, lower  # noqa: E402
+from vggtorch.measuring.benchmark import bench  # noqa: E402
+from vggtorch.measuring.costs import compare, draw, inspect  # noqa: E402
+from vggtorch.models.preprocessing import decode_predictions, preprocess, weight_set  # noqa: E402
+from vggtorch.models.vgg import (  # noqa: E402
     VGG11,
     VGG13,
     VGG16,
@@ -43,9 +40,9 @@ from vggtorch.models import (  # noqa: E402
     named_variables,
     save_weights,
 )
-from vggtorch.preprocessing import decode_predictions, preprocess, weight_set  # noqa: E402
-from vggtorch.report import save_trained, write_report  # noqa: E402
-from vggtorch.surgery import (  # noqa: E402
+from vggtorch.surgery.composition import compose_  # noqa: E402
+from vggtorch.surgery.distillation import fit_  # noqa: E402
+from vggtorch.surgery.operations import (  # noqa: E402
     freeze_,
     insert,
     remove,
@@ -54,7 +51,10 @@ from vggtorch.surgery import (  # noqa: E402
     truncate,
     unfreeze_,
 )
-from vggtorch.training import find_learning_rate, finetune  # noqa: E402
+from vggtorch.training.advice import advise  # noqa: E402
+from vggtorch.training.config import TrainConfig  # noqa: E402
+from vggtorch.training.loop import find_learning_rate, finetune  # noqa: E402
+from vggtorch.training.report import save_trained, write_report  # noqa: E402
 
 __all__ = [
     "VGG11",

@@ -10,22 +10,16 @@ from pathlib import Path
 
 import keras
 
-from vggtorch import (
-    advice,
-    config,
-    data,
-    demo,
-    files,
-    inspection,
-    models,
-    preprocessing,
-    report,
-    sources,
-    training,
-)
+from vggtorch import demo, files
 from vggtorch.architectures import ARCHITECTURES
-from vggtorch.bench import bench
-from vggtorch.export import export
+from vggtorch.lowering.exporting import export
+from vggtorch.measuring import costs as inspection
+from vggtorch.measuring.benchmark import bench
+from vggtorch.models import preprocessing
+from vggtorch.models import vgg as models
+from vggtorch.training import advice, config, data, report
+from vggtorch.training import loop as training
+from vggtorch.weights import sources
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -11,10 +11,10 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from vggtorch.lowering import accelerate_
-from vggtorch.models import VGG16
-from vggtorch.preprocessing import preprocess
-from vggtorch.surgery import freeze_, replace, stack, truncate
+from vggtorch.lowering.lowered import accelerate_
+from vggtorch.models.preprocessing import preprocess
+from vggtorch.models.vgg import VGG16
+from vggtorch.surgery.operations import freeze_, replace, stack, truncate
 
 SIZE = 160  # the tutorial's image size
 PER_CLASS = 30  # training images of each digit

@@ -1,0 +1,137 @@
+import errno
+import os
+
+import pytest
+
+import vggtorch as vt  # isort: skip  (first: it selects Keras's torch backend)
+import keras
+import numpy as np
+import onnxruntime
+import torch
+from keras import layers
+
+from vggtorch import files
+from vggtorch.models.preprocessing import remember_
+
+
+def vgg(**options):
+    keras.utils.set_random_seed(0)
+    model = vt.VGG11(weights=None, input_shape=(32, 32, 3), classes=7, **options)
+    for variable in model.weights:  # biases too, which begin as zeros
+        variable.assign(variable + 0.01 * keras.random.normal(variable.shape))
+    return model
+
+
+def branched():
+    """Two inputs, two outputs, a batch norm, and layers that lower has no handler for."""
+    keras.utils.set_random_seed(0)
+    image, number = keras.Input((16, 16, 3), name="image"), keras.Input((4,), name="number")
+    x = layers.Conv2D(8, 3, strides=2, padding="same", name="conv")(image)
+    x = layers.BatchNormalization(name="norm")(x)
+    maps = layers.ReLU(name="relu")(x)
+    x = layers.GlobalAveragePooling2D(name="mean")(maps)
+    x = layers.Concatenate(name="both")([x, layers.LayerNormalization(name="ln")(number)])
+    return keras.Model([image, number], [layers.Dense(3, name="dense")(x), maps])
+
+
+def images(*shape):
+    return np.random.default_rng(0).uniform(0, 255, shape).astype(np.float32)
+
+
+def run_onnx(path, *inputs):
+    session = onnxruntime.InferenceSession(path)
+    names = [x.name for x in session.get_inputs()]
+    return session.run(None, dict(zip(names, inputs, strict=True)))
+
+
+def run_pt2(path, *inputs):
+    values = [torch.from_numpy(x) for x in inputs]
+    with torch.no_grad():
+        found = torch.export.load(path).module()(values if len(values) > 1 else values[0])
+    return [y.numpy() for y in (found if isinstance(found, list | tuple) else [found])]
+
+
+RUN = {".onnx": run_onnx, ".pt2": run_pt2}
+
+
+@pytest.mark.parametrize("ending", RUN)
+@pytest.mark.parametrize("batch", [1, 3])
+def test_the_file_computes_what_keras_does(tmp_path, ending, batch):
+    model, x = vgg(), images(batch, 32, 32, 3)
+    path = tmp_path / f"model{ending}"
+    vt.export(model, path)
+    (found,) = RUN[ending](path, x)
+    np.testing.assert_allclose(found, model.predict(x, verbose=0), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("ending", RUN)
+def test_several_inputs_and_outputs(tmp_path, ending):
+    model, inputs = branched(), [images(5, 16, 16, 3), images(5, 4)]
+    path = tmp_path / f"model{ending}"
+    vt.export(model, path)
+    found = RUN[ending](path, *inputs)
+    for one, expected in zip(found, model.predict(inputs, verbose=0), strict=True):
+        np.testing.assert_allclose(one, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("ending", RUN)
+def test_any_image_size_and_the_other_layout(tmp_path, ending):
+    keras.utils.set_random_seed(0)
+    model = vt.truncate(vt.VGG11(weights=None, include_top=False), "block3_pool")
+    path, x = tmp_path / f"model{ending}", images(2, 40, 72, 3)
+    vt.export(model, path, data_format="channels_first")
+    (found,) = RUN[ending](path, np.ascontiguousarray(x.transpose(0, 3, 1, 2)))
+    expected = model.predict(x, verbose=0).transpose(0, 3, 1, 2)
+    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_an_accelerated_model_with_preprocessing_inside(tmp_path):
+    model = vt.accelerate_(remember_(vgg(include_preprocessing=True), "oxford"))
+    x = images(2, 32, 32, 3)
+    vt.export(model, tmp_path / "model.onnx")
+    (found,) = run_onnx(tmp_path / "model.onnx", x)
+    np.testing.assert_allclose(found, model.predict(x, verbose=0), rtol=1e-4, atol=1e-6)
+
+
+def test_onnx_comes_back_with_its_weight_set(tmp_path):
+    model = remember_(vgg(), "oxford")
+    vt.export(model, tmp_path / "model.onnx")
+    again = vt.VGG11(weights=tmp_path / "model.onnx", input_shape=(32, 32, 3), classes=7)
+    assert vt.weight_set(again) == "oxford"
+    for one, expected in zip(again.weights, model.weights, strict=True):
+        assert torch.equal(one.value, expected.value), expected.path
+
+
+def test_the_model_stays_as_it_is(tmp_path):
+    model, x = vgg(dropout=0.5), images(2, 32, 32, 3)
+    before, outputs = model.get_weights(), model.predict(x, verbose=0)
+    vt.export(model, tmp_path / "model.pt2")
+    assert all(map(np.array_equal, before, model.get_weights()))
+    # Other kernels run where the weights have another order in memory.
+    np.testing.assert_allclose(outputs, model.predict(x, verbose=0), rtol=1e-4, atol=1e-6)
+    assert not np.array_equal(*(model(x, training=True).detach().numpy() for _ in range(2)))
+
+
+def test_another_ending(tmp_path):
+    with pytest.raises(ValueError, match=r"ends in .onnx or .pt2"):
+        vt.export(vgg(), tmp_path / "model.tflite")
+
+
+def test_a_missing_package_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"pip install 'vggtorch\[onnx\]'"):
+        vt.export(vgg(), tmp_path / "model.onnx")
+
+
+@pytest.mark.parametrize("ending", RUN)
+def test_a_full_disk_leaves_the_old_file_whole(tmp_path, monkeypatch, ending):
+    path = tmp_path / f"model{ending}"
+    path.write_bytes(b"old")
+
+    def full(file):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(files.os, "fsync", full)
+    with pytest.raises(OSError, match="No space left on device.*unchanged"):
+        vt.export(vgg(), path)
+    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]

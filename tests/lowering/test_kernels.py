@@ -1,0 +1,305 @@
+"""The operations of our own against torch's: values, gradients, gradients of gradients, memory."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import vggtorch  # noqa: F401  # isort: skip  (first: it selects Keras's torch backend)
+import keras
+from keras import layers
+
+from vggtorch.lowering import kernels
+from vggtorch.lowering.kernels import Convolution, MaxPoolReLU, Product, ReusedMemory
+from vggtorch.lowering.lowered import Lowered, lower
+
+ONE: Any = (1, 1), (1, 1), (1, 1), 1  # stride, padding, dilation and groups
+
+
+def product(x: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
+    return Product.apply(x, kernel, bias, ReusedMemory())
+
+
+def same_to_the_second_order(ours: Any, torchs: Any, inputs: list[Tensor]) -> None:
+    """Values, strides, gradients and gradients of gradients."""
+    found = []
+    for run in (ours, torchs):
+        y = run(*inputs)
+        grads = torch.autograd.grad(y.square().sum(), inputs, create_graph=True)
+        penalty = torch.stack([g.square().sum() for g in grads]).sum()
+        once = torch.autograd.grad(run(*inputs).square().sum(), inputs)
+        found.append([y, *grads, *once, *torch.autograd.grad(penalty, inputs)])
+    for actual, expected in zip(*found, strict=True):
+        assert (actual - expected).abs().max() <= 1e-5 * expected.abs().max()
+        assert actual.stride() == expected.stride()
+
+
+@pytest.mark.parametrize("large", [0, kernels.LARGE_BYTES])
+def test_product_has_torchs_gradients(large: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "LARGE_BYTES", large)
+    monkeypatch.setattr(kernels, "PIECE_BYTES", 3 * 20 * 4)  # three rows of seven
+    x = torch.randn(5, 20, requires_grad=True)
+    kernel = torch.randn(7, 20).t().requires_grad_()
+    bias = torch.randn(7, requires_grad=True)
+    same_to_the_second_order(
+        product, lambda x, kernel, bias: F.linear(x, kernel.t(), bias), [x, kernel, bias]
+    )
+    same_to_the_second_order(
+        lambda x, kernel: product(x, kernel, None),
+        lambda x, kernel: F.linear(x, kernel.t()),
+        [x, kernel],
+    )
+
+
+@pytest.mark.parametrize(
+    "stride,padding,dilation,groups", [(1, 1, 1, 1), (2, 0, 1, 2), (1, 2, 2, 1)]
+)
+def test_convolution_has_torchs_gradients(
+    stride: int, padding: int, dilation: int, groups: int
+) -> None:
+    options: Any = (stride,) * 2, (padding,) * 2, (dilation,) * 2, groups
+    x = torch.randn(2, 4, 9, 8).to(memory_format=torch.channels_last).requires_grad_()
+    weight = torch.randn(6, 4 // groups, 3, 3).to(memory_format=torch.channels_last)
+    inputs = [x, weight.requires_grad_(), torch.randn(6, requires_grad=True)]
+    same_to_the_second_order(
+        lambda *inputs: Convolution.apply(*inputs, *options),
+        lambda *inputs: F.conv2d(*inputs, *options),
+        inputs,
+    )
+
+
+def test_convolution_computes_only_gradients_that_are_asked_for() -> None:
+    x, weight, bias = torch.randn(2, 3, 5, 5), torch.randn(4, 3, 3, 3), torch.randn(4)
+    for asked in (x, weight, bias):
+        asked.requires_grad_()
+        Convolution.apply(x, weight, bias, *ONE).sum().backward()
+        given = asked.grad
+        asked.grad = None
+        F.conv2d(x, weight, bias, padding=1).sum().backward()
+        torch.testing.assert_close(given, asked.grad)
+        asked.requires_grad_(False)
+
+
+@pytest.mark.parametrize("size,stride,padding", [(2, 2, 0), (3, 2, 1), (3, 1, 0)])
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+def test_max_pool_before_relu_has_torchs_gradients(
+    size: int, stride: int, padding: int, layout: torch.memory_format
+) -> None:
+    options: Any = (size,) * 2, (stride,) * 2, (padding,) * 2
+    x = torch.randn(2, 4, 9, 8).round(decimals=1)  # with equal maxima
+    x = x.contiguous(memory_format=layout).requires_grad_()
+    same_to_the_second_order(
+        lambda x: MaxPoolReLU.apply(x, *options)[0],
+        lambda x: F.max_pool2d(F.relu(x), *options),
+        [x],
+    )
+
+
+def test_memory_is_lent_to_one_tensor_at_a_time() -> None:
+    memory = ReusedMemory()
+    first = memory.lend((3, 4), torch.float32)
+    assert first is not None and (first.shape, first.dtype) == ((3, 4), torch.float32)
+    address, row = first.data_ptr(), first.t()[0]
+    assert memory.lend((3, 4), torch.float32) is None
+    del first
+    assert memory.lend((3, 4), torch.float32) is None  # a view has it
+    numbers = row.numpy()
+    del row
+    assert memory.lend((3, 4), torch.float32) is None
+    del numbers
+    again = memory.lend((4, 6), torch.bfloat16)  # as many bytes
+    assert again is not None and again.data_ptr() == address
+    larger = memory.lend((5, 6), torch.float32)
+    assert larger is not None and larger.data_ptr() != address
+    for twin in (copy.deepcopy(memory), pickle.loads(pickle.dumps(memory))):
+        other = twin.lend((5, 6), torch.float32)
+        assert other is not None and other.data_ptr() != larger.data_ptr()
+
+
+def dense(dtype: str = "float32") -> tuple[Lowered, nn.Parameter, Tensor]:
+    """Small whole numbers, so that float32 is exact in whatever order it adds them."""
+    keras.utils.set_random_seed(0)
+    image = keras.Input((40,))
+    model = keras.Model(image, layers.Dense(30, name="fc", dtype=dtype)(image))
+    kernel = model.get_layer("fc").kernel.value
+    with torch.no_grad():
+        kernel.mul_(10).round_()
+    return lower(model).train(), kernel, torch.randint(-3, 4, (6, 40)).float()
+
+
+def gradient(lowered: Lowered, kernel: nn.Parameter, x: Tensor) -> Tensor:
+    lowered(x).float().square().sum().backward()
+    assert isinstance(kernel.grad, Tensor)
+    return kernel.grad
+
+
+@pytest.mark.parametrize("dtype", ["float32", "mixed_bfloat16"])
+def test_large_gradients_take_the_same_memory_in_each_step(
+    dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lowered, kernel, x = dense(dtype)
+    expected = gradient(lowered, kernel, x).clone()
+    monkeypatch.setattr(kernels, "LARGE_BYTES", 0)
+    lent: list[int | None] = []
+    lend = ReusedMemory.lend
+
+    def spy(self: ReusedMemory, *args: Any) -> Tensor | None:
+        tensor = lend(self, *args)
+        lent.append(None if tensor is None else tensor.data_ptr())
+        return tensor
+
+    monkeypatch.setattr(ReusedMemory, "lend", spy)
+    for _ in range(3):
+        kernel.grad = None
+        found = gradient(lowered, kernel, x)
+        torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-2)
+        if dtype == "float32":
+            assert found.data_ptr() == lent[0]  # not a copy of it
+        del found
+    assert len(lent) == 3 and len(set(lent)) == 1
+
+
+def test_a_gradient_that_is_kept_stays_what_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "LARGE_BYTES", 0)
+    lowered, kernel, x = dense()
+    kept = gradient(lowered, kernel, x)
+    values = kept.clone()
+    gradient(lowered, kernel, 2 * x)  # added
+    kernel.grad = None
+    gradient(lowered, kernel, 3 * x)
+    assert torch.equal(kept, values + values_of(2 * x))
+    assert kernel.grad is not None and torch.equal(kernel.grad, values_of(3 * x))
+
+
+def values_of(x: Tensor) -> Tensor:
+    """The gradient by the Keras model itself."""
+    lowered, kernel, _ = dense()
+    with torch.backends.mkldnn.flags(enabled=False):
+        return gradient(lowered, kernel, x)
+
+
+def test_evaluation_lets_go_of_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "LARGE_BYTES", 0)
+    lowered, kernel, x = dense()
+    gradient(lowered, kernel, x)
+    module: Any = lowered.fc
+    assert module.gradients.memory is not None
+    lowered.eval()
+    assert module.gradients.memory is None
+    assert kernel.grad is not None and kernel.grad.any()
+
+
+def test_gradients_under_vmap(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Jacobian's rows at once, and gradients image by image."""
+    monkeypatch.setattr(kernels, "LARGE_BYTES", 0)
+    memory, kernel = ReusedMemory(), torch.randn(7, 20).t().requires_grad_()
+    x = torch.randn(5, 20)
+    y = Product.apply(x, kernel, None, memory)
+    rows = torch.randn(3, 5, 7)
+    (batch,) = torch.autograd.grad(y, kernel, rows, is_grads_batched=True)
+    torch.testing.assert_close(batch, x.t() @ rows)
+
+    def loss(kernel: Tensor, image: Tensor) -> Tensor:
+        return Product.apply(image.unsqueeze(0), kernel, None, memory).sum()
+
+    pooled = MaxPoolReLU.apply(image := torch.randn(2, 3, 4, 4).requires_grad_(), 2, 2, 0)[0]
+    rows = torch.randn(5, *pooled.shape)
+    (batch,) = torch.autograd.grad(pooled, image, rows, True, is_grads_batched=True)
+    torch.testing.assert_close(
+        batch, torch.stack([torch.autograd.grad(pooled, image, row, True)[0] for row in rows])
+    )
+
+    each = torch.func.vmap(torch.func.grad(loss), (None, 0))(kernel.detach(), x)
+    torch.testing.assert_close(each, x.unsqueeze(2).expand(5, 20, 7))
+
+
+# cuDNN's convolution with ReLU, which may be slow, refuse or be missing
+
+
+class Cudnn:
+    """Stands for cuDNN's convolution and for the clock; knows whether it was called."""
+
+    def __init__(
+        self, monkeypatch: pytest.MonkeyPatch, milliseconds: float = 1.0, shift: float = 0.0
+    ) -> None:
+        self.milliseconds, self.shift = milliseconds, shift  # torch's own take 2.0
+        self.called, self.capturing, self.refuses, self.measured = False, False, False, 0
+        monkeypatch.setattr(kernels, "_fused_is_faster", {})
+        monkeypatch.setattr(kernels, "_milliseconds", self.time)
+        monkeypatch.setattr(torch, "cudnn_convolution_relu", self)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: self.capturing)
+
+    def __call__(self, *arguments: Any) -> Tensor:
+        if self.refuses:
+            raise RuntimeError("cuDNN error: CUDNN_STATUS_NOT_SUPPORTED")
+        self.called = True
+        return F.conv2d(*arguments).relu_() + self.shift
+
+    def time(self, run: Any, device: torch.device) -> float:
+        self.measured += 1
+        return self.milliseconds if run.__name__ == "fused" else 2.0
+
+    def runs(self, batch: int = 4) -> bool:
+        """Whether cuDNN computed this batch, rightly, after it was measured if it ever is."""
+        x, weight, bias = torch.randn(batch, 3, 9, 9), torch.randn(5, 3, 3, 3), torch.randn(5)
+        kernels.conv2d_relu(x, weight, bias, *ONE)
+        self.called = False
+        found = kernels.conv2d_relu(x, weight, bias, *ONE)
+        torch.testing.assert_close(found, F.conv2d(x, weight, bias, *ONE).relu())
+        return self.called
+
+
+def test_cudnn_where_it_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert Cudnn(monkeypatch).runs()
+    assert not Cudnn(monkeypatch, milliseconds=3.0).runs()
+
+
+def test_cudnn_is_measured_once_for_batches_of_about_a_size(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cudnn = Cudnn(monkeypatch)
+    assert cudnn.runs(4)
+    once = cudnn.measured
+    assert cudnn.runs(7) and cudnn.measured == once
+    assert cudnn.runs(64) and cudnn.measured == 2 * once
+
+
+def test_cudnn_that_refuses_or_errs(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not Cudnn(monkeypatch, shift=1.0).runs()
+    assert not Cudnn(monkeypatch, shift=torch.nan).runs()
+    cudnn = Cudnn(monkeypatch)
+    cudnn.refuses = True
+    assert not cudnn.runs()
+    assert not cudnn.runs(0)
+
+
+def test_without_cudnn_where_runs_must_be_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    cudnn = Cudnn(monkeypatch)
+    with torch.backends.cudnn.flags(deterministic=True):
+        assert not cudnn.runs()
+    with torch.backends.cudnn.flags(enabled=False):
+        assert not cudnn.runs()
+    cudnn.capturing = True
+    assert not cudnn.runs()
+    cudnn.capturing = False
+    assert cudnn.runs()  # nothing was decided for good meanwhile
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("batch", [1, 16])
+def test_convolution_and_relu_on_a_gpu(batch: int, dtype: torch.dtype) -> None:
+    make: Any = {"device": "cuda", "dtype": dtype}
+    x = torch.randn(batch, 64, 28, 28, **make).to(memory_format=torch.channels_last)
+    weight = torch.randn(128, 64, 3, 3, **make).to(memory_format=torch.channels_last) / 24
+    bias = torch.randn(128, **make)
+    expected = F.conv2d(x, weight, bias, *ONE).relu()
+    for _ in range(2):
+        found = kernels.conv2d_relu(x, weight, bias, *ONE)
+        torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-2)

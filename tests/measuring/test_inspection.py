@@ -1,0 +1,161 @@
+from __future__ import annotations
+
+from xml.etree import ElementTree
+
+import keras
+import numpy as np
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from vggtorch.measuring import costs as inspection
+from vggtorch.surgery import operations as surgery
+
+L = keras.layers
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+@pytest.fixture(scope="module")
+def vgg() -> keras.Model:
+    return keras.applications.VGG16(weights=None, input_shape=(32, 32, 3), include_top=False)
+
+
+@pytest.fixture(scope="module")
+def replaced(vgg) -> keras.Model:
+    new = L.Conv2D(64, 5, padding="same", activation="relu", name="block1_conv")
+    return surgery.replace(vgg, ["block1_conv1", "block1_conv2"], new)
+
+
+def branched() -> keras.Model:
+    x = inputs = keras.Input((16, 16, 3))
+    x = L.Conv2D(8, 3, strides=2, padding="same", name="stem")(x)
+    a = L.SeparableConv2D(8, 3, padding="same", name="separable")(x)
+    b = L.Conv2D(8, 1, groups=2, name="grouped")(x)
+    x = L.Add(name="add")([a, b, x])
+    x = L.GlobalAveragePooling2D(name="pool")(x)
+    return keras.Model(inputs, L.Dense(5, name="dense")(x))
+
+
+def test_costs_are_those_counted_by_hand():
+    report = inspection.inspect(branched(), repeats=1)
+    positions = 8 * 8
+    assert {row.name: row.multiply_adds for row in report.layers} == {
+        "stem": positions * 3 * 3 * 3 * 8,
+        "separable": positions * (3 * 3 * 8 + 8 * 8),
+        "grouped": positions * 4 * 8,
+        "add": 0,
+        "pool": 0,
+        "dense": 8 * 5,
+    }
+    rows = {row.name: row for row in report.layers}
+    assert rows["stem"].shape == (8, 8, 8)
+    assert rows["stem"].activation == 8 * 8 * 8 * 4
+    assert rows["separable"].kind == "SeparableConv2D"
+    assert rows["dense"].shape == (5,)
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: keras.applications.VGG16(weights=None, input_shape=(32, 32, 3), include_top=False),
+        lambda: keras.applications.MobileNetV2(weights=None, input_shape=(32, 32, 3)),
+        branched,
+    ],
+)
+def test_totals_are_torchs_and_kerass_own(build):
+    model = build()
+    report = inspection.inspect(model, repeats=1)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(np.zeros((1, *model.input_shape[1:]), "float32"))
+    assert report.total.multiply_adds == counter.get_total_flops() // 2
+    assert report.total.parameters == model.count_params()
+    assert {r.name: r.parameters for r in report.layers} == {
+        layer.name: layer.count_params()
+        for layer in model.layers
+        if not isinstance(layer, L.InputLayer)
+    }
+    assert all(row.seconds > 0 for row in (*report.layers, report.total))
+
+
+def test_an_open_size_is_the_one_asked_for():
+    inputs = keras.Input((None, None, 3))
+    model = keras.Model(inputs, L.Conv2D(4, 3, name="conv")(inputs))
+    report = inspection.inspect(model, size=10, repeats=1)
+    assert report.layers[0].shape == (8, 8, 4)
+
+
+def test_a_report_is_a_table_with_a_line_for_each_layer():
+    lines = [line.split() for line in str(inspection.inspect(branched(), repeats=1)).splitlines()]
+    assert [line[0] for line in lines] == [
+        *("layer", "stem", "separable", "grouped", "add", "pool", "dense", "total")
+    ]
+    assert lines[1][:5] == ["stem", "Conv2D", "8x8x8", "224", "13,824"]
+    assert lines[1][5:7] == ["0.00", "MiB"]
+
+
+def test_a_comparison_shows_what_a_replacement_gains(vgg, replaced):
+    comparison = inspection.compare(vgg, replaced, repeats=1)
+    before, after = (
+        {row.name: row for row in report.blocks} for report in (comparison.before, comparison.after)
+    )
+    pixels = 32 * 32
+    assert before["block1"].multiply_adds == pixels * 9 * (3 * 64 + 64 * 64)
+    assert after["block1"].multiply_adds == pixels * 25 * 3 * 64
+    assert before["block2"].multiply_adds == after["block2"].multiply_adds
+    lines = str(comparison).splitlines()
+    assert lines[0].split()[:3] == ["block", "parameters", "multiply-adds"]
+    assert lines[1].split()[:4] == ["block1", "before", "38,720", "39,518,208"]
+    assert lines[2].split()[:3] == ["after", "4,864", "4,915,200"]
+    ratio = comparison.after.total.multiply_adds / comparison.before.total.multiply_adds
+    assert lines[-1].split()[2] == f"{ratio:.3f}"
+
+
+def boxes(svg: str) -> dict[str, str]:
+    """Name -> state of each box in a drawing, which must be XML."""
+    return {
+        str(group.findall(f"{SVG}text")[0].text): str(group.get("class"))
+        for group in ElementTree.fromstring(svg).findall(f"{SVG}g")
+    }
+
+
+def test_a_drawing_marks_what_a_surgery_changed(vgg, replaced):
+    drawn = boxes(inspection.draw(replaced, before=vgg))
+    assert drawn.pop("block1_conv") == "new"
+    assert drawn.pop("block1_conv1") == drawn.pop("block1_conv2") == "removed"
+    assert set(drawn) == {layer.name for layer in vgg.layers} - {"block1_conv1", "block1_conv2"}
+    assert set(drawn.values()) == {"kept"}
+    assert set(boxes(inspection.draw(vgg)).values()) == {"kept"}
+
+
+def test_a_drawing_has_every_edge_and_no_box_on_another():
+    model = keras.applications.MobileNetV2(weights=None, input_shape=(32, 32, 3))
+    root = ElementTree.fromstring(inspection.draw(model))
+    nodes = [node for depth in model._nodes_by_depth.values() for node in depth]
+    assert len(root.findall(f"{SVG}g")) == len(nodes)
+    assert len(root.findall(f"{SVG}path")) == sum(len(set(n.input_tensors)) for n in nodes)
+    places = [
+        (float(str(box.get("x"))), float(str(box.get("y"))))
+        for box in (group[0] for group in root.findall(f"{SVG}g"))
+    ]
+    for i, (x1, y1) in enumerate(places):
+        for x2, y2 in places[:i]:
+            assert abs(x1 - x2) >= inspection.WIDTH or abs(y1 - y2) >= inspection.HEIGHT
+    assert all(0 <= x <= float(str(root.get("width"))) for x, _ in places)
+
+
+def test_the_model_is_as_it_was(vgg):
+    weights = [v.value.detach().clone() for v in vgg.variables]
+    flags = [v.value.requires_grad for v in vgg.variables]
+    inspection.inspect(vgg, repeats=1)
+    assert all(torch.equal(a, b.value) for a, b in zip(weights, vgg.variables, strict=True))
+    assert flags == [v.value.requires_grad for v in vgg.variables]
+    assert len(vgg.layers[1]._inbound_nodes) == 1
+
+
+def test_a_model_that_is_no_graph_is_refused():
+    class Own(keras.Model):
+        def call(self, x):
+            return x
+
+    with pytest.raises(ValueError, match="not a Functional model"):
+        inspection.inspect(Own())

@@ -1,0 +1,84 @@
+from __future__ import annotations
+
+import errno
+import os
+from typing import Any
+
+import pytest
+import torch
+
+from vggtorch.training import checkpoints
+
+CONTENT: dict[str, Any] = {
+    "weights": [torch.arange(6.0).reshape(2, 3), torch.tensor(3)],
+    "progress": {"epoch": 2},
+}
+
+
+def test_round_trip(tmp_path):
+    checkpoints.write(tmp_path / "last.pt", CONTENT, also=tmp_path / "best.pt")
+    for name in ("last.pt", "best.pt"):
+        found = checkpoints.read(tmp_path / name)
+        assert found["progress"] == {"epoch": 2}
+        assert all(map(torch.equal, found["weights"], CONTENT["weights"]))
+        assert set(found["versions"]) == {"vggtorch", "keras", "torch"}
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["best.pt", "last.pt"]
+
+
+def test_writing_last_again_leaves_best(tmp_path):
+    checkpoints.write(tmp_path / "last.pt", CONTENT, also=tmp_path / "best.pt")
+    checkpoints.write(tmp_path / "last.pt", CONTENT | {"progress": {"epoch": 3}})
+    assert checkpoints.read(tmp_path / "best.pt")["progress"] == {"epoch": 2}
+    assert checkpoints.read(tmp_path / "last.pt")["progress"] == {"epoch": 3}
+
+
+def test_any_flipped_byte_is_noticed_or_harmless(tmp_path):
+    path = tmp_path / "last.pt"
+    checkpoints.write(path, CONTENT)
+    whole = path.read_bytes()
+    noticed = 0
+    for position in range(0, len(whole), 7):
+        path.write_bytes(whole[:position] + bytes([whole[position] ^ 16]) + whole[position + 1 :])
+        try:
+            found = checkpoints.read(path)
+        except ValueError as error:
+            assert "last.pt" in str(error)
+            noticed += 1
+        else:  # padding of the zip file
+            assert all(map(torch.equal, found["weights"], CONTENT["weights"]))
+    assert noticed > 50
+
+
+def test_truncated_or_foreign_file(tmp_path):
+    path = tmp_path / "last.pt"
+    checkpoints.write(path, CONTENT)
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="isn't a checkpoint of vggtorch, or is damaged"):
+        checkpoints.read(path)
+    torch.save({"weights": torch.ones(2)}, path)
+    with pytest.raises(ValueError, match="isn't a checkpoint of vggtorch, or is damaged"):
+        checkpoints.read(path)
+
+
+def test_another_format(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoints, "FORMAT", 99)
+    checkpoints.write(tmp_path / "last.pt", CONTENT)
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="has format 99, and this vggtorch reads 1"):
+        checkpoints.read(tmp_path / "last.pt")
+
+
+@pytest.mark.parametrize("call", ["fsync", "link", "replace"])
+def test_a_full_disk_leaves_the_old_checkpoint_whole(tmp_path, monkeypatch, call):
+    last, best = tmp_path / "last.pt", tmp_path / "best.pt"
+    checkpoints.write(last, CONTENT, also=best)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, call, full)
+    with pytest.raises(OSError, match=r"Could not write .*last.pt \(.*No space left.*make room"):
+        checkpoints.write(last, CONTENT | {"progress": {"epoch": 3}}, also=best)
+    monkeypatch.undo()
+    assert checkpoints.read(last)["progress"] == checkpoints.read(best)["progress"] == {"epoch": 2}
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["best.pt", "last.pt"]

@@ -1,0 +1,239 @@
+"""Every use of Keras's private parts, each behind a function of its own.
+
+Keras has no public way to walk the graph of a model, to give a variable another tensor as its
+value, or to make a layer again from its config with functions of the user's. What vggtorch needs
+of that stands here and nowhere else, so that a Keras release which changes one of these parts
+fails in `tests/test_keras_graph.py`, which names them all, and is mended in this file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import keras
+import torch
+from keras import KerasTensor
+from keras.src.applications.imagenet_utils import obtain_input_shape
+from keras.src.backend.common.stateless_scope import in_stateless_scope
+from keras.src.models.functional import Functional, functional_like_constructor
+from keras.src.ops.node import Node
+from keras.src.ops.symbolic_arguments import SymbolicArguments
+from keras.src.saving.serialization_lib import SafeModeScope
+from keras.src.utils.naming import to_snake_case
+
+__all__ = [
+    "Functional",
+    "Node",
+    "SymbolicArguments",
+    "all_layers",
+    "call_count",
+    "calls",
+    "device",
+    "draws_at_random",
+    "forget_calls_",
+    "functional",
+    "graph_of",
+    "in_stateless_scope",
+    "is_plain_functional",
+    "obtain_input_shape",
+    "operation_copy",
+    "override_call_",
+    "producer",
+    "producing_call",
+    "reads_training",
+    "safe_mode_off",
+    "set_value_",
+    "standardize_inputs",
+    "to_snake_case",
+    "track_variables_",
+]
+
+
+# The graph of a model
+
+
+def functional(model: Any) -> Functional | None:
+    """The Functional graph that a model runs; None if it runs code of its own, or isn't a model.
+
+    A Sequential model has its graph inside, once it knows its input's shape.
+    """
+    if isinstance(model, keras.Sequential) and type(model).call is keras.Sequential.call:
+        return model._functional
+    if isinstance(model, Functional) and type(model).call is Functional.call:
+        return model
+    return None
+
+
+def graph_of(model: Any, verb: str) -> Functional:
+    """The Functional graph that a model runs; the one refusal of everything that has none.
+
+    Args:
+        model: what the user passed.
+        verb: what was to be done, as the user called it: "truncate", "draw", "finetune".
+
+    Raises:
+        ValueError: a subclassed model, a Sequential model that isn't built, or no model at all.
+    """
+    graph = functional(model)
+    if graph is not None:
+        return graph
+    if isinstance(model, keras.Sequential) and type(model).call is keras.Sequential.call:
+        raise ValueError(
+            f"The Sequential model {model.name!r} has no graph yet, which {verb} needs: it doesn't "
+            f"know its input shape. Begin it with keras.Input(...) or call "
+            f"model.build(input_shape) first."
+        )
+    if isinstance(model, keras.Model):
+        raise ValueError(
+            f"{model.name!r} is a subclassed model ({type(model).__name__}): how its layers are "
+            f"wired is known only to its call(). {verb} needs a Functional or Sequential model; "
+            f"build one from keras.Input."
+        )
+    raise ValueError(f"{verb} needs a Keras model, received {type(model).__name__}.")
+
+
+def calls(graph: keras.Function) -> list[Node]:
+    """Every call of a layer or operation in a graph, inputs first, in an order that can run."""
+    by_depth = graph._nodes_by_depth
+    return [node for depth in sorted(by_depth, reverse=True) for node in by_depth[depth]]
+
+
+def producer(tensor: KerasTensor) -> Any:
+    """The layer or operation that made a symbolic tensor."""
+    return tensor._keras_history.operation
+
+
+def producing_call(tensor: KerasTensor) -> Node:
+    """The call that made a symbolic tensor."""
+    operation, index, _ = tensor._keras_history
+    return operation._inbound_nodes[index]
+
+
+def call_count(operation: keras.Operation) -> int:
+    """How often a layer or operation was called on symbolic tensors, in any model."""
+    return len(operation._inbound_nodes)
+
+
+def forget_calls_(operation: keras.Operation) -> None:
+    """Let an operation look as if it had never been called, in place."""
+    operation._inbound_nodes, operation._outbound_nodes = [], []
+
+
+def operation_copy(operation: keras.Operation) -> keras.Operation:
+    """A copy of a stateless operation, such as keras.ops.add, that hasn't been called."""
+    new: keras.Operation = object.__new__(type(operation))
+    vars(new).update(vars(operation))
+    forget_calls_(new)
+    return new
+
+
+def filled(node: Node, values: dict[int, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a call with other values in the place of its tensors, by their id."""
+    return node.arguments.fill_in(values)
+
+
+def is_plain_functional(model: Any) -> bool:
+    """Whether a model's class is made by Class(inputs, outputs), as keras.Model is."""
+    return isinstance(model, Functional) and functional_like_constructor(type(model))
+
+
+def input_structure(graph: keras.Function) -> Any:
+    """A model's inputs in the structure that it is called with: a tensor, a list, a dict."""
+    return graph._inputs_struct
+
+
+def output_structure(graph: keras.Function) -> Any:
+    """A model's outputs in the structure that it returns."""
+    return graph._outputs_struct
+
+
+def standardize_inputs(graph: Functional, inputs: Any) -> list[Any]:
+    """What a model is called with as a flat list of tensors, of the ranks and dtypes it wants."""
+    return graph._standardize_inputs(inputs)
+
+
+def override_call_(model: keras.Model, call: Callable[..., Any] | None) -> None:
+    """Let `model(...)`, fit, evaluate and predict run `call`; None gives the model its own back.
+
+    It stands in the instance's `__dict__`, which neither saving nor cloning looks at.
+    """
+    model.__dict__.pop("call", None)
+    if call is not None:
+        model.__dict__["call"] = call
+
+
+# Layers
+
+
+def all_layers(layer: keras.Layer, *, include_self: bool = True) -> list[keras.Layer]:
+    """A layer and those inside of it, at any depth, parents first."""
+    return list(layer._flatten_layers(include_self=include_self))
+
+
+def layers_as_given(model: keras.Sequential) -> list[keras.Layer]:
+    """The layers of a Sequential model, its InputLayer among them."""
+    return list(model._layers)
+
+
+def reads_training(operation: Any) -> bool:
+    """Whether a layer's `call` has an argument `training`."""
+    return bool(getattr(operation, "_call_has_training_arg", False))
+
+
+def draws_at_random(layer: keras.Layer) -> bool:
+    """Whether a layer has a seed generator of its own."""
+    return bool(layer._seed_generators)
+
+
+def seed_generators(layer: keras.Layer) -> Iterable[keras.random.SeedGenerator]:
+    """The seed generators of one layer, without those of the layers inside."""
+    return getattr(layer, "_seed_generators", ())
+
+
+def own_variables(layer: keras.Layer) -> list[keras.Variable]:
+    """The variables of one layer, without those of the layers inside."""
+    return [*layer._trainable_variables, *layer._non_trainable_variables]
+
+
+def lambda_output_shape(layer: keras.layers.Lambda) -> Any:
+    """The output shape that a Lambda layer was given."""
+    return layer._output_shape
+
+
+def safe_mode_off() -> contextlib.AbstractContextManager:
+    """Let configs name objects that are the user's own; nothing is unpickled from a file."""
+    return SafeModeScope(False)
+
+
+# Variables
+
+
+def device() -> str:
+    """Where Keras puts new tensors: "cpu", or "cuda:0" where there is a GPU."""
+    from keras.src.backend.torch.core import get_device
+
+    return str(get_device())
+
+
+def set_value_(variable: keras.Variable, value: torch.Tensor, requires_grad: bool) -> None:
+    """Make `value` itself, not a copy, what a variable holds; `track_variables_` comes after."""
+    variable._value = torch.nn.Parameter(value, requires_grad=requires_grad)
+
+
+def raw_value(variable: keras.Variable) -> torch.Tensor:
+    """The Parameter behind a variable; `.value` casts it inside of Keras's autocast."""
+    return variable._value
+
+
+def track_variables_(layer: keras.Layer) -> None:
+    """Let a layer list its variables' values as torch Parameters anew, after one was replaced."""
+    if hasattr(layer, "_torch_params"):
+        layer._track_variables()
+
+
+def reset_seed_(generator: keras.random.SeedGenerator) -> None:
+    """Give a seed generator whose state was made on the meta device its state again."""
+    fresh = keras.random.SeedGenerator(generator._initial_seed)
+    generator.state._initialize(fresh.state.value)

@@ -1,0 +1,1 @@
+"""A Keras model as a torch network on the same memory, run the fast way; and its export."""

@@ -1,0 +1,1 @@
+"""What a network costs, how fast it runs here, and a drawing of it."""

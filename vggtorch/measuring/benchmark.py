@@ -1,0 +1,140 @@
+"""How fast a model runs on this machine: as Keras runs it, and lowered in each way there is."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import keras
+import torch
+from torch import Tensor
+
+from vggtorch.lowering.lowered import lower
+from vggtorch.measuring import timing
+from vggtorch.measuring.costs import example_of, table
+
+
+@dataclass(frozen=True)
+class Result:
+    """One way to run the model.
+
+    Attributes:
+        name: "Keras" or how the model was lowered.
+        seconds: of each run.
+        speed: how many times as fast as Keras, the median of all turns.
+        difference: of its outputs or gradients from Keras's, relative to their length.
+    """
+
+    name: str
+    seconds: tuple[float, ...]
+    speed: float
+    difference: float
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What `bench` found.
+
+    Attributes:
+        batch: images at a time.
+        inference, gradients: each way to run the model; no gradients where nothing is trainable.
+    """
+
+    batch: int
+    inference: tuple[Result, ...]
+    gradients: tuple[Result, ...]
+
+    def __str__(self) -> str:
+        header = ("", "median", "fastest", "slowest", "times as fast", "difference")
+        lines: list[tuple[str, ...]] = [header]
+        for title, results in (("inference", self.inference), ("gradients", self.gradients)):
+            for result in results:
+                times = (statistics.median, min, max)
+                lines.append(
+                    (
+                        f"{title}, {result.name}",
+                        *(f"{1000 * of(result.seconds):.1f} ms" for of in times),
+                        f"{result.speed:.2f}",
+                        f"{result.difference:.0e}",
+                    )
+                )
+        return f"batch {self.batch}\n{table(lines, left=1)}"
+
+
+def bench(model: keras.Model, batch: int = 8, *, size: int = 224, repeats: int = 5) -> Bench:
+    """Time a Functional or Sequential model on random inputs, in turns of all ways to run it.
+
+    "lowered" is what `lower` returns and `accelerate_` runs; the others are options of `lower`.
+    Gradients are those of a step of training, of all trainable weights and without an optimizer.
+    The model is unchanged, but for the order of its kernels in memory.
+
+    Args:
+        model: built.
+        batch: images at a time.
+        size: height and width in pixels where the model leaves them open.
+        repeats: turns.
+
+    Raises:
+        ValueError: the model is not a graph of layers, or batch or repeats is less than 1.
+    """
+    if batch < 1 or repeats < 1:
+        raise ValueError(f"Received batch={batch} and repeats={repeats}; expected 1 or more.")
+    lowered = {"lowered": lower(model), "lowered, bfloat16": lower(model, dtype=torch.bfloat16)}
+    parameters = [v.value for v in model.trainable_variables]
+    kept = [(v.value, v.value.detach().clone()) for v in model.non_trainable_variables]
+    device = next(lowered["lowered"].parameters(), torch.empty(0)).device
+    x = example_of(model, size, batch, device)
+    inference: dict[str, Callable[[], object]] = {"Keras": lambda: model(x, training=False)}
+    gradients: dict[str, Callable[[], object]] = {
+        "Keras": lambda: _gradients(model(x, training=True), parameters)
+    }
+    for name, module in lowered.items():
+        inference[name] = lambda module=module: module.eval()(x)  # type: ignore[misc]
+        gradients[name] = lambda module=module: _gradients(module.train()(x), parameters)  # type: ignore[misc]
+    if device.type == "cuda":
+        replayed = lower(model, cuda_graphs=True).eval()
+        inference["lowered, CUDA graphs"] = lambda: replayed(x)
+    try:
+        with torch.random.fork_rng():
+            with torch.no_grad():
+                inferred = _measure(inference, repeats, device)
+            trained = _measure(gradients, repeats, device) if parameters else ()
+    finally:
+        with torch.no_grad():
+            for value, before in kept:  # batch norm has counted, and seeds have moved on
+                value.copy_(before)
+    return Bench(batch, inferred, trained)
+
+
+def _gradients(outputs: object, parameters: list[Tensor]) -> tuple[Tensor, ...]:
+    loss = torch.stack([y.float().square().mean() for y in keras.tree.flatten(outputs)]).sum()
+    return torch.autograd.grad(loss, parameters, allow_unused=True)
+
+
+def _measure(
+    candidates: dict[str, Callable[[], object]], repeats: int, device: torch.device
+) -> tuple[Result, ...]:
+    expected = None
+    differences = {}
+    for name, run in candidates.items():
+        torch.manual_seed(0)  # so that dropout drops the same
+        found = [y.detach().float() for y in keras.tree.flatten(run()) if y is not None]
+        expected = expected or found
+        pairs = zip(found, expected, strict=True)
+        squares = torch.stack(
+            [torch.stack([(a - b).square().sum(), b.square().sum()]) for a, b in pairs]
+        )
+        error, length = squares.sum(0).sqrt().tolist()
+        differences[name] = error / length if length else error
+    del expected, found
+    seconds = timing.in_turns(candidates, repeats, device, warmup=1)
+    return tuple(
+        Result(
+            name,
+            tuple(values),
+            statistics.median(a / b for a, b in zip(seconds["Keras"], values, strict=True)),
+            differences[name],
+        )
+        for name, values in seconds.items()
+    )

@@ -1,0 +1,1 @@
+"""VGG11 to VGG19, their weights in and out, and what they expect of an image."""

@@ -1,0 +1,276 @@
+"""What each weight set expects of an image: as a function, as Keras layers, as a model's class.
+
+A weight set is known by its name. A model remembers the one it was trained with in its class
+(`weight_set(model)`), because a model's class is what Keras keeps when it clones a model and when
+it saves and loads one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from os import PathLike, fspath
+from typing import Any
+
+import keras
+import numpy as np
+import torch
+from keras.src.models.functional import Functional  # what keras.Model(inputs, outputs) returns
+from PIL import Image
+
+from vggtorch.weight_sets import WEIGHT_SETS, WeightSet
+
+
+@keras.saving.register_keras_serializable("vggtorch")
+class ImagenetModel(Functional):
+    """A Functional model whose weights expect `imagenet` preprocessing."""
+
+    weight_set = "imagenet"
+
+
+@keras.saving.register_keras_serializable("vggtorch")
+class FeaturesModel(Functional):
+    """A Functional model whose weights expect `features` preprocessing."""
+
+    weight_set = "features"
+
+
+@keras.saving.register_keras_serializable("vggtorch")
+class OxfordModel(Functional):
+    """A Functional model whose weights expect `oxford` preprocessing."""
+
+    weight_set = "oxford"
+
+
+_CLASSES = {c.weight_set: c for c in (ImagenetModel, FeaturesModel, OxfordModel)}
+
+
+def weight_set(model: keras.Model) -> str | None:
+    """Name of the weight set whose preprocessing `model` expects; None where it isn't known."""
+    return getattr(type(model), "weight_set", None)
+
+
+def remember_(model: keras.Model, name: str | None) -> keras.Model:
+    """Give a Functional model the class that says which preprocessing it expects, in place.
+
+    None makes it a plain Functional model again, which expects no preprocessing that we know of.
+    A model of another class (Sequential, a subclass of the user's) stays as it is.
+    Returns the model.
+    """
+    if type(model) in (Functional, *_CLASSES.values()):
+        model.__class__ = Functional if name is None else _CLASSES[name]
+    return model
+
+
+def _checked(name: str) -> WeightSet:
+    if name not in WEIGHT_SETS:
+        raise ValueError(
+            f"Unknown weight set {name!r}; expected one of {', '.join(WEIGHT_SETS)}, or a model."
+        )
+    return WEIGHT_SETS[name]
+
+
+def as_layers(image: keras.KerasTensor, name: str) -> keras.KerasTensor:
+    """The preprocessing of a weight set as Keras layers, which plain Keras saves and loads.
+
+    Args:
+        image: RGB of 0 to 255, (N, H, W, 3), or (N, 3, H, W) where Keras is set to channels_first.
+        name: the weight set.
+    """
+    expected = _checked(name)
+    if expected.bgr:
+        axis = -1 if keras.config.image_data_format() == "channels_last" else 1
+        image = keras.ops.flip(image, axis=axis)
+    scale = [1 / (expected.scale * std) for std in expected.std]
+    offset = [-mean / std for mean, std in zip(expected.mean, expected.std, strict=True)]
+    return keras.layers.Rescaling(scale, offset, name=f"{name}{_SUFFIX}")(image)
+
+
+_SUFFIX = "_preprocessing"
+
+
+def _preprocesses(model: keras.Model) -> bool:
+    """Whether the layers of `as_layers` are part of the model."""
+    return any(layer.name.endswith(_SUFFIX) for layer in model.layers)
+
+
+Images = np.ndarray | torch.Tensor | Image.Image | str | PathLike
+DEFAULT_SIZE = 224  # what the networks were trained on
+CROP = 224 / 256  # the share of the shorter side that torchvision keeps
+
+
+def preprocess(
+    images: Images | Sequence[Images], weights: str | keras.Model, *, size: int | None = None
+) -> np.ndarray | torch.Tensor:
+    """Turn images into what a weight set expects; the images given are not changed.
+
+    Args:
+        images: RGB of 0 to 255: an array or tensor (H, W, 3) or (N, H, W, 3), uint8 or float; a
+            PIL image; a path; or a list of these.
+        weights: `imagenet`, `features`, `oxford`, or a model that remembers its weight set. For a
+            model with its preprocessing inside, only the geometry is done here.
+        size: height and width of the result. The shorter side is resized to size / 0.875
+            (bilinear, antialiased) and the centre cropped. Without it, arrays and tensors keep
+            their size, and files and PIL images get the model's input size, or 224.
+
+    Returns:
+        float32, (N, H, W, 3): a tensor if a tensor was given, else a numpy array.
+
+    Raises:
+        ValueError: values, shapes, channels or a weight set that can't be right.
+        OSError: a file that can't be read as an image.
+
+    Source: torchvision's `VGG16_Weights.transforms()`; keras.applications' `preprocess_input`.
+    """
+    if isinstance(weights, keras.Model):
+        expected = None if _preprocesses(weights) else _checked(_known(weights))
+        file_size = size or _input_size(weights)
+    else:
+        expected = _checked(weights)
+        file_size = size or DEFAULT_SIZE
+    items = images if isinstance(images, list | tuple) else [images]
+    if not items:
+        raise ValueError("Received an empty list; expected at least one image.")
+    batches = [_pixels(item, size, file_size) for item in items]
+    shapes = {batch.shape[1:] for batch in batches}
+    if len(shapes) > 1:
+        raise ValueError(
+            f"Received images of different sizes {sorted(tuple(s) for s in shapes)}, which can't "
+            f"be one batch. Pass size=224, say, to resize them."
+        )
+    batch = torch.cat(batches)
+    if expected is not None:
+        batch = _normalise(batch, expected)
+    return batch if any(isinstance(item, torch.Tensor) for item in items) else batch.numpy()
+
+
+def _known(model: keras.Model) -> str:
+    name = weight_set(model)
+    if name is None:
+        raise ValueError(
+            f"The model {model.name!r} does not say which weight set it belongs to. Name it: "
+            f"preprocess(images, {' | '.join(repr(n) for n in WEIGHT_SETS)})."
+        )
+    return name
+
+
+def _input_size(model: keras.Model) -> int:
+    shape = model.input_shape
+    height, width = shape[2:] if keras.config.image_data_format() != "channels_last" else shape[1:3]
+    if height != width:
+        raise ValueError(
+            f"The model's input is {height}x{width}, which is not square; resize and crop the "
+            f"images yourself and pass them as an array."
+        )
+    return height or DEFAULT_SIZE
+
+
+def _pixels(image: Any, size: int | None, file_size: int) -> torch.Tensor:
+    """One image or array as float32 (N, H, W, 3) of 0 to 255, resized and cropped if asked."""
+    from torchvision.transforms import functional as transforms  # v2 rounds otherwise
+
+    if isinstance(image, str | PathLike):
+        with Image.open(fspath(image)) as opened:
+            image = opened.convert("RGB")
+    if isinstance(image, Image.Image):
+        size = file_size
+        # Resized by PIL, as torchvision does for PIL images, then HWC -> CHW.
+        image = transforms.resize(image.convert("RGB"), [round(size / CROP)])
+        batch = transforms.pil_to_tensor(transforms.center_crop(image, [size]))[None]
+    else:
+        batch = _checked_array(image).movedim(-1, 1)  # NHWC -> NCHW view
+        if size is not None:
+            batch = transforms.resize(batch, [round(size / CROP)], antialias=True)
+            batch = transforms.center_crop(batch, [size])
+    return batch.movedim(1, -1).float()
+
+
+def _checked_array(image: Any) -> torch.Tensor:
+    """An array or tensor as a tensor (N, H, W, 3); ValueError where it can't hold RGB images."""
+    if not isinstance(image, np.ndarray | torch.Tensor):
+        raise ValueError(
+            f"Received {type(image).__name__}; expected a path, a PIL image, an array or a tensor."
+        )
+    # torch takes arrays with positive strides that it may write to; others are copied.
+    tensor = torch.as_tensor(
+        np.require(image, requirements=["C", "W"]) if isinstance(image, np.ndarray) else image
+    )
+    if tensor.ndim == 3:
+        tensor = tensor[None]
+    if tensor.ndim != 4 or tensor.shape[-1] != 3 or 0 in tensor.shape:
+        hint = ""
+        if tensor.ndim == 4 and tensor.shape[1] == 3:
+            hint = " It looks channels-first: move the channels to the end."
+        raise ValueError(
+            f"Received images of shape {tuple(image.shape)}; "
+            f"expected (H, W, 3) or (N, H, W, 3).{hint}"
+        )
+    if tensor.dtype == torch.uint8:
+        return tensor
+    if not tensor.is_floating_point():
+        raise ValueError(f"Received images of dtype {tensor.dtype}; expected uint8 or float.")
+    low, high = float(tensor.min()), float(tensor.max())
+    if not (low >= 0 and high <= 255):
+        raise ValueError(
+            f"Received values from {low:.3g} to {high:.3g}; expected 0 to 255. Pass the images as "
+            f"they are, before any normalisation."
+        )
+    if high <= 1 and bool((tensor != tensor.round()).any()):
+        raise ValueError(
+            f"Received values from {low:.3g} to {high:.3g}, which look scaled to 0 to 1; expected "
+            f"0 to 255. Multiply them by 255."
+        )
+    return tensor
+
+
+def _normalise(batch: torch.Tensor, expected: WeightSet) -> torch.Tensor:
+    """The arithmetic of a weight set in the order of its reference; (N, H, W, 3) both ways."""
+    if expected.bgr:
+        batch = batch.flip(-1)
+    if expected.scale != 1:
+        batch = batch / expected.scale
+    batch = batch - torch.tensor(expected.mean, device=batch.device)
+    if expected.std != (1.0, 1.0, 1.0):
+        batch = batch / torch.tensor(expected.std, device=batch.device)
+    return batch
+
+
+def decode_predictions(
+    probabilities: np.ndarray | torch.Tensor,
+    top: int = 5,
+    categories: Sequence[str] | None = None,
+) -> list[list[tuple[int, str, float]]]:
+    """The most probable classes of each image, the best first.
+
+    Args:
+        probabilities: (N, classes), a model's softmax output.
+        top: how many classes; all of them where there are fewer.
+        categories: the classes' names by index; torchvision's 1000 of ImageNet by default.
+
+    Returns:
+        For each image, tuples of class index, category and probability.
+
+    Raises:
+        ValueError: another shape, or values that aren't probabilities.
+    """
+    if categories is None:
+        from torchvision.models import VGG16_Weights
+
+        categories = VGG16_Weights.IMAGENET1K_V1.meta["categories"]
+    scores = torch.as_tensor(probabilities).detach().cpu().float()
+    if scores.ndim != 2 or scores.shape[1] != len(categories):
+        raise ValueError(
+            f"Received predictions of shape {tuple(scores.shape)}; "
+            f"expected (N, {len(categories)}), a probability for each category."
+        )
+    if top < 1:
+        raise ValueError(f"Received top={top}; expected 1 or more.")
+    if not bool(((scores >= 0) & (scores <= 1)).all()):
+        raise ValueError(
+            "Received values outside 0 to 1; expected probabilities. For logits, apply "
+            "softmax first (keras.ops.softmax)."
+        )
+    values, indices = scores.topk(min(top, len(categories)))
+    return [
+        [(int(i), categories[int(i)], float(v)) for i, v in zip(row_i, row_v, strict=True)]
+        for row_i, row_v in zip(indices, values, strict=True)
+    ]

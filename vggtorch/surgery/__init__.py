@@ -1,0 +1,1 @@
+"""Cut, extend, rearrange and replace layers by name."""

@@ -1,0 +1,1 @@
+"""Checkpoints: where they are published, fetched, verified, read in every form, converted."""
