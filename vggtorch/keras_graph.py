@@ -24,12 +24,16 @@ from keras.src.saving.serialization_lib import SafeModeScope
 from keras.src.utils.naming import to_snake_case
 
 __all__ = [
+    "MODEL_CLASSES",
+    "FeaturesModel",
     "Functional",
+    "ImagenetModel",
     "Node",
+    "OxfordModel",
     "SymbolicArguments",
     "all_layers",
-    "call_count",
     "calls",
+    "calls_of",
     "device",
     "draws_at_random",
     "forget_calls_",
@@ -49,6 +53,36 @@ __all__ = [
     "to_snake_case",
     "track_variables_",
 ]
+
+
+# Models that remember their weight set
+#
+# They stand here, in the one file that knows Functional, because `vggtorch/__init__.py` imports
+# this file as soon as Keras has been imported: then keras.saving.load_model knows them.
+
+
+@keras.saving.register_keras_serializable("vggtorch")
+class ImagenetModel(Functional):
+    """A Functional model whose weights expect `imagenet` preprocessing."""
+
+    weight_set = "imagenet"
+
+
+@keras.saving.register_keras_serializable("vggtorch")
+class FeaturesModel(Functional):
+    """A Functional model whose weights expect `features` preprocessing."""
+
+    weight_set = "features"
+
+
+@keras.saving.register_keras_serializable("vggtorch")
+class OxfordModel(Functional):
+    """A Functional model whose weights expect `oxford` preprocessing."""
+
+    weight_set = "oxford"
+
+
+MODEL_CLASSES = {c.weight_set: c for c in (ImagenetModel, FeaturesModel, OxfordModel)}
 
 
 # The graph of a model
@@ -95,9 +129,22 @@ def graph_of(model: Any, verb: str) -> Functional:
 
 
 def calls(graph: keras.Function) -> list[Node]:
-    """Every call of a layer or operation in a graph, inputs first, in an order that can run."""
+    """Every call of a layer or operation in a graph, in the order of its layers, inputs first.
+
+    Each call comes after those whose results it takes.
+    """
+    place = {operation: i for i, operation in enumerate(graph.operations)}
     by_depth = graph._nodes_by_depth
-    return [node for depth in sorted(by_depth, reverse=True) for node in by_depth[depth]]
+    return [
+        node
+        for depth in sorted(by_depth, reverse=True)
+        for node in sorted(by_depth[depth], key=lambda node: place[node.operation])
+    ]
+
+
+def calls_of(operation: keras.Operation) -> list[Node]:
+    """The calls of one layer or operation on symbolic tensors, in any model."""
+    return operation._inbound_nodes
 
 
 def producer(tensor: KerasTensor) -> Any:
@@ -109,11 +156,6 @@ def producing_call(tensor: KerasTensor) -> Node:
     """The call that made a symbolic tensor."""
     operation, index, _ = tensor._keras_history
     return operation._inbound_nodes[index]
-
-
-def call_count(operation: keras.Operation) -> int:
-    """How often a layer or operation was called on symbolic tensors, in any model."""
-    return len(operation._inbound_nodes)
 
 
 def forget_calls_(operation: keras.Operation) -> None:

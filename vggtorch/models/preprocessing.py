@@ -14,34 +14,10 @@ from typing import Any
 import keras
 import numpy as np
 import torch
-from keras.src.models.functional import Functional  # what keras.Model(inputs, outputs) returns
 from PIL import Image
 
+from vggtorch.keras_graph import MODEL_CLASSES, Functional
 from vggtorch.weight_sets import WEIGHT_SETS, WeightSet
-
-
-@keras.saving.register_keras_serializable("vggtorch")
-class ImagenetModel(Functional):
-    """A Functional model whose weights expect `imagenet` preprocessing."""
-
-    weight_set = "imagenet"
-
-
-@keras.saving.register_keras_serializable("vggtorch")
-class FeaturesModel(Functional):
-    """A Functional model whose weights expect `features` preprocessing."""
-
-    weight_set = "features"
-
-
-@keras.saving.register_keras_serializable("vggtorch")
-class OxfordModel(Functional):
-    """A Functional model whose weights expect `oxford` preprocessing."""
-
-    weight_set = "oxford"
-
-
-_CLASSES = {c.weight_set: c for c in (ImagenetModel, FeaturesModel, OxfordModel)}
 
 
 def weight_set(model: keras.Model) -> str | None:
@@ -56,8 +32,8 @@ def remember_(model: keras.Model, name: str | None) -> keras.Model:
     A model of another class (Sequential, a subclass of the user's) stays as it is.
     Returns the model.
     """
-    if type(model) in (Functional, *_CLASSES.values()):
-        model.__class__ = Functional if name is None else _CLASSES[name]
+    if type(model) in (Functional, *MODEL_CLASSES.values()):
+        model.__class__ = Functional if name is None else MODEL_CLASSES[name]
     return model
 
 
