@@ -14,7 +14,7 @@ from rich.table import Table
 from vggtorch.lowering.lowered import accelerate_
 from vggtorch.models.preprocessing import preprocess
 from vggtorch.models.vgg import VGG16
-from vggtorch.surgery.operations import freeze_, replace, stack, truncate
+from vggtorch.surgery import freeze_, replace, stack, truncate
 
 SIZE = 160  # the tutorial's image size
 PER_CLASS = 30  # training images of each digit

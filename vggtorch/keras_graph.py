@@ -9,14 +9,17 @@ fails in `tests/test_keras_graph.py`, which names them all, and is mended in thi
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import keras
 import torch
 from keras import KerasTensor
 from keras.src.applications.imagenet_utils import obtain_input_shape
+from keras.src.backend.common import global_state
+from keras.src.backend.common.masking import get_keras_mask
 from keras.src.backend.common.stateless_scope import in_stateless_scope
+from keras.src.layers.layer import CallContext
 from keras.src.models.functional import Functional, functional_like_constructor
 from keras.src.ops.node import Node
 from keras.src.ops.symbolic_arguments import SymbolicArguments
@@ -206,6 +209,15 @@ def override_call_(model: keras.Model, call: Callable[..., Any] | None) -> None:
         model.__dict__["call"] = call
 
 
+def data_format(graph: keras.Function) -> str:
+    """The layout that a graph's spatial layers have; Flatten has an option of the same name."""
+    for operation in graph.operations:
+        for layer in all_layers(operation) if isinstance(operation, keras.Layer) else ():
+            if hasattr(layer, "data_format") and not isinstance(layer, keras.layers.Flatten):
+                return str(layer.data_format)
+    return str(keras.config.image_data_format())
+
+
 # Layers
 
 
@@ -222,6 +234,38 @@ def layers_as_given(model: keras.Sequential) -> list[keras.Layer]:
 def reads_training(operation: Any) -> bool:
     """Whether a layer's `call` has an argument `training`."""
     return bool(getattr(operation, "_call_has_training_arg", False))
+
+
+@contextlib.contextmanager
+def training_context(operation: Any, training: bool) -> Iterator[None]:
+    """Let layers in a call know whether it trains, as the call of a whole model would.
+
+    A layer whose `call` has no argument `training` hands it on to the layers inside by this
+    context alone. Inside of a call that Keras itself began, that call's context stays.
+    """
+    if global_state.get_global_attribute("current_call_ctx") is not None:
+        yield
+        return
+    context = CallContext(entry_layer=None)
+    context.set_value("training", training)
+    global_state.set_global_attribute("current_call_ctx", context)
+    if isinstance(operation, keras.Layer):
+        operation._clear_losses()
+    try:
+        yield
+    finally:
+        global_state.set_global_attribute("current_call_ctx", None)
+
+
+def has_mask(tensor: KerasTensor) -> bool:
+    """Whether a symbolic tensor carries a mask, such as an Embedding's with mask_zero=True."""
+    return get_keras_mask(tensor) is not None
+
+
+def operation_kind(operation: Any) -> str | None:
+    """The name of an operation of keras.ops on arrays, such as "Add"; None for all else."""
+    kind = type(operation)
+    return kind.__name__ if kind.__module__ == "keras.src.ops.numpy" else None
 
 
 def draws_at_random(layer: keras.Layer) -> bool:
@@ -257,6 +301,12 @@ def device() -> str:
     from keras.src.backend.torch.core import get_device
 
     return str(get_device())
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """Torch's dtype of a name such as "float32"."""
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
 
 
 def set_value_(variable: keras.Variable, value: torch.Tensor, requires_grad: bool) -> None:

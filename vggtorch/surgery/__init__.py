@@ -1,1 +1,29 @@
-"""Cut, extend, rearrange and replace layers by name."""
+"""Cut, extend, rearrange and replace layers of a Keras model by name; the pretrained weights stay.
+
+Read `operations` first, which has what users call, then `wiring` (the graph of a model and what can
+be asked of it by name), `rebuild` (the one walk that makes a new model from an old one) and
+`freezing`. How new layers get weights with which the network goes on working: `composition` (exact
+algebra of linear layers) and `distillation` (training on images without labels), with `region`
+(where the new layers sit) and `coordinates` (in which they are trained).
+"""
+
+from vggtorch.surgery.composition import Composition, compose_
+from vggtorch.surgery.distillation import Distillation, Loss, distill_, relative_error
+from vggtorch.surgery.freezing import freeze_, unfreeze_
+from vggtorch.surgery.operations import insert, remove, replace, stack, truncate
+
+__all__ = [
+    "Composition",
+    "Distillation",
+    "Loss",
+    "compose_",
+    "distill_",
+    "freeze_",
+    "insert",
+    "relative_error",
+    "remove",
+    "replace",
+    "stack",
+    "truncate",
+    "unfreeze_",
+]

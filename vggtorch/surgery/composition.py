@@ -146,7 +146,7 @@ def _linear_parts(layer: keras.Layer, channels: int) -> list[_Linear]:
         f"Layer {layer.name!r} ({type(layer).__name__}) is not a linear layer that can be "
         f"composed: composable are Conv2D, DepthwiseConv2D, SeparableConv2D, Dense, "
         f"BatchNormalization, Rescaling, ZeroPadding2D and AveragePooling2D with padding='valid', "
-        f"with activations and dropout between them. Use init='fit', or leave this layer "
+        f"with activations and dropout between them. Use init='distill', or leave this layer "
         f"out of those to replace."
     )
 
@@ -334,7 +334,7 @@ def _laid_into(
             f"A chain can be composed into one Conv2D (groups=1, dilation_rate=1) or Dense layer, "
             f"but {new.name!r} is {type(new).__name__} with "
             f"groups={getattr(new, 'groups', None)}, "
-            f"dilation_rate={getattr(new, 'dilation_rate', None)}. Use init='fit'."
+            f"dilation_rate={getattr(new, 'dilation_rate', None)}. Use init='distill'."
         )
     else:
         shape = new.kernel.shape

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from vggtorch.surgery import distillation as fitting
-from vggtorch.surgery import operations as surgery
+from vggtorch import surgery
+from vggtorch.surgery import distillation
 
 L = keras.layers
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -25,7 +25,7 @@ def vgg(block: str = "relu") -> keras.Model:
 
 
 def images(number: int = 30, size: int = 16) -> np.ndarray:
-    """Images that are smooth, as photographs are, which is what makes a fit ill-conditioned."""
+    """Images that are smooth, as photographs are, which makes the problem ill-conditioned."""
     rng = np.random.default_rng(2)
     noise = rng.normal(size=(number, size, size, 3)).astype("float32")
     return 100 * (noise.cumsum(1).cumsum(2) / size + 0.05 * noise)
@@ -57,20 +57,20 @@ def cosine(original: keras.Model, result: keras.Model, pixels: np.ndarray) -> fl
     return float(np.mean((a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)))
 
 
-def test_a_fit_recovers_a_layer_that_can_be_matched_exactly(original):
+def test_distillation_recovers_a_layer_that_can_be_matched_exactly(original):
     keras.utils.set_random_seed(1)
     result = surgery.replace(
         original,
         "block2_conv1",
         new := L.Conv2D(12, 3, padding="same", activation="relu", name="new"),
     )
-    fit = fitting.fit_(original, result, ["new"], images(), steps=0)
-    assert fit.start in ("least squares", "compose")
-    assert fit.steps == 0
+    found = surgery.distill_(original, result, ["new"], images(), steps=0)
+    assert found.start in ("least squares", "compose")
+    assert found.steps == 0
     expected = original.get_layer("block2_conv1").get_weights()
     for a, b in zip(expected, new.get_weights(), strict=True):
         np.testing.assert_allclose(b, a, atol=1e-3)
-    assert fit.after["block3_pool"] > 0.9999
+    assert found.after["block3_pool"] > 0.9999
 
 
 NEW = {
@@ -98,10 +98,10 @@ def test_any_replacement_gets_better_and_alone_changes(original, new):
     keras.utils.set_random_seed(1)
     result, names = replaced(original, *new())
     before, untouched = states(result), states(original)
-    fit = fitting.fit_(original, result, names, images(), steps=100)
+    found = surgery.distill_(original, result, names, images(), steps=100)
 
-    assert fit.after["block3_pool"] > max(0.9, fit.before["block3_pool"])
-    assert fit.steps == 100
+    assert found.after["block3_pool"] > max(0.9, found.before["block3_pool"])
+    assert found.steps == 100
     for path, value in states(original).items():
         np.testing.assert_array_equal(value, untouched[path])
     changed = {
@@ -112,7 +112,7 @@ def test_any_replacement_gets_better_and_alone_changes(original, new):
     assert all(v.value.requires_grad == v.trainable for v in variables)
     # What it says of images it has not seen holds of others that it has not seen.
     unseen = images(50)[30:]
-    assert abs(cosine(original, result, unseen) - fit.after["block3_pool"]) < 0.03
+    assert abs(cosine(original, result, unseen) - found.after["block3_pool"]) < 0.03
 
 
 def test_a_seed_decides_the_result(original):
@@ -120,14 +120,14 @@ def test_a_seed_decides_the_result(original):
     for seed in (3, 3, 4):
         keras.utils.set_random_seed(1)
         result, names = replaced(original, conv())
-        fitting.fit_(original, result, names, images(), steps=30, seconds=1e6, seed=seed)
+        surgery.distill_(original, result, names, images(), steps=30, seconds=1e6, seed=seed)
         weights.append(result.get_layer("block1_conv").get_weights()[0])
     np.testing.assert_array_equal(weights[0], weights[1])
     assert (weights[0] != weights[2]).any()
 
 
 @pytest.mark.parametrize("add", [lambda *x: L.Add()(x), keras.ops.add])
-def test_a_region_with_branches_inside_can_be_fitted(add):
+def test_a_region_with_branches_inside_can_be_distilled(add):
     keras.utils.set_random_seed(0)
     x = inputs = keras.Input((16, 16, 3))
     x = L.Conv2D(8, 3, padding="same", activation="relu", name="stem")(x)
@@ -138,13 +138,13 @@ def test_a_region_with_branches_inside_can_be_fitted(add):
     model = keras.Model(inputs, L.Dense(4, name="head")(L.Flatten(name="flat")(x)))
     new = L.Conv2D(8, 3, padding="same", name="new")
     result = surgery.replace(model, ["left", joined], new)
-    fit = fitting.fit_(model, result, ["new"], images(), steps=0)
-    assert fit.start == "least squares"  # a branch can't be composed
-    assert fit.after["after"] > 0.9999  # the way around is a 1x1 identity, so one layer can do it
-    assert list(fit.after) == ["after", "head"]
+    found = surgery.distill_(model, result, ["new"], images(), steps=0)
+    assert found.start == "least squares"  # a branch can't be composed
+    assert found.after["after"] > 0.9999  # the way around is a 1x1 identity, so one layer can do it
+    assert list(found.after) == ["after", "head"]
 
 
-def test_channels_first_fits_alike(original):
+def test_channels_first_gives_the_same(original):
     keras.config.set_image_data_format("channels_first")
     try:
         x = inputs = keras.Input((3, 16, 16))
@@ -154,29 +154,31 @@ def test_channels_first_fits_alike(original):
         first.set_weights(original.get_weights())
         new = conv(data_format="channels_first")
         result = surgery.replace(first, ["block1_conv1", "block1_conv2"], new)
-        fit = fitting.fit_(first, result, ["block1_conv"], images().transpose(0, 3, 1, 2), steps=5)
+        found = surgery.distill_(
+            first, result, ["block1_conv"], images().transpose(0, 3, 1, 2), steps=5
+        )
     finally:
         keras.config.set_image_data_format("channels_last")
     last, names = replaced(original, other := conv())
-    expected = fitting.fit_(original, last, names, images(), steps=5)
-    assert fit.after == pytest.approx(expected.after, abs=1e-3)
+    expected = surgery.distill_(original, last, names, images(), steps=5)
+    assert found.after == pytest.approx(expected.after, abs=1e-3)
     for a, b in zip(new.get_weights(), other.get_weights(), strict=True):
         np.testing.assert_allclose(a, b, rtol=0.05, atol=0.01)
 
 
-def test_a_fit_ends_on_its_best_weights(original, monkeypatch):
+def test_distillation_ends_on_its_best_weights(original, monkeypatch):
     """A learning rate that ruins everything leaves the start, and stops early."""
     keras.utils.set_random_seed(1)
     result, names = replaced(original, conv())
-    monkeypatch.setattr(fitting, "LEARNING_RATE", 1e6)
-    fit = fitting.fit_(original, result, names, images(), steps=10_000)
-    assert fit.steps == fitting.CHECK * fitting.PATIENCE
-    assert fit.after == pytest.approx(fit.before, abs=1e-5)
+    monkeypatch.setattr(distillation, "LEARNING_RATE", 1e6)
+    found = surgery.distill_(original, result, names, images(), steps=10_000)
+    assert found.steps == distillation.CHECK * distillation.PATIENCE
+    assert found.after == pytest.approx(found.before, abs=1e-5)
 
 
-def test_time_that_has_run_out_ends_a_fit(original):
+def test_time_that_has_run_out_ends_a_distillation(original):
     result, names = replaced(original, conv())
-    assert fitting.fit_(original, result, names, images(), seconds=0.0).steps == 0
+    assert surgery.distill_(original, result, names, images(), seconds=0.0).steps == 0
 
 
 @pytest.mark.parametrize(
@@ -198,17 +200,17 @@ def test_time_that_has_run_out_ends_a_fit(original):
         ({"images": np.full((10, 16, 16, 3), np.nan)}, "Received images with NaN or infinite"),
     ],
 )
-def test_what_cannot_be_fitted_says_why(original, changed, message):
+def test_what_cannot_be_distilled_says_why(original, changed, message):
     result, names = replaced(original, conv())
     arguments = {"new_layers": names, "images": images()} | changed
     with pytest.raises(ValueError, match=message):
-        fitting.fit_(original, result, **arguments)
+        surgery.distill_(original, result, **arguments)
 
 
-def test_layers_without_weights_cannot_be_fitted(original):
+def test_layers_without_weights_cannot_be_distilled(original):
     result = surgery.insert(original, "block1_conv1", L.Activation("relu", name="again"))
-    with pytest.raises(ValueError, match=r"\['again'\] have no trainable weights to fit"):
-        fitting.fit_(original, result, ["again"], images())
+    with pytest.raises(ValueError, match=r"\['again'\] have no trainable weights to distill into"):
+        surgery.distill_(original, result, ["again"], images())
 
 
 @pytest.mark.parametrize(
@@ -220,28 +222,28 @@ def test_layers_without_weights_cannot_be_fitted(original):
         lambda: L.DepthwiseConv2D(3, padding="same", activation="relu", name="new"),
     ],
 )
-def test_other_layers_than_products_can_be_fitted_even_first_of_all(new):
+def test_other_layers_than_products_can_be_distilled_even_first_of_all(new):
     """Here in place of an activation, which leaves least squares nothing to aim at."""
     keras.utils.set_random_seed(0)
     x = inputs = keras.Input((16, 16, 3))
     x = L.ReLU(name="first")(x)
     model = keras.Model(inputs, L.Conv2D(4, 3, strides=2, name="last")(x))
     result = surgery.replace(model, "first", new())
-    fit = fitting.fit_(model, result, "new", images(), steps=50)
-    assert fit.start == "own"
-    assert fit.after["last"] > fit.before["last"]
+    found = surgery.distill_(model, result, "new", images(), steps=50)
+    assert found.start == "own"
+    assert found.after["last"] > found.before["last"]
 
 
-def test_what_cannot_be_composed_can_be_fitted(original):
+def test_what_cannot_be_composed_can_be_distilled(original):
     keras.utils.set_random_seed(1)
     new = L.Conv2D(8, 4, strides=2, padding="same", activation="relu", name="new")
     result = surgery.replace(original, ["block1_conv2", "block1_pool"], new)
-    fit = fitting.fit_(original, result, "new", images(), steps=50)
-    assert fit.start == "least squares"
-    assert fit.after["block3_pool"] > 0.95
+    found = surgery.distill_(original, result, "new", images(), steps=50)
+    assert found.start == "least squares"
+    assert found.after["block3_pool"] > 0.95
 
 
-def test_a_sequential_model_can_be_fitted():
+def test_a_sequential_model_can_be_distilled():
     keras.utils.set_random_seed(0)
     model = keras.Sequential(
         [
@@ -253,13 +255,13 @@ def test_a_sequential_model_can_be_fitted():
     )
     new = L.Conv2D(4, 5, name="new")
     result = surgery.replace(model, ["one", "two"], new)
-    fit = fitting.fit_(model, result, "new", images(), steps=0)
-    assert fit.start in ("least squares", "compose")  # both are exact
-    assert fit.after["mean"] > 0.99999
+    found = surgery.distill_(model, result, "new", images(), steps=0)
+    assert found.start in ("least squares", "compose")  # both are exact
+    assert found.after["mean"] > 0.99999
 
 
 def test_names_may_come_alone_and_in_any_order(original):
-    fits = []
+    found = []
     for names, match in (
         (["block1_conv"], ["block1_pool", "block2_pool"]),
         ("block1_conv", ("block2_pool", "block1_pool")),
@@ -267,9 +269,9 @@ def test_names_may_come_alone_and_in_any_order(original):
     ):
         keras.utils.set_random_seed(1)
         result, _ = replaced(original, conv())
-        fits.append(fitting.fit_(original, result, names, images(), match=match, steps=3))
-    assert fits[0].after == fits[1].after
-    assert list(fits[2].after) == ["block2_pool", "block3_pool"]
+        found.append(surgery.distill_(original, result, names, images(), match=match, steps=3))
+    assert found[0].after == found[1].after
+    assert list(found[2].after) == ["block2_pool", "block3_pool"]
 
 
 def test_the_loss_sees_the_maps_in_order_and_decides(original):
@@ -279,20 +281,20 @@ def test_the_loss_sees_the_maps_in_order_and_decides(original):
         shapes.add(tuple(y.shape[1:] for y in outputs))
         return (outputs[0] - targets[0]).square().mean()
 
-    fits = {}
-    for loss in (fitting.relative_error, first_alone):
+    found = {}
+    for loss in (surgery.relative_error, first_alone):
         keras.utils.set_random_seed(1)
         result, names = replaced(original, conv())
-        fits[loss] = fitting.fit_(original, result, names, images(), loss=loss, steps=100)
+        found[loss] = surgery.distill_(original, result, names, images(), loss=loss, steps=100)
     assert shapes == {((8, 8, 8), (12, 4, 4), (16, 2, 2))}
-    default, other = fits.values()
+    default, other = found.values()
     assert other.after["block1_pool"] > default.after["block1_pool"]
 
 
 def test_the_relative_error_is_of_each_map_and_grows_with_depth():
     target = [torch.full((1, 2, 3, 3), 10.0), torch.full((1, 4, 2, 2), 0.1)]
-    one = fitting.relative_error([target[0] * 1.1, target[1]], target)
-    other = fitting.relative_error([target[0], target[1] * 1.1], target)
+    one = surgery.relative_error([target[0] * 1.1, target[1]], target)
+    other = surgery.relative_error([target[0], target[1] * 1.1], target)
     assert float(one) == pytest.approx(0.1 / 4, rel=1e-4)
     assert float(other) == pytest.approx(0.1 * 3 / 4, rel=1e-4)
 
@@ -301,23 +303,23 @@ def join(x: Any, side: Any) -> Any:
     return L.Add(name="join")([x, L.Conv2D(4, 1, name="side")(side)])
 
 
-def test_new_layers_with_two_ways_out_cannot_be_fitted():
+def test_new_layers_with_two_ways_out_cannot_be_distilled():
     inputs = keras.Input((16, 16, 3))
     one = L.Conv2D(4, 3, padding="same", name="one")(inputs)
     two = L.Conv2D(4, 3, padding="same", name="two")(one)
     model = keras.Model(inputs, join(two, one))
     with pytest.raises(ValueError, match=r"are left from \['one', 'two'\]; expected one way out"):
-        fitting.fit_(model, model, ["one", "two"], images())
+        surgery.distill_(model, model, ["one", "two"], images())
 
 
-def test_new_layers_with_two_ways_in_cannot_be_fitted():
+def test_new_layers_with_two_ways_in_cannot_be_distilled():
     inputs = keras.Input((16, 16, 3))
     one = L.Conv2D(4, 3, padding="same", name="one")(inputs)
     model = keras.Model(inputs, join(one, inputs))
     with pytest.raises(
         ValueError, match=r"take their input from \['input.*', 'one'\]; expected one"
     ):
-        fitting.fit_(model, model, ["join", "side"], images())
+        surgery.distill_(model, model, ["join", "side"], images())
 
 
 def test_a_new_layer_that_was_not_named_is(original):
@@ -325,11 +327,11 @@ def test_a_new_layer_that_was_not_named_is(original):
     with pytest.raises(
         ValueError, match="'second' comes after the new layers and is not in the or"
     ):
-        fitting.fit_(original, result, ["first"], images())
+        surgery.distill_(original, result, ["first"], images())
 
 
 @pytest.mark.parametrize("new", ["shared", "before", "behind"])
-def test_layers_that_are_called_twice_cannot_be_fitted(new):
+def test_layers_that_are_called_twice_cannot_be_distilled(new):
     shared = L.Conv2D(4, 3, padding="same", name="shared")
     x = inputs = keras.Input((16, 16, 3))
     x = L.Conv2D(4, 3, padding="same", name="before")(x)
@@ -337,26 +339,26 @@ def test_layers_that_are_called_twice_cannot_be_fitted(new):
     model = keras.Model(inputs, L.Conv2D(4, 3, name="behind")(x))
     message = "'shared' is called 2 times; expected the new layers, the one before them and those"
     with pytest.raises(ValueError, match=message):
-        fitting.fit_(model, model, [new], images())
+        surgery.distill_(model, model, [new], images())
 
 
-def test_a_network_with_two_inputs_cannot_be_fitted():
+def test_a_network_with_two_inputs_cannot_be_distilled():
     a, b = keras.Input((16, 16, 3)), keras.Input((16, 16, 3))
     model = keras.Model([a, b], join(L.Conv2D(4, 3, padding="same", name="new")(a), b))
     with pytest.raises(ValueError, match="Received a model with 2 inputs; expected one"):
-        fitting.fit_(model, model, ["new"], images())
+        surgery.distill_(model, model, ["new"], images())
 
 
-def test_the_last_layers_of_a_network_can_be_fitted(original):
+def test_the_last_layers_of_a_network_can_be_distilled(original):
     cut = surgery.truncate(original, "block1_conv2")
     keras.utils.set_random_seed(1)
     result, names = replaced(cut, conv())
-    fit = fitting.fit_(cut, result, names, images(), steps=30)
-    assert list(fit.after) == ["block1_conv"]
-    assert fit.after["block1_conv"] > max(0.9, fit.before["block1_conv"])
+    found = surgery.distill_(cut, result, names, images(), steps=30)
+    assert list(found.after) == ["block1_conv"]
+    assert found.after["block1_conv"] > max(0.9, found.before["block1_conv"])
 
 
-def test_dense_layers_can_be_fitted():
+def test_dense_layers_can_be_distilled():
     keras.utils.set_random_seed(0)
     x = inputs = keras.Input((6, 6, 3))
     x = L.GlobalAveragePooling2D(name="pool")(x)
@@ -365,6 +367,6 @@ def test_dense_layers_can_be_fitted():
     model = keras.Model(inputs, L.Dense(4, name="head")(x))
     new = [L.Dense(5, name="new"), L.Activation("tanh", name="new_tanh")]
     result = surgery.replace(model, ["one", "two", "tanh"], new)
-    fit = fitting.fit_(model, result, ["new", "new_tanh"], images(30, size=6), steps=0)
-    assert fit.start in ("least squares", "compose")
-    assert fit.after["head"] > 0.9999
+    found = surgery.distill_(model, result, ["new", "new_tanh"], images(30, size=6), steps=0)
+    assert found.start in ("least squares", "compose")
+    assert found.after["head"] > 0.9999

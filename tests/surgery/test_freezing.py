@@ -1,0 +1,52 @@
+"""freeze_ and unfreeze_ follow the graph."""
+
+from __future__ import annotations
+
+import keras
+import pytest
+from contract import every_layer, nested, shared
+
+from vggtorch.surgery import freeze_, unfreeze_
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def trainable(model):
+    return {layer.name for layer in every_layer(model) if layer.weights and layer.trainable}
+
+
+def test_freeze_and_unfreeze_by_position():
+    model = keras.applications.VGG16(weights=None, include_top=False, input_shape=(32, 32, 3))
+    assert freeze_(model, until="block4_pool") is model
+    late = {f"block5_conv{n}" for n in (1, 2, 3)}
+    assert trainable(model) == {model.name, *late}
+    assert {v.path.split("/")[0] for v in model.trainable_variables} == late
+    assert unfreeze_(model, since="block4_conv3") is model
+    assert trainable(model) == {model.name, "block4_conv3", *late}
+    freeze_(model)
+    assert not model.trainable_variables
+    unfreeze_(model)
+    assert len(model.trainable_variables) == len(model.weights)
+    model.trainable = False
+    unfreeze_(model, since="block5_conv2")
+    assert trainable(model) == {model.name, "block5_conv2", "block5_conv3"}
+    assert len(model.trainable_variables) == 4
+
+
+def test_freezing_follows_the_graph():
+    model = shared()
+    freeze_(model, until="only_a")
+    assert trainable(model) == {model.name, "side"}
+    unfreeze_(model, since="only_a")
+    assert trainable(model) == {model.name, "only_a", "side"}
+
+
+def test_freezing_reaches_into_nested_models():
+    model = nested()
+    unfreeze_(model)
+    freeze_(model, until="conv")
+    assert trainable(model) == {"outer", "middle", "inner", "bn", "head"}
+    freeze_(model)
+    unfreeze_(model, since="bn")
+    assert trainable(model) == {"outer", "middle", "inner", "bn", "head"}
+    assert {v.path.split("/")[-2] for v in model.trainable_variables} == {"bn", "head"}

@@ -1,0 +1,229 @@
+"""The graph of a model: its calls in the order they run, and what can be asked of them by name.
+
+`Wiring` is what every surgery begins with. It also holds the errors that speak of the graph: a name
+that no layer has, a path that goes around a cut, a set of layers with two ways in.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping, Sequence, Set
+from typing import Any
+
+import keras
+from keras import KerasTensor as Tensor
+
+from vggtorch.keras_graph import Node, all_layers, calls, graph_of, producer, producing_call
+
+
+class Wiring:
+    """The calls of a model's layers, and what can be asked of them by name.
+
+    Attributes:
+        model: the model itself.
+        functional: its graph, which a Sequential model has inside.
+        nodes: every call of a layer or operation, each after those whose results it takes.
+    """
+
+    def __init__(self, model: keras.Model, verb: str):
+        self.model, self.verb = model, verb
+        self.functional = graph_of(model, verb)
+        self.outputs: list[Tensor] = self.functional.outputs
+        self.nodes = calls(self.functional)
+        self.readers: dict[int, list[Node]] = {}
+        for node in self.nodes:
+            for tensor in distinct(node.input_tensors):
+                self.readers.setdefault(id(tensor), []).append(node)
+
+    def nodes_named(self, name: str) -> list[Node]:
+        """The nodes of one layer: one for each call."""
+        nodes = [node for node in self.nodes if node.operation.name == name]
+        if not nodes:
+            known = list(dict.fromkeys(node.operation.name for node in self.nodes))
+            message = _no_such_layer(name, known, self.model.name)
+            if (nested := self.nested_with(name)) is not None:
+                message += f" It is a layer of {nested.name!r}, which is nested in it."
+            raise ValueError(message)
+        return nodes
+
+    def nested_with(self, name: str) -> keras.Model | None:
+        """The nested model that has the layer `name`, at any depth, if this graph hasn't."""
+        operations = {node.operation.name: node.operation for node in self.nodes}
+        if name in operations:
+            return None
+        for operation in operations.values():
+            if isinstance(operation, keras.Model) and name in {
+                layer.name for layer in all_layers(operation, include_self=False)
+            }:
+                return operation
+        return None
+
+    def nodes_of(self, names: Sequence[str]) -> list[Node]:
+        """The nodes of several layers, in the order they run; none of them an input."""
+        wanted = {node for name in names for node in self.nodes_named(name)}
+        nodes = [node for node in self.nodes if node in wanted]
+        for node in nodes:
+            if node.is_input:
+                raise ValueError(
+                    f"{self.verb} can't take {node.operation.name!r}: it is an input of "
+                    f"{self.model.name!r}. Name a layer behind it."
+                )
+        return nodes
+
+    def outputs_of(self, name: str) -> list[Tensor]:
+        """The output of each call of a layer, one tensor for each call."""
+        nodes = self.nodes_named(name)
+        for node in nodes:
+            if len(node.outputs) != 1:
+                raise ValueError(
+                    f"{self.verb} needs a layer with one output; {name!r} has {len(node.outputs)}."
+                )
+        return [node.outputs[0] for node in nodes]
+
+    def only_output(self, name: str) -> Tensor:
+        """The one output of a layer that is called once."""
+        tensors = self.outputs_of(name)
+        if len(tensors) != 1:
+            raise ValueError(
+                f"{self.verb} needs a layer with one output; {name!r} is shared, called "
+                f"{len(tensors)} times, and so has {len(tensors)}. Name a layer before or after it."
+            )
+        return tensors[0]
+
+    def readers_of(self, nodes: Iterable[Node]) -> set[Node]:
+        """These nodes and all that depend on them."""
+        reached = set(nodes)
+        for node in self.nodes:
+            if any(producing_call(t) in reached for t in node.input_tensors):
+                reached.add(node)
+        return reached
+
+    def inputs_of(self, outputs: Sequence[Tensor]) -> Any:
+        """The model's inputs, less those that `outputs` don't depend on."""
+        used = set(needed(outputs))
+        struct = self.functional.input
+        if all(producing_call(t) in used for t in self.functional.inputs):
+            return struct
+        if isinstance(struct, dict):
+            return {name: t for name, t in struct.items() if producing_call(t) in used}
+        kept = [t for t in self.functional.inputs if producing_call(t) in used]
+        return kept[0] if len(kept) == 1 else kept
+
+    def check_cut(self, start: Tensor, names: Sequence[str], outputs: Sequence[Tensor]) -> None:
+        """Raise unless every path from the inputs to `outputs` goes through `start`."""
+        behind = self.readers_of([producing_call(start)])
+        for name, tensor in zip(names, outputs, strict=True):
+            if tensor is start or producing_call(tensor) not in behind:
+                raise ValueError(
+                    f"{self.verb} can't start at {owner(start)!r} and end at {name!r}: {name!r} "
+                    f"doesn't come after it."
+                )
+        around = [
+            f"{owner(t)!r} -> {node.operation.name!r}"
+            for node in needed(outputs, cut={id(start)})
+            for t in distinct(node.input_tensors)
+            if node in behind and producing_call(t) not in behind
+        ]
+        if around:
+            raise ValueError(
+                f"A model that starts at {owner(start)!r} would be open: "
+                f"{', '.join(around)} goes around it. Start where all paths meet."
+            )
+
+    def way_through(self, nodes: Sequence[Node]) -> tuple[Tensor, Tensor]:
+        """(way out, way in) of a set of nodes; raises if there is more than one of either."""
+
+        def refusal(direction: str, number: int, edges: Iterable[str]) -> ValueError:
+            layers = ", ".join(dict.fromkeys(repr(node.operation.name) for node in nodes))
+            return ValueError(
+                f"{self.verb} needs layers with one way {direction}; {layers} have {number}: "
+                f"{', '.join(edges)}. Name every layer between the way in and the way out."
+            )
+
+        inside = set(nodes)
+        ways_in = [
+            (t, node)
+            for node in nodes
+            for t in distinct(node.input_tensors)
+            if producing_call(t) not in inside
+        ]
+        ways_out: list[tuple[Tensor, str]] = []
+        for tensor in (t for node in nodes for t in node.outputs):
+            for reader in self.readers.get(id(tensor), []):
+                if reader not in inside:
+                    ways_out.append((tensor, repr(reader.operation.name)))
+            if any(tensor is t for t in self.outputs):
+                ways_out.append((tensor, "the model's output"))
+        sources = distinct(t for t, _ in ways_in)
+        results = distinct(t for t, _ in ways_out)
+        if len(sources) != 1:
+            edges = (f"{owner(t)!r} -> {node.operation.name!r}" for t, node in ways_in)
+            raise refusal("in", len(sources), edges)
+        if len(results) != 1:
+            edges = (f"{owner(t)!r} -> {reader}" for t, reader in ways_out)
+            raise refusal("out", len(results), edges)
+        return results[0], sources[0]
+
+
+def needed(
+    outputs: Iterable[Tensor],
+    read_instead: Mapping[int, Tensor] | None = None,
+    cut: Set[int] = frozenset(),
+) -> list[Node]:
+    """The calls that `outputs` depend on, each after those whose results it takes.
+
+    `read_instead` says, by the ids of tensors, which ones are read in their place; nothing is
+    needed for a tensor whose id is in `cut`.
+    """
+    instead = read_instead or {}
+
+    def origins(tensors: Iterable[Tensor]) -> list[Node]:
+        nodes = []
+        for t in tensors:
+            while instead.get(id(t), t) is not t:
+                t = instead[id(t)]
+            if id(t) not in cut:
+                nodes.append(producing_call(t))
+        return nodes
+
+    order: dict[Node, None] = {}
+    todo = origins(outputs)[::-1]
+    while todo:  # not recursive: graphs are deeper than Python's stack
+        node = todo[-1]
+        waiting = [n for n in origins(node.input_tensors) if n not in order]
+        if waiting and node not in order:
+            todo.extend(reversed(waiting))
+        else:
+            order[todo.pop()] = None
+    return list(order)
+
+
+def owner(tensor: Tensor) -> str:
+    """The name of the layer or operation that made a tensor."""
+    return str(producer(tensor).name)
+
+
+def distinct(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Each tensor once, in order; Keras's tensors overload ==, so that a set won't do."""
+    return list({id(t): t for t in tensors}.values())
+
+
+def layer_names(layers: str | Iterable[str], verb: str) -> list[str]:
+    """The names that a user passed as a list, each of them once."""
+    names = [layers] if isinstance(layers, str) else list(layers)
+    if not names:
+        raise ValueError(f"{verb} received no layer names.")
+    for name in names:
+        if not isinstance(name, str):
+            raise ValueError(f"{verb} expects layer names, received {name!r}.")
+    if len(set(names)) != len(names):
+        twice = dict.fromkeys(n for n in names if names.count(n) > 1)
+        raise ValueError(f"{verb} received a layer name twice: {', '.join(map(repr, twice))}.")
+    return names
+
+
+def _no_such_layer(name: str, known: Sequence[str], model: str) -> str:
+    near = difflib.get_close_matches(name, known, n=3)
+    hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
+    listed = known if len(known) <= 40 else [*known[:20], "...", *known[-20:]]
+    return f"{model!r} has no layer {name!r}.{hint} Its layers: {', '.join(listed)}."
