@@ -231,8 +231,8 @@ def test_what_goes_into_a_pool_is_not_kept() -> None:
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         lowered(images(model))
-    assert (4, 3, 16, 16) in shapes and (4, 8, 8, 8) in shapes
-    assert (4, 8, 16, 16) not in shapes
+    assert {(3, 16, 16), (8, 8, 8)} <= {shape[1:] for shape in shapes}
+    assert (8, 16, 16) not in {shape[1:] for shape in shapes}
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -319,7 +319,7 @@ def dropout_vgg() -> keras.Model:
     for _ in range(2):
         x = layers.Conv2D(8, 3, padding="same", activation="relu")(x)
     x = layers.MaxPooling2D()(x)
-    x = layers.Conv2D(8, 3, padding="same")(x)
+    x = layers.Conv2D(8, 3, padding="same", use_bias=False)(x)
     x = layers.ReLU()(layers.BatchNormalization()(x))
     x = layers.Dropout(0.5)(layers.Conv2D(8, 3, padding="same")(x))
     x = layers.Flatten()(layers.MaxPooling2D()(x))
@@ -370,7 +370,7 @@ def test_checkpointing_leaves_keras_layers_alone() -> None:
         grads = [v.value.grad for v in model.trainable_variables]
         found.append([output, *grads])
     for actual, expected in zip(*found, strict=True):
-        assert torch.equal(actual, expected)
+        assert_close(actual, expected)
 
 
 @pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])

@@ -295,7 +295,7 @@ def _run_in_groups(segment: Segment, values: dict[int, Tensor]) -> None:
     What one layer writes is then still in the cache when the next reads it, and memory is
     used again instead of being taken from the system for each large activation.
     """
-    (number,) = segment.steps[0].inputs
+    (number,) = set(segment.steps[0].inputs)  # x * x takes its one value twice
     (result,) = segment.steps[-1].outputs
     x = values.pop(number)
     key = x.shape[1:], product_dtype(x, x.dtype)
@@ -308,8 +308,10 @@ def _run_in_groups(segment: Segment, values: dict[int, Tensor]) -> None:
         segment.group_sizes[key] = max(1, GROUP_BYTES * torch.get_num_threads() // max(sizes))
     parts: list[Tensor] = []
     size = segment.group_sizes[key]
-    # Gradients of slices would be added up, each as large as x; those of a split are joined.
-    for group in x.split(size) if len(x) > size else (x,):
+    # The gradients of slices would be added up, each as large as x; those of a split are joined.
+    # Only an unsafe split may be written to, which a ReLU at the start of the segment does where
+    # nobody else needs x (`_allow_in_place`).
+    for group in x.unsafe_split(size) if len(x) > size else (x,):
         part = {number: group}
         _run_segment(segment, part)
         parts.append(part[result])

@@ -1,0 +1,111 @@
+"""Groups of images: at the size where they begin, and where what they share may be overwritten."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+import vggtorch as vt  # isort: skip  (first: it selects Keras's torch backend)
+import keras
+from keras import layers
+
+
+def both_train(
+    make: Callable[[], keras.Model], x: torch.Tensor, tolerance: float = 1e-3, **options: Any
+) -> None:
+    """Outputs, gradients and moving statistics of one step, lowered and by Keras itself."""
+    found = []
+    for lowered in (True, False):
+        keras.utils.set_random_seed(0)
+        model = make()
+        run: Any = vt.lower(model, **options).train() if lowered else model
+        output = run(x) if lowered else run(x, training=True)
+        output.square().sum().backward()
+        # Behind a batch norm a bias changes nothing: what is left as its gradient is rounding.
+        variables = [v for v in model.variables if v.name != "bias"]
+        found.append([output, *(v.value.grad if v.trainable else v.value for v in variables)])
+    for actual, expected in zip(*found, strict=True):
+        assert (actual - expected).norm() <= tolerance * expected.norm()
+
+
+@pytest.mark.parametrize("checkpoint", [False, True])
+def test_vgg_with_batch_norm_trains_at_its_own_size(one_thread: None, checkpoint: bool) -> None:
+    """Where the ReLU behind a batch norm is the first step that runs in groups."""
+
+    def make() -> keras.Model:
+        return vt.VGG11(weights=None, include_top=False, input_shape=(224, 224, 3), batch_norm=True)
+
+    # Rounding turns some of the ReLUs of eight layers on and off.
+    both_train(make, torch.rand(2, 224, 224, 3), tolerance=5e-2, checkpoint=checkpoint)
+
+
+def norm_then_relu(image: Any) -> Any:
+    x = layers.BatchNormalization()(layers.Conv2D(4, 3)(image))
+    return layers.Conv2D(4, 3)(layers.ReLU()(x))
+
+
+def norm_then_conv_with_relu(image: Any) -> Any:
+    x = layers.BatchNormalization()(layers.Conv2D(4, 3, activation="relu")(image))
+    return layers.Conv2D(4, 3, activation="relu")(x)
+
+
+def relu_of_the_input(image: Any) -> Any:
+    return layers.Conv2D(4, 3)(layers.ReLU()(image))
+
+
+def sum_then_relu(image: Any) -> Any:
+    x = layers.MaxPooling2D()(layers.Conv2D(4, 3)(image))
+    x = layers.ReLU()(layers.Add()([x, x]))
+    return layers.Conv2D(4, 3)(x)
+
+
+def one_value_twice(image: Any) -> Any:
+    return layers.Conv2D(4, 3)(layers.Multiply()([image, image]))
+
+
+def one_value_twice_after_a_pool(image: Any) -> Any:
+    x = layers.MaxPooling2D()(layers.Conv2D(4, 3, activation="relu")(image))
+    return layers.Conv2D(4, 3)(layers.Concatenate()([x, x]))
+
+
+def a_branch_around_a_relu(image: Any) -> Any:
+    x = layers.BatchNormalization()(layers.Conv2D(4, 3, padding="same")(image))
+    return layers.Conv2D(4, 3)(layers.Add()([x, layers.ReLU()(x)]))
+
+
+def a_nested_model(image: Any) -> Any:
+    x = layers.BatchNormalization()(layers.Conv2D(4, 3)(image))
+    inner = keras.Input(x.shape[1:])
+    nested = keras.Model(inner, layers.Conv2D(4, 3)(layers.ReLU()(inner)))
+    return nested(x)
+
+
+@pytest.mark.parametrize("checkpoint", [False, True])
+@pytest.mark.parametrize(
+    "build",
+    [
+        norm_then_relu,
+        norm_then_conv_with_relu,
+        relu_of_the_input,
+        sum_then_relu,
+        one_value_twice,
+        one_value_twice_after_a_pool,
+        a_branch_around_a_relu,
+        a_nested_model,
+    ],
+)
+def test_what_stands_where_groups_begin(build: Callable[[Any], Any], checkpoint: bool) -> None:
+    def make() -> keras.Model:
+        image = keras.Input((12, 12, 3))
+        return keras.Model(image, build(image))
+
+    x = torch.randn(4, 12, 12, 3)
+    before = x.clone()
+    both_train(make, x, checkpoint=checkpoint)
+    model = make()
+    with torch.no_grad():
+        torch.testing.assert_close(vt.lower(model).eval()(x), model(x, training=False))
+    assert torch.equal(x, before)
