@@ -16,8 +16,8 @@ import tiny
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
+from vggtorch import surgery
 from vggtorch.models.preprocessing import remember_, weight_set
-from vggtorch.surgery import operations as surgery
 from vggtorch.training import checkpoints, data
 from vggtorch.training import loop as training
 from vggtorch.training.config import TrainConfig

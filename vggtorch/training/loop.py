@@ -25,10 +25,10 @@ import torch
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
+from vggtorch import surgery
 from vggtorch.lowering.lowered import part
 from vggtorch.lowering.modules import BatchNorm
 from vggtorch.models.preprocessing import remember_, weight_set
-from vggtorch.surgery import operations as surgery
 from vggtorch.training import checkpoints, data
 from vggtorch.training.config import TrainConfig
 from vggtorch.training.data import Augment, Folder, Items, Planner, Source

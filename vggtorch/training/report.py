@@ -20,9 +20,9 @@ import numpy as np
 import torch
 from PIL import Image
 
+from vggtorch import surgery
 from vggtorch.models import preprocessing
 from vggtorch.models.preprocessing import as_layers, remember_, weight_set
-from vggtorch.surgery import operations as surgery
 from vggtorch.training.checkpoints import versions
 from vggtorch.training.config import TrainConfig
 from vggtorch.training.data import Folder, Items, as_input, batches, in_order
