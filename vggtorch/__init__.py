@@ -1,92 +1,54 @@
 """Transfer learning and model surgery on pretrained VGG networks, the Keras way, on PyTorch.
 
-Importing vggtorch selects Keras's torch backend, so import it before Keras.
+Importing vggtorch selects Keras's torch backend, so import it before Keras. It imports nothing
+else: a public name brings the room that it stands in when it is first used. `__init__.pyi` beside
+this file lists the names and their rooms.
 """
-
-from __future__ import annotations
 
 import os
 import sys
+from importlib.machinery import PathFinder
+
+import lazy_loader
+
+__version__ = "0.1.0"
 
 
-def _select_torch_backend() -> None:
-    """Make Keras run on torch, or say clearly why it can't any more."""
-    if "keras" not in sys.modules:
-        os.environ["KERAS_BACKEND"] = "torch"
-    import keras
-
-    if keras.config.backend() != "torch":
+def _greet_keras():
+    """See that Keras runs on torch, and let it know the classes of our models."""
+    backend = sys.modules["keras"].config.backend()
+    if backend != "torch":
         raise ImportError(
-            f"vggtorch needs Keras on its torch backend, but Keras already runs on "
-            f"{keras.config.backend()!r}. Import vggtorch before keras, or set "
-            f"KERAS_BACKEND=torch before Python starts."
+            f"vggtorch needs Keras on its torch backend, but Keras already runs on {backend!r}. "
+            f"Import vggtorch before keras, or set KERAS_BACKEND=torch before Python starts."
         )
+    import vggtorch.keras_graph  # noqa: F401 - registers the classes
 
 
-_select_torch_backend()
+class _KerasWatch:
+    """Greets Keras as soon as anybody has imported it.
 
-# Only now that the backend is torch:
-from vggtorch.lowering.exporting import export  # noqa: E402
-from vggtorch.lowering.lowered import accelerate_, lower  # noqa: E402
-from vggtorch.measuring.benchmark import bench  # noqa: E402
-from vggtorch.measuring.costs import compare, draw, inspect  # noqa: E402
-from vggtorch.models.preprocessing import decode_predictions, preprocess, weight_set  # noqa: E402
-from vggtorch.models.vgg import (  # noqa: E402
-    VGG11,
-    VGG13,
-    VGG16,
-    VGG19,
-    load_weights,
-    named_variables,
-    save_weights,
-)
-from vggtorch.surgery.composition import compose_  # noqa: E402
-from vggtorch.surgery.distillation import fit_  # noqa: E402
-from vggtorch.surgery.operations import (  # noqa: E402
-    freeze_,
-    insert,
-    remove,
-    replace,
-    stack,
-    truncate,
-    unfreeze_,
-)
-from vggtorch.training.advice import advise  # noqa: E402
-from vggtorch.training.config import TrainConfig  # noqa: E402
-from vggtorch.training.loop import find_learning_rate, finetune  # noqa: E402
-from vggtorch.training.report import save_trained, write_report  # noqa: E402
+    keras.saving.load_model must know our models' classes after `import vggtorch`, also where no
+    name of vggtorch was touched yet; importing Keras here would cost `vggtorch --help` seconds.
+    """
 
-__all__ = [
-    "VGG11",
-    "VGG13",
-    "VGG16",
-    "VGG19",
-    "TrainConfig",
-    "accelerate_",
-    "advise",
-    "bench",
-    "compare",
-    "compose_",
-    "decode_predictions",
-    "draw",
-    "export",
-    "find_learning_rate",
-    "finetune",
-    "fit_",
-    "freeze_",
-    "insert",
-    "inspect",
-    "load_weights",
-    "lower",
-    "named_variables",
-    "preprocess",
-    "remove",
-    "replace",
-    "save_trained",
-    "save_weights",
-    "stack",
-    "truncate",
-    "unfreeze_",
-    "weight_set",
-    "write_report",
-]
+    def find_spec(self, name, path=None, target=None):
+        spec = PathFinder.find_spec(name, path, target) if name == "keras" else None
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def execute_and_greet(module):
+                execute(module)
+                _greet_keras()
+
+            spec.loader.exec_module = execute_and_greet  # type: ignore[method-assign]
+        return spec
+
+
+if "keras" in sys.modules:
+    _greet_keras()
+else:
+    os.environ["KERAS_BACKEND"] = "torch"
+    sys.meta_path.insert(0, _KerasWatch())
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
