@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from vggtorch.lowering import kernels
-from vggtorch.measuring.timing import in_turns
+from vggtorch.measuring import in_turns
 
 
 def header(device: torch.device) -> str:

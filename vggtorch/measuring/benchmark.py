@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import keras
 import torch
 from torch import Tensor
 
+from vggtorch.keras_graph import graph_of
 from vggtorch.lowering.lowered import lower
 from vggtorch.measuring import timing
 from vggtorch.measuring.costs import example_of, table
@@ -69,6 +70,11 @@ def bench(model: keras.Model, batch: int = 8, *, size: int = 224, repeats: int =
     Gradients are those of a step of training, of all trainable weights and without an optimizer.
     The model is unchanged, but for the order of its kernels in memory.
 
+    >>> import vggtorch as vt
+    >>> vgg = vt.VGG16(weights=None, include_top=False, input_shape=(32, 32, 3))
+    >>> [way.name for way in vt.bench(vgg, batch=1, repeats=1).inference][:2]
+    ['Keras', 'lowered']
+
     Args:
         model: built.
         batch: images at a time.
@@ -80,11 +86,12 @@ def bench(model: keras.Model, batch: int = 8, *, size: int = 224, repeats: int =
     """
     if batch < 1 or repeats < 1:
         raise ValueError(f"Received batch={batch} and repeats={repeats}; expected 1 or more.")
+    graph = graph_of(model, "bench")
     lowered = {"lowered": lower(model), "lowered, bfloat16": lower(model, dtype=torch.bfloat16)}
     parameters = [v.value for v in model.trainable_variables]
     kept = [(v.value, v.value.detach().clone()) for v in model.non_trainable_variables]
     device = next(lowered["lowered"].parameters(), torch.empty(0)).device
-    x = example_of(model, size, batch, device)
+    x = example_of(graph, size, batch, device)
     inference: dict[str, Callable[[], object]] = {"Keras": lambda: model(x, training=False)}
     gradients: dict[str, Callable[[], object]] = {
         "Keras": lambda: _gradients(model(x, training=True), parameters)
@@ -112,21 +119,27 @@ def _gradients(outputs: object, parameters: list[Tensor]) -> tuple[Tensor, ...]:
     return torch.autograd.grad(loss, parameters, allow_unused=True)
 
 
+def difference(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """How far tensors are from others, relative to the length of these, all of them taken as one.
+
+    In float64, since the squares of large or small gradients leave the range of float32.
+    """
+    pairs = list(zip(found, expected, strict=True))
+    error = torch.stack([(a.double() - b).square().sum() for a, b in pairs]).sum().sqrt()
+    length = torch.stack([b.double().square().sum() for _, b in pairs]).sum().sqrt()
+    return float(error / length) if length else float(error)
+
+
 def _measure(
     candidates: dict[str, Callable[[], object]], repeats: int, device: torch.device
 ) -> tuple[Result, ...]:
-    expected = None
+    expected: list[Tensor] = []
     differences = {}
     for name, run in candidates.items():
         torch.manual_seed(0)  # so that dropout drops the same
-        found = [y.detach().float() for y in keras.tree.flatten(run()) if y is not None]
+        found = [y.detach() for y in keras.tree.flatten(run()) if y is not None]
         expected = expected or found
-        pairs = zip(found, expected, strict=True)
-        squares = torch.stack(
-            [torch.stack([(a - b).square().sum(), b.square().sum()]) for a, b in pairs]
-        )
-        error, length = squares.sum(0).sqrt().tolist()
-        differences[name] = error / length if length else error
+        differences[name] = difference(found, expected)
     del expected, found
     seconds = timing.in_turns(candidates, repeats, device, warmup=1)
     return tuple(

@@ -1,6 +1,6 @@
-from __future__ import annotations
+"""Costs are those that one counts by hand, and the model is afterwards as it was."""
 
-from xml.etree import ElementTree
+from __future__ import annotations
 
 import keras
 import numpy as np
@@ -8,22 +8,10 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from vggtorch.measuring import costs as inspection
-from vggtorch.surgery import operations as surgery
+from vggtorch import measuring
+from vggtorch.keras_graph import calls_of
 
 L = keras.layers
-SVG = "{http://www.w3.org/2000/svg}"
-
-
-@pytest.fixture(scope="module")
-def vgg() -> keras.Model:
-    return keras.applications.VGG16(weights=None, input_shape=(32, 32, 3), include_top=False)
-
-
-@pytest.fixture(scope="module")
-def replaced(vgg) -> keras.Model:
-    new = L.Conv2D(64, 5, padding="same", activation="relu", name="block1_conv")
-    return surgery.replace(vgg, ["block1_conv1", "block1_conv2"], new)
 
 
 def branched() -> keras.Model:
@@ -37,7 +25,7 @@ def branched() -> keras.Model:
 
 
 def test_costs_are_those_counted_by_hand():
-    report = inspection.inspect(branched(), repeats=1)
+    report = measuring.inspect(branched(), repeats=1)
     positions = 8 * 8
     assert {row.name: row.multiply_adds for row in report.layers} == {
         "stem": positions * 3 * 3 * 3 * 8,
@@ -64,7 +52,7 @@ def test_costs_are_those_counted_by_hand():
 )
 def test_totals_are_torchs_and_kerass_own(build):
     model = build()
-    report = inspection.inspect(model, repeats=1)
+    report = measuring.inspect(model, repeats=1)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(np.zeros((1, *model.input_shape[1:]), "float32"))
     assert report.total.multiply_adds == counter.get_total_flops() // 2
@@ -80,12 +68,12 @@ def test_totals_are_torchs_and_kerass_own(build):
 def test_an_open_size_is_the_one_asked_for():
     inputs = keras.Input((None, None, 3))
     model = keras.Model(inputs, L.Conv2D(4, 3, name="conv")(inputs))
-    report = inspection.inspect(model, size=10, repeats=1)
+    report = measuring.inspect(model, size=10, repeats=1)
     assert report.layers[0].shape == (8, 8, 4)
 
 
 def test_a_report_is_a_table_with_a_line_for_each_layer():
-    lines = [line.split() for line in str(inspection.inspect(branched(), repeats=1)).splitlines()]
+    lines = [line.split() for line in str(measuring.inspect(branched(), repeats=1)).splitlines()]
     assert [line[0] for line in lines] == [
         *("layer", "stem", "separable", "grouped", "add", "pool", "dense", "total")
     ]
@@ -94,7 +82,7 @@ def test_a_report_is_a_table_with_a_line_for_each_layer():
 
 
 def test_a_comparison_shows_what_a_replacement_gains(vgg, replaced):
-    comparison = inspection.compare(vgg, replaced, repeats=1)
+    comparison = measuring.compare(vgg, replaced, repeats=1)
     before, after = (
         {row.name: row for row in report.blocks} for report in (comparison.before, comparison.after)
     )
@@ -110,52 +98,52 @@ def test_a_comparison_shows_what_a_replacement_gains(vgg, replaced):
     assert lines[-1].split()[2] == f"{ratio:.3f}"
 
 
-def boxes(svg: str) -> dict[str, str]:
-    """Name -> state of each box in a drawing, which must be XML."""
-    return {
-        str(group.findall(f"{SVG}text")[0].text): str(group.get("class"))
-        for group in ElementTree.fromstring(svg).findall(f"{SVG}g")
-    }
-
-
-def test_a_drawing_marks_what_a_surgery_changed(vgg, replaced):
-    drawn = boxes(inspection.draw(replaced, before=vgg))
-    assert drawn.pop("block1_conv") == "new"
-    assert drawn.pop("block1_conv1") == drawn.pop("block1_conv2") == "removed"
-    assert set(drawn) == {layer.name for layer in vgg.layers} - {"block1_conv1", "block1_conv2"}
-    assert set(drawn.values()) == {"kept"}
-    assert set(boxes(inspection.draw(vgg)).values()) == {"kept"}
-
-
-def test_a_drawing_has_every_edge_and_no_box_on_another():
-    model = keras.applications.MobileNetV2(weights=None, input_shape=(32, 32, 3))
-    root = ElementTree.fromstring(inspection.draw(model))
-    nodes = [node for depth in model._nodes_by_depth.values() for node in depth]
-    assert len(root.findall(f"{SVG}g")) == len(nodes)
-    assert len(root.findall(f"{SVG}path")) == sum(len(set(n.input_tensors)) for n in nodes)
-    places = [
-        (float(str(box.get("x"))), float(str(box.get("y"))))
-        for box in (group[0] for group in root.findall(f"{SVG}g"))
-    ]
-    for i, (x1, y1) in enumerate(places):
-        for x2, y2 in places[:i]:
-            assert abs(x1 - x2) >= inspection.WIDTH or abs(y1 - y2) >= inspection.HEIGHT
-    assert all(0 <= x <= float(str(root.get("width"))) for x, _ in places)
-
-
 def test_the_model_is_as_it_was(vgg):
     weights = [v.value.detach().clone() for v in vgg.variables]
     flags = [v.value.requires_grad for v in vgg.variables]
-    inspection.inspect(vgg, repeats=1)
+    measuring.inspect(vgg, repeats=1)
     assert all(torch.equal(a, b.value) for a, b in zip(weights, vgg.variables, strict=True))
     assert flags == [v.value.requires_grad for v in vgg.variables]
-    assert len(vgg.layers[1]._inbound_nodes) == 1
+    assert len(calls_of(vgg.layers[1])) == 1
 
 
-def test_a_model_that_is_no_graph_is_refused():
-    class Own(keras.Model):
-        def call(self, x):
-            return x
+def sequential() -> keras.Sequential:
+    return keras.Sequential(
+        [keras.Input((8, 8, 3)), L.Conv2D(4, 3, name="conv"), L.Flatten(name="flat")], name="chain"
+    )
 
-    with pytest.raises(ValueError, match="not a Functional model"):
-        inspection.inspect(Own())
+
+def test_a_sequential_model_is_measured_as_any_other():
+    report = measuring.inspect(sequential(), repeats=1)
+    assert [row.name for row in report.layers] == ["conv", "flat"]
+    comparison = measuring.compare(sequential(), branched(), repeats=1)
+    assert comparison.before.total.multiply_adds == 6 * 6 * 3 * 3 * 3 * 4
+    found = measuring.bench(sequential(), 2, repeats=1)
+    assert found.inference[1].difference < 1e-5
+    assert "conv" in measuring.draw(sequential())
+
+
+class Subclassed(keras.Model):
+    def call(self, x):
+        return x
+
+
+VERBS = {
+    "inspect": measuring.inspect,
+    "bench": measuring.bench,
+    "compare": lambda model: measuring.compare(sequential(), model),
+    "draw": measuring.draw,
+}
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_models_without_a_graph_get_one_answer(verb):
+    with pytest.raises(
+        ValueError,
+        match=rf"'mine' is a subclassed model .*{verb} needs a Functional or Sequential model",
+    ):
+        VERBS[verb](Subclassed(name="mine"))
+    with pytest.raises(
+        ValueError, match=rf"'mine' has no graph yet, which {verb} needs: it doesn't know its input"
+    ):
+        VERBS[verb](keras.Sequential([L.Dense(2)], name="mine"))
