@@ -1,0 +1,9 @@
+from .advice import Plan as Plan
+from .advice import advise as advise
+from .config import TrainConfig as TrainConfig
+from .data import find_splits as find_splits
+from .data import read_folder as read_folder
+from .loop import find_learning_rate as find_learning_rate
+from .loop import finetune as finetune
+from .report import save_trained as save_trained
+from .report import write_report as write_report
