@@ -5,7 +5,7 @@
     python benchmarks/replacement.py probe DATA   accuracy of a linear probe on CIFAR-10
     python benchmarks/replacement.py speed        images each second at 224x224
 
-The fit sees crops of `--photographs` (a folder, searched through); cosines are those of the
+Distillation sees crops of `--photographs` (a folder, searched through); cosines are those of the
 photographs in `--test`. By default both come out of the packages scikit-image and scikit-learn.
 DATA holds `train/<class>/*.jpg` and `test/<class>/*.jpg`.
 """
@@ -26,8 +26,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from vggtorch.lowering import lowered as lowering
-from vggtorch.surgery import distillation as fitting
+from vggtorch import surgery
 
 REPLACED = ["block1_conv1", "block1_conv2"]
 POOLS = [f"block{b}_pool" for b in range(1, 6)]
@@ -108,9 +107,7 @@ def preprocessed(images: np.ndarray) -> np.ndarray:
 
 
 def maps(model: keras.Model, images: np.ndarray, names: list[str]) -> list[torch.Tensor]:
-    module = lowering.lower(
-        keras.Model(model.inputs, [model.get_layer(n).output for n in names])
-    ).eval()
+    module = vt.lower(keras.Model(model.inputs, [model.get_layer(n).output for n in names])).eval()
     device = next(module.parameters()).device
     with torch.no_grad():
         parts = [module(x.to(device)) for x in torch.from_numpy(images).split(16)]
@@ -129,13 +126,13 @@ def replaced(
     return vt.replace(original, REPLACED, SHAPES[shape](), init=init)
 
 
-def fitted(
+def distilled(
     original: keras.Model, shape: str, images: np.ndarray, **options: Any
-) -> tuple[keras.Model, fitting.Fit]:
+) -> tuple[keras.Model, surgery.Distillation]:
     result = replaced(original, shape, None)
     known = {layer.name for layer in original.layers}
     new = [layer.name for layer in result.layers if layer.name not in known]
-    return result, fitting.fit_(original, result, new, images, **options)
+    return result, vt.distill_(original, result, new, images, **options)
 
 
 def row(name: str, values: list[float], note: str = "") -> None:
@@ -148,15 +145,15 @@ def compare(
     """The two convolutions replaced by one 5x5 in four ways."""
     print(f"{'cosine after block':<34}" + "".join(f"{b:>8}" for b in range(1, 6)))
     row("composed", cosines(original, replaced(original, "5x5", "compose"), unseen))
-    random, fits = [], []
+    random, ours = [], []
     for seed in range(seeds):
         random.append(cosines(original, replaced(original, "5x5", None, seed), unseen))
         row(f"random, seed {seed}", random[-1])
-        result, fit = fitted(original, "5x5", shown, steps=10**6, seconds=seconds, seed=seed)
-        note = f"{fit.seconds:.0f} s, {fit.steps} steps, from {fit.start}"
-        fits.append(cosines(original, result, unseen))
-        row(f"fitted, seed {seed}", fits[-1], note)
-    for name, values in (("random", random), ("fitted", fits)) if seeds > 1 else ():
+        result, found = distilled(original, "5x5", shown, steps=10**6, seconds=seconds, seed=seed)
+        note = f"{found.seconds:.0f} s, {found.steps} steps, from {found.start}"
+        ours.append(cosines(original, result, unseen))
+        row(f"distilled, seed {seed}", ours[-1], note)
+    for name, values in (("random", random), ("distilled", ours)) if seeds > 1 else ():
         row(f"{name}, mean of {seeds}", np.mean(values, 0).tolist())
         row(f"{name}, largest less smallest", np.ptp(values, 0).tolist())
 
@@ -164,8 +161,8 @@ def compare(
 Distance = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-def weighted(distance: Distance, weights: tuple[int, ...] = (1, 3, 9)) -> fitting.Loss:
-    """The distances of the maps, summed; by default with the weights that the fit has."""
+def weighted(distance: Distance, weights: tuple[int, ...] = (1, 3, 9)) -> surgery.Loss:
+    """The distances of the maps, summed; by default with the weights that distillation has."""
 
     def loss(outputs: Sequence[torch.Tensor], targets: Sequence[torch.Tensor]) -> torch.Tensor:
         pairs = zip(outputs, targets, strict=True)
@@ -218,7 +215,7 @@ LOSSES = {
 def curve(original: keras.Model, shown: np.ndarray, unseen: np.ndarray, seconds: float) -> None:
     """What more time, other maps to match, other losses and other layers bring.
 
-    Each of the fits takes 100 steps where nothing else is said.
+    Each run takes 100 steps where nothing else is said.
     """
     print(f"{'cosine after block':<34}" + "".join(f"{b:>8}" for b in range(1, 6)))
     runs: list[tuple[str, str, dict[str, Any]]] = [
@@ -230,8 +227,8 @@ def curve(original: keras.Model, shown: np.ndarray, unseen: np.ndarray, seconds:
     ]  # fmt: skip
     for name, shape, options in runs:
         options = {"steps": 100, "seconds": seconds} | options
-        result, fit = fitted(original, shape, shown, **options)
-        note = f"{fit.seconds:.0f} s, {fit.steps} steps, from {fit.start}"
+        result, found = distilled(original, shape, shown, **options)
+        note = f"{found.seconds:.0f} s, {found.steps} steps, from {found.start}"
         row(name, cosines(original, result, unseen), note)
 
 
@@ -269,8 +266,8 @@ def probe(
         "original": original,
         "random": replaced(original, "5x5", None),
         "composed": replaced(original, "5x5", "compose"),
-        "fitted on photographs": fitted(original, "5x5", shown, **options)[0],
-        "fitted on CIFAR-10": fitted(original, "5x5", own, **options)[0],
+        "distilled on photographs": distilled(original, "5x5", shown, **options)[0],
+        "distilled on CIFAR-10": distilled(original, "5x5", own, **options)[0],
     }
 
     def features(network: keras.Model, images: np.ndarray) -> np.ndarray:
@@ -303,7 +300,7 @@ def speed(original: keras.Model, images: np.ndarray, repeats: int) -> None:
         "original": original,
         "one 5x5": replaced(original, "5x5", "compose"),
     }
-    modules = {name: lowering.lower(network).eval() for name, network in networks.items()}
+    modules = {name: vt.lower(network).eval() for name, network in networks.items()}
     x = torch.from_numpy(images).to(next(modules["original"].parameters()).device)
 
     def run(module: torch.nn.Module) -> torch.Tensor:
@@ -326,11 +323,11 @@ def main() -> None:
     parser.add_argument("question", choices=["match", "curve", "probe", "speed"])
     parser.add_argument("data", type=Path, nargs="?", help="CIFAR-10 as folders, for probe")
     parser.add_argument("--weights", default="oxford", help="weight set or file of VGG16")
-    parser.add_argument("--photographs", type=Path, help="folder of photographs for the fit")
+    parser.add_argument("--photographs", type=Path, help="folder of photographs to distill on")
     parser.add_argument("--test", type=Path, help="folder of photographs that it doesn't see")
-    parser.add_argument("--images", type=int, default=300, help="crops of 224x224 for the fit")
-    parser.add_argument("--seeds", type=int, default=1, help="for match: how many fits")
-    parser.add_argument("--seconds", type=float, default=110.0, help="time for each fit")
+    parser.add_argument("--images", type=int, default=300, help="crops of 224x224 to distill on")
+    parser.add_argument("--seeds", type=int, default=1, help="for match: how many runs")
+    parser.add_argument("--seconds", type=float, default=110.0, help="time for each distillation")
     parser.add_argument(
         "--each",
         type=int,
