@@ -15,6 +15,7 @@ from typing import Any
 import keras
 import torch
 from keras import KerasTensor
+from keras.src.applications.convnext import LayerScale
 from keras.src.applications.imagenet_utils import obtain_input_shape
 from keras.src.backend.common import global_state
 from keras.src.backend.common.masking import get_keras_mask
@@ -31,6 +32,7 @@ __all__ = [
     "FeaturesModel",
     "Functional",
     "ImagenetModel",
+    "LayerScale",
     "Node",
     "OxfordModel",
     "SymbolicArguments",
@@ -51,6 +53,8 @@ __all__ = [
     "producing_call",
     "reads_training",
     "safe_mode_off",
+    "same_padding",
+    "scale_and_shift",
     "set_value_",
     "standardize_inputs",
     "to_snake_case",
@@ -329,3 +333,22 @@ def reset_seed_(generator: keras.random.SeedGenerator) -> None:
     """Give a seed generator whose state was made on the meta device its state again."""
     fresh = keras.random.SeedGenerator(generator._initial_seed)
     generator.state._initialize(fresh.state.value)
+
+
+# Keras's rules
+
+
+def same_padding(size: int, window: int, stride: int, dilation: int = 1) -> tuple[int, int]:
+    """The rows (or columns) that padding="same" adds before and after a map of some size."""
+    total = max((-(-size // stride) - 1) * stride + (window - 1) * dilation + 1 - size, 0)
+    return total // 2, total - total // 2
+
+
+def scale_and_shift(
+    mean: Any, variance: Any, epsilon: float, gamma: Any = None, beta: Any = None
+) -> tuple[Any, Any]:
+    """Batch norm at inference as a factor and a summand for each channel; of arrays or tensors."""
+    scale = (variance + epsilon) ** -0.5
+    scale = scale if gamma is None else scale * gamma
+    shift = -mean * scale
+    return scale, shift if beta is None else shift + beta

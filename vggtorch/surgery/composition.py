@@ -13,7 +13,9 @@ from math import ceil, prod
 import keras
 import numpy as np
 
-SKIPPED = (  # at inference these pass their input on
+from vggtorch.keras_graph import calls_of, same_padding, scale_and_shift
+
+SKIPPED = (  # layers that pass their input on at inference
     keras.layers.InputLayer,
     keras.layers.Dropout,
     keras.layers.SpatialDropout2D,
@@ -64,7 +66,7 @@ def _array(variable: keras.Variable) -> np.ndarray:
 
 
 def _dilate(kernel: np.ndarray, rate: Sequence[int]) -> np.ndarray:
-    """Spread a kernel's taps `rate` apart."""
+    """A kernel whose taps are `rate` apart, with zeros between them."""
     height, width, inputs, outputs = kernel.shape
     shape = ((height - 1) * rate[0] + 1, (width - 1) * rate[1] + 1, inputs, outputs)
     spread = np.zeros(shape)
@@ -99,11 +101,10 @@ def _scale(scale: np.ndarray, shift: np.ndarray) -> _Linear:
 
 
 def _batch_norm(layer: keras.layers.BatchNormalization) -> _Linear:
-    scale = 1 / np.sqrt(_array(layer.moving_variance) + layer.epsilon)
-    if layer.scale:
-        scale = scale * _array(layer.gamma)
-    shift = -_array(layer.moving_mean) * scale
-    return _scale(scale, shift + _array(layer.beta) if layer.center else shift)
+    mean, variance = _array(layer.moving_mean), _array(layer.moving_variance)
+    gamma = _array(layer.gamma) if layer.scale else None
+    beta = _array(layer.beta) if layer.center else None
+    return _scale(*scale_and_shift(mean, variance, layer.epsilon, gamma, beta))
 
 
 def _linear_parts(layer: keras.Layer, channels: int) -> list[_Linear]:
@@ -190,10 +191,10 @@ def _channels(layers: Sequence[keras.Layer]) -> int:
 
 def _size(layer: keras.Layer) -> tuple[int | None, int | None]:
     """Height and width of the map that enters a layer; None where the graph leaves it open."""
-    nodes = layer._inbound_nodes
-    if not nodes or not nodes[0].input_tensors or len(nodes[0].input_tensors[0].shape) != 4:
+    shapes = [tensor.shape for node in calls_of(layer)[:1] for tensor in node.input_tensors[:1]]
+    if not shapes or len(shapes[0]) != 4:
         return None, None
-    shape = nodes[0].input_tensors[0].shape
+    (shape,) = shapes
     data_format = getattr(layer, "data_format", keras.config.image_data_format())
     return shape[2:] if data_format == "channels_first" else shape[1:3]
 
@@ -204,11 +205,9 @@ def _pad(linear: _Linear, size: Sequence[int | None]) -> tuple[tuple[int, int], 
         return linear.padding
     if linear.padding != "same":
         return (0, 0), (0, 0)
-    pads = []
-    for n, k, s in zip(size, linear.kernel.shape[:2], linear.strides, strict=True):
-        total = max(k - ((n or 0) % s or s), 0)
-        pads.append((total // 2, total - total // 2))
-    return pads[0], pads[1]
+    axes = zip(size, linear.kernel.shape[:2], linear.strides, strict=True)
+    rows, columns = (same_padding(n or stride, k, stride) for n, k, stride in axes)
+    return rows, columns
 
 
 def _then(first: np.ndarray, strides: Sequence[int], second: np.ndarray) -> np.ndarray:
@@ -238,6 +237,14 @@ def compose_(old_layers: Sequence[keras.Layer], new: keras.Layer) -> Composition
     AveragePooling2D. Activations between them are left out, which makes the result the best
     linear reading of the chain and not its equal; the Composition says so. A composed kernel
     smaller than `new`'s is laid into it where its taps fall, zeros around; a larger one is cropped.
+
+    >>> import keras, vggtorch as vt
+    >>> chain = [keras.layers.Conv2D(4, 3), keras.layers.Conv2D(5, 3)]
+    >>> new = keras.layers.Conv2D(5, 5)
+    >>> for layer, channels in zip([*chain, new], (3, 4, 3)):
+    ...     layer.build((None, 32, 32, channels))
+    >>> vt.compose_(chain, new).exact
+    True
 
     Args:
         old_layers: the chain in the order of its computation, built.
