@@ -1,130 +1,109 @@
-"""The package's own rules: which module may import which, and what an import costs."""
+"""The package's own rules: which room may import which, how a file reads, how a room is entered."""
 
 import ast
-import subprocess
-import sys
-import zipfile
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from fresh import run
 
-import vggtorch
+import vggtorch as vt
 
-PACKAGE = Path(vggtorch.__file__).parent
-# A module imports only from those before it.
-ORDER = [
-    "architectures",
-    "preprocessing",
-    "files",
-    "downloads",
-    "hdf5",
-    "readers",
-    "sources",
-    "conversion",
-    "models",
-    "kernels",
-    "modules",
-    "fused",
-    "graphs",
-    "lowering",
-    "composition",
-    "fitting",
-    "surgery",
-    "timing",
-    "inspection",
-    "bench",
-    "checkpoints",
-    "data",
-    "config",
-    "advice",
-    "display",
-    "features",
-    "training",
-    "report",
-    "export",
-    "demo",
-    "cli",
-]
-MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if not path.stem.startswith("__"))
+PACKAGE = Path(vt.__file__).parent
+GROUND = ("architectures", "weight_sets", "keras_graph", "files")
+# A room imports only from those before it, and measuring not from surgery.
+ROOMS = ("weights", "models", "lowering", "surgery", "measuring", "training")
+ENTRANCES = ("demo", "cli")  # what a user starts; they may import everything
+ORDER = (*GROUND, *ROOMS, *ENTRANCES)
+FILES = sorted(path for path in PACKAGE.rglob("*.py"))
+STEMS = {path.stem for path in FILES} - {"__init__", "__main__"} | set(ROOMS)
 
 
-def imported(module: str) -> Iterator[str]:
-    """Modules of the package that `module` imports anywhere, inside functions too."""
-    tree = ast.parse((PACKAGE / f"{module}.py").read_text())
-    for node in ast.walk(tree):
+def name(path: Path) -> str:
+    return path.relative_to(PACKAGE).as_posix()
+
+
+def home(path: Path) -> str:
+    """The room, or the file of the ground or the entrance, that a file belongs to."""
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported(path: Path) -> Iterator[str]:
+    """The modules of vggtorch that a file imports anywhere, inside functions too."""
+    for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module == "vggtorch":
-            yield from (alias.name for alias in node.names if alias.name in MODULES)
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("vggtorch."):
-            yield str(node.module).split(".")[1]
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: a relative import"
+            if (node.module or "").startswith("vggtorch."):
+                yield str(node.module).removeprefix("vggtorch.")
         elif isinstance(node, ast.Import):
-            yield from (
-                alias.name.split(".")[1]
-                for alias in node.names
-                if alias.name.startswith("vggtorch.")
-            )
+            names = (alias.name for alias in node.names if alias.name.startswith("vggtorch"))
+            yield from (name.removeprefix("vggtorch").removeprefix(".") for name in names)
 
 
-def test_the_order_names_every_module():
-    assert set(MODULES) <= set(ORDER)
+def test_every_file_is_in_a_room():
+    assert {home(path) for path in FILES} == {*ORDER, "__init__", "__main__"}
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_a_module_imports_only_from_those_before_it(module):
-    before = ORDER[: ORDER.index(module)]
-    assert set(imported(module)) <= set(before)
+@pytest.mark.parametrize("path", [p for p in FILES if home(p) in ORDER], ids=name)
+def test_a_file_imports_from_rooms_to_its_left_through_their_doors(path):
+    for module in imported(path):
+        if module == "" and home(path) in ENTRANCES:
+            continue  # `import vggtorch as vt` is for those who stand outside
+        room, _, inside = module.partition(".")
+        assert room in ORDER, f"vggtorch.{module} is neither a room nor a file of the ground"
+        if room == home(path):
+            continue
+        assert ORDER.index(room) < ORDER.index(home(path)), f"vggtorch.{module} is to the right"
+        assert (home(path), room) != ("measuring", "surgery")
+        assert not inside, f"import from vggtorch.{room}, which says what others may use"
 
 
-def run(code, cwd=PACKAGE.parent, **environment):
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env={"PATH": "/usr/bin:/bin", "HOME": str(Path.home()), **environment},
-        cwd=cwd,
+def test_importing_a_room_loads_no_room_to_its_right():
+    result = run(f"""
+        import importlib, sys
+        order = {ORDER}
+        for place, room in enumerate(order):
+            for module in [m for m in sys.modules if m.startswith("vggtorch")]:
+                del sys.modules[module]
+            names = importlib.import_module(f"vggtorch.{{room}}")
+            for name in getattr(names, "__all__", ()):
+                getattr(names, name)
+            loaded = {{m.split(".")[1] for m in sys.modules if m.startswith("vggtorch.")}}
+            late = loaded & set(order[place + 1 :])
+            if room == "measuring":
+                late |= loaded & {{"surgery"}}
+            if room not in {ENTRANCES} and late:
+                print(room, "loads", *sorted(late))
+    """)
+    assert (result.stdout, result.returncode) == ("", 0), result.stderr
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_says_in_which_order_to_read_it_and_what_others_may_use(room):
+    door = PACKAGE / room / "__init__.py"
+    text = ast.get_docstring(ast.parse(door.read_text())) or ""
+    files = {path.stem for path in (PACKAGE / room).glob("*.py")} - {"__init__"}
+    assert files - set(re.findall(r"`(\w+)`", text)) == set()
+    listed = ast.parse(
+        (door.with_suffix(".pyi") if "lazy" in door.read_text() else door).read_text()
     )
+    assert any(isinstance(node, ast.ImportFrom) for node in listed.body)
 
 
-def test_importing_selects_the_torch_backend_and_leaves_torchvision_alone():
-    result = run(
-        "import sys, vggtorch, keras; print(keras.config.backend(), 'torchvision' in sys.modules)",
-        KERAS_BACKEND="tensorflow",
-    )
-    assert result.stdout.split() == ["torch", "False"], result.stderr
+@pytest.mark.parametrize("path", [p for p in FILES if home(p) != "__main__"], ids=name)
+def test_no_public_name_is_also_a_files(path):
+    tree = ast.parse(path.read_text())
+    kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+    assert {node.name for node in tree.body if isinstance(node, kinds)} & STEMS == set()
 
 
-def test_another_running_backend_is_a_clear_error():
-    # Stands for a Keras that runs on TensorFlow, which nothing here installs.
-    result = run(
-        "import sys, types; keras = types.ModuleType('keras'); sys.modules['keras'] = keras; "
-        "keras.config = types.SimpleNamespace(backend=lambda: 'tensorflow'); import vggtorch"
-    )
-    assert result.returncode != 0
-    assert "Keras already runs on 'tensorflow'. Import vggtorch before keras" in result.stderr
-
-
-def test_a_wheel_works_as_the_checkout_does(tmp_path):
-    subprocess.run(
-        [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "-w", tmp_path, "."],
-        cwd=PACKAGE.parent,
-        check=True,
-        timeout=300,
-    )
-    (wheel,) = tmp_path.glob("*.whl")
-    site = tmp_path / "site"
-    with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(site)
-        installed = {name for name in archive.namelist() if name.startswith("vggtorch/")}
-        metadata = archive.read("vggtorch-0.1.0.dist-info/entry_points.txt").decode()
-    ours = {p for p in PACKAGE.iterdir() if p.is_file()}
-    assert installed == {f"vggtorch/{path.name}" for path in ours}
-    assert "vggtorch = vggtorch.cli:main" in metadata
-    result = run(
-        "import vggtorch; print(vggtorch.__file__); "
-        "from vggtorch.cli import main; main(['inspect', 'vgg11'])",
-        PYTHONPATH=str(site),
-        cwd=tmp_path,
-    )
-    assert result.stdout.startswith(str(site)), result.stderr
-    assert "block1_conv1" in result.stdout
+def test_no_file_is_over_500_lines():
+    root = PACKAGE.parent
+    files = [*FILES, *root.glob("tests/**/*.py"), *root.glob("benchmarks/*.py")]
+    lines = {
+        path.relative_to(root).as_posix(): len(path.read_text().splitlines()) for path in files
+    }
+    assert {path: count for path, count in lines.items() if count > 500} == {}

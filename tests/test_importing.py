@@ -1,0 +1,163 @@
+"""What `import vggtorch` does, and what it leaves for later; how vggtorch is installed."""
+
+import os
+import zipfile
+from importlib.metadata import version
+from pathlib import Path
+
+import hatchling.build
+import lazy_loader
+import pytest
+import tiny
+from fresh import ROOT, run
+
+import vggtorch as vt
+from vggtorch.keras_graph import OxfordModel
+
+OUTSIDE = """
+    import os
+    os.environ["KERAS_BACKEND"] = "torch"
+    import sys, keras
+    known = set(sys.modules)
+"""
+
+
+def test_importing_selects_the_torch_backend():
+    result = run("import vggtorch, keras; print(keras.config.backend())", KERAS_BACKEND="jax")
+    assert result.stdout == "torch\n", result.stderr
+
+
+def test_another_running_backend_is_a_clear_error():
+    # Stands for a Keras that runs on TensorFlow, which nothing here installs.
+    result = run("""
+        import sys, types
+        sys.modules["keras"] = keras = types.ModuleType("keras")
+        keras.config = types.SimpleNamespace(backend=lambda: "tensorflow")
+        import vggtorch
+    """)
+    assert result.returncode != 0
+    assert "Keras already runs on 'tensorflow'. Import vggtorch before keras" in result.stderr
+
+
+def test_a_backend_chosen_after_importing_vggtorch_is_a_clear_error(tmp_path):
+    # Stands for a Keras that runs on JAX, which nothing here installs.
+    (tmp_path / "keras").mkdir()
+    (tmp_path / "keras" / "__init__.py").write_text(
+        "import os, types\n"
+        "config = types.SimpleNamespace(backend=lambda: os.environ['KERAS_BACKEND'])"
+    )
+    code = "import os, vggtorch; os.environ['KERAS_BACKEND'] = 'jax'; import keras"
+    result = run(code, PYTHONPATH=str(tmp_path))
+    assert "Keras already runs on 'jax'" in result.stderr
+
+
+@pytest.mark.parametrize("options", [["-h"], ["finetune", "--help"], ["weights", "-h"]])
+def test_help_imports_nothing_heavy(options):
+    result = run(f"""
+        import sys
+        from vggtorch.cli import main
+        assert main({options}) == 0
+        assert not {{"keras", "torch", "PIL", "numpy", "h5py", "accelerate"}} & set(sys.modules)
+    """)
+    assert result.stdout.startswith("Usage: vggtorch"), result.stderr
+
+
+def test_all_names_together_import_none_of_what_only_some_users_need():
+    result = run(f"""{OUTSIDE}
+    import vggtorch as vt
+    for name in dir(vt):
+        getattr(vt, name)
+    new = {{module.split(".")[0] for module in set(sys.modules) - known}}
+    print(new & {{"torchvision", "accelerate", "rich", "onnx", "sklearn", "tensorboard", "typer"}})
+    """)
+    assert result.stdout == "set()\n", result.stderr
+
+
+def test_dir_shows_the_public_names_and_no_others():
+    names = dir(vt)
+    assert names == sorted(names) == sorted(vt.__all__)
+    assert {"VGG16", "truncate", "finetune", "TrainConfig"} <= set(names)
+    assert not {"os", "sys", "models", "surgery", "lazy_loader"} & set(names)
+    assert all(callable(getattr(vt, name)) for name in names)
+
+
+def test_a_name_that_is_not_there_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="No vggtorch attribute VGG15"):
+        vt.VGG15  # noqa: B018
+
+
+@pytest.mark.parametrize("first", ["vggtorch", "keras", "vggtorch.keras_graph"])
+def test_keras_alone_loads_our_models_once_vggtorch_was_imported(first, tmp_path):
+    model = tiny.network()
+    OxfordModel(model.inputs, model.outputs).save(tmp_path / "tiny.keras")
+    code = f"import {first}, vggtorch, keras; print(type(keras.saving.load_model('tiny.keras')))"
+    result = run(code, cwd=tmp_path, KERAS_BACKEND="torch", PYTHONPATH=str(ROOT))
+    assert "OxfordModel" in result.stdout, result.stderr
+
+
+def test_asking_where_keras_is_leaves_the_watch_for_it_in_place():
+    result = run("""
+        import importlib.util, vggtorch
+        importlib.util.find_spec("keras")
+        import keras
+        print("vggtorch>OxfordModel" in keras.saving.get_custom_objects())
+    """)
+    assert result.stdout == "True\n", result.stderr
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """A folder that stands for site-packages, with what a build of the checkout puts there."""
+
+    def install(kind):
+        folder = tmp_path_factory.mktemp(kind)
+        monkeypatch = pytest.MonkeyPatch()
+        monkeypatch.chdir(ROOT)
+        wheel = getattr(hatchling.build, f"build_{kind}")(str(folder))
+        monkeypatch.undo()
+        with zipfile.ZipFile(folder / wheel) as archive:
+            archive.extractall(folder)
+        return folder
+
+    return install
+
+
+def test_a_wheel_holds_every_room_and_runs_by_itself(site, tmp_path):
+    folder = site("wheel")
+    package = Path(vt.__file__).parent
+    found = {p.relative_to(folder).as_posix() for p in folder.glob("vggtorch/**/*.*")}
+    assert found == {
+        f"vggtorch/{p.relative_to(package).as_posix()}"
+        for p in package.glob("**/*.*")
+        if p.suffix in (".py", ".pyi", ".typed")
+    }
+    (info,) = folder.glob("*.dist-info")
+    assert "vggtorch = vggtorch.cli:main" in (info / "entry_points.txt").read_text()
+    metadata = (info / "METADATA").read_text()
+    assert f"\nVersion: {vt.__version__}\n" in metadata
+    assert "\nLicense-Expression: MIT\n" in metadata
+    result = run(
+        "import vggtorch; print(vggtorch.__file__); "
+        "from vggtorch.cli import main; main(['inspect', 'vgg11'])",
+        cwd=tmp_path,
+        PYTHONPATH=str(folder),
+    )
+    assert result.stdout.startswith(str(folder)), result.stderr
+    assert "block1_conv1" in result.stdout
+
+
+def test_an_editable_install_works_from_the_folder_that_holds_the_checkout(site, tmp_path):
+    folder = site("editable")
+    (tmp_path / "vggtorch" / "vggtorch").mkdir(parents=True)  # looks like a namespace package
+    libraries = Path(lazy_loader.__file__).parent.parent
+    result = run(
+        f"import site; site.addsitedir({str(folder)!r}); import vggtorch; print(vggtorch.__file__)",
+        "-S",  # without the paths of what is installed already
+        cwd=tmp_path,
+        PYTHONPATH=os.pathsep.join([str(libraries)]),
+    )
+    assert result.stdout.strip() == str(ROOT / "vggtorch" / "__init__.py"), result.stderr
+
+
+def test_the_installed_version_is_the_packages():
+    assert version("vggtorch") == vt.__version__
