@@ -18,7 +18,7 @@ from keras import KerasTensor
 from keras.src.applications.convnext import LayerScale
 from keras.src.applications.imagenet_utils import obtain_input_shape
 from keras.src.backend.common import global_state
-from keras.src.backend.common.masking import get_keras_mask
+from keras.src.backend.common.masking import get_keras_mask, set_keras_mask
 from keras.src.backend.common.stateless_scope import in_stateless_scope
 from keras.src.layers.layer import CallContext
 from keras.src.models.functional import Functional, functional_like_constructor
@@ -39,26 +39,40 @@ __all__ = [
     "all_layers",
     "calls",
     "calls_of",
+    "data_format",
     "device",
     "draws_at_random",
+    "filled",
     "forget_calls_",
     "functional",
     "graph_of",
+    "has_mask",
     "in_stateless_scope",
+    "input_structure",
     "is_plain_functional",
+    "lambda_output_shape",
+    "layers_as_given",
     "obtain_input_shape",
     "operation_copy",
+    "operation_kind",
+    "output_structure",
     "override_call_",
+    "own_variables",
     "producer",
     "producing_call",
+    "raw_value",
     "reads_training",
+    "reset_seed_",
     "safe_mode_off",
     "same_padding",
     "scale_and_shift",
+    "seed_generators",
     "set_value_",
     "standardize_inputs",
     "to_snake_case",
+    "torch_dtype",
     "track_variables_",
+    "training_context",
 ]
 
 
@@ -264,6 +278,22 @@ def training_context(operation: Any, training: bool) -> Iterator[None]:
 def has_mask(tensor: KerasTensor) -> bool:
     """Whether a symbolic tensor carries a mask, such as an Embedding's with mask_zero=True."""
     return get_keras_mask(tensor) is not None
+
+
+def copy_mask_(source: torch.Tensor, target: torch.Tensor) -> None:
+    """Let a tensor carry the mask of another, if that has one."""
+    mask = get_keras_mask(source)
+    if mask is not None:
+        set_keras_mask(target, mask)
+
+
+def state_of(operation: Any) -> list[keras.Variable]:
+    """The variables that no optimizer ever changes: moving statistics, the state of seeds."""
+    if not isinstance(operation, keras.Layer):
+        return []
+    own = [layer._trainable_variables for layer in all_layers(operation)]
+    weights = {id(variable) for variables in own for variable in variables}
+    return [variable for variable in operation.variables if id(variable) not in weights]
 
 
 def operation_kind(operation: Any) -> str | None:

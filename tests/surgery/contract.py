@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 
 import keras
@@ -168,3 +169,10 @@ def nested():
     x = kl.Rescaling(1 / 255, name="rescale")(inputs)
     x = middle(x)
     return keras.Model(inputs, kl.Dense(2, name="head")(kl.Flatten(name="flat")(x)), name="outer")
+
+
+@functools.cache
+def vgg():
+    """A VGG16 without a classifier, and images for it; nobody changes either."""
+    model = keras.applications.VGG16(weights=None, include_top=False, input_shape=(32, 32, 3))
+    return shake_(model), images(32)

@@ -16,6 +16,7 @@ from contract import (
     same_snapshot,
     shake_,
     snapshot,
+    vgg,
 )
 from hypothesis import strategies as st
 from keras import layers as kl
@@ -110,7 +111,7 @@ def step(model, x, data, count):
 def seed_model(request):
     if request.param == "small":
         return shake_(small()), images(8) / 255
-    model, x = request.getfixturevalue("vgg")
+    model, x = vgg()
     return truncate(model, "block2_pool"), x / 255
 
 

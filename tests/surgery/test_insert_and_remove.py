@@ -18,6 +18,7 @@ from contract import (
     shake_,
     shared,
     snapshot,
+    vgg,
 )
 from keras import layers as kl
 
@@ -26,8 +27,8 @@ from vggtorch.surgery import insert, remove, replace, truncate
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def test_remove_of_several_layers(vgg):
-    model, x = vgg
+def test_remove_of_several_layers():
+    model, x = vgg()
     result = remove(model, ["block4_conv2", "block4_conv3", "block5_conv1"])
     check(model, result, gone=["block4_conv2", "block4_conv3", "block5_conv1"])
     y = run(truncate(model, "block4_conv1"), x)

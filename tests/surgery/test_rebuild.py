@@ -16,6 +16,7 @@ from contract import (
     same_snapshot,
     shake_,
     snapshot,
+    vgg,
 )
 from keras import layers as kl
 
@@ -46,8 +47,8 @@ def test_nothing_is_initialised_that_is_about_to_be_replaced():
         assert Watched.real == 2  # the new layer, once
 
 
-def test_memory_format_of_kernels_is_kept(vgg):
-    model, _ = vgg
+def test_memory_format_of_kernels_is_kept():
+    model, _ = vgg()
     model = truncate(model, "block1_pool")
     kernel = model.get_layer("block1_conv2").kernel._value  # HWIO
     kernel.data = kernel.permute(3, 0, 1, 2).contiguous().permute(1, 2, 3, 0)  # stored OHWI

@@ -6,7 +6,7 @@ import keras
 import numpy as np
 import pytest
 import torch
-from contract import equal, images, run
+from contract import equal, images, run, vgg
 from keras import layers as kl
 
 from vggtorch.surgery import replace
@@ -14,8 +14,8 @@ from vggtorch.surgery import replace
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def test_replace_by_a_copy_gives_the_same(vgg):
-    model, x = vgg
+def test_replace_by_a_copy_gives_the_same():
+    model, x = vgg()
     old = model.get_layer("block2_conv1")
     new = type(old).from_config({**old.get_config(), "name": "copy"})
     result = replace(model, "block2_conv1", new)
@@ -23,8 +23,8 @@ def test_replace_by_a_copy_gives_the_same(vgg):
     equal(run(result, x), run(model, x))
 
 
-def test_new_layers_keep_the_weights_they_come_with(vgg):
-    model, _ = vgg
+def test_new_layers_keep_the_weights_they_come_with():
+    model, _ = vgg()
     new = kl.Conv2D(64, 5, padding="same", name="new")
     new.build((None, 32, 32, 3))
     kernel = new.kernel.numpy()

@@ -6,7 +6,7 @@ import keras
 import numpy as np
 import pytest
 import torch
-from contract import check, equal, identity, run
+from contract import check, equal, identity, run, vgg
 from keras import layers as kl
 
 from vggtorch.models.preprocessing import remember_, weight_set
@@ -15,16 +15,16 @@ from vggtorch.surgery import insert, stack, truncate
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def test_weight_set_and_class_are_carried_on(vgg):
-    model, _ = vgg
+def test_weight_set_and_class_are_carried_on():
+    model, _ = vgg()
     model = remember_(truncate(model, "block2_pool"), "oxford")
     result = stack(model, kl.Flatten())
     assert weight_set(result) == "oxford"
     assert weight_set(keras.models.clone_model(result)) == "oxford"
 
 
-def test_a_head_of_every_kind(vgg, tmp_path):
-    model, x = vgg
+def test_a_head_of_every_kind(tmp_path):
+    model, x = vgg()
     model = stack(truncate(model, "block1_pool"), kl.GlobalAveragePooling2D(name="mean"))
     y = run(model, x)
 
@@ -49,7 +49,7 @@ def test_a_head_of_every_kind(vgg, tmp_path):
     again = insert(result, "mean", identity())
     assert again.layers[-1].module is not module
     equal(run(again, x), run(result, x))
-    larger = insert(stack(vgg[0], torch.nn.ReLU()), "block4_pool", kl.UpSampling2D())
+    larger = insert(stack(vgg()[0], torch.nn.ReLU()), "block4_pool", kl.UpSampling2D())
     assert larger.output_shape == (None, 2, 2, 512)
     assert run(larger, x).shape == (2, 2, 2, 512)
     result.save(tmp_path / "torch.keras")
@@ -57,8 +57,8 @@ def test_a_head_of_every_kind(vgg, tmp_path):
     equal(run(loaded, x), run(result, x))
 
 
-def test_automatic_names_give_way(vgg):
-    model, x = vgg
+def test_automatic_names_give_way():
+    model, x = vgg()
     first = stack(model, [kl.Flatten(), kl.Dense(4)])
     dense = kl.Dense(4)
     dense.name = first.layers[-1].name  # as if made in another session

@@ -5,7 +5,7 @@ from __future__ import annotations
 import keras
 import numpy as np
 import pytest
-from contract import identity, nested, same_snapshot, shared, snapshot
+from contract import identity, nested, same_snapshot, shared, snapshot, vgg
 from keras import layers as kl
 
 from vggtorch.surgery import distill_, freeze_, insert, remove, replace, stack, truncate, unfreeze_
@@ -269,8 +269,8 @@ def test_models_without_a_graph_get_one_answer(verb):
 
 
 @pytest.mark.parametrize("case", ERRORS)
-def test_errors(case, vgg):
-    model, _ = vgg
+def test_errors(case):
+    model, _ = vgg()
     operation, text = ERRORS[case]
     before = snapshot(model)
     with pytest.raises(ValueError, match=text):
@@ -278,8 +278,8 @@ def test_errors(case, vgg):
     same_snapshot(before, snapshot(model))
 
 
-def test_errors_leave_new_layers_unbuilt(vgg):
-    model, _ = vgg
+def test_errors_leave_new_layers_unbuilt():
+    model, _ = vgg()
     new = kl.Conv2D(7, 3)
     with pytest.raises(ValueError, match="would now get"):
         replace(model, "block1_conv1", new)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import keras
 import pytest
 import torch
-from contract import check, equal, run, shared
+from contract import check, equal, run, shared, vgg
 from keras import layers as kl
 
 from vggtorch.surgery import replace, truncate
@@ -13,8 +13,8 @@ from vggtorch.surgery import replace, truncate
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def test_the_tutorial_runs_on_results(vgg):
-    model, x = vgg
+def test_the_tutorial_runs_on_results():
+    model, x = vgg()
     custom = truncate(model, "block2_pool")
     layer_dict = {layer.name: layer for layer in custom.layers}
     y = layer_dict["block2_pool"].output
@@ -38,8 +38,8 @@ def test_the_tutorial_runs_on_results(vgg):
     equal(run(inner, x), run(tail, run(truncate(replaced, "block1_pool"), x)))
 
 
-def test_truncate_with_several_names_gives_several_outputs_in_that_order(vgg):
-    model, x = vgg
+def test_truncate_with_several_names_gives_several_outputs_in_that_order():
+    model, x = vgg()
     result = truncate(model, ["block3_conv3", "block1_conv2"])
     check(model, result, gone=["block3_pool"])
     late, early = run(result, x)

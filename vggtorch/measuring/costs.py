@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from vggtorch.keras_graph import Functional, graph_of, input_structure
+from vggtorch.keras_graph import Functional, graph_of, input_structure, torch_dtype
 from vggtorch.lowering.lowered import lower
 from vggtorch.measuring.timing import clock, in_turns
 
@@ -121,7 +121,7 @@ def example_of(graph: Functional, size: int, batch: int, device: torch.device) -
     """
     inputs = []
     for tensor in graph.inputs:
-        dtype = getattr(torch, tensor.dtype)
+        dtype = torch_dtype(tensor.dtype)
         make = torch.randn if dtype.is_floating_point else torch.zeros
         shape = [batch, *(n or size for n in tensor.shape[1:])]
         inputs.append(make(shape, device=device, dtype=dtype))

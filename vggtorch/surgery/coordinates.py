@@ -32,11 +32,6 @@ def part(start: keras.KerasTensor, ends: Sequence[keras.KerasTensor]) -> nn.Modu
     return lowering.part(start, list(ends), data_format="channels_first").eval()
 
 
-def layout(function: keras.Function) -> str:
-    """Whether a graph's maps are "channels_last" or "channels_first"."""
-    return lowering.layout(function)
-
-
 def linears(graph: nn.Module, parameters: Sequence[Tensor]) -> list[Linear]:
     """The modules of a graph that multiply with one of these parameters."""
     return [

@@ -20,14 +20,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vggtorch.keras_graph import graph_of
+from vggtorch.keras_graph import data_format, graph_of
 from vggtorch.surgery.composition import compose_
 from vggtorch.surgery.coordinates import (
     Coordinates,
     Moments,
     Scaled,
     coordinates_of,
-    layout,
     least_squares_,
     measure_moments,
     part,
@@ -254,7 +253,7 @@ def distill_(
     old, new = zip(*(region.behind[name] for name in names), strict=True)
     prefix = keras.Function(original.inputs, list(old))
     pixels = pixels.to(trained[0].device)
-    if layout(prefix) == "channels_last":
+    if data_format(prefix) == "channels_last":
         pixels = pixels.permute(0, 3, 1, 2)  # NHWC -> NCHW view
     generator = torch.Generator().manual_seed(seed)
     pixels = pixels[torch.randperm(len(pixels), generator=generator).to(pixels.device)]

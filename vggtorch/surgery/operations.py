@@ -1,8 +1,5 @@
 """Cut, extend and rearrange a Keras model by layer name: Model -> new Model.
 
-Every operation is one or more splices ("whoever read tensor A now reads tensor B after these new
-layers") given to one function, `_rebuild`, which walks the old graph once and makes a new one.
-
 The model that comes in stays exactly as it was. The result stands alone: it has layers of its own
 (made from the old ones' configs), values of its own (each tensor copied once, in its memory
 layout), the old names, and one node for each call of a layer, so that it can be cut again, saved,
@@ -42,8 +39,16 @@ def truncate(
     part begins after that layer: the tensor it puts out is the new model's input. Inputs that are
     no longer needed are dropped.
 
-    Raises ValueError for an unknown name, a layer with several outputs, and a `start` that some
-    path to `layers` goes around.
+    >>> import vggtorch as vt
+    >>> vgg = vt.VGG16(weights=None, include_top=False, input_shape=(32, 32, 3))
+    >>> vt.truncate(vgg, "block2_pool").output_shape
+    (None, 8, 8, 128)
+    >>> [layer.name for layer in vt.truncate(vgg, "block2_conv1", start="block1_conv2").layers]
+    ['block1_conv2_output', 'block1_pool', 'block2_conv1']
+
+    Raises:
+        ValueError: an unknown name, a layer with several outputs, or a `start` that some path to
+            `layers` goes around.
     """
     wiring = Wiring(model, "truncate")
     names = layer_names(layers, "truncate")
@@ -67,7 +72,14 @@ def stack(model: keras.Model, head: New) -> Functional:
     was flattened) and is pickled whole when the result is saved, so that loading it needs
     `keras.saving.load_model(path, safe_mode=False)`.
 
-    Raises ValueError if the model has several outputs or the head can't take its output.
+    >>> import keras, vggtorch as vt
+    >>> vgg = vt.VGG16(weights=None, include_top=False, input_shape=(32, 32, 3))
+    >>> head = [keras.layers.GlobalAveragePooling2D(), keras.layers.Dense(10, name="classes")]
+    >>> vt.stack(vgg, head).output_shape
+    (None, 10)
+
+    Raises:
+        ValueError: the model has several outputs, or the head can't take its output.
     """
     wiring = Wiring(model, "stack")
     if len(wiring.outputs) != 1:
@@ -85,7 +97,14 @@ def insert(model: keras.Model, after: str, layers: New) -> Functional:
 
     Where `after` is called several times, the new layers follow each call and are shared as it is.
 
-    Raises ValueError if what follows can't take the new layers' output.
+    >>> import keras, vggtorch as vt
+    >>> vgg = vt.VGG16(weights=None, include_top=False, input_shape=(32, 32, 3))
+    >>> result = vt.insert(vgg, "block1_pool", keras.layers.BatchNormalization(name="block1_norm"))
+    >>> [layer.name for layer in result.layers][3:6]
+    ['block1_pool', 'block1_norm', 'block2_conv1']
+
+    Raises:
+        ValueError: what follows can't take the new layers' output.
     """
     wiring = Wiring(model, "insert")
     tensors = wiring.outputs_of(after)
@@ -97,8 +116,15 @@ def remove(model: keras.Model, layers: str | Iterable[str]) -> Functional:
 
     A block with branches can go as a whole, all its layers named, if it has one way in.
 
-    Raises ValueError for a layer that joins several tensors, an input layer, and if what follows
-    can't take the tensor it would now get.
+    >>> import vggtorch as vt
+    >>> vgg = vt.VGG16(weights=None, include_top=False, input_shape=(32, 32, 3))
+    >>> result = vt.remove(vgg, ["block4_conv2", "block4_conv3"])
+    >>> [layer.name for layer in result.layers if layer.name.startswith("block4")]
+    ['block4_conv1', 'block4_pool']
+
+    Raises:
+        ValueError: a layer joins several tensors or is an input, or what follows can't take the
+            tensor that it would now get.
     """
     wiring = Wiring(model, "remove")
     names = layer_names(layers, "remove")
@@ -142,8 +168,16 @@ def replace(
     To learn how well the result matches, call `compose_` or `distill_` on what `init=None` gives:
     they say it.
 
-    Raises ValueError if the set has more than one way in or out (it names the edges), and if what
-    follows can't take what `new` puts out (it gives both shapes).
+    >>> import keras, vggtorch as vt
+    >>> vgg = vt.VGG16(weights=None, include_top=False, input_shape=(32, 32, 3))
+    >>> new = keras.layers.Conv2D(64, 5, padding="same", activation="relu", name="block1_conv")
+    >>> result = vt.replace(vgg, ["block1_conv1", "block1_conv2"], new)
+    >>> [layer.name for layer in result.layers][1:3]
+    ['block1_conv', 'block1_pool']
+
+    Raises:
+        ValueError: the set has more than one way in or out (the message names the edges), or what
+            follows can't take what `new` puts out (it gives both shapes).
     """
     if init not in (None, "compose", "distill"):
         raise ValueError(f"replace expects init=None, 'compose' or 'distill', received {init!r}.")

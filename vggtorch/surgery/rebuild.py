@@ -35,6 +35,7 @@ from vggtorch.keras_graph import (
     safe_mode_off,
     set_value_,
     to_snake_case,
+    torch_dtype,
     track_variables_,
 )
 from vggtorch.surgery.wiring import Wiring, needed, owner
@@ -151,7 +152,7 @@ def _torch_output_shape(module: torch.nn.Module, x: Tensor) -> tuple[int | None,
 
     def run(size: int) -> torch.Size:
         shape = [size if n is None else n for n in x.shape]
-        argument = torch.empty(shape, dtype=getattr(torch, x.dtype), device="meta")
+        argument = torch.empty(shape, dtype=torch_dtype(x.dtype), device="meta")
         return torch.func.functional_call(module, meta, argument).shape
 
     # Where two sizes for what is unknown give two results, the result is unknown.
