@@ -2,13 +2,16 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test quick lint bench clean
 
 demo: .venv/demo
 	$(BIN)/vggtorch demo
 
 test: .venv/dev
 	$(BIN)/python -m pytest
+
+quick: .venv/dev
+	$(BIN)/python -m pytest -m "not slow"
 
 lint: .venv/dev
 	$(BIN)/ruff check .

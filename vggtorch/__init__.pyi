@@ -3,10 +3,10 @@
 from .lowering.exporting import export as export
 from .lowering.lowered import accelerate_ as accelerate_
 from .lowering.lowered import lower as lower
-from .measuring.benchmark import bench as bench
-from .measuring.costs import compare as compare
-from .measuring.costs import draw as draw
-from .measuring.costs import inspect as inspect
+from .measuring import bench as bench
+from .measuring import compare as compare
+from .measuring import draw as draw
+from .measuring import inspect as inspect
 from .models.preprocessing import decode_predictions as decode_predictions
 from .models.preprocessing import preprocess as preprocess
 from .models.preprocessing import weight_set as weight_set
