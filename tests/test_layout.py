@@ -17,7 +17,6 @@ ROOMS = ("weights", "models", "lowering", "surgery", "measuring", "training")
 ENTRANCES = ("demo", "cli")  # what a user starts; they may import everything
 ORDER = (*GROUND, *ROOMS, *ENTRANCES)
 FILES = sorted(path for path in PACKAGE.rglob("*.py"))
-STEMS = {path.stem for path in FILES} - {"__init__", "__main__"} | set(ROOMS)
 
 
 def name(path: Path) -> str:
@@ -43,6 +42,13 @@ def imported(path: Path) -> Iterator[str]:
             yield from (name.removeprefix("vggtorch").removeprefix(".") for name in names)
 
 
+def taken_from_the_root(path: Path) -> set[str]:
+    """The names that a file uses of vggtorch itself, as in `vggtorch.__version__`."""
+    tree = ast.parse(path.read_text())
+    attributes = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
+    return {a.attr for a in attributes if getattr(a.value, "id", "") == "vggtorch"}
+
+
 def test_every_file_is_in_a_room():
     assert {home(path) for path in FILES} == {*ORDER, "__init__", "__main__"}
 
@@ -50,8 +56,9 @@ def test_every_file_is_in_a_room():
 @pytest.mark.parametrize("path", [p for p in FILES if home(p) in ORDER], ids=name)
 def test_a_file_imports_from_rooms_to_its_left_through_their_doors(path):
     for module in imported(path):
-        if module == "" and home(path) in ENTRANCES:
-            continue  # `import vggtorch as vt` is for those who stand outside
+        if module == "":  # all public names are for those who stand outside
+            assert home(path) in ENTRANCES or taken_from_the_root(path) == {"__version__"}
+            continue
         room, _, inside = module.partition(".")
         assert room in ORDER, f"vggtorch.{module} is neither a room nor a file of the ground"
         if room == home(path):
@@ -93,11 +100,15 @@ def test_a_room_says_in_which_order_to_read_it_and_what_others_may_use(room):
     assert any(isinstance(node, ast.ImportFrom) for node in listed.body)
 
 
-@pytest.mark.parametrize("path", [p for p in FILES if home(p) != "__main__"], ids=name)
-def test_no_public_name_is_also_a_files(path):
-    tree = ast.parse(path.read_text())
+@pytest.mark.parametrize("path", FILES, ids=name)
+def test_no_public_name_is_also_that_of_a_file_beside_it_or_of_a_room(path):
     kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
-    assert {node.name for node in tree.body if isinstance(node, kinds)} & STEMS == set()
+    names = {node.name for node in ast.parse(path.read_text()).body if isinstance(node, kinds)}
+    assert names & {*ORDER, *(file.stem for file in path.parent.glob("*.py"))} == set()
+
+
+def test_no_public_name_is_also_that_of_a_file():
+    assert set(vt.__all__) & {path.stem for path in FILES} == set()
 
 
 def test_no_file_is_over_500_lines():
