@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import keras
 import numpy as np
 import pytest
@@ -139,7 +141,7 @@ class Subclassed(keras.Model):
         return x
 
 
-VERBS = {
+VERBS: dict[str, Callable[[keras.Model], object]] = {
     "inspect": measuring.inspect,
     "bench": measuring.bench,
     "compare": lambda model: measuring.compare(sequential(), model),

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from vggtorch import surgery
+from vggtorch.keras_graph import producer
 from vggtorch.surgery import distillation
 
 L = keras.layers
@@ -133,7 +134,7 @@ def test_a_region_with_branches_inside_can_be_distilled(add):
     x = L.Conv2D(8, 3, padding="same", activation="relu", name="stem")(x)
     a = L.Conv2D(8, 3, padding="same", name="left")(x)
     x = add(a, x)
-    joined = x._keras_history.operation.name
+    joined = producer(x).name
     x = L.Conv2D(8, 3, strides=2, padding="same", activation="relu", name="after")(x)
     model = keras.Model(inputs, L.Dense(4, name="head")(L.Flatten(name="flat")(x)))
     new = L.Conv2D(8, 3, padding="same", name="new")
@@ -320,6 +321,19 @@ def test_new_layers_with_two_ways_in_cannot_be_distilled():
         ValueError, match=r"take their input from \['input.*', 'one'\]; expected one"
     ):
         surgery.distill_(model, model, ["join", "side"], images())
+
+
+def test_messages_list_layers_in_the_order_of_the_network() -> None:
+    inputs = keras.Input((16, 16, 3))
+    b = L.Conv2D(4, 3, name="b")(inputs)
+    c = L.Conv2D(4, 3, name="c")(inputs)
+    model = keras.Model(inputs, L.Add(name="a")([b, c]))
+    with pytest.raises(ValueError, match=r"'b', 'c', 'a'\]"):
+        surgery.distill_(model, model, ["nope"], images())
+    with pytest.raises(ValueError, match=r"are left from \['b', 'c'\]"):
+        surgery.distill_(model, model, ["c", "b"], images())
+    with pytest.raises(ValueError, match=r"layers \['a'\] take their input from \['b', 'c'\]"):
+        surgery.distill_(model, model, ["a"], images())
 
 
 def test_a_new_layer_that_was_not_named_is(original):

@@ -278,6 +278,19 @@ def test_errors(case):
     same_snapshot(before, snapshot(model))
 
 
+def test_messages_list_layers_in_the_order_of_the_network():
+    inputs = keras.Input((4,), name="in")
+    branches = [kl.Dense(2, name=name)(inputs) for name in "dbca"]
+    model = keras.Model(inputs, kl.Add(name="join")(branches[::-1]))
+    listed = ", ".join(layer.name for layer in model.layers)
+    with pytest.raises(ValueError, match=f"Its layers: {listed}"):
+        truncate(model, "nope")
+    two = keras.Model(inputs, branches, name="two")
+    outputs = ", ".join(f"'{layer.name}'" for layer in two.layers[1:])
+    with pytest.raises(ValueError, match=f"way out; {outputs} have 4"):
+        replace(two, ["a", "b", "c", "d"], identity())
+
+
 def test_errors_leave_new_layers_unbuilt():
     model, _ = vgg()
     new = kl.Conv2D(7, 3)
