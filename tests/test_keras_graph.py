@@ -164,6 +164,10 @@ def check_masks() -> None:
     tokens = keras.Input((3,), dtype="int32")
     assert keras_graph.has_mask(kl.Embedding(5, 2, mask_zero=True)(tokens))
     assert not keras_graph.has_mask(kl.Embedding(5, 2)(tokens))
+    masked = kl.Embedding(5, 2, mask_zero=True)(torch.tensor([[1, 0]]))
+    other = torch.ones(1, 2, 2)
+    keras_graph.copy_mask_(masked, other)
+    assert keras_graph.has_mask(other)
 
 
 def check_operation_kinds() -> None:
@@ -189,6 +193,9 @@ def check_own_variables() -> None:
     model = keras.Model(inputs, kl.BatchNormalization(name="norm")(inputs))
     assert len(keras_graph.own_variables(model.get_layer("norm"))) == 4
     assert not keras_graph.own_variables(model)
+    norm = model.get_layer("norm")
+    norm.trainable = False  # which leaves what it learns and what it counts what they are
+    assert keras_graph.state_of(model) == [norm.moving_mean, norm.moving_variance]
 
 
 def check_lambda() -> None:
@@ -268,6 +275,7 @@ PARTS: dict[str, Callable[..., None]] = {
     "current_call_ctx": check_training_context,
     "global_state": check_training_context,
     "get_keras_mask": check_masks,
+    "set_keras_mask": check_masks,
     "keras.src.ops.numpy": check_operation_kinds,
     "_seed_generators": check_seed_generators,
     "_initial_seed": check_seed_generators,

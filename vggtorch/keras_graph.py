@@ -39,6 +39,7 @@ __all__ = [
     "all_layers",
     "calls",
     "calls_of",
+    "copy_mask_",
     "data_format",
     "device",
     "draws_at_random",
@@ -69,10 +70,12 @@ __all__ = [
     "seed_generators",
     "set_value_",
     "standardize_inputs",
+    "state_of",
     "to_snake_case",
     "torch_dtype",
     "track_variables_",
     "training_context",
+    "without_activation",
 ]
 
 
@@ -190,6 +193,26 @@ def operation_copy(operation: keras.Operation) -> keras.Operation:
     vars(new).update(vars(operation))
     forget_calls_(new)
     return new
+
+
+def without_activation(tensor: KerasTensor) -> KerasTensor:
+    """What the layer that makes a symbolic tensor has computed before its activation.
+
+    The new tensor stands in the same graph, made by a copy of that layer on the layer's own
+    variables (and, where the layer is the last of a nested model, by a model on that model's own
+    layers). The layer, its model and what they know of their calls stay as they are.
+    """
+    call = producing_call(tensor)
+    inner = functional(call.operation)
+    if inner is None:
+        copied = operation_copy(call.operation)
+        copied.activation = keras.activations.linear
+    else:
+        copied = keras.Model(inner._inputs_struct, without_activation(inner.outputs[0]))
+    result = copied(*call.arguments.args, **call.arguments.kwargs)
+    for parent in {id(t): producer(t) for t in call.input_tensors}.values():
+        parent._outbound_nodes.remove(producing_call(result))
+    return result
 
 
 def filled(node: Node, values: dict[int, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

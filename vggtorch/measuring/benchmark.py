@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vggtorch.keras_graph import graph_of
-from vggtorch.lowering.lowered import lower
+from vggtorch.lowering import lower
 from vggtorch.measuring import timing
 from vggtorch.measuring.costs import example_of, table
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from vggtorch.keras_graph import Functional, graph_of, input_structure, torch_dtype
-from vggtorch.lowering.lowered import lower
+from vggtorch.lowering import lower
 from vggtorch.measuring.timing import clock, in_turns
 
 
@@ -96,21 +96,16 @@ def inspect(model: keras.Model, *, size: int = 224, repeats: int = 5) -> Report:
         times = _time_layers(module, example, repeats)
         runs = in_turns({"": lambda: module(example)}, repeats, device)
         seconds = statistics.median(runs[""])
-    kinds = {layer.name.replace(".", "_"): layer for layer in model.layers}
-    rows = [
-        Row(
-            name,
-            type(kinds.get(name, child)).__name__,
-            shapes[name],
-            sum(p.numel() for p in child.parameters()),
-            counts[name],
-            outputs[name],
-            times[name],
-        )
-        for name, child in module.named_children()
-    ]
-    parameters = sum(p.numel() for p in module.parameters())  # those that are shared count once
-    total = replace(_sum("total", rows), parameters=parameters, seconds=seconds)
+    layers = {layer.name.replace(".", "_"): layer for layer in model.layers}
+    rows = []
+    for name, child in module.named_children():
+        layer = layers.get(name)  # None for an operation, such as keras.ops.add
+        kind = type(child if layer is None else layer).__name__
+        parameters = 0 if layer is None else layer.count_params()
+        costs = parameters, counts[name], outputs[name], times[name]
+        rows.append(Row(name, kind, shapes[name], *costs))
+    # Weights that layers share count once, and the network's time is its own.
+    total = replace(_sum("total", rows), parameters=model.count_params(), seconds=seconds)
     return Report(tuple(rows), total)
 
 
