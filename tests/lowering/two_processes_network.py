@@ -1,0 +1,54 @@
+"""Train `to_torch(model)` by DDP and by FSDP2 on two processes: started by torchrun."""
+
+from __future__ import annotations
+
+import vggtorch as vt  # isort: skip  (first: it selects Keras's torch backend)
+import keras
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+
+def network() -> tuple[keras.Model, torch.nn.Module]:
+    keras.utils.set_random_seed(0)
+    vgg = vt.VGG11(weights=None, include_top=False, input_shape=(32, 32, 3), pooling="avg")
+    return vgg, vt.to_torch(vgg, data_format="channels_first")
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    x = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    mine = x[2 * rank : 2 * rank + 2]
+
+    _, whole = network()
+    whole(x).square().mean().backward()
+    expected = {name: p.grad for name, p in whole.named_parameters()}
+
+    keras_model, plain = network()
+    parallel = DistributedDataParallel(plain)
+    parallel(mine).square().mean().backward()
+    for name, p in plain.named_parameters():
+        torch.testing.assert_close(p.grad, expected[name], rtol=1e-4, atol=1e-7)
+    torch.optim.SGD(parallel.parameters(), 0.1).step()
+    torch.testing.assert_close(
+        keras_model(x.permute(0, 2, 3, 1), training=False), plain(x), rtol=1e-5, atol=1e-7
+    )
+
+    _, sharded = network()
+    for module in (sharded.block3_conv1, sharded.block4_conv1):
+        fully_shard(module)
+    fully_shard(sharded)
+    sharded(mine).square().mean().backward()
+    for name, p in sharded.named_parameters():
+        assert isinstance(p, DTensor) and isinstance(p.grad, DTensor)
+        torch.testing.assert_close(p.grad.full_tensor(), expected[name], rtol=1e-4, atol=1e-7)
+    print(f"process {rank} is done", flush=True)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,307 @@
+"""Modules for what Keras does and torch.nn has no exact module for.
+
+Each takes and gives tensors with the channels on axis 1 where torch.nn's own modules do, and
+`KerasLayer` those of Keras's layout.
+"""
+
+# ruff: noqa: D102  (forward does what its class says)
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vggtorch import keras_graph
+
+
+def train_batch_norm(
+    x: Tensor,
+    mean: Tensor,
+    variance: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    step: float,
+    eps: float,
+) -> Tensor:
+    """Normalise by the batch's own moments, and let `mean` and `variance` go a step towards them.
+
+    torch would keep the unbiased variance; it is asked for the batch's own, and that is undone.
+    """
+    n = x.numel() // x.shape[1]
+    batch_mean, batch_variance = torch.zeros_like(mean), torch.zeros_like(variance)
+    # Not F.batch_norm, which refuses one value for each channel; Keras takes it.
+    y = torch.batch_norm(
+        x, weight, bias, batch_mean, batch_variance, True, 1.0, eps, torch.backends.cudnn.enabled
+    )
+    with torch.no_grad():
+        biased = batch_variance * ((n - 1) / n) if n > 1 else torch.zeros_like(batch_variance)
+        mean.lerp_(batch_mean, step)
+        variance.lerp_(biased, step)
+    return y
+
+
+torch.fx.wrap("train_batch_norm")  # a tracer records the call, which depends on the batch's size
+
+
+class _KerasRules(nn.modules.batchnorm._BatchNorm):
+    """Batch norm by Keras's rules: a biased moving variance, and inference while it is frozen.
+
+    `frozen` follows the Keras layer's `trainable`.
+    """
+
+    frozen = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean, variance = self.running_mean, self.running_var
+        if mean is None or variance is None:  # somebody made it track nothing
+            return super().forward(x)
+        if not self.training or self.frozen:
+            return F.batch_norm(x, mean, variance, self.weight, self.bias, False, 0.0, self.eps)
+        if self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+        if self.momentum is not None:
+            step = self.momentum
+        else:  # a plain mean over all batches, which update_bn asks for
+            step = 1.0 / float(self.num_batches_tracked or 1)
+        return train_batch_norm(x, mean, variance, self.weight, self.bias, step, self.eps)
+
+
+class BatchNorm1d(_KerasRules, nn.BatchNorm1d):
+    """nn.BatchNorm1d by Keras's rules; x is (N, C) or (N, C, L)."""
+
+
+class BatchNorm2d(_KerasRules, nn.BatchNorm2d):
+    """nn.BatchNorm2d by Keras's rules; x is (N, C, H, W)."""
+
+
+class BatchNorm3d(_KerasRules, nn.BatchNorm3d):
+    """nn.BatchNorm3d by Keras's rules; x is (N, C, D, H, W)."""
+
+
+def pad_same(
+    x: Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    mode: str,
+) -> Tensor:
+    """Pad (N, C, ...) as Keras's padding="same" does, which depends on the size with strides."""
+    pads: list[int] = []
+    for n, k, s, d in zip(x.shape[2:], kernel, stride, dilation, strict=True):
+        total = max((-(-n // s) - 1) * s + (k - 1) * d + 1 - n, 0)
+        pads = [total // 2, total - total // 2, *pads]  # F.pad begins with the last axis
+    return F.pad(x, pads, mode=mode) if any(pads) else x
+
+
+torch.fx.wrap("pad_same")  # a tracer records the call, since the padding depends on the size
+
+
+class SamePad(nn.Module):
+    """Keras's padding="same" where no constant padding is right for every image size."""
+
+    def __init__(
+        self,
+        kernel: Sequence[int],
+        stride: Sequence[int],
+        dilation: Sequence[int],
+        mode: str = "constant",
+    ) -> None:
+        super().__init__()
+        self.kernel, self.stride = tuple(kernel), tuple(stride)
+        self.dilation, self.mode = tuple(dilation), mode
+
+    def forward(self, x: Tensor) -> Tensor:
+        return pad_same(x, self.kernel, self.stride, self.dilation, self.mode)
+
+    def extra_repr(self) -> str:
+        return f"kernel={self.kernel}, stride={self.stride}, mode={self.mode!r}"
+
+
+class SameAvgPool(nn.Module):
+    """Keras's average pool with padding="same"; x is (N, C, ...).
+
+    Zeros that pad both sides alike don't count in the mean; where Keras must pad one side more, it
+    repeats the edge, which does. Which of the two depends on the size, where the pool has strides.
+    """
+
+    def __init__(self, size: Sequence[int], stride: Sequence[int]) -> None:
+        super().__init__()
+        self.size, self.stride = tuple(size), tuple(stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return avg_pool_same(x, self.size, self.stride)
+
+    def extra_repr(self) -> str:
+        return f"size={self.size}, stride={self.stride}"
+
+
+def avg_pool_same(x: Tensor, size: Sequence[int], stride: Sequence[int]) -> Tensor:
+    """What `SameAvgPool` computes."""
+    pool: Any = {3: F.avg_pool1d, 4: F.avg_pool2d, 5: F.avg_pool3d}[x.ndim]
+    totals = [
+        max((-(-n // s) - 1) * s + k - n, 0)
+        for n, k, s in zip(x.shape[2:], size, stride, strict=True)
+    ]
+    if all(total % 2 == 0 for total in totals):
+        padding = tuple(total // 2 for total in totals)
+        y: Tensor = pool(x, size, stride, padding, count_include_pad=False)
+    else:
+        y = pool(pad_same(x, size, stride, (1,) * len(size), "replicate"), size, stride)
+    return y
+
+
+torch.fx.wrap("avg_pool_same")
+
+
+class Normalize(nn.Module):
+    """(x - mean) / deviation, on Keras's layout."""
+
+    mean: Tensor
+    variance: Tensor
+
+    def __init__(self, mean: Tensor, variance: Tensor, least: float) -> None:
+        super().__init__()
+        self.least = least  # of the deviation
+        self.register_buffer("mean", mean)
+        self.register_buffer("variance", variance)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x - self.mean) / self.variance.sqrt().clamp(min=self.least)
+
+
+class Scale(nn.Module):
+    """x * weight, a number for each channel, which is the last axis."""
+
+    weight: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.weight
+
+
+class SharedDropout(nn.Module):
+    """Dropout that keeps or drops along some axes at once, as Keras's `noise_shape` says."""
+
+    def __init__(self, rate: float, noise_shape: Sequence[int | None]) -> None:
+        super().__init__()
+        self.rate, self.noise_shape = rate, tuple(noise_shape)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or not self.rate:
+            return x
+        shape = [n if m is None else m for n, m in zip(x.shape, self.noise_shape, strict=True)]
+        return x * F.dropout(x.new_ones(shape), self.rate)
+
+
+class Rescale(nn.Module):
+    """x * scale + offset; each is a number, or has the shape of one number for each channel."""
+
+    scale: Tensor
+    offset: Tensor
+
+    def __init__(self, scale: Tensor, offset: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("scale", scale, persistent=False)
+        self.register_buffer("offset", offset, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.scale + self.offset
+
+
+class KerasFunction(nn.Module):
+    """An activation function of Keras or of the user, on Keras's layout."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+
+@dataclass(frozen=True)
+class _Argument:
+    """Stands for the tensor number `index` in the recorded arguments of a call."""
+
+    index: int
+
+
+class KerasLayer(nn.Module):
+    """A layer, or an operation of keras.ops, that runs as Keras runs it, on Keras's layout.
+
+    Its variables are the module's own parameters (what Keras doesn't train, buffers), under their
+    names in Keras. A tensor that torch has put in a parameter's place, as functional_call does,
+    is what the layer then computes with.
+    """
+
+    def __init__(self, node: keras_graph.Node, share: bool) -> None:
+        super().__init__()
+        operation = node.operation
+        position = {id(tensor): i for i, tensor in enumerate(node.input_tensors)}
+        self.arguments = keras.tree.map_structure(
+            lambda x: _Argument(position[id(x)]) if isinstance(x, keras.KerasTensor) else x,
+            (node.arguments.args, node.arguments.kwargs),
+        )
+        # In a tuple, which keeps the Keras layer from being a submodule with names of its own.
+        self.operation = (operation,)
+        self.names: list[str] = []
+        prefix = f"{getattr(operation, 'path', '')}/"
+        for variable in getattr(operation, "variables", ()):
+            name = variable.path.removeprefix(prefix).replace("/", "_").replace(".", "_")
+            while hasattr(self, name):
+                name += "_"
+            value = keras_graph.raw_value(variable)
+            if not share:
+                value = torch.nn.Parameter(value.detach().clone(), value.requires_grad)
+            if variable.trainable or value.requires_grad:
+                self.register_parameter(name, value)  # type: ignore[arg-type]
+            else:
+                self.register_buffer(name, value if share else value.detach())
+            self.names.append(name)
+
+    def forward(self, *inputs: Tensor) -> Any:
+        if any(isinstance(x, torch.fx.Proxy) for x in inputs):
+            raise ValueError(
+                f"torch.fx can't trace into {self._title()}, which runs as Keras runs it. The "
+                f"network is a GraphModule already: take its .graph, or trace with a Tracer whose "
+                f"is_leaf_module is true for {type(self).__name__}."
+            )
+        (operation,) = self.operation
+        args, kwargs = keras.tree.map_structure(
+            lambda x: inputs[x.index] if isinstance(x, _Argument) else x, self.arguments
+        )
+        if keras_graph.reads_training(operation) and kwargs.get("training") is None:
+            kwargs = {**kwargs, "training": self.training}
+        with self._own_values(), keras_graph.training_context(operation, self.training):
+            outputs = operation(*args, **kwargs)
+        flat = keras.tree.flatten(outputs)
+        return flat[0] if len(flat) == 1 else tuple(flat)
+
+    @contextlib.contextmanager
+    def _own_values(self) -> Any:
+        """Let the layer compute with the module's tensors where those aren't its variables' own."""
+        (operation,) = self.operation
+        variables = list(getattr(operation, "variables", ()))
+        mine = [getattr(self, name) for name in self.names]
+        if all(keras_graph.raw_value(v) is t for v, t in zip(variables, mine, strict=True)):
+            yield
+            return
+        with keras.StatelessScope(list(zip(variables, mine, strict=True))) as scope:
+            yield
+        for variable, tensor in zip(variables, mine, strict=True):
+            value = scope.get_current_value(variable)
+            if value is not None and value is not tensor:  # moving statistics, counters of seeds
+                with torch.no_grad():
+                    tensor.copy_(value)
+
+    def _title(self) -> str:
+        (operation,) = self.operation
+        return f"{operation.name!r} ({type(operation).__name__})"
+
+    def extra_repr(self) -> str:
+        return self._title()
