@@ -81,6 +81,11 @@ def test_dir_shows_the_public_names_and_no_others():
     assert all(callable(getattr(vt, name)) for name in names)
 
 
+@pytest.mark.parametrize("name", vt.__all__)
+def test_every_public_name_has_an_example(name):
+    assert ">>> " in (getattr(vt, name).__doc__ or "")
+
+
 def test_a_name_that_is_not_there_is_an_attribute_error():
     with pytest.raises(AttributeError, match="No vggtorch attribute VGG15"):
         vt.VGG15  # noqa: B018
