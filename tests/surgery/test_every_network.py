@@ -21,7 +21,7 @@ from contract import (
 )
 from keras import layers as kl
 
-from vggtorch.models.preprocessing import remember_, weight_set
+from vggtorch.models import remember_, weight_set
 from vggtorch.surgery import freeze_, insert, remove, replace, stack, truncate, unfreeze_
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -39,7 +39,15 @@ NETWORKS = {  # of keras.applications: the smallest input each takes
 }
 
 
-@pytest.fixture(scope="module", params=NETWORKS)
+QUICK = ("VGG16", "ResNet50")
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in NETWORKS
+    ],
+)
 def network(request):
     size = NETWORKS[request.param]
     build = getattr(keras.applications, request.param)
