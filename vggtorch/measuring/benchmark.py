@@ -109,7 +109,7 @@ def bench(model: keras.Model, batch: int = 8, *, size: int = 224, repeats: int =
             trained = _measure(gradients, repeats, device) if parameters else ()
     finally:
         with torch.no_grad():
-            for value, before in kept:  # batch norm has counted, and seeds have moved on
+            for value, before in kept:  # the runs changed moving statistics and seeds
                 value.copy_(before)
     return Bench(batch, inferred, trained)
 
@@ -136,7 +136,7 @@ def _measure(
     expected: list[Tensor] = []
     differences = {}
     for name, run in candidates.items():
-        torch.manual_seed(0)  # so that dropout drops the same
+        torch.manual_seed(0)  # so that dropout drops the same in each run
         found = [y.detach() for y in keras.tree.flatten(run()) if y is not None]
         expected = expected or found
         differences[name] = difference(found, expected)

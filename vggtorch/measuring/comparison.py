@@ -58,7 +58,7 @@ def compare(
         ValueError: a model is not a graph of layers.
     """
     for model in (before, after):
-        graph_of(model, "compare")  # before anything is measured
+        graph_of(model, "compare")  # refuse either model before the first is measured
     first, second = (inspect(model, size=size, repeats=repeats) for model in (before, after))
     return Comparison(first, second)
 

@@ -163,7 +163,7 @@ def _count(
         counts[name] += counter.get_total_flops() // 2
         tensors: list[Tensor] = keras.tree.flatten(output)
         sizes[name] += sum(t.nbytes for t in tensors)
-        # NCHW -> NHWC where the model has it so
+        # NCHW -> NHWC where the model's maps are NHWC
         last = module.data_format == "channels_last" and tensors[0].ndim == 4
         shapes[name] = tuple((tensors[0].movedim(1, -1) if last else tensors[0]).shape[1:])
 

@@ -155,7 +155,7 @@ def _torch_output_shape(module: torch.nn.Module, x: Tensor) -> tuple[int | None,
         argument = torch.empty(shape, dtype=torch_dtype(x.dtype), device="meta")
         return torch.func.functional_call(module, meta, argument).shape
 
-    # Where two sizes for what is unknown give two results, the result is unknown.
+    # An axis of the result is unknown if its size depends on that of an unknown axis of the input.
     return tuple(a if a == b else None for a, b in zip(run(83), run(89), strict=True))
 
 
@@ -252,7 +252,7 @@ def _from_config(old: Layer) -> Layer:
         new = type(old).from_config(config)
     if old.built and type(old).build_from_config is not Layer.build_from_config:
         with _on(device):
-            new.build_from_config(old.get_build_config())  # it makes its state in its own way
+            new.build_from_config(old.get_build_config())  # which makes a state of another kind
     return new
 
 
@@ -316,9 +316,8 @@ def _carry_(old: Layer, new: Layer) -> None:
     """Give `new` the values, trainable flags and other tensors of `old`, each copied once."""
     layers = list(zip(all_layers(old), all_layers(new), strict=True))
     for source, target in layers:
-        target.trainable = (
-            source.trainable
-        )  # parents come first: setting theirs sets their children's
+        # Parents come first, because setting the flag of one sets those of its children.
+        target.trainable = source.trainable
         for name, tensor in vars(source).items():
             if isinstance(tensor, torch.Tensor):  # such as Normalization's mean
                 setattr(target, name, tensor.detach().clone())

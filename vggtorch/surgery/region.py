@@ -87,7 +87,7 @@ def find_region(original: keras.Model, result: keras.Model, new_layers: Sequence
             f"one way out."
         )
     leaves, leaves_now = exits[0]
-    if not behind:  # they are the network's last
+    if not behind:  # the new layers are the network's last
         behind = {producer(leaves_now).name: exits[0]}
     return Region((old[entry].outputs[0], leaves), (now[entry].outputs[0], leaves_now), behind)
 

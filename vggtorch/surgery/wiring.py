@@ -188,7 +188,7 @@ def needed(
 
     order: dict[Node, None] = {}
     todo = origins(outputs)[::-1]
-    while todo:  # not recursive: graphs are deeper than Python's stack
+    while todo:  # a recursion would run out of Python's stack on deep graphs
         node = todo[-1]
         waiting = [n for n in origins(node.input_tensors) if n not in order]
         if waiting and node not in order:
