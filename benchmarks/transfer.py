@@ -32,10 +32,12 @@ import numpy as np
 import torch
 from torch.utils.data import TensorDataset
 
-from vggtorch.models.preprocessing import remember_
+from vggtorch.models import remember_
 from vggtorch.training.config import TrainConfig
 from vggtorch.training.data import Folder, as_input, in_order, read_folder, shuffled
-from vggtorch.training.loop import finetune, learning_rate, with_head
+from vggtorch.training.heads import with_head
+from vggtorch.training.loop import finetune
+from vggtorch.training.optimization import learning_rate
 
 SIZE = 96
 ROWS = ("block2_pool tutorial", "block4_pool mlp", "pooled 3-5")
@@ -61,7 +63,7 @@ def refold(data: Path, fold: int, target: Path) -> Path:
 def configuration(epochs: int, folder: str) -> TrainConfig:
     return TrainConfig(
         epochs=epochs, batch_size=64, label_smoothing=0.1, image_size=SIZE, augment="flip",
-        cache_copies=2, cache_half=True, folder=folder,
+        cache_copies=2, cache_dtype="float16", output_dir=folder,
     )  # fmt: skip
 
 
@@ -159,7 +161,7 @@ def cache(data: Path, weights: str, epochs: int) -> None:
     seconds: list[list[float]] = []
     for use in (True, False, True, False):
         with tempfile.TemporaryDirectory() as folder:
-            config = TrainConfig(epochs=epochs, batch_size=60, cache=use, folder=folder)
+            config = TrainConfig(epochs=epochs, batch_size=60, cache=use, output_dir=folder)
             model = network(weights, "block4_pool linear", len(source.classes))
             history = finetune(model, train, None, config)
         losses.append([epoch["loss"] for epoch in history.epochs])

@@ -7,7 +7,9 @@ from pathlib import Path
 import vggtorch  # noqa: F401  # isort: skip  (first: it selects Keras's torch backend)
 import keras
 import numpy as np
+import torch
 from PIL import Image
+from torch.utils.data import TensorDataset
 
 COLOURS = {"blue": (50, 60, 190), "green": (60, 180, 60), "red": (200, 50, 50)}
 
@@ -48,3 +50,22 @@ def pictures(folder: Path, each: int = 8, size: int = 20, seed: int = 0) -> Path
 
 def weights(model: keras.Model) -> list[np.ndarray]:
     return [keras.ops.convert_to_numpy(v) for v in model.weights]
+
+
+def dataset(count: int = 20, seed: int = 0) -> TensorDataset:
+    """Noise that is ready for the network, in three classes."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(count, 16, 16, 3, generator=generator) * 100 + 100
+    return TensorDataset(x, torch.arange(count) % 3)
+
+
+def regularized(model: keras.Model, regularizer: keras.Regularizer | None) -> keras.Model:
+    for layer in model.layers:
+        if hasattr(layer, "kernel"):
+            layer.kernel.regularizer = regularizer
+    return model
+
+
+def curve(history, name: str = "loss") -> list[float]:
+    """One figure of every epoch."""
+    return [epoch[name] for epoch in history.epochs]

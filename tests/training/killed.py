@@ -1,5 +1,8 @@
-"""Kill a training run at random moments, resume it, and compare its weights with those of one
-that was left alone: `PYTHONPATH=tests python tests/training/killed.py FOLDER --kills 50`. Needs fork, so no Windows.
+"""Kill a training run at random moments, resume it, and compare its weights with an unharmed one's.
+
+    PYTHONPATH=tests python tests/training/killed.py FOLDER --kills 50
+
+It forks, so it doesn't run on Windows.
 """
 
 from __future__ import annotations
@@ -23,8 +26,8 @@ from vggtorch.training.loop import finetune
 def train(folder: Path, data: Path) -> None:
     config = TrainConfig(
         head="mlp", freeze="block2_pool", unfreeze=((2, "block2_conv1"),), epochs=4, batch_size=6,
-        augment="crop", cache_copies=2, ema=0.9, layer_decay=0.5, clip_norm=1.0, image_size=16,
-        checkpoint_steps=1, resume=True, folder=str(folder),
+        augment="crop", cache_copies=2, ema_decay=0.9, layer_decay=0.5, max_grad_norm=1.0,
+        image_size=16, checkpoint_steps=1, resume=True, output_dir=str(folder),
     )  # fmt: skip
     finetune(tiny.network(None, batch_norm=True), data, config=config)
 

@@ -36,7 +36,7 @@ def test_finetune_takes_a_plan_as_it_is(tmp_path):
     plan = dataclasses.replace(
         advise(24, 3, "different"),
         cut="block2_pool", freeze="block2_pool", epochs=2, image_size=16,
-        folder=str(tmp_path / "r"),
+        output_dir=str(tmp_path / "r"),
     )  # fmt: skip
     history = finetune(tiny.network(None), tiny.pictures(tmp_path / "data"), config=plan)
     assert len(history.epochs) == 2

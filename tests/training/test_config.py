@@ -1,12 +1,12 @@
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import re
 
 import pytest
+from fresh import run
 
-from vggtorch.training.config import TrainConfig, add_arguments, options_from
+from vggtorch.training.config import TrainConfig
 
 
 @pytest.mark.parametrize(
@@ -20,12 +20,15 @@ from vggtorch.training.config import TrainConfig, add_arguments, options_from
         ({"learning_rate": "fast"}, "Received learning_rate='fast'; expected a number above 0."),
         ({"layer_decay": 1.5}, "expected a number above 0 and at most 1."),
         ({"label_smoothing": 1.0}, "expected a number from 0 and below 1."),
-        ({"ema": 1.0}, "expected a number between 0 and 1, or None."),
+        ({"ema_decay": 1.0}, "expected a number between 0 and 1, or None."),
         ({"optimizer": "adam"}, "Received optimizer='adam'; expected one of 'adamw', 'sgd'."),
         ({"head": "big"}, "Received head='big'; expected one of 'tutorial', 'linear', 'mlp'."),
         ({"augment": "all"}, "expected one of 'none', 'flip', 'crop', 'trivial'."),
         ({"cut": "block2_pool"}, "Received cut='block2_pool' without a head."),
-        ({"unfreeze": ((2, "block5_conv1"),)}, "Received unfreeze without freeze"),
+        (
+            {"unfreeze": ((2, "block5_conv1"),)},
+            "Received unfreeze=((2, 'block5_conv1'),), and nothing is frozen.",
+        ),
         (
             {"freeze": "block5_pool", "unfreeze": ((10, "block5_conv1"),)},
             "expected pairs of an epoch from 1 to 9 and a layer's name",
@@ -37,34 +40,15 @@ def test_config_says_what_it_expected(options, message):
         TrainConfig(**options)
 
 
-def test_every_field_is_an_option():
-    parser = argparse.ArgumentParser()
-    add_arguments(parser)
-    assert options_from(parser.parse_args([])) == {}
-    changed = TrainConfig(
-        cut="block4_pool", head="mlp", freeze="block4_pool", unfreeze=((2, "a"), (3, "b")),
-        epochs=5, batch_size=7, accumulate=2, optimizer="sgd", learning_rate=0.5, layer_decay=0.4,
-        warmup=0.3, schedule="constant", weight_decay=0.2, label_smoothing=0.1, clip_norm=2.0,
-        ema=0.9, patience=3, precision="bf16", image_size=96, augment="crop", broken="skip",
-        holdout=0.3, workers=1, cache=False, cache_copies=2, cache_half=True, cache_folder="c",
-        folder="r", checkpoint_steps=9, resume=True, tensorboard=True, seed=4,
-    )  # fmt: skip
-    words = []
+def test_every_field_has_a_text_for_the_command_line():
     for field in dataclasses.fields(TrainConfig):
-        value, flag = getattr(changed, field.name), "--" + field.name.replace("_", "-")
-        assert value != field.default, field.name
-        if isinstance(value, bool):
-            words.append(flag if value else flag.replace("--", "--no-", 1))
-        elif field.name == "unfreeze":
-            words += [flag, *(f"{epoch}:{layer}" for epoch, layer in value)]
-        else:
-            words += [flag, str(value)]
-    assert TrainConfig(**options_from(parser.parse_args(words))) == changed
+        text = field.metadata["help"]
+        assert text[0].isupper() and text.endswith("."), field.name
+        assert len(text) <= 100, field.name
 
 
-def test_an_unfreeze_option_without_an_epoch(capsys):
-    parser = argparse.ArgumentParser()
-    add_arguments(parser)
-    with pytest.raises(SystemExit):
-        parser.parse_args(["--unfreeze", "block5_conv1"])
-    assert "isn't EPOCH:LAYER" in capsys.readouterr().err
+def test_the_configuration_needs_no_keras_and_no_torch():
+    result = run(
+        "import sys, vggtorch as vt; vt.TrainConfig(); print({'keras', 'torch'} & {*sys.modules})"
+    )
+    assert result.stdout.split() == ["set()"], result.stderr

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, IterableDataset, WeightedRandomSampler
 
-from vggtorch.models.preprocessing import preprocess
+from vggtorch.models import preprocess
 from vggtorch.training import data
 
 
@@ -47,7 +47,7 @@ def test_as_input_leaves_floats_alone_and_follows_the_weight_set():
 
 
 @pytest.mark.parametrize("augment", ["flip", "crop", "trivial"])
-def test_a_draw_is_always_the_same_and_odd_draws_are_mirrored(tmp_path, augment):
+def test_an_augmentation_is_always_the_same_and_odd_ones_are_mirrored(tmp_path, augment):
     folder = data.read_folder(tiny.pictures(tmp_path / "data"), size=16, augment=augment, seed=5)
     first, _ = folder[[(1, 3), (2, 4)]]
     torch.rand(7)
@@ -62,14 +62,14 @@ def test_a_draw_is_always_the_same_and_odd_draws_are_mirrored(tmp_path, augment)
         assert not torch.equal(first[1], folder[[(2, 6)]][0][0])
 
 
-def test_draws_of_two_epochs_are_mirror_images_of_each_other():
-    draws = [[data.draw(index, epoch) for index in range(6)] for epoch in range(4)]
-    for one, next_one in itertools.pairwise(draws):
+def test_augmentations_of_two_epochs_are_mirror_images_of_each_other():
+    epochs = [[data.augmentation_index(i, epoch) for i in range(6)] for epoch in range(4)]
+    for one, next_one in itertools.pairwise(epochs):
         assert all((a + b) % 2 == 1 for a, b in zip(one, next_one, strict=True))
-    assert 0 not in sum(draws, [])
+    assert 0 not in sum(epochs, [])
 
 
-def test_broken_images_stop_or_are_named_and_skipped(tmp_path):
+def test_unreadable_images_stop_or_are_named_and_skipped(tmp_path):
     folder = tiny.pictures(tmp_path / "data")
     whole = (folder / "red" / "1.png").read_bytes()
     (folder / "red" / "1.png").write_bytes(whole[: len(whole) // 2])
@@ -77,7 +77,7 @@ def test_broken_images_stop_or_are_named_and_skipped(tmp_path):
     with pytest.raises(ValueError, match=r"2 of 25 images .* can't be read: .*page.jpg.*1.png"):
         data.read_folder(folder, 16)
     with pytest.warns(UserWarning, match=r"2 of 25 .*page.jpg.*red/1.png.*without them"):
-        found = data.read_folder(folder, 16, broken="skip")
+        found = data.read_folder(folder, 16, on_unreadable="skip")
     assert len(found) == 23
     assert not {"1.png", "page.jpg"} & {p.name for p in found.paths if p.parent.name != "green"} - {
         "1.png"
@@ -97,14 +97,14 @@ def test_folders_that_cannot_be_right(tmp_path):
         data.read_folder(folder, 16)
 
 
-def test_a_class_with_only_broken_images_is_empty(tmp_path):
+def test_a_class_with_only_unreadable_images_is_empty(tmp_path):
     folder = tiny.pictures(tmp_path / "data", each=1)
     (folder / "red" / "0.png").write_text("no image")
     with (
         pytest.warns(UserWarning, match="without them"),
         pytest.raises(ValueError, match="No images for red"),
     ):
-        data.read_folder(folder, 16, broken="skip")
+        data.read_folder(folder, 16, on_unreadable="skip")
 
 
 def test_digest_follows_content_not_time(tmp_path):
@@ -154,7 +154,7 @@ class Noisy(Dataset):
         return noise + index, index % 3
 
 
-def test_items_are_the_same_for_the_same_draw_and_leave_random_numbers_alone():
+def test_a_dataset_gives_the_same_for_the_same_augmentation_and_leaves_random_numbers_alone():
     source, _ = data.as_source(Noisy(), seed=1, batch_size=4)
     states = random.random(), np.random.rand(), torch.rand(())
     random.seed(0)
@@ -172,7 +172,7 @@ def test_items_are_the_same_for_the_same_draw_and_leave_random_numbers_alone():
     assert not torch.equal(first[1], source[[(5, 2)]][0][0])
 
 
-def test_items_take_pil_images():
+def test_a_dataset_may_hold_pil_images():
     dataset: Any = [(Image.new("L", (5, 4), 100), 1)] * 3
     source, _ = data.as_source(dataset, seed=0, batch_size=2)
     images, _ = source[[(0, 0)]]
@@ -213,8 +213,8 @@ def test_iterable_datasets_are_refused():
 def test_workers_change_nothing(tmp_path):
     folder = data.read_folder(tiny.pictures(tmp_path / "data"), 16, augment="trivial")
     keys = [[(i, 3), (i + 1, 4)] for i in range(4)]
-    alone = [x for x, _ in data.batches(folder, keys, workers=0)]
-    helped = [x for x, _ in data.batches(folder, keys, workers=2)]
+    alone = [x for x, _ in data.loaded(folder, keys, num_workers=0)]
+    helped = [x for x, _ in data.loaded(folder, keys, num_workers=2)]
     assert all(map(torch.equal, alone, helped))
 
 

@@ -20,7 +20,8 @@ def prefix_of(model):
 
 def cached(model, source, folder, **changed):
     options = {
-        "weights": None, "copies": 1, "half": False, "workers": 0, "advance": lambda images: None,
+        "weights": None, "copies": 1, "dtype": "float32", "num_workers": 0,
+        "advance": lambda images: None,
     }  # fmt: skip
     return features.cached_features(
         prefix_of(model), source, folder, accelerator=Accelerator(), **options | changed
@@ -79,7 +80,10 @@ def test_two_parts_make_the_whole_and_leave_no_trace():
     config, calls = model.get_config(), [len(layer._inbound_nodes) for layer in model.layers]
     end = features.frozen_end(model)
     x = torch.rand(2, 16, 16, 3)
-    first, second = features.part(model.inputs[0], end).eval(), features.part(end, model.outputs[0])
+    first, second = (
+        features.between(model.inputs[0], end).eval(),
+        features.between(end, model.outputs[0]),
+    )
     with torch.no_grad():
         found = second.eval()(first(x))
         np.testing.assert_allclose(found.numpy(), model(x, training=False).numpy(), atol=1e-6)
@@ -92,26 +96,26 @@ def test_two_parts_make_the_whole_and_leave_no_trace():
 def test_features_are_those_of_the_network_and_read_back(folder, tmp_path):
     model = frozen()
     found = cached(model, folder, tmp_path / "f", copies=2)
-    for draw in (0, 1):
-        keys = [(index, draw) for index in (5, 0, 23)]
+    for augmentation in (0, 1):
+        keys = [(index, augmentation) for index in (5, 0, 23)]
         images, labels = folder[keys]
         expected = prefix_of(model)(images.float(), training=False).detach()
         values, found_labels = found[keys]
         torch.testing.assert_close(values, expected, rtol=1e-4, atol=1e-5)
         assert torch.equal(found_labels, labels)
-    assert torch.equal(found[[(5, 2)]][0], found[[(5, 0)]][0])  # draws modulo copies
+    assert torch.equal(found[[(5, 2)]][0], found[[(5, 0)]][0])  # modulo the copies
     assert not torch.equal(found[[(5, 1)]][0], found[[(5, 0)]][0])
 
 
 def test_half_precision(folder, tmp_path):
     model = frozen()
-    full, half = (cached(model, folder, tmp_path / "f", half=h) for h in (False, True))
+    full, half = (cached(model, folder, tmp_path / "f", dtype=d) for d in ("float32", "float16"))
     assert half.values.dtype == np.float16
     assert half[[(3, 0)]][0].dtype == torch.float32
     torch.testing.assert_close(half[[(3, 0)]][0], full[[(3, 0)]][0], rtol=1e-3, atol=1e-3)
     model.get_layer("block2_conv1").kernel.assign(model.get_layer("block2_conv1").kernel * 1e7)
-    with pytest.raises(ValueError, match="half precision ends at 65504. Set cache_half=False"):
-        cached(model, folder, tmp_path / "f", half=True)
+    with pytest.raises(ValueError, match="half precision ends at 65504. Set cache_dtype='float32'"):
+        cached(model, folder, tmp_path / "f", dtype="float16")
 
 
 def count_runs(monkeypatch):
@@ -134,7 +138,7 @@ def test_a_second_run_computes_nothing(folder, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "what", ["weight", "cut", "size", "augment", "seed", "copies", "half", "preprocessing", "file"]
+    "what", ["weight", "cut", "size", "augment", "seed", "copies", "dtype", "preprocessing", "file"]
 )
 def test_anything_that_matters_makes_another_cache(folder, tmp_path, monkeypatch, what):
     import dataclasses
@@ -156,8 +160,8 @@ def test_anything_that_matters_makes_another_cache(folder, tmp_path, monkeypatch
         source = dataclasses.replace(folder, seed=9)
     elif what == "copies":
         options = {"copies": 3}
-    elif what == "half":
-        options["half"] = True
+    elif what == "dtype":
+        options["dtype"] = "float16"
     elif what == "preprocessing":
         options["weights"] = "oxford"
     elif what == "file":
@@ -195,7 +199,7 @@ def test_no_room_is_said_before_anything_is_computed(folder, tmp_path, monkeypat
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9, 1000))
     with pytest.raises(ValueError, match=r"24 images in 1 copies need .* 0.00 GB are free"):
         cached(frozen(), folder, tmp_path / "f")
-    assert not list((tmp_path / "f").glob("*.npy")) + list((tmp_path / "f").glob("*.partial"))
+    assert not [path for path in (tmp_path / "f").iterdir() if path.suffix != ".lock"]
 
 
 def test_a_cache_cut_off_half_way_is_not_used(folder, tmp_path, monkeypatch):
@@ -206,7 +210,7 @@ def test_a_cache_cut_off_half_way_is_not_used(folder, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         cached(frozen(), folder, tmp_path / "f")
     monkeypatch.undo()
-    assert not list((tmp_path / "f").glob("*.npy"))
+    assert not [path for path in (tmp_path / "f").iterdir() if path.suffix != ".lock"]
     runs = count_runs(monkeypatch)
     cached(frozen(), folder, tmp_path / "f")
     assert len(runs) == 1

@@ -3,7 +3,13 @@ from .advice import advise as advise
 from .config import TrainConfig as TrainConfig
 from .data import find_splits as find_splits
 from .data import read_folder as read_folder
-from .loop import find_learning_rate as find_learning_rate
+from .evaluation import Evaluation as Evaluation
+from .heads import tutorial_head as tutorial_head
+from .keeping import save_trained as save_trained
+from .loop import History as History
 from .loop import finetune as finetune
-from .report import save_trained as save_trained
+from .rate_search import RateSearch as RateSearch
+from .rate_search import find_learning_rate as find_learning_rate
+from .report import plot_rates as plot_rates
 from .report import write_report as write_report
+from .run import load_checkpoint_ as load_checkpoint_

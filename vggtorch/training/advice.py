@@ -39,6 +39,13 @@ FASTAI = "Howard and Gugger, fastai: A Layered API for Deep Learning, 2020"
 def advise(images: int, classes: int, similarity: Literal["similar", "different"]) -> Plan:
     """How to fine-tune a VGG on this many images, by the rules of thumb.
 
+    >>> import vggtorch as vt
+    >>> plan = vt.advise(images=300, classes=10, similarity="different")
+    >>> plan.cut, plan.head, plan.epochs
+    ('block4_pool', 'mlp', 30)
+    >>> print(plan.reasons[0].decision)
+    Freeze every pretrained layer and train an mlp head alone.
+
     Args:
         images: how many, for training.
         classes: how many.
@@ -65,6 +72,7 @@ def advise(images: int, classes: int, similarity: Literal["similar", "different"
     if each < FEW:
         cut = "block5_pool" if is_similar else "block4_pool"
         head: Literal["linear", "mlp"] = "linear" if is_similar else "mlp"
+        article = "a" if is_similar else "an"
         options = {
             "cut": cut,
             "head": head,
@@ -76,7 +84,7 @@ def advise(images: int, classes: int, similarity: Literal["similar", "different"
         }
         reasons = [
             Reason(
-                f"Freeze every pretrained layer and train a {head} head alone.",
+                f"Freeze every pretrained layer and train {article} {head} head alone.",
                 f"{each} images of each class are too few for VGG's millions of weights: they "
                 f"would be learned by heart.",
                 CS231N,
@@ -107,7 +115,7 @@ def advise(images: int, classes: int, similarity: Literal["similar", "different"
             "unfreeze": ((3, since),) if is_similar else ((3, "block5_conv1"), (6, since)),
             "learning_rate": 3e-4,
             "layer_decay": 0.3 if is_similar else 0.5,
-            "clip_norm": 1.0,
+            "max_grad_norm": 1.0,
         }
         reasons = [
             Reason(

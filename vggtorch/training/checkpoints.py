@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import os
 from pathlib import Path
 from typing import Any
 
 import keras
 import torch
+
+import vggtorch
+from vggtorch import files
 
 FORMAT = 1
 
@@ -23,43 +25,25 @@ def write(path: Path, content: dict[str, Any], also: Path | None = None) -> None
     Raises:
         OSError: it couldn't be written; the file that was there is whole.
     """
-    content = {
-        "format": FORMAT,
-        "versions": versions(),
-        **content,
-    }
-    temporary = path.with_name(f".{path.name}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
+    content = {"format": FORMAT, "versions": versions(), **content}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with files.atomic(path) as temporary:
+        with temporary.open("wb") as file:  # torch's own writer doesn't say that a disk is full
             torch.save(content | {"sha256": digest(content)}, file)
-            file.flush()
-            os.fsync(file.fileno())
         if also is not None:
-            second = also.with_name(f".{also.name}.partial")
-            second.unlink(missing_ok=True)
-            os.link(temporary, second)
-            os.replace(second, also)
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
-        for left in path.parent.glob(".*.partial"):
-            left.unlink()
-        raise OSError(
-            f"Could not write {path} ({error}). The checkpoint before it is whole: make room and "
-            f"resume."
-        ) from error
-    directory = os.open(path.parent, os.O_RDONLY)
-    os.fsync(directory)  # the renames
-    os.close(directory)
+            with files.atomic(also) as second:
+                os.link(temporary, second)
 
 
 def versions() -> dict[str, str]:
     """The versions that decide on results."""
-    try:
-        own = importlib.metadata.version("vggtorch")
-    except importlib.metadata.PackageNotFoundError:
-        own = "not installed"  # run from a checkout
-    return {"vggtorch": own, "keras": keras.__version__, "torch": str(torch.__version__)}
+    own, keras_version, torch_version = vggtorch.__version__, keras.__version__, torch.__version__
+    return {"vggtorch": own, "keras": keras_version, "torch": str(torch_version)}
+
+
+def version_text() -> str:
+    """The versions as people read them."""
+    return ", ".join(f"{name} {version}" for name, version in versions().items())
 
 
 def read(path: Path) -> dict[str, Any]:

@@ -1,13 +1,15 @@
 """Images for training: folders, torch Datasets and DataLoaders, all read in one way.
 
-A source is indexed by a list of keys (index, draw) and returns one batch. Every random number comes
-from (seed, draw, index), so what an epoch sees doesn't depend on workers, processes or on whether
-the run was interrupted. Draw 0 is the plain image; odd draws are mirrored where images may be.
+A source is indexed by a list of keys and returns one batch. A key is (index of an image, index of
+an augmentation): augmentation 0 is the plain image, and odd ones are mirrored where the images may
+be. Every random number comes from (seed, augmentation, index), so what an epoch sees doesn't depend
+on the number of workers or processes, or on whether the run was interrupted.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import random
 import warnings
@@ -15,19 +17,20 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol, cast
+from typing import Any, Literal, NamedTuple, Protocol, cast
 
 import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
-from vggtorch.models.preprocessing import CROP, preprocess
+from vggtorch.models import CENTER_SHARE, preprocess
+from vggtorch.training.config import Augment
 
 ENDINGS = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff"}
 
-Augment = Literal["none", "flip", "crop", "trivial"]
-Key = tuple[int, int]  # (index, draw)
+Key = tuple[int, int]  # (index, augmentation)
+BatchPlan = Callable[[int], list[list[int]]]  # epoch -> index lists, one for each optimizer step
 
 
 class Source(Protocol):
@@ -56,7 +59,7 @@ def seeded(*numbers: int) -> Iterator[None]:
 
 
 def read_image(path: str | Path) -> torch.Tensor:
-    """The image in a file as RGB, uint8, (3, H, W); OSError or ValueError where it's broken."""
+    """The image in a file as RGB, uint8, (3, H, W); OSError or ValueError where that fails."""
     from torchvision.transforms.v2.functional import pil_to_tensor
 
     with Image.open(path) as image:
@@ -73,7 +76,7 @@ class Folder:
         classes: the subfolders' names, sorted.
         digest: SHA-256 over names and contents of all files.
         size: height and width of the images that come out.
-        augment: what draws other than 0 do to an image.
+        augment: what augmentations other than 0 do to an image.
         seed: where random augmentation starts.
     """
 
@@ -92,7 +95,7 @@ class Folder:
         images = torch.stack([self._image(*key) for key in keys])
         return images, torch.tensor([self.labels[index] for index, _ in keys])
 
-    def _image(self, index: int, draw: int) -> torch.Tensor:
+    def _image(self, index: int, augmentation: int) -> torch.Tensor:
         from torchvision.transforms.v2 import functional as F
 
         try:
@@ -102,13 +105,13 @@ class Folder:
                 f"{self.paths[index]} could be read when training began and now can't ({error}). "
                 f"Put it back, and resume the run."
             ) from error
-        if draw == 0 or self.augment in ("none", "flip"):
-            image = F.resize(image, [round(self.size / CROP)], antialias=True)
+        if augmentation == 0 or self.augment in ("none", "flip"):
+            image = F.resize(image, [round(self.size / CENTER_SHARE)], antialias=True)
             image = F.center_crop(image, [self.size])
         else:
-            with seeded(self.seed, draw, index):
+            with seeded(self.seed, augmentation, index):
                 image = _random_view(image, self.size, self.augment)
-        if draw % 2 and self.augment != "none":
+        if augmentation % 2 and self.augment != "none":
             image = F.horizontal_flip(image)
         return image.permute(1, 2, 0).contiguous()  # CHW -> HWC
 
@@ -124,13 +127,14 @@ def read_folder(
     folder: str | Path,
     size: int,
     augment: Augment = "none",
-    broken: Literal["skip", "stop"] = "stop",
+    on_unreadable: Literal["skip", "stop"] = "stop",
     seed: int = 0,
 ) -> Folder:
     """Read and check every image of a folder once, and say which can't be read.
 
     Raises:
-        ValueError: no such folder, no classes, a class without images, broken images under `stop`.
+        ValueError: no such folder, no classes, a class without images, unreadable
+            images under `stop`.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -155,8 +159,8 @@ def read_folder(
     ]
     if bad:
         message = f"{len(bad)} of {len(files)} images in {folder} can't be read: " + "; ".join(bad)
-        if broken == "stop":
-            raise ValueError(f"{message}. Mend or remove them, or train with broken='skip'.")
+        if on_unreadable == "stop":
+            raise ValueError(f"{message}. Mend or remove them, or train with on_unreadable='skip'.")
         warnings.warn(f"{message}. Training goes on without them.", stacklevel=2)
 
     good = [
@@ -196,8 +200,6 @@ def _check(path: Path) -> str | Exception:
 
 def hold_out(folder: Folder, share: float) -> tuple[Folder, Folder]:
     """Split a folder in two, `share` of every class going to the second; the same every time."""
-    import dataclasses
-
     rng = np.random.default_rng(folder.seed)
     labels = np.array(folder.labels)
     held = np.zeros(len(folder), dtype=bool)
@@ -225,11 +227,11 @@ def hold_out(folder: Folder, share: float) -> tuple[Folder, Folder]:
 
 
 @dataclass(frozen=True)
-class Items:
+class DatasetSource:
     """A torch Dataset of (image, label), with the collate function of the loader it came in.
 
     An image is a PIL image or uint8, RGB and of the model's size; or floating point and ready for
-    the model. Its own random augmentation is seeded by (seed, draw, index).
+    the model. What the dataset itself draws at random is seeded by (seed, augmentation, index).
     """
 
     dataset: Any  # torch.utils.data.Dataset, or anything with its two methods
@@ -250,20 +252,17 @@ class Items:
             images = images.permute(0, 2, 3, 1)  # NCHW -> NHWC view
         return images, torch.as_tensor(labels).long()
 
-    def _item(self, index: int, draw: int) -> tuple[Any, Any]:
-        with seeded(self.seed, draw, index):
+    def _item(self, index: int, augmentation: int) -> tuple[Any, Any]:
+        with seeded(self.seed, augmentation, index):
             image, label = self.dataset[index]
         if isinstance(image, Image.Image):
             image = np.array(image.convert("RGB"))
         return image, label
 
 
-Planner = Callable[[int], list[list[int]]]  # epoch -> index lists, one for each optimizer step
-
-
 def as_source(
     data: Dataset[Any] | DataLoader[Any], seed: int, batch_size: int
-) -> tuple[Items, Planner]:
+) -> tuple[DatasetSource, BatchPlan]:
     """A torch Dataset or DataLoader as a source, and the batches of each epoch.
 
     A DataLoader's own sampler decides on the batches, drawing its random numbers from
@@ -277,7 +276,8 @@ def as_source(
             f"an epoch has to know what it has seen."
         )
     if not isinstance(data, DataLoader):
-        return Items(dataset, default_collate, seed), shuffled(len(dataset), batch_size, seed)
+        source = DatasetSource(dataset, default_collate, seed)
+        return source, shuffled(len(dataset), batch_size, seed)
     sampler = data.batch_sampler
     if sampler is None:
         raise ValueError("Received a DataLoader with batch_size=None. Expected one with batches.")
@@ -290,10 +290,10 @@ def as_source(
         with seeded(seed, epoch):
             return [list(batch) for batch in sampler]
 
-    return Items(dataset, data.collate_fn, seed), plan
+    return DatasetSource(dataset, data.collate_fn, seed), plan
 
 
-def shuffled(count: int, batch_size: int, seed: int) -> Planner:
+def shuffled(count: int, batch_size: int, seed: int) -> BatchPlan:
     """Each epoch's batches: a permutation of (seed, epoch), cut into pieces of `batch_size`."""
 
     def plan(epoch: int) -> list[list[int]]:
@@ -303,37 +303,60 @@ def shuffled(count: int, batch_size: int, seed: int) -> Planner:
     return plan
 
 
-def in_order(count: int, batch_size: int, copy: int = 0) -> list[list[Key]]:
-    """Every image once, unshuffled, as draw `copy`."""
-    keys = [(index, copy) for index in range(count)]
+def in_order(count: int, batch_size: int, augmentation: int = 0) -> list[list[Key]]:
+    """Every image once, unshuffled, in one augmentation."""
+    keys = [(index, augmentation) for index in range(count)]
     return [keys[i : i + batch_size] for i in range(0, count, batch_size)]
 
 
-def batches(source: Source, keys: Sequence[Sequence[Key]], workers: int) -> DataLoader:
-    """Load these batches in this order."""
+def loaded(source: Source, keys: Sequence[Sequence[Key]], num_workers: int) -> DataLoader:
+    """The batches with these keys, images and labels, in this order."""
     return DataLoader(
         source,  # type: ignore[arg-type]
         batch_size=None,  # a key list is a batch already
         sampler=keys,  # type: ignore[arg-type]
-        num_workers=workers,
+        num_workers=num_workers,
         pin_memory=torch.cuda.is_available(),
     )
 
 
-def fingerprint(source: Folder | Items, draws: int) -> tuple[str, list[int]]:
-    """SHA-256 over all that `draws` draws of a source can return, and the labels."""
+class Batch(NamedTuple):
+    """The part of a batch that this process runs, and the size of the whole batch."""
+
+    images: torch.Tensor
+    labels: torch.Tensor
+    size: int
+
+
+def shared_batches(
+    source: Source, keys: list[list[Key]], num_workers: int, process: int, processes: int
+) -> Iterator[Batch]:
+    """Of each batch the part of one process: every image whose turn it is, by its number.
+
+    A batch of fewer images than processes leaves some processes without a part. They take part in
+    the step all the same, because the others wait for them: with images of length 0.
+    """
+    mine = [batch[process::processes] for batch in keys]
+    listed = [some or batch[:1] for some, batch in zip(mine, keys, strict=True)]
+    found = loaded(source, listed, num_workers)
+    for batch, some, (images, labels) in zip(keys, mine, found, strict=True):
+        yield Batch(images[: len(some)], labels[: len(some)], len(batch))
+
+
+def fingerprint(source: Folder | DatasetSource, augmentations: int) -> tuple[str, list[int]]:
+    """SHA-256 over all that so many augmentations of a source can return, and the labels."""
     if isinstance(source, Folder):
-        recipe = f"{source.digest} {source.size} {source.augment} {source.seed} {draws}"
+        recipe = f"{source.digest} {source.size} {source.augment} {source.seed} {augmentations}"
         return hashlib.sha256(recipe.encode()).hexdigest(), list(source.labels)
     digest = hashlib.sha256()
     labels: list[int] = []
-    for draw in range(draws):
-        for keys in in_order(len(source), 32, draw):
+    for augmentation in range(augmentations):
+        for keys in in_order(len(source), 32, augmentation):
             x, y = source[keys]
             digest.update(str((x.shape, x.dtype)).encode())
             digest.update(np.ascontiguousarray(x.numpy()).tobytes())
             digest.update(y.numpy().tobytes())
-            labels += y.tolist() if draw == 0 else []
+            labels += y.tolist() if augmentation == 0 else []
     return digest.hexdigest(), labels
 
 
@@ -349,8 +372,8 @@ def as_input(images: torch.Tensor, weights: str | None) -> torch.Tensor:
     return cast(torch.Tensor, preprocess(images, weights))
 
 
-def draw(index: int, epoch: int) -> int:
-    """Which draw of an image an epoch sees; mirrored (odd) in every other epoch.
+def augmentation_index(index: int, epoch: int) -> int:
+    """Which augmentation of an image an epoch sees; mirrored (odd) in every other epoch.
 
     Source: Jordan, "94% on CIFAR-10 in 3.29 Seconds on a Single GPU", 2024 (alternating flip).
     """

@@ -35,7 +35,7 @@ class Display:
 
 
 @contextlib.contextmanager
-def display(is_main: bool, tensorboard: Path | None) -> Iterator[Display]:
+def open_display(is_main: bool, tensorboard: Path | None) -> Iterator[Display]:
     """Show progress in the main process; curves go into the folder `tensorboard`.
 
     Raises:

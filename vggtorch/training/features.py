@@ -5,20 +5,28 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import keras
 import numpy as np
 import torch
 from filelock import FileLock
 
-from vggtorch.lowering.lowered import part
-from vggtorch.training.data import Folder, Items, Key, as_input, batches, fingerprint, in_order
+from vggtorch import files, keras_graph
+from vggtorch.lowering import between
+from vggtorch.training.data import (
+    DatasetSource,
+    Folder,
+    Key,
+    as_input,
+    fingerprint,
+    in_order,
+    loaded,
+)
 
 
 def frozen_end(model: keras.Model) -> keras.KerasTensor:
@@ -26,7 +34,7 @@ def frozen_end(model: keras.Model) -> keras.KerasTensor:
 
     Everything after it depends on the image through this tensor alone.
     """
-    nodes = _nodes(model)
+    nodes = keras_graph.calls(keras_graph.graph_of(model, "finetune"))
     end, made = model.inputs[0], []
     for i, node in enumerate(nodes):
         if not _is_frozen(node.operation):
@@ -40,26 +48,19 @@ def frozen_end(model: keras.Model) -> keras.KerasTensor:
     return end
 
 
-def _nodes(model: keras.Model) -> list[Any]:
-    """Every call of a layer or operation, in an order in which they can run."""
-    levels = sorted(model._nodes_by_depth.items(), reverse=True)
-    return [node for _, level in levels for node in level]
-
-
 def _is_frozen(operation: keras.Operation) -> bool:
     """Whether the operation always gives the same output for the same input while we train."""
     if not isinstance(operation, keras.layers.Layer):
         return True
     return not any(
-        (layer.trainable and layer._trainable_variables + layer._non_trainable_variables)
-        or layer._seed_generators
-        for layer in operation._flatten_layers()
+        (layer.trainable and keras_graph.own_variables(layer)) or keras_graph.draws_at_random(layer)
+        for layer in keras_graph.all_layers(operation)
     )
 
 
 @dataclass(frozen=True)
 class Features:
-    """A source of features on disk: draw d of an image is its copy d, modulo the copies."""
+    """A source of features on disk: augmentation a of an image is its copy a, modulo the copies."""
 
     values: np.ndarray  # (copies, images, ...) memory-mapped
     labels: torch.Tensor
@@ -68,20 +69,20 @@ class Features:
         return self.values.shape[1]
 
     def __getitem__(self, keys: Sequence[Key]) -> tuple[torch.Tensor, torch.Tensor]:
-        indices, draws = np.array(keys).T
-        values = self.values[draws % len(self.values), indices]
+        indices, augmentations = np.array(keys).T
+        values = self.values[augmentations % len(self.values), indices]
         return torch.from_numpy(values).float(), self.labels[torch.from_numpy(indices)]
 
 
 def cached_features(
     prefix: keras.Model,
-    source: Folder | Items,
+    source: Folder | DatasetSource,
     folder: Path,
     *,
     weights: str | None,
     copies: int,
-    half: bool,
-    workers: int,
+    dtype: Literal["float32", "float16"],
+    num_workers: int,
     accelerator: Any,
     advance: Callable[[int], None],
 ) -> Features:
@@ -95,9 +96,9 @@ def cached_features(
         source: the images.
         folder: where the file goes.
         weights: the weight set whose preprocessing the network expects.
-        copies: draws of each image; draw 0 is the plain one.
-        half: keep half precision.
-        workers: processes that read images.
+        copies: augmentations of each image, from 0, the plain one.
+        dtype: what the features are kept in.
+        num_workers: processes that read images.
         accelerator: accelerate.Accelerator.
         advance: is told how many more images are done.
 
@@ -105,6 +106,7 @@ def cached_features(
         ValueError: not enough free space, or features beyond half precision.
     """
     images, labels = fingerprint(source, copies)
+    half = dtype == "float16"
     recipe = [images, weights, copies, half, accelerator.mixed_precision, _digest(prefix)]
     key = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()
     path = folder / f"{key[:32]}.npy"
@@ -112,7 +114,9 @@ def cached_features(
     with FileLock(f"{path}.lock") if accelerator.is_main_process else contextlib.nullcontext():
         accelerator.wait_for_everyone()
         if not path.exists():
-            _compute(prefix, source, path, weights, copies, half, workers, accelerator, advance)
+            _compute(
+                prefix, source, path, weights, copies, dtype, num_workers, accelerator, advance
+            )
         accelerator.wait_for_everyone()
     return Features(np.load(path, mmap_mode="r"), torch.tensor(labels))
 
@@ -121,7 +125,7 @@ def _digest(prefix: keras.Model) -> str:
     """SHA-256 of a network: its operations, how they are connected, every weight; not the names."""
     digest = hashlib.sha256()
     number: dict[int, int] = {}  # of each tensor, in the order of their making
-    for node in _nodes(prefix):
+    for node in keras_graph.calls(prefix):
         operation = node.operation
         config = {key: value for key, value in operation.get_config().items() if key != "name"}
         arguments = [
@@ -138,46 +142,45 @@ def _digest(prefix: keras.Model) -> str:
 
 def _compute(
     prefix: keras.Model,
-    source: Folder | Items,
+    source: Folder | DatasetSource,
     path: Path,
     weights: str | None,
     copies: int,
-    half: bool,
-    workers: int,
+    dtype: str,
+    num_workers: int,
     accelerator: Any,
     advance: Callable[[int], None],
 ) -> None:
-    shape = (copies, len(source), *_feature_shape(prefix, source))
-    dtype = np.dtype(np.float16 if half else np.float32)
-    temporary = path.with_suffix(".partial")
-    if accelerator.is_main_process:
-        _check_space(path.parent, shape, dtype.itemsize)
-        np.lib.format.open_memmap(temporary, "w+", dtype, shape)
-    accelerator.wait_for_everyone()
-    values = np.lib.format.open_memmap(temporary, "r+")
-    keys = [some for copy in range(copies) for some in in_order(len(source), 32, copy)]
-    mine = keys[accelerator.process_index :: accelerator.num_processes]
-    module = part(prefix.inputs[0], prefix.outputs[0]).eval()
-    for some, (images, _) in zip(mine, batches(source, mine, workers), strict=True):
-        with torch.no_grad(), accelerator.autocast():
-            found = module(as_input(images.to(accelerator.device), weights)).float().cpu().numpy()
-        if half and np.abs(found).max() > np.finfo(np.float16).max:
-            raise ValueError(
-                f"Features reach {np.abs(found).max():.3g}, and half precision ends at 65504. Set "
-                f"cache_half=False."
-            )
-        (first, copy), (last, _) = some[0], some[-1]
-        values[copy, first : last + 1] = found
-        advance(len(some))
-    values.flush()
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+    from accelerate.utils import broadcast_object_list
+
+    is_main = accelerator.is_main_process
+    with files.atomic(path) if is_main else contextlib.nullcontext(path) as temporary:
+        if is_main:
+            shape = (copies, len(source), *_feature_shape(prefix, source))
+            _check_space(path.parent, shape, np.dtype(dtype).itemsize)
+            np.lib.format.open_memmap(temporary, "w+", dtype, shape)
+        # All processes write to the file that the main process made, each its own images.
+        values = np.lib.format.open_memmap(broadcast_object_list([temporary])[0], "r+")
+        keys = [some for copy in range(copies) for some in in_order(len(source), 32, copy)]
+        mine = keys[accelerator.process_index :: accelerator.num_processes]
+        module = between(prefix.inputs[0], prefix.outputs[0]).eval()
+        for some, (images, _) in zip(mine, loaded(source, mine, num_workers), strict=True):
+            with torch.no_grad(), accelerator.autocast():
+                outputs = module(as_input(images.to(accelerator.device), weights))
+            found = outputs.float().cpu().numpy()
+            if dtype == "float16" and np.abs(found).max() > np.finfo(np.float16).max:
+                raise ValueError(
+                    f"Features reach {np.abs(found).max():.3g}, and half precision ends at 65504. "
+                    f"Set cache_dtype='float32'."
+                )
+            (first, copy), (last, _) = some[0], some[-1]
+            values[copy, first : last + 1] = found
+            advance(len(some))
+        values.flush()
+        accelerator.wait_for_everyone()
 
 
-def _feature_shape(prefix: keras.Model, source: Folder | Items) -> tuple[int, ...]:
+def _feature_shape(prefix: keras.Model, source: Folder | DatasetSource) -> tuple[int, ...]:
     images, _ = source[[(0, 0)]]
     return tuple(prefix.compute_output_shape(tuple(images.shape))[1:])
 
@@ -188,5 +191,5 @@ def _check_space(folder: Path, shape: tuple[int, ...], itemsize: int) -> None:
         raise ValueError(
             f"The features of {shape[1]} images in {shape[0]} copies need {needed / 1e9:.2f} GB in "
             f"{folder}, where {free / 1e9:.2f} GB are free. Make room, choose another folder, "
-            f"smaller images or fewer cache_copies, set cache_half=True, or set cache=False."
+            f"smaller images or fewer cache_copies, set cache_dtype='float16', or cache=False."
         )

@@ -1,0 +1,63 @@
+"""The kept model takes raw images, in plain Keras too, and its card says what one has to know."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import tiny
+import torch
+
+from vggtorch.models import preprocess, weight_set
+from vggtorch.training import keeping
+
+
+def test_plain_keras_takes_raw_images(history, tmp_path):
+    """In a process that has never heard of vggtorch."""
+    keeping.save_trained(history, tmp_path, command="vggtorch finetune data")
+    images, _ = history.validation[[(0, 0), (1, 0)]]
+    np.save(tmp_path / "images.npy", images.numpy().astype(np.float32))
+    code = (
+        "import sys, keras, numpy as np; sys.path = [p for p in sys.path if p]\n"
+        f"model = keras.saving.load_model({str(tmp_path / 'model.keras')!r})\n"
+        f"images = np.load({str(tmp_path / 'images.npy')!r})\n"
+        f"np.save({str(tmp_path / 'out.npy')!r}, model.predict(images, verbose=0))\n"
+        "assert 'vggtorch' not in sys.modules"
+    )
+    subprocess.run(
+        [sys.executable, "-c", code], check=True, cwd=tmp_path,
+        env=os.environ | {"KERAS_BACKEND": "torch", "PYTHONPATH": ""},
+    )  # fmt: skip
+    expected = history.evaluation.probabilities[:2]
+    np.testing.assert_allclose(np.load(tmp_path / "out.npy"), expected, atol=1e-5)
+    assert (tmp_path / "classes.txt").read_text().split() == list(history.classes)
+
+
+def test_the_kept_model_has_its_preprocessing_inside(history):
+    model = keeping.with_preprocessing(history.model)
+    assert weight_set(model) is None
+    images, _ = history.validation[[(0, 0), (1, 0)]]
+    # preprocess knows that only the geometry is left to do.
+    np.testing.assert_array_equal(preprocess(images, model), images.float())
+    assert weight_set(history.model) == "oxford"
+    assert history.model.layers[0].name != "image"
+
+
+def test_a_model_without_a_weight_set_stays_as_it_is(history):
+    model = tiny.network()
+    x = torch.rand(2, 16, 16, 3) * 255
+    kept = keeping.with_preprocessing(model)
+    assert torch.equal(kept(x, training=False), model(x, training=False))
+
+
+def test_the_card_says_what_one_has_to_know(history, tmp_path):
+    keeping.save_trained(history, tmp_path, command="vggtorch finetune data --epochs 2")
+    card = (tmp_path / "README.md").read_text()
+    best = history.epochs[history.best_epoch]
+    for expected in (
+        "blue, green, red", "oxford", "vggtorch finetune data --epochs 2", "0 to 255",
+        f"| val_accuracy | {best['val_accuracy']:.4g} |", "(None, 16, 16, 3)",
+    ):  # fmt: skip
+        assert expected in card

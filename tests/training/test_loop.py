@@ -1,0 +1,170 @@
+"""The loop as a whole: what comes out is what Keras's fit gives, however the run is done."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+import tiny
+from torch.utils.data import DataLoader
+
+from vggtorch.training import checkpoints, data
+from vggtorch.training.loop import finetune
+from vggtorch.training.optimization import learning_rate
+from vggtorch.training.run import load_checkpoint_
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("regularizer", [None, keras.regularizers.L1L2(0.01, 0.02)])
+def test_the_losses_are_those_of_keras_fit(config, optimizer, smoothing, regularizer):
+    schedule = "constant" if optimizer == "sgd" else "cosine"  # Keras's velocity holds the rate
+    config = dataclasses.replace(
+        config, optimizer=optimizer, schedule=schedule, warmup=0.0 if optimizer == "sgd" else 0.2,
+        weight_decay=0.0, learning_rate=1e-2, label_smoothing=smoothing, seed=5,
+    )  # fmt: skip
+    train, held = tiny.dataset(), tiny.dataset(9, seed=1)
+    plan = data.shuffled(len(train), config.batch_size, config.seed)
+    steps = config.epochs * len(plan(0))
+
+    class Schedule(keras.optimizers.schedules.LearningRateSchedule):
+        def __call__(self, step):
+            return learning_rate(config, int(step), steps)
+
+        def get_config(self):
+            return {}
+
+    reference = tiny.regularized(tiny.network(dropout=0.0), regularizer)
+    reference.compile(
+        keras.optimizers.SGD(Schedule(), momentum=0.9)
+        if optimizer == "sgd"
+        else keras.optimizers.Adam(Schedule(), epsilon=1e-8),
+        keras.losses.CategoricalCrossentropy(label_smoothing=smoothing),
+    )
+    expected = []
+    for epoch in range(config.epochs):
+        order = sum(plan(epoch), [])
+        x, y = train.tensors[0][order], keras.utils.to_categorical(train.tensors[1][order], 3)
+        run = reference.fit(x, y, config.batch_size, shuffle=False, verbose=0)
+        expected.append(run.history["loss"][0])
+
+    model = tiny.regularized(tiny.network(dropout=0.0), regularizer)
+    history = finetune(model, train, held, config)
+    np.testing.assert_allclose(tiny.curve(history), expected, rtol=2e-4)
+    load_checkpoint_(model, Path(config.output_dir) / "last.pt")
+    for ours, theirs in zip(tiny.weights(model), tiny.weights(reference), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=2e-3, atol=2e-4)
+    logits = model(held.tensors[0], training=False).detach()
+    loss = keras.losses.SparseCategoricalCrossentropy()(held.tensors[1], logits)
+    penalty = float(sum(model.losses))
+    np.testing.assert_allclose(history.epochs[-1]["val_loss"], float(loss) + penalty, rtol=1e-4)
+
+
+def test_it_learns(images, config):
+    config = dataclasses.replace(config, epochs=12, learning_rate=1e-2)
+    history = finetune(tiny.network(), images, config=config)
+    assert history.classes == ("blue", "green", "red")
+    assert history.epochs[history.best_epoch]["val_accuracy"] == max(
+        tiny.curve(history, "val_accuracy")
+    )
+    assert max(tiny.curve(history, "val_accuracy")) >= 0.8
+
+
+@pytest.mark.parametrize("freeze", [None, "block1_pool"])
+def test_a_sequential_model_trains_as_the_functional_one_does(images, config, freeze):
+    config = dataclasses.replace(config, freeze=freeze)
+    functional, layers = tiny.network(dropout=0.0), tiny.network(dropout=0.0).layers
+    sequential = keras.Sequential([keras.Input((16, 16, 3)), *layers[1:]])
+    expected = finetune(functional, images, config=config)
+    config = dataclasses.replace(config, output_dir=config.output_dir + "2")
+    found = finetune(sequential, images, config=config)
+    assert found.model is sequential
+    assert tiny.curve(found) == tiny.curve(expected)
+    assert all(map(np.array_equal, tiny.weights(sequential), tiny.weights(functional)))
+
+
+def test_a_cached_prefix_changes_nothing(images, config):
+    model, other = tiny.network(dropout=0.0), tiny.network(dropout=0.0)
+    config = dataclasses.replace(config, freeze="block2_pool")
+    cached = finetune(model, images, config=config)
+    config = dataclasses.replace(config, cache=False, output_dir=config.output_dir + "2")
+    plain = finetune(other, images, config=config)
+    for figure in ("loss", "accuracy", "val_loss", "val_accuracy"):
+        np.testing.assert_allclose(tiny.curve(cached, figure), tiny.curve(plain, figure), rtol=1e-4)
+
+
+def test_a_loader_gives_its_own_batches(config):
+    loader = DataLoader(tiny.dataset(), batch_size=5, shuffle=True)
+    history = finetune(tiny.network(), loader, DataLoader(tiny.dataset(9), batch_size=4), config)
+    progress = checkpoints.read(Path(config.output_dir) / "last.pt")["progress"]
+    assert progress["done"] == 3 * 4
+    assert history.classes == ("0", "1", "2")
+
+
+def test_bf16_and_back(images, config):
+    losses: list[list[float]] = []
+    for precision in ("fp32", "bf16", "fp32"):
+        folder = f"{config.output_dir}{len(losses)}"
+        changed = dataclasses.replace(config, precision=precision, output_dir=folder)
+        losses.append(tiny.curve(finetune(tiny.network(dropout=0.0), images, config=changed)))
+    assert losses[0] == losses[2] != losses[1]
+    np.testing.assert_allclose(losses[1], losses[0], rtol=0.1)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("freeze", [None, "block2_pool"])
+def test_the_evaluation_is_the_one_that_history_tells_of(images, config, precision, freeze):
+    config = dataclasses.replace(config, precision=precision, freeze=freeze)
+    history = finetune(tiny.network(), images, config=config)
+    best = history.epochs[history.best_epoch]
+    assert history.evaluation.accuracy == best["val_accuracy"]
+    assert history.evaluation.loss == best["val_loss"]
+
+
+def test_two_processes_give_the_losses_of_one(images, tmp_path):
+    script = Path(__file__).with_name("two_processes.py")
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(map(str, (script.parents[2], script.parents[1]))),
+        "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
+    for name in ("images", "cached"):
+        results = []
+        for processes in (1, 2):
+            folder = tmp_path / f"{name}{processes}"
+            launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+            subprocess.run(
+                [sys.executable, *(launch if processes == 2 else []), script, folder, images],
+                env=environment, check=True, capture_output=True, timeout=300,
+            )  # fmt: skip
+            results.append(json.loads((folder / "history.json").read_text()))
+        one, two = results
+        assert (one["processes"], two["processes"]) == (1, 2)
+        for a, b in zip(one["epochs"], two["epochs"], strict=True):
+            for figure in set(a) - {"seconds"}:
+                np.testing.assert_allclose(a[figure], b[figure], rtol=1e-4, err_msg=figure)
+
+
+def test_patience(config):
+    train, held = tiny.dataset(), tiny.dataset(9)
+    config = dataclasses.replace(config, epochs=9, patience=2, learning_rate=1e-12)
+    history = finetune(tiny.network(dropout=0.0), train, held, config)
+    assert len(history.epochs) == history.best_epoch + 3
+    content = checkpoints.read(Path(config.output_dir) / "best.pt")
+    assert content["progress"]["best_epoch"] == history.best_epoch
+    assert content["progress"]["epoch"] == history.best_epoch + 1
+
+
+def test_tensorboard(images, config):
+    loader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    history = finetune(tiny.network(), images, config=dataclasses.replace(config, tensorboard=True))
+    events = loader.EventAccumulator(config.output_dir)
+    events.Reload()
+    found = [event.value for event in events.Scalars("val_loss")]
+    np.testing.assert_allclose(found, tiny.curve(history, "val_loss"), rtol=1e-6)

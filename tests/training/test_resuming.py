@@ -1,0 +1,115 @@
+"""A run that was killed ends as one that was left alone, and no run takes another's place."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+import torch
+
+from vggtorch.training import loop
+from vggtorch.training.loop import finetune
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "sgd": {"optimizer": "sgd", "batch_norm": True},
+    "averaged": {"ema_decay": 0.9, "augment": "trivial", "max_grad_norm": 0.5},
+    "thawing": {
+        "freeze": "block2_pool", "unfreeze": ((1, "block2_conv1"),), "augment": "crop",
+        "cache_copies": 3, "layer_decay": 0.5, "batch_norm": True,
+    },
+    "head": {"head": "mlp", "freeze": "block2_pool", "schedule": "constant"},
+}  # fmt: skip
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_resumed_run_ends_as_if_nothing_had_happened(images, config, variant, monkeypatch):
+    options = dict(VARIANTS[variant])
+    batch_norm, head = options.pop("batch_norm", False), "head" in options
+    config = dataclasses.replace(config, checkpoint_steps=1, resume=True, **options)
+
+    def run(folder):
+        model = tiny.network(None if head else 3, batch_norm=batch_norm)
+        return finetune(model, images, config=dataclasses.replace(config, output_dir=folder))
+
+    expected = run(config.output_dir + "0")
+    real, calls = loop.train_step_, []
+
+    def interrupted(*arguments):
+        calls.append(1)
+        if len(calls) % 5 == 0:
+            raise Killed
+        return real(*arguments)
+
+    monkeypatch.setattr(loop, "train_step_", interrupted)
+    for _ in range(20):
+        torch.rand(3)
+        try:
+            found = run(config.output_dir)
+            break
+        except Killed:
+            continue
+    assert len(calls) > 9
+    for a, b in zip(tiny.weights(found.model), tiny.weights(expected.model), strict=True):
+        np.testing.assert_array_equal(a, b)
+    figures = [[{**e, "seconds": 0} for e in history.epochs] for history in (found, expected)]
+    assert figures[0] == figures[1]
+    assert found.best_epoch == expected.best_epoch
+    assert torch.equal(found.evaluation.logits, expected.evaluation.logits)
+
+
+def test_killed_at_random_moments(tmp_path):
+    script = Path(__file__).with_name("killed.py")
+    path = os.pathsep.join(map(str, (script.parents[2], script.parents[1])))
+    environment = os.environ | {"PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}
+    result = subprocess.run(
+        [sys.executable, script, tmp_path, "--kills", "4"],
+        env=environment, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert "4 kills" in result.stdout
+    assert "same weights" in result.stdout
+
+
+def test_a_finished_run_resumes_to_what_it_was(images, config):
+    first = finetune(tiny.network(), images, config=config)
+    again = finetune(tiny.network(), images, config=dataclasses.replace(config, resume=True))
+    assert again.epochs == first.epochs
+    assert all(map(np.array_equal, tiny.weights(again.model), tiny.weights(first.model)))
+    assert torch.equal(again.evaluation.logits, first.evaluation.logits)
+
+
+def test_a_run_is_not_overwritten(images, config):
+    finetune(tiny.network(), images, config=config)
+    with pytest.raises(ValueError, match=r"last.pt exists: .* Pass resume=True .* another folder"):
+        finetune(tiny.network(), images, config=config)
+
+
+@pytest.mark.parametrize("what", ["config", "data", "model"])
+def test_another_run_is_not_resumed(images, config, what, tmp_path):
+    finetune(tiny.network(), images, config=config)
+    config, model = dataclasses.replace(config, resume=True), tiny.network()
+    message = {
+        "config": r"belongs to another run: learning_rate=0.5 \(was 0.001\)",
+        "data": "was written for other images",
+        "model": "holds 7 tensors, whose shapes aren't those of the 15 of tiny",
+    }[what]
+    if what == "config":
+        config = dataclasses.replace(config, learning_rate=0.5)
+    elif what == "data":
+        images = tiny.pictures(tmp_path / "other", seed=1)
+    else:
+        model = tiny.network(batch_norm=True)
+    with pytest.raises(ValueError, match=message):
+        finetune(model, images, config=config)

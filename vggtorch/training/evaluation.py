@@ -1,0 +1,153 @@
+"""How well a network does on labelled images, and where in an image its answer comes from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from vggtorch import keras_graph
+from vggtorch.lowering import between
+from vggtorch.training.data import Source, in_order, loaded
+from vggtorch.training.heads import logits_network
+from vggtorch.training.step import network_input
+
+
+@dataclass(frozen=True)
+class ClassFigures:
+    """How a class fared: `recall` of its images found, `precision` of what was called so."""
+
+    name: str
+    images: int
+    precision: float
+    recall: float
+    f1: float
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a network says of labelled images.
+
+    Attributes:
+        logits: (N, classes).
+        labels: (N,).
+    """
+
+    logits: torch.Tensor
+    labels: torch.Tensor
+
+    @property
+    def probabilities(self) -> np.ndarray:
+        """Of each image and class, (N, classes)."""
+        return self.logits.softmax(1).numpy()
+
+    @property
+    def loss(self) -> float:
+        """Mean cross-entropy."""
+        return F.cross_entropy(self.logits, self.labels).item()
+
+    @property
+    def accuracy(self) -> float:
+        """Share of the images that were right."""
+        return (self.logits.argmax(1) == self.labels).double().mean().item()
+
+    @property
+    def confusion(self) -> np.ndarray:
+        """Numbers of images, (classes, classes): rows true, columns predicted."""
+        classes = self.logits.shape[1]
+        pairs = torch.bincount(self.labels * classes + self.logits.argmax(1), minlength=classes**2)
+        return pairs.reshape(classes, classes).numpy()
+
+    def per_class(self, classes: Sequence[str]) -> list[ClassFigures]:
+        """Figures for each class; 0 where a class was never predicted or has no images."""
+        confusion = self.confusion
+        right, true, called = np.diag(confusion), confusion.sum(1), confusion.sum(0)
+        precision = right / np.maximum(called, 1)
+        recall = right / np.maximum(true, 1)
+        f1 = 2 * right / np.maximum(true + called, 1)
+        return [
+            ClassFigures(name, int(n), float(p), float(r), float(f))
+            for name, n, p, r, f in zip(classes, true, precision, recall, f1, strict=True)
+        ]
+
+    def worst_mistakes(self, count: int) -> list[int]:
+        """Indices of wrong images, those first that the model was surest of."""
+        certainty, predicted = self.logits.softmax(1).max(1)
+        wrong = (predicted != self.labels).nonzero()[:, 0]
+        order = certainty[wrong].argsort(descending=True, stable=True)
+        return wrong[order][:count].tolist()
+
+
+def evaluate(
+    module: torch.nn.Module,
+    model: keras.Model,
+    source: Source,
+    *,
+    batch_size: int,
+    num_workers: int,
+    accelerator: Any,
+) -> Evaluation:
+    """What a network says of every image of a source, in their order, by all processes together.
+
+    Args:
+        module: puts out logits: the model, or its part that follows cached features.
+        model: whose preprocessing the images need.
+        source: the images, or their cached features.
+        batch_size: of one process.
+        num_workers: processes that read images.
+        accelerator: accelerate.Accelerator.
+    """
+    from accelerate.utils import gather_object
+
+    keys = in_order(len(source), batch_size)
+    mine = keys[accelerator.process_index :: accelerator.num_processes]
+    found = []
+    module.eval()
+    for some, (images, labels) in zip(mine, loaded(source, mine, num_workers), strict=True):
+        with torch.no_grad(), accelerator.autocast():
+            outputs = module(network_input(images, model, accelerator.device))
+        found.append((some[0], outputs.float().cpu(), labels))
+    found = sorted(gather_object(found), key=lambda part: part[0])
+    return Evaluation(
+        torch.cat([part[1] for part in found]), torch.cat([part[2] for part in found])
+    )
+
+
+def activation_map(model: keras.Model, image: torch.Tensor, index: int) -> np.ndarray:
+    """Where in an image (H, W, 3) a class's score comes from, as (h, w) of 0 to 1.
+
+    The map is of the last layer that has a height and a width. Source: Selvaraju et al.,
+    "Grad-CAM: Visual Explanations from Deep Networks", 2017.
+
+    Raises:
+        ValueError: the model has no such layer that all the image passes through.
+    """
+    maps = _last_maps(model)
+    device = model.variables[0].value.device
+    with torch.no_grad():
+        features = between(model.inputs[0], maps).eval()(network_input(image[None], model, device))
+    features.requires_grad_()
+    score = logits_network(model, maps).eval()(features)[0, index]
+    (gradient,) = torch.autograd.grad(score, features)
+    weights = gradient.mean((1, 2), keepdim=True)
+    heat = (weights * features.detach()).sum(-1)[0].clamp_min(0)
+    return (heat / heat.max().clamp_min(1e-12)).cpu().numpy()
+
+
+def _last_maps(model: keras.Model) -> keras.KerasTensor:
+    for call in reversed(keras_graph.calls(keras_graph.graph_of(model, "activation_map"))):
+        tensor = call.output_tensors[0]
+        if not call.is_input and len(tensor.shape) == 4:
+            try:
+                keras.Function(tensor, model.outputs[0])
+            except ValueError:  # another path goes around this layer
+                continue
+            return tensor
+    raise ValueError(
+        f"{model.name} has no layer with a height and a width that the whole image passes through."
+    )

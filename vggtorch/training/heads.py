@@ -1,0 +1,125 @@
+"""The top of a network: new heads on feature maps, and the logits that training needs of any."""
+
+from __future__ import annotations
+
+import keras
+import torch
+from keras import layers
+
+from vggtorch import surgery
+from vggtorch.keras_graph import graph_of, producer, without_activation
+from vggtorch.lowering import between
+from vggtorch.models import remember_, weight_set
+from vggtorch.training.config import TrainConfig
+from vggtorch.training.data import seeded
+
+
+def tutorial_head(classes: int) -> list[keras.Layer]:
+    """The tutorial's small network as new layers, for a cut network with feature maps.
+
+    Batch norm stands first because some weight sets (`oxford`) put out features as large as pixel
+    values. Taken as they are, they saturate the softmax at once, and a saturated softmax learns
+    nothing.
+
+    >>> import vggtorch as vt
+    >>> from vggtorch.training import tutorial_head
+    >>> vgg = vt.VGG11(weights=None, include_top=False, input_shape=(32, 32, 3))
+    >>> vt.stack(vt.truncate(vgg, "block2_pool"), tutorial_head(classes=10)).output_shape
+    (None, 10)
+    """
+    return [
+        _batch_norm("head_norm"),
+        layers.Conv2D(64, 3, activation="relu", name="head_conv"),
+        layers.MaxPooling2D(2, name="head_pool"),
+        layers.Flatten(name="head_flatten"),
+        layers.Dense(256, activation="relu", name="head_hidden"),
+        layers.Dropout(0.5, name="head_dropout"),
+        layers.Dense(classes, activation="softmax", name="head_predictions"),
+    ]
+
+
+def with_head(model: keras.Model, config: TrainConfig, classes: int) -> keras.Model:
+    """A new model: `model` up to `config.cut` with the head that `config.head` names.
+
+    `linear` and `mlp` are fastai's, on the mean and the maximum of each feature map, normalised.
+    Source: Howard and Gugger, "fastai: a layered API", 2020.
+
+    Raises:
+        ValueError: the model has no feature maps where it is cut.
+    """
+    with seeded(config.seed):
+        base = surgery.truncate(model, config.cut or model.layers[-1].name)
+        maps = base.output
+        if len(maps.shape) != 4:
+            raise ValueError(
+                f"The head {config.head!r} needs feature maps (N, H, W, C) under it; {base.name} "
+                f"ends in {tuple(maps.shape)}. Name a layer to cut at: cut='block5_pool'."
+            )
+        x = maps
+        if config.head == "tutorial":
+            for layer in tutorial_head(classes):
+                x = layer(x)
+        else:
+            mean = layers.GlobalAveragePooling2D(name="head_mean")(maps)
+            maximum = layers.GlobalMaxPooling2D(name="head_max")(maps)
+            x = layers.Concatenate(name="head_pool")([mean, maximum])
+            x = _batch_norm("head_norm")(x)
+            if config.head == "mlp":
+                x = layers.Dropout(0.25, name="head_dropout")(x)
+                x = layers.Dense(512, activation="relu", name="head_hidden")(x)
+                x = _batch_norm("head_norm2")(x)
+                x = layers.Dropout(0.5, name="head_dropout2")(x)
+            x = layers.Dense(classes, activation="softmax", name="head_predictions")(x)
+        return remember_(keras.Model(base.inputs, x, name=model.name), weight_set(model))
+
+
+def _batch_norm(name: str) -> keras.Layer:
+    """Batch norm that follows a short training sooner than Keras's default momentum of 0.99."""
+    return layers.BatchNormalization(epsilon=1e-5, momentum=0.9, name=name)
+
+
+def class_names(model: keras.Model, classes: tuple[str, ...]) -> tuple[str, ...]:
+    """The names of the model's outputs; numbers where the data has no names.
+
+    Raises:
+        ValueError: the model doesn't put out one value for each class, or isn't a graph of layers.
+    """
+    graph_of(model, "finetune")
+    shape = model.output_shape
+    if not isinstance(shape, tuple) or len(shape) != 2:
+        raise ValueError(
+            f"{model.name} puts out {shape}; expected (N, classes). Stack a head on it, or name "
+            f"one: TrainConfig(head='linear')."
+        )
+    if classes and len(classes) != shape[1]:
+        raise ValueError(
+            f"The data has {len(classes)} classes ({', '.join(classes)}), and {model.name} "
+            f"puts out {shape[1]}. Stack a head of {len(classes)} on it, or name one: "
+            f"TrainConfig(head='linear')."
+        )
+    return classes or tuple(map(str, range(shape[1])))
+
+
+def logits_network(model: keras.Model, start: keras.KerasTensor) -> torch.nn.Module:
+    """What a model does from a tensor on, as a torch network that puts out logits.
+
+    A softmax at the end is left out: the cross-entropy of logits keeps its gradient where a
+    probability rounds to 0 or 1. The model itself isn't changed; the parameters are its own.
+
+    Raises:
+        ValueError: the model ends in another activation, so that it puts out neither.
+    """
+    layer = producer(model.outputs[0])
+    while isinstance(layer, keras.Model):
+        layer = producer(layer.outputs[0])
+    activation = getattr(layer, "activation", keras.activations.linear)
+    allowed = (keras.activations.softmax, keras.activations.linear)
+    if isinstance(layer, layers.Softmax) or activation not in allowed:
+        raise ValueError(
+            f"{model.name} ends in {layer.name} ({type(layer).__name__}, activation "
+            f"{getattr(activation, '__name__', activation)}); expected "
+            f"Dense(classes, activation='softmax'), or activation=None for logits."
+        )
+    end = model.outputs[0]
+    softmax = activation is keras.activations.softmax
+    return between(start, without_activation(end) if softmax else end)

@@ -1,0 +1,78 @@
+"""The trained model to keep, which takes raw images, and its card."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+
+import keras
+
+from vggtorch import files, surgery
+from vggtorch.models import PREPROCESSING_SUFFIX, as_layers, remember_, weight_set
+from vggtorch.training.checkpoints import version_text
+from vggtorch.training.loop import History
+
+
+def save_trained(history: History, folder: str | Path, command: str | None = None) -> keras.Model:
+    """Write `model.keras`, `classes.txt` and `README.md`, the model card, into a folder.
+
+    The model takes RGB images of 0 to 255, (N, H, W, 3); plain Keras loads it without vggtorch.
+
+    Returns:
+        That model.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    model = with_preprocessing(history.model)
+    with files.atomic(folder / "model.keras") as temporary:
+        model.save(temporary)
+    with files.atomic(folder / "classes.txt") as temporary:
+        names = "".join(f"{name}\n" for name in history.classes)
+        temporary.write_text(names, encoding="utf-8")
+    with files.atomic(folder / "README.md") as temporary:
+        card = _card(history, command or shlex.join(sys.argv))
+        temporary.write_text(card, encoding="utf-8")
+    return model
+
+
+def with_preprocessing(model: keras.Model) -> keras.Model:
+    """A new plain Keras model that takes RGB of 0 to 255 and preprocesses it itself."""
+    name = weight_set(model)
+    if name is None:
+        return surgery.truncate(model, model.layers[-1].name)
+    image = keras.Input(model.inputs[0].shape[1:], name="image")
+    # One layer whose name tells vggtorch.preprocess that only the geometry is left to do.
+    inside = keras.Model(image, as_layers(image, name), name=f"{name}{PREPROCESSING_SUFFIX}")
+    return remember_(surgery.insert(model, model.layers[0].name, [inside]), None)
+
+
+def _card(history: History, command: str) -> str:
+    config, best = history.config, history.epochs[history.best_epoch]
+    figures = "\n".join(f"| {name} | {value:.4g} |" for name, value in best.items())
+    base = weight_set(history.model)
+    return f"""# {history.model.name}, fine-tuned on {len(history.classes)} classes
+
+A Keras model. Input: RGB images, 0 to 255, {tuple(history.model.inputs[0].shape)}; preprocessing is
+inside. Output: one value for each line of `classes.txt`.
+
+    import keras
+
+    model = keras.saving.load_model("model.keras")
+    probabilities = model.predict(images)
+
+- Classes: {", ".join(history.classes)}
+- Pretrained weights: {base or "not known"}
+- Cut at {config.cut or "the end"}, head {config.head or "its own"}, frozen up to {config.freeze}
+- Training: {len(history.epochs)} epochs of batches of {config.batch_size}, {config.optimizer},
+  learning rate {config.learning_rate:g}, augmentation {config.augment}, seed {config.seed}
+- Made by `{command}` with {version_text()}
+
+Epoch {history.best_epoch + 1}, whose weights these are:
+
+| figure | value |
+|---|---|
+{figures}
+
+Measured on images like the training images; on others expect less, and measure.
+"""

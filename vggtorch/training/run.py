@@ -1,0 +1,225 @@
+"""A run: its data, its device, and all of its state that a checkpoint holds."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import keras
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from vggtorch.keras_graph import all_layers
+from vggtorch.training import checkpoints, data
+from vggtorch.training.config import Augment, TrainConfig
+from vggtorch.training.data import BatchPlan, DatasetSource, Folder
+from vggtorch.training.optimization import Parameters, make_optimizer, trained_parameters
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+Images = str | Path | Dataset | DataLoader  # what users pass
+
+
+class RunData(NamedTuple):
+    """What a run reads: sources, each epoch's batches, the classes' names where it has them."""
+
+    training: Folder | DatasetSource
+    validation: Folder | DatasetSource | None
+    plan: BatchPlan
+    classes: tuple[str, ...]
+
+
+def read_data(train: Images, validation: Images | None, config: TrainConfig) -> RunData:
+    """Read what the user passed, and hold out images of a training folder where nothing validates.
+
+    Raises:
+        ValueError: data that can't be right, or that contradicts the configuration.
+    """
+
+    def read(given: Images, augment: Augment) -> tuple[Any, BatchPlan]:
+        if isinstance(given, str | Path):
+            folder = data.read_folder(
+                given, config.image_size, augment, config.on_unreadable, config.seed
+            )
+            return folder, data.shuffled(len(folder), config.batch_size, config.seed)
+        return data.as_source(given, config.seed, config.batch_size)
+
+    if validation is None and isinstance(train, str | Path):
+        train, validation = data.find_splits(Path(train))
+    training, plan = read(train, config.augment)
+    if isinstance(training, Folder) and config.augment == "none" and config.cache_copies > 1:
+        raise ValueError(
+            f"Received cache_copies={config.cache_copies} with augment='none': the copies would be "
+            f"equal. Choose an augmentation, or one copy."
+        )
+    held = read(validation, "none")[0] if validation is not None else None
+    if held is None and isinstance(training, Folder):
+        training, held = data.hold_out(training, config.validation_split)
+        plan = data.shuffled(len(training), config.batch_size, config.seed)
+    names = [source.classes for source in (training, held) if source is not None and source.classes]
+    if len(set(names)) > 1:
+        only = [sorted(set(a) - set(b)) for a, b in (names, names[::-1])]
+        raise ValueError(
+            f"The classes differ: only in the training data {only[0]}, only in the validation data "
+            f"{only[1]}. Expected the same, in the same order."
+        )
+    return RunData(training, held, plan, names[0] if names else ())
+
+
+def make_accelerator(precision: str) -> Accelerator:
+    """Hugging Face's Accelerator, which knows the processes, the device and the precision."""
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")  # by `accelerate launch`
+    precision = "bf16" if precision == "bf16" else launched
+    kept = getattr(AcceleratorState, "_shared_state", {})
+    if kept.get("_mixed_precision", precision) != precision:
+        AcceleratorState._reset_state()  # an earlier run in this process had another precision
+    # Told that it is on a CPU, Accelerate joins torchrun's processes on a machine without GPUs too.
+    return Accelerator(mixed_precision=precision, cpu=not torch.accelerator.is_available())
+
+
+@dataclass
+class Progress:
+    """Where a run stands; with the weights and the optimizer's state, all that follows from it."""
+
+    epoch: int = 0
+    step: int = 0  # in this epoch
+    done: int = 0  # steps in all
+    loss: float = 0.0  # summed over this epoch's images
+    correct: int = 0
+    images: int = 0
+    seconds: float = 0.0  # in this epoch
+    pieces: int = 1  # that a process runs its part of a batch in
+    best_epoch: int = 0
+    epochs: list[dict[str, float]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class RunState:
+    """All that changes while a network trains."""
+
+    model: keras.Model
+    trained: Parameters
+    average: dict[int, torch.Tensor]  # of `trained`, over the steps; empty without ema_decay
+    optimizer: torch.optim.Optimizer
+    progress: Progress
+
+
+def first_state(model: keras.Model, config: TrainConfig, device: torch.device) -> RunState:
+    """The state in which a run begins, with the model on the device.
+
+    Raises:
+        ValueError: nothing trains, or the loss would have a part that finetune doesn't compute.
+    """
+    active = [layer.name for layer in all_layers(model) if layer.activity_regularizer is not None]
+    if active:
+        raise ValueError(
+            f"The layers {', '.join(active)} have an activity_regularizer, which finetune doesn't "
+            f"add to the loss. Use Keras's fit, or layers without."
+        )
+    model.to(device)
+    trained = trained_parameters(model, config)
+    average = {i: p.detach().clone() for i, p in trained.items()} if config.ema_decay else {}
+    optimizer = make_optimizer(model, trained, config, device)
+    return RunState(
+        model, trained, average, optimizer, Progress(pieces=config.gradient_accumulation_steps)
+    )
+
+
+def identity(config: TrainConfig, read: RunData) -> dict[str, Any]:
+    """What a run that resumes must have in common with this one: all that decides how it ends."""
+    elsewhere = {
+        "output_dir", "cache_dir", "resume", "num_workers", "tensorboard", "checkpoint_steps",
+    }  # fmt: skip
+    settings = {
+        f.name: getattr(config, f.name)
+        for f in dataclasses.fields(TrainConfig)
+        if f.name not in elsewhere
+    }
+    sources = (read.training, read.validation)
+    return {
+        "config": settings,
+        "data": [
+            s.digest if isinstance(s, Folder) else "" if s is None else f"{len(s)} items"
+            for s in sources
+        ],
+    }
+
+
+def state_dict(state: RunState) -> dict[str, Any]:
+    """What a checkpoint holds of a run, but for its identity."""
+    return {
+        "variables": [v.value.detach() for v in state.model.variables],
+        "average": state.average,
+        "optimizer": state.optimizer.state_dict(),
+        "progress": dataclasses.asdict(state.progress),
+    }
+
+
+def restore_(state: RunState, path: Path, expected: dict[str, Any]) -> None:
+    """Carry on from a checkpoint, in place.
+
+    Raises:
+        ValueError: the checkpoint is damaged, or of a run with another identity.
+    """
+    content = checkpoints.read(path)
+    before, now = content["config"], expected["config"]
+    if before != now:
+        differing = [
+            f"{name}={now[name]!r} (was {before.get(name)!r})"
+            for name in now
+            if before.get(name) != now[name]
+        ]
+        raise ValueError(
+            f"{path} belongs to another run: {', '.join(differing)}. Resume with the options of "
+            f"that run, or begin anew in another folder."
+        )
+    if content["data"] != expected["data"]:
+        raise ValueError(
+            f"{path} was written for other images or another split of them. Resume with the same "
+            f"data, or begin anew in another folder."
+        )
+    assign_(state.model, content["variables"], path)
+    for i, value in content["average"].items():
+        state.average[i].copy_(value)
+    state.optimizer.load_state_dict(content["optimizer"])
+    for name, value in content["progress"].items():
+        setattr(state.progress, name, value)
+
+
+def load_checkpoint_(model: keras.Model, path: str | Path) -> keras.Model:
+    """Give a model the weights of a checkpoint, the averaged ones if the run kept them; in place.
+
+    Raises:
+        ValueError: no checkpoint, a damaged one, or one of another network.
+    """
+    load_weights_(model, checkpoints.read(Path(path)), path)
+    return model
+
+
+def load_weights_(model: keras.Model, content: dict[str, Any], path: str | Path) -> None:
+    """What `load_checkpoint_` does, with the content of the checkpoint that was read already."""
+    assign_(model, content["variables"], path)
+    with torch.no_grad():
+        for i, value in content["average"].items():
+            model.variables[i].value.copy_(value)
+
+
+def assign_(model: keras.Model, tensors: list[torch.Tensor], path: str | Path) -> None:
+    """Copy tensors into a model's variables, in their order; ValueError where shapes differ."""
+    expected = [tuple(v.shape) for v in model.variables]
+    received = [tuple(t.shape) for t in tensors]
+    if expected != received:
+        raise ValueError(
+            f"{path} holds {len(received)} tensors, whose shapes aren't those of the "
+            f"{len(expected)} of {model.name}. Build the model as it was when the run began."
+        )
+    with torch.no_grad():
+        for variable, tensor in zip(model.variables, tensors, strict=True):
+            variable.value.copy_(tensor)
