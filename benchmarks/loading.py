@@ -28,10 +28,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:  # the parent process stays small, and each way imports what it needs itself
     import torch
 
-# What is forgotten before a load: everything; or the converted copy, but not the hash of the file,
-# which was taken when it was downloaded.
-FORGOTTEN = {"first load": "home", "conversion": "home/converted"}
-WAYS = ("vggtorch", "torchvision", "torchvision mmap", "keras.applications", *FORGOTTEN, "copy")
+# Ways before which the converted copy is deleted: a load that makes it, and the making alone.
+CONVERTING = ("first load", "conversion")
+WAYS = ("vggtorch", "torchvision", "torchvision mmap", "keras.applications", *CONVERTING, "copy")
 
 
 def resident(field: str) -> float:
@@ -75,7 +74,7 @@ def loader(way: str, folder: Path) -> Callable[[], Mapping[str, torch.Tensor]]:
         return plain
 
     import vggtorch as vt
-    from vggtorch.models.vgg import named_variables
+    from vggtorch.models import named_variables
 
     if way == "keras.applications":
         import keras
@@ -88,14 +87,9 @@ def loader(way: str, folder: Path) -> Callable[[], Mapping[str, torch.Tensor]]:
         return stock
 
     if way == "conversion":
-        from vggtorch.weights import conversion, sources
+        from vggtorch import weights
 
-        def converted() -> Mapping[str, torch.Tensor]:
-            return sources.converted(
-                checkpoint, lambda c: conversion.to_views(c.tensors, c.form)
-            ).tensors
-
-        return converted
+        return lambda: weights.converted(checkpoint).tensors
 
     def ours() -> Mapping[str, torch.Tensor]:
         model = vt.VGG16(weights=checkpoint)
@@ -119,14 +113,13 @@ def prepare(folder: Path) -> None:
     import torch
     import torchvision
 
-    from vggtorch.models import vgg as models
-    from vggtorch.weights import conversion
+    from vggtorch import models, weights
 
     torch.manual_seed(0)
     state = torchvision.models.vgg16().state_dict()
     torch.save(state, folder / "vgg16.pth")
     models.convert(folder / "vgg16.pth", folder / "vgg16.weights.h5")
-    expected = conversion.torchvision_to_keras(state)
+    expected = weights.torchvision_to_keras(state)
     for way in ("vggtorch", "vggtorch", "keras.applications"):
         tensors = loader(way, folder)()
         assert tensors.keys() == expected.keys()
@@ -154,8 +147,8 @@ def measure(folder: Path, rounds: int) -> None:
     for _ in range(rounds):
         for way in WAYS:
             # Giving the room of an old file back may take longer than writing the new one.
-            if way in FORGOTTEN:
-                shutil.rmtree(folder / FORGOTTEN[way])
+            if way in CONVERTING:
+                shutil.rmtree(folder / "home")
             elif way == "copy":
                 (folder / "copy").unlink(missing_ok=True)
             measured[way].append(json.loads(run("--child", way, folder)))

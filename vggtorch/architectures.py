@@ -79,3 +79,12 @@ ARCHITECTURES: dict[str, Architecture] = {
     for suffix, batch_norm in (("", False), ("_bn", True))
     for name, depths in _DEPTHS.items()
 }
+
+
+def architecture_named(name: str) -> Architecture:
+    """The network of this name; ValueError where there is none."""
+    if name not in ARCHITECTURES:
+        raise ValueError(
+            f"Unknown architecture {name!r}; expected one of {', '.join(ARCHITECTURES)}."
+        )
+    return ARCHITECTURES[name]

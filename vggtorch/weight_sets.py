@@ -55,3 +55,10 @@ WEIGHT_SETS = {
         ),
     )
 }
+
+
+def weight_set_named(name: str) -> WeightSet:
+    """The weight set of this name; ValueError where there is none."""
+    if name not in WEIGHT_SETS:
+        raise ValueError(f"Unknown weight set {name!r}; expected one of {', '.join(WEIGHT_SETS)}.")
+    return WEIGHT_SETS[name]

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 import vggtorch as vt
-from vggtorch.models import preprocessing
-from vggtorch.models import vgg as models
+from vggtorch import models
+from vggtorch.models import fill_, remember_
+from vggtorch.weight_sets import WEIGHT_SETS
 
 CONSTRUCTORS = {
     name.upper(): getattr(vt, name.upper()) for name in ("vgg11", "vgg13", "vgg16", "vgg19")
@@ -94,7 +95,7 @@ def test_weights_survive_saving_and_loading(small, ending, images, tmp_path):
 
 def test_the_weight_set_survives_saving_and_loading(small, tmp_path):
     path = tmp_path / "small.safetensors"
-    vt.save_weights(preprocessing.remember_(keras.models.clone_model(small), "features"), path)
+    vt.save_weights(remember_(keras.models.clone_model(small), "features"), path)
     assert vt.weight_set(vt.VGG16(weights=path, include_top=False)) == "features"
     loaded = vt.load_weights(keras.models.clone_model(small), path)
     assert vt.weight_set(loaded) == "features"
@@ -106,7 +107,7 @@ def test_a_pretrained_model_trains_and_drops_out():
     tensors = {key: v.value.detach().clone() for key, v in vt.named_variables(source).items()}
     with keras.device("meta"):
         model = vt.VGG11(weights=None, classes=5, dropout=0.5, input_shape=(32, 32, 3))
-    models.fill_(model, tensors)
+    fill_(model, tensors)
     assert {p.device.type for p in model.parameters()} == {"cpu"}
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == model.count_params()
     model.compile("sgd", "sparse_categorical_crossentropy")
@@ -118,10 +119,10 @@ def test_a_pretrained_model_trains_and_drops_out():
     assert not torch.equal(first, second)  # dropout draws anew
 
 
-@pytest.mark.parametrize("name", preprocessing.WEIGHT_SETS)
+@pytest.mark.parametrize("name", WEIGHT_SETS)
 def test_preprocessing_inside_equals_preprocessing_outside(name, small, images, tmp_path):
     path = tmp_path / "small.safetensors"
-    vt.save_weights(preprocessing.remember_(keras.models.clone_model(small), name), path)
+    vt.save_weights(remember_(keras.models.clone_model(small), name), path)
     arguments = {"weights": path, "include_top": False, "input_shape": (32, 32, 3)}
     inside = vt.VGG16(include_preprocessing=True, **arguments)
     outside = vt.VGG16(**arguments)

@@ -11,8 +11,8 @@ from keras.applications.vgg16 import preprocess_input
 from sklearn.datasets import load_sample_images
 
 import vggtorch as vt
+from vggtorch import models
 from vggtorch.architectures import ARCHITECTURES
-from vggtorch.models import vgg as models
 from vggtorch.weights import conversion, sources
 
 PHOTOS = np.stack([photo[:, 100:527] for photo in load_sample_images().images])  # 427x427

@@ -7,14 +7,8 @@ from keras.applications.vgg16 import preprocess_input
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from vggtorch.models.preprocessing import (
-    WEIGHT_SETS,
-    as_layers,
-    decode_predictions,
-    preprocess,
-    remember_,
-    weight_set,
-)
+from vggtorch.models import as_layers, decode_predictions, preprocess, remember_, weight_set
+from vggtorch.weight_sets import WEIGHT_SETS
 
 PHOTOS = [photo.copy() for photo in load_sample_images().images]  # two, (427, 640, 3) uint8
 TORCHVISION = {

@@ -1,1 +1,40 @@
-"""VGG11 to VGG19, their weights in and out, and what they expect of an image."""
+"""VGG11 to VGG19 as Keras models, their weights in and out, and what they expect of an image.
+
+Read `vgg` first (the constructors), then `filling` (a model's variables by name, and how they get
+the tensors of a checkpoint), `loading` (`load_weights`, `save_weights`, `convert`), `memory` (how a
+model remembers its weight set) and `preprocessing` (images into what a weight set expects, and
+probabilities into names).
+"""
+
+from vggtorch.models.filling import fill_, named_variables
+from vggtorch.models.loading import convert, load_weights, model_from_name, save_weights
+from vggtorch.models.memory import remember_, weight_set
+from vggtorch.models.preprocessing import (
+    CENTER_SHARE,
+    PREPROCESSING_SUFFIX,
+    as_layers,
+    decode_predictions,
+    preprocess,
+)
+from vggtorch.models.vgg import VGG11, VGG13, VGG16, VGG19, constructor
+
+__all__ = [
+    "CENTER_SHARE",
+    "PREPROCESSING_SUFFIX",
+    "VGG11",
+    "VGG13",
+    "VGG16",
+    "VGG19",
+    "as_layers",
+    "constructor",
+    "convert",
+    "decode_predictions",
+    "fill_",
+    "load_weights",
+    "model_from_name",
+    "named_variables",
+    "preprocess",
+    "remember_",
+    "save_weights",
+    "weight_set",
+]

