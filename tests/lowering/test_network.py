@@ -365,6 +365,44 @@ def test_training_reaches_layers_inside_layers_that_do_not_take_it():
     assert 0 < (network.train()(x) == 0).float().mean() < 1
 
 
+def test_layers_that_keras_runs_draw_anew_in_training():
+    i = keras.Input((50,))
+    network = to_torch(keras.Model(i, L.Dropout(0.5, seed=1)(i))).train()
+    x = torch.ones(2, 50)
+    a, b = network(x), network(x)
+    assert 0 < (a == 0).float().mean() < 1 and not torch.equal(a, b)
+    assert torch.equal(network.eval()(x), x)
+
+
+def test_layers_that_keras_runs_follow_to_a_device_and_not_to_a_dtype():
+    model = sequences()
+    x = example(model)
+    expected, network = run_keras(model, x), to_torch(model).eval()
+    network._apply(lambda t: t.clone())
+    assert torch.equal(network(x), expected)
+    layer = next(m for m in network.modules() if isinstance(m, KerasLayer))
+    (operation,) = layer.operation
+    assert operation.variables[0].value is getattr(layer, layer.names[0])
+    with pytest.warns(UserWarning, match="stands alone"):
+        network.double()
+    assert {v.value.dtype for v in model.trainable_variables} == {torch.float32}
+    assert torch.equal(run_keras(model, x), expected)
+
+
+@pytest.mark.parametrize("how", [copy.deepcopy, lambda n: pickle.loads(pickle.dumps(n))])
+def test_copies_with_layers_that_keras_runs_stand_alone(how):
+    model = sequences()
+    x = example(model)
+    expected, network = run_keras(model, x), to_torch(model).eval()
+    twin = how(network)
+    assert torch.equal(twin(x), expected)
+    with torch.no_grad():
+        for p in twin.parameters():
+            p.zero_()
+    assert twin(x).abs().max() == 0
+    assert torch.equal(network(x), expected) and torch.equal(run_keras(model, x), expected)
+
+
 def test_inputs_go_in_one_by_one_or_by_name():
     a, b = keras.Input((3,), name="a"), keras.Input((3,), name="b")
     model = keras.Model({"a": a, "b": b}, {"sum": L.Add()([a, b]), "dense": L.Dense(2)(a)})

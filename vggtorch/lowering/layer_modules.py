@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vggtorch import keras_graph
+from vggtorch.lowering.ties import warn_parted
 
 
 def train_batch_norm(
@@ -275,7 +276,7 @@ class KerasLayer(nn.Module):
         args, kwargs = keras.tree.map_structure(
             lambda x: inputs[x.index] if isinstance(x, _Argument) else x, self.arguments
         )
-        if keras_graph.reads_training(operation) and kwargs.get("training") is None:
+        if keras_graph.reads_training(operation):  # over one fixed at the call, as in Keras
             kwargs = {**kwargs, "training": self.training}
         with self._own_values(), keras_graph.training_context(operation, self.training):
             outputs = operation(*args, **kwargs)
@@ -298,6 +299,25 @@ class KerasLayer(nn.Module):
             if value is not None and value is not tensor:  # moving statistics, counters of seeds
                 with torch.no_grad():
                     tensor.copy_(value)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> KerasLayer:
+        """Take the Keras variables along to another device, and leave them alone otherwise."""
+        own = {name: getattr(self, name) for name in self.names}
+        recast = any(fn(t.new_empty(0)).dtype != t.dtype for t in own.values())
+        if recast:  # `.half()` would change the values of the Keras model
+            warn_parted(self.operation[0].variables)
+            for name, tensor in own.items():
+                copy = tensor.detach().clone()
+                if name in self._parameters:
+                    copy = nn.Parameter(copy, tensor.requires_grad)
+                setattr(self, name, copy)
+        super()._apply(fn, recurse)
+        if not recast:
+            for name, tensor in own.items():
+                if name in self._buffers:  # torch has put another tensor there
+                    tensor.data = getattr(self, name)
+                    setattr(self, name, tensor)
+        return self
 
     def _title(self) -> str:
         (operation,) = self.operation

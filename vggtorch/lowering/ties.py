@@ -9,6 +9,7 @@ carried to the other at the network's next call, or when its parameters are next
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -106,6 +107,16 @@ class Tie:
         )
 
 
+def warn_parted(variables: Sequence[keras.Variable]) -> None:
+    """Say that these Keras variables don't follow their torch tensors any more."""
+    warnings.warn(
+        f"{len(variables)} weights, {variables[0].path} first, now have another dtype or form than "
+        f"their Keras variables: from here on the torch network stands alone, and the Keras model "
+        f"keeps the weights that it had.",
+        stacklevel=2,
+    )
+
+
 @dataclass
 class Ties:
     """All pairs of a network, and the batch norms whose Keras layers may be frozen.
@@ -129,12 +140,7 @@ class Ties:
             tie.find()
         parted = [tie for tie in self.pairs if not tie.can_hold()]
         if parted:
-            warnings.warn(
-                f"{len(parted)} weights, {parted[0].variable.path} first, now have another dtype "
-                f"or form than their Keras variables: from here on the torch network stands "
-                f"alone, and the Keras model keeps the weights that it had.",
-                stacklevel=4,
-            )
+            warn_parted([tie.variable for tie in parted])
             self.pairs, self.norms = [], []
         for tie in self.pairs:
             tie.share()
