@@ -1,18 +1,18 @@
 import dataclasses
-from typing import Any
+import re
+import shlex
 
+import keras
 import pytest
 import tiny
 import torch
+import typer
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
 import vggtorch as vt
-from vggtorch import cli
+from vggtorch import cli, models, weights
 from vggtorch.cli import main
-from vggtorch.models.preprocessing import remember_
-from vggtorch.training.advice import advise
-from vggtorch.weights import sources
 
 
 def test_convert_prints_what_it_mapped(tmp_path, capsys):
@@ -27,13 +27,23 @@ def test_convert_prints_what_it_mapped(tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[2].startswith("block1_conv2/kernel (3, 3, 64, 64) ")
     assert lines[2].endswith(" -> features.2.weight (64, 64, 3, 3)")
-    assert "features.0.weight" in sources.read(tmp_path / "oxford.pth").tensors
+    assert "features.0.weight" in torch.load(tmp_path / "oxford.pth")
 
 
-def test_inspect_prints_every_layer(capsys):
-    assert main(["inspect", "vgg11_bn"]) == 0
+def test_inspect_prints_every_layer(tmp_path, capsys):
+    path = tmp_path / "tiny.keras"
+    tiny.network(batch_norm=True).save(path)
+    assert main(["inspect", str(path)]) == 0
     printed = capsys.readouterr().out
     assert "block1_bn1" in printed and "predictions" in printed
+
+
+@pytest.mark.slow
+def test_inspect_compares_and_draws(tmp_path, capsys):
+    drawing = tmp_path / "graph.svg"
+    assert main(["inspect", "vgg13", "--before", "vgg11", "--draw", str(drawing)]) == 0
+    assert "after/before" in capsys.readouterr().out
+    assert "block1_conv2" in drawing.read_text()
 
 
 def test_bench_prints_every_way_to_run(tmp_path, capsys):
@@ -44,9 +54,10 @@ def test_bench_prints_every_way_to_run(tmp_path, capsys):
     assert printed.startswith("batch 2\n") and "\ngradients, lowered, bfloat16 " in printed
 
 
+@pytest.mark.slow
 def test_predict_prints_the_most_probable_classes(tmp_path, capsys):
     weights, image = tmp_path / "random.safetensors", tmp_path / "china.png"
-    model = remember_(vt.VGG11(weights=None), "imagenet")
+    model = models.remember_(vt.VGG11(weights=None), "imagenet")
     vt.save_weights(model, weights)
     Image.fromarray(load_sample_images().images[0]).save(image)
     arguments = ["--architecture", "vgg11", "--weights", str(weights), "--top", "3"]
@@ -66,54 +77,14 @@ def test_predict_refuses_weights_whose_preprocessing_is_not_known(tmp_path, caps
     assert "does not say which weight set" in capsys.readouterr().err
 
 
-def test_weights_lists_what_is_known_and_here(capsys):
-    sources.find("oxford", "vgg16", include_top=False)
-    assert main(["weights"]) == 0
+@pytest.mark.parametrize("arguments", [["weights"], ["weights", "list"]])
+def test_weights_lists_what_is_known_and_here(arguments, capsys):
+    vt.VGG16(weights="oxford", include_top=False)
+    assert main(arguments) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == len(sources.KNOWN)
+    assert len(lines) == len(weights.PUBLISHED)
     (oxford,) = [line for line in lines if "oxford" in line]
     assert "not here" not in oxford
-
-
-def test_inspect_compares_and_draws(tmp_path, capsys):
-    drawing = tmp_path / "graph.svg"
-    assert main(["inspect", "vgg13", "--before", "vgg11", "--draw", str(drawing)]) == 0
-    assert "after/before" in capsys.readouterr().out
-    assert "block1_conv2" in drawing.read_text()
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["inspect", "vgg17"], "vgg17"),
-        (["convert", "nothing.pth", "x.safetensors"], "nothing.pth"),
-        (["predict", "nothing.jpg", "--weights", "oxford"], "classifier"),
-    ],
-)
-def test_errors_are_one_line_and_a_status(arguments, message, capsys):
-    assert main(arguments) == 1
-    error = capsys.readouterr().err
-    assert error.startswith("vggtorch: ") and message in error and "Traceback" not in error
-
-
-def test_no_command_is_a_usage_error(capsys):
-    with pytest.raises(SystemExit, match="2"):
-        main([])
-    assert "usage: vggtorch" in capsys.readouterr().err
-
-
-def test_what_is_asked_for_stands_above_the_plan(tmp_path, capsys):
-    data = tiny.pictures(tmp_path / "data")
-    (data / "blue" / "broken.jpg").write_bytes(b"no image")
-    words = ["finetune", str(data), "--advise", "different", "--broken", "skip"]
-    words += ["--epochs", "10", "--no-cache", "--image-size", "16"]  # 10 epochs are the default
-    with pytest.warns(UserWarning, match="broken.jpg"):
-        settings = cli._settings(cli._parser().parse_args(words))
-    plan = advise(24, 3, "different")
-    assert plan.epochs != 10
-    asked: dict[str, Any] = {"broken": "skip", "epochs": 10, "cache": False, "image_size": 16}
-    assert settings == dataclasses.replace(plan, **asked)
-    assert plan.reasons[0].decision in capsys.readouterr().out
 
 
 def test_export_writes_what_a_keras_file_computes(tmp_path, capsys):
@@ -124,3 +95,173 @@ def test_export_writes_what_a_keras_file_computes(tmp_path, capsys):
     x = torch.rand(3, 16, 16, 3) * 255
     found = torch.export.load(tmp_path / "tiny.pt2").module()(x)
     torch.testing.assert_close(found, model(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("inspect vgg17", "vgg17"),
+        ("convert nothing.pth x.safetensors", "nothing.pth"),
+        ("predict nothing.jpg --weights oxford", "has no classifier. Use --weights imagenet."),
+        ("predict a.jpg --architecture vgg11 --weights features.pth", "It has no classifier."),
+        ("finetune nowhere --epochs 0", "Received --epochs 0; expected a whole number from 1."),
+        (
+            "finetune nowhere --cut block2_pool",
+            "Received --cut block2_pool without a head. Name one",
+        ),
+        (
+            "finetune nowhere --freeze a --unfreeze 12:b --unfreeze 3:c",
+            "Received --unfreeze 12:b --unfreeze 3:c; expected",
+        ),
+        (
+            "finetune nowhere --unfreeze 2:block5_conv1",
+            "--unfreeze 2:block5_conv1, and nothing is frozen",
+        ),
+        ("finetune nowhere --weights oxford --image-size 32", "nowhere"),
+        ("finetune images --weights oxford --image-size 32", "name one: --head linear"),
+        (
+            "finetune images --weights oxford --image-size 32 --head linear --augment none "
+            "--cache-copies 2 --freeze block5_pool",
+            "Received --cache-copies 2 with --augment none",
+        ),
+        ("finetune unreadable --weights oxford --image-size 32", "train with --on-unreadable skip"),
+        ("finetune images --weights oxford --image-size 32 --head mlp --cut fc9", "fc9"),
+    ],
+)
+def test_a_mistake_is_one_line_in_the_words_of_the_command_line(
+    command, message, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    tiny.pictures(tmp_path / "images")
+    tiny.pictures(tmp_path / "unreadable")
+    vt.save_weights(vt.VGG11(weights=None, include_top=False), "features.pth")
+    (tmp_path / "unreadable" / "blue" / "broken.jpg").write_bytes(b"no image")
+    assert main(shlex.split(command)) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("vggtorch: ") and message in error
+    assert error.count("\n") == 1 and error.endswith("\n")
+    for python in ("TrainConfig", "vt.", "=", "True"):
+        assert python not in error
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("", "Missing command. Try vggtorch --help."),
+        ("finetnue", "No such command 'finetnue'."),
+        ("bench", "Missing argument 'MODEL'. Try vggtorch bench --help."),
+        ("bench vgg11 --batch many", "Invalid value for '--batch'"),
+        ("bench vgg11 --size", "Option '--size' requires an argument. Try vggtorch"),
+        ("finetune images --head big", "'big' is not one of 'tutorial', 'linear', 'mlp'. Try"),
+        ("finetune images --unfreeze b", "'b' isn't EPOCH:LAYER, such as 2:block5_conv1. Try"),
+        ("predict a.jpg --architecture vgg17", "'vgg17' is not one of 'vgg11', 'vgg13'"),
+        ("export vgg11 a.onnx --wieghts b", "No such option: --wieghts"),
+    ],
+)
+def test_a_wrong_usage_is_one_line_and_status_2(command, message, capsys):
+    assert main(shlex.split(command)) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("vggtorch: ") and message in error and error.count("\n") == 1
+
+
+def test_debug_shows_where_an_error_comes_from():
+    with pytest.raises(ValueError, match="vgg17"):
+        main(["inspect", "vgg17", "--debug"])
+
+
+def test_version_is_the_packages(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"vggtorch {vt.__version__}\n"
+
+
+COMMANDS = ["demo", "convert", "inspect", "bench", "export", "predict", "finetune", "weights"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_help_of_a_command_has_examples_that_can_be_read(command, capsys):
+    assert main([]) == 2
+    assert main([command, "-h"]) == 0
+    words = capsys.readouterr().out
+    examples = re.findall(r"^ +vggtorch (.+)$", words, re.MULTILINE)
+    assert examples or command == "demo"
+    group = typer.main.get_command(cli.app)
+    for example in examples:
+        name, *arguments = shlex.split(example)
+        assert name == command
+        group.get_command(None, name).make_context(name, arguments)
+
+
+def test_the_help_of_every_command_is_there(capsys):
+    assert main(["--help"]) == 0
+    printed = capsys.readouterr().out
+    assert all(re.search(rf"^  {command} ", printed, re.MULTILINE) for command in COMMANDS)
+    assert "--install-completion" in printed
+
+
+def test_the_help_of_finetune_has_every_field_with_its_default(capsys):
+    assert main(["finetune", "-h"]) == 0
+    words = " ".join(capsys.readouterr().out.split())
+    for field in dataclasses.fields(vt.TrainConfig):
+        option = words[words.index(f" --{field.name.replace('_', '-')} ") :]
+        assert field.metadata["help"].replace(" ", "") in option.replace(" ", "")
+    assert "--epochs <int> Passes over the training images. [default: 10]" in words
+
+
+@pytest.fixture
+def config_of(tmp_path, monkeypatch, capsys):
+    """The configuration that `vggtorch finetune` makes of its options."""
+    data = tiny.pictures(tmp_path / "data")
+    (data / "blue" / "broken.jpg").write_bytes(b"no image")
+    received = []
+
+    def finetune(model, train, validation, config):
+        received.append(config)
+        raise ValueError("This is far enough.")
+
+    monkeypatch.setattr(vt, "finetune", finetune)
+    monkeypatch.setattr(models, "constructor", lambda name: lambda **options: keras.Model())
+
+    def config_of(*words):
+        assert main(["finetune", str(data), *words]) == 1
+        assert "This is far enough." in capsys.readouterr().err
+        return received[-1]
+
+    return config_of
+
+
+def test_every_field_is_an_option(config_of):
+    assert config_of() == vt.TrainConfig()
+    changed = vt.TrainConfig(
+        cut="block4_pool", head="mlp", freeze="block4_pool", unfreeze=((2, "a"), (3, "b")),
+        epochs=5, batch_size=7, gradient_accumulation_steps=2, optimizer="sgd", learning_rate=0.5,
+        layer_decay=0.4, warmup=0.3, schedule="constant", weight_decay=0.2, label_smoothing=0.1,
+        max_grad_norm=2.0, ema_decay=0.9, patience=3, precision="bf16", image_size=96,
+        augment="crop", on_unreadable="skip", validation_split=0.3, num_workers=1, cache=False,
+        cache_copies=2, cache_dtype="float16", cache_dir="c", output_dir="r", checkpoint_steps=9,
+        resume=True, tensorboard=True, seed=4,
+    )  # fmt: skip
+    words = []
+    for field in dataclasses.fields(vt.TrainConfig):
+        value, flag = getattr(changed, field.name), "--" + field.name.replace("_", "-")
+        assert value != field.default, field.name
+        if isinstance(value, bool):
+            words.append(flag if value else flag.replace("--", "--no-", 1))
+        elif field.name == "unfreeze":
+            for epoch, layer in value:
+                words += [flag, f"{epoch}:{layer}"]
+        else:
+            words += [flag, str(value)]
+    assert config_of(*words) == changed
+
+
+def test_what_is_asked_for_stands_above_the_plan(config_of, capsys):
+    plan = vt.advise(24, 3, "different")
+    words = ["--advise", "different", "--on-unreadable", "skip", "--no-cache"]
+    with pytest.warns(UserWarning, match="broken.jpg"):
+        config = config_of(*words, "--image-size", "16")
+    asked = {"on_unreadable": "skip", "cache": False, "image_size": 16}
+    assert config == dataclasses.replace(plan, **asked)
+    with pytest.warns(UserWarning, match="broken.jpg"):
+        config = config_of(*words, "--image-size", "16", "--epochs", "10")
+    assert plan.epochs != 10 == vt.TrainConfig().epochs
+    assert config == dataclasses.replace(plan, epochs=10, **asked)

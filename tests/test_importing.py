@@ -22,6 +22,7 @@ OUTSIDE = """
 """
 
 
+@pytest.mark.slow
 def test_importing_selects_the_torch_backend():
     result = run("import vggtorch, keras; print(keras.config.backend())", KERAS_BACKEND="jax")
     assert result.stdout == "torch\n", result.stderr
@@ -62,6 +63,7 @@ def test_help_imports_nothing_heavy(options):
     assert result.stdout.startswith("Usage: vggtorch"), result.stderr
 
 
+@pytest.mark.slow
 def test_all_names_together_import_none_of_what_only_some_users_need():
     result = run(f"""{OUTSIDE}
     import vggtorch as vt
@@ -91,7 +93,14 @@ def test_a_name_that_is_not_there_is_an_attribute_error():
         vt.VGG15  # noqa: B018
 
 
-@pytest.mark.parametrize("first", ["vggtorch", "keras", "vggtorch.keras_graph"])
+@pytest.mark.parametrize(
+    "first",
+    [
+        "vggtorch",
+        pytest.param("keras", marks=pytest.mark.slow),
+        pytest.param("vggtorch.keras_graph", marks=pytest.mark.slow),
+    ],
+)
 def test_keras_alone_loads_our_models_once_vggtorch_was_imported(first, tmp_path):
     model = tiny.network()
     OxfordModel(model.inputs, model.outputs).save(tmp_path / "tiny.keras")
@@ -100,6 +109,7 @@ def test_keras_alone_loads_our_models_once_vggtorch_was_imported(first, tmp_path
     assert "OxfordModel" in result.stdout, result.stderr
 
 
+@pytest.mark.slow
 def test_asking_where_keras_is_leaves_the_watch_for_it_in_place():
     result = run("""
         import importlib.util, vggtorch
@@ -127,6 +137,7 @@ def site(tmp_path_factory):
     return install
 
 
+@pytest.mark.slow
 def test_a_wheel_holds_every_room_and_runs_by_itself(site, tmp_path):
     folder = site("wheel")
     package = Path(vt.__file__).parent

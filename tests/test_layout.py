@@ -14,7 +14,7 @@ PACKAGE = Path(vt.__file__).parent
 GROUND = ("architectures", "weight_sets", "keras_graph", "files")
 # A room imports only from those before it, and measuring not from surgery.
 ROOMS = ("weights", "models", "lowering", "surgery", "measuring", "training")
-ENTRANCES = ("demo", "cli")  # what a user starts; they may import everything
+ENTRANCES = ("demo", "options", "cli")  # what a user starts; they may import everything
 ORDER = (*GROUND, *ROOMS, *ENTRANCES)
 FILES = sorted(path for path in PACKAGE.rglob("*.py"))
 
@@ -68,6 +68,7 @@ def test_a_file_imports_from_rooms_to_its_left_through_their_doors(path):
         assert not inside, f"import from vggtorch.{room}, which says what others may use"
 
 
+@pytest.mark.slow
 def test_importing_a_room_loads_no_room_to_its_right():
     result = run(f"""
         import importlib, sys

@@ -1,22 +1,23 @@
 # The public names and where each comes from: __init__.py reads them here when they are first used.
 
-from .lowering.exporting import export as export
-from .lowering.lowered import accelerate_ as accelerate_
-from .lowering.lowered import lower as lower
+from .lowering import accelerate_ as accelerate_
+from .lowering import export as export
+from .lowering import lower as lower
+from .lowering import to_torch as to_torch
 from .measuring import bench as bench
 from .measuring import compare as compare
 from .measuring import draw as draw
 from .measuring import inspect as inspect
-from .models.preprocessing import decode_predictions as decode_predictions
-from .models.preprocessing import preprocess as preprocess
-from .models.preprocessing import weight_set as weight_set
-from .models.vgg import VGG11 as VGG11
-from .models.vgg import VGG13 as VGG13
-from .models.vgg import VGG16 as VGG16
-from .models.vgg import VGG19 as VGG19
-from .models.vgg import load_weights as load_weights
-from .models.vgg import named_variables as named_variables
-from .models.vgg import save_weights as save_weights
+from .models import VGG11 as VGG11
+from .models import VGG13 as VGG13
+from .models import VGG16 as VGG16
+from .models import VGG19 as VGG19
+from .models import decode_predictions as decode_predictions
+from .models import load_weights as load_weights
+from .models import named_variables as named_variables
+from .models import preprocess as preprocess
+from .models import save_weights as save_weights
+from .models import weight_set as weight_set
 from .surgery import compose_ as compose_
 from .surgery import distill_ as distill_
 from .surgery import freeze_ as freeze_
@@ -28,9 +29,9 @@ from .surgery import truncate as truncate
 from .surgery import unfreeze_ as unfreeze_
 from .training.advice import advise as advise
 from .training.config import TrainConfig as TrainConfig
-from .training.loop import find_learning_rate as find_learning_rate
+from .training.keeping import save_trained as save_trained
 from .training.loop import finetune as finetune
-from .training.report import save_trained as save_trained
+from .training.rate_search import find_learning_rate as find_learning_rate
 from .training.report import write_report as write_report
 
 __version__: str

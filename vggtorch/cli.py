@@ -1,121 +1,146 @@
-"""The command line: each command calls one public function."""
+"""The command line: each command calls one public function.
+
+Nothing heavy is imported before a command runs: vggtorch's names are lazy, and so are the imports
+inside the commands.
+"""
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import keras
+import typer
 
-from vggtorch import demo, files
+import vggtorch as vt
+from vggtorch import files
 from vggtorch.architectures import ARCHITECTURES
-from vggtorch.lowering.exporting import export
-from vggtorch.measuring import costs as inspection
-from vggtorch.measuring.benchmark import bench
-from vggtorch.models import preprocessing
-from vggtorch.models import vgg as models
-from vggtorch.training import advice, config, data, report
-from vggtorch.training import loop as training
-from vggtorch.weights import sources
+from vggtorch.options import as_options, with_options_of_train_config
+from vggtorch.training import TrainConfig
+
+if TYPE_CHECKING:  # a type checker can't read choices that are made while the program runs
+    ArchitectureName = str
+else:
+    ArchitectureName = Literal[tuple(ARCHITECTURES)]
+Similarity = Literal["similar", "different"]
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="An architecture's name or a .keras file.")
+]
+Architecture = Annotated[ArchitectureName, typer.Option(help="The pretrained network.")]
+Weights = Annotated[
+    str, typer.Option(help="An architecture's weights: a weight set's name or a path.")
+]
+CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+
+app = typer.Typer(
+    help="Transfer learning and model surgery on pretrained VGG networks.",
+    context_settings=CONTEXT,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+weights_app = typer.Typer(rich_markup_mode=None)
+app.add_typer(weights_app, name="weights")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="vggtorch",
-        description="Transfer learning and model surgery on pretrained VGG networks.",
-    )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-
-    demo = commands.add_parser("demo", help="the tutorial's three examples on real weights")
-    demo.set_defaults(run=_demo)
-
-    convert = commands.add_parser("convert", help="a checkpoint in another form")
-    convert.add_argument("source", metavar="SRC", help="a checkpoint, or a weight set's name")
-    convert.add_argument(
-        "target", metavar="DST", help="ends in .safetensors, .pth, .bin, .weights.h5, .keras or .h5"
-    )
-    convert.add_argument("--architecture", choices=ARCHITECTURES, help="where it isn't plain")
-    convert.set_defaults(run=_convert)
-
-    weights = commands.add_parser("weights", help="known checkpoints: list, fetch, verify")
-    weights.set_defaults(run=_weights_list)
-    actions = weights.add_subparsers(metavar="ACTION")
-    fetch = actions.add_parser("fetch", help="get a checkpoint, verified")
-    fetch.add_argument("file", metavar="NAME", help="a checkpoint's file name in the list")
-    fetch.set_defaults(run=_weights_fetch)
-    verify = actions.add_parser("verify", help="hash all that is here afresh")
-    verify.set_defaults(run=_weights_verify)
-
-    inspect = commands.add_parser("inspect", help="what each layer of a network costs")
-    inspect.add_argument("model", metavar="MODEL", help="an architecture's name or a .keras file")
-    inspect.add_argument("--before", metavar="MODEL", help="compare: what it was before a surgery")
-    inspect.add_argument("--draw", metavar="FILE", help="draw the graph as SVG, changes marked")
-    inspect.set_defaults(run=_inspect)
-
-    bench = commands.add_parser("bench", help="how fast a network runs here: by Keras, and lowered")
-    bench.add_argument("model", metavar="MODEL", help="an architecture's name or a .keras file")
-    bench.add_argument("--batch", type=int, default=8, help="images at a time")
-    bench.add_argument("--size", type=int, default=224, help="pixels, where MODEL leaves them open")
-    bench.add_argument("--repeats", type=int, default=5)
-    bench.set_defaults(run=_bench)
-
-    export = commands.add_parser("export", help="a network as ONNX or as torch.export's .pt2")
-    export.add_argument("model", metavar="MODEL", help="an architecture's name or a .keras file")
-    export.add_argument("path", metavar="PATH", help="ends in .onnx or .pt2")
-    export.add_argument(
-        "--weights", default="imagenet", help="of an architecture: a weight set or a path"
-    )
-    export.set_defaults(run=_export)
-
-    predict = commands.add_parser("predict", help="the most probable classes of images")
-    predict.add_argument("images", metavar="IMAGE", nargs="+")
-    predict.add_argument("--model", help="a .keras file; by default a pretrained network")
-    predict.add_argument("--architecture", choices=ARCHITECTURES, default="vgg16")
-    predict.add_argument("--weights", default="imagenet", help="a weight set or a path")
-    predict.add_argument("--top", type=int, default=5)
-    predict.set_defaults(run=_predict)
-
-    finetune = commands.add_parser("finetune", help="fine-tune on a folder of images")
-    finetune.add_argument("train", metavar="DATA", help="a folder with one folder for each class")
-    finetune.add_argument("validation", nargs="?", help="the same; by default part of DATA")
-    finetune.add_argument("--architecture", choices=ARCHITECTURES, default="vgg16")
-    finetune.add_argument("--weights", default="imagenet", help="a weight set or a path")
-    finetune.add_argument(
-        "--advise",
-        choices=("similar", "different"),
-        help="take the rules of thumb for images that are similar to ImageNet's, or different",
-    )
-    config.add_arguments(finetune)
-    finetune.set_defaults(run=_finetune)
-    return parser
+def _examples(*commands: str) -> str:
+    """Examples under the help of a command."""
+    # The backspace tells typer to leave the lines as they are.
+    return "\b\nExamples:\n" + "\n".join(f"  vggtorch {command}" for command in commands)
 
 
-def _demo(arguments: argparse.Namespace) -> None:
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"vggtorch {vt.__version__}")
+        raise typer.Exit
+
+
+@app.callback(epilog=_examples("demo", "inspect vgg16", "finetune --help"))
+def _every_command(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version."),
+    ] = False,
+    debug: Annotated[  # taken out by `main`, so that it may stand anywhere
+        bool, typer.Option("--debug", help="Show where in the code an error comes from.")
+    ] = False,
+) -> None: ...
+
+
+@app.command("demo")
+def run_demo() -> None:
+    """The tutorial's three examples on real weights."""
+    from vggtorch import demo
+
     demo.run()
 
 
-def _convert(arguments: argparse.Namespace) -> None:
-    mapped = models.convert(arguments.source, arguments.target, arguments.architecture)
+@app.command(
+    epilog=_examples(
+        "convert oxford vgg16_features.pth",
+        "convert weights.pth vgg11.safetensors --architecture vgg11",
+    )
+)
+def convert(
+    source: Annotated[
+        str, typer.Argument(metavar="SRC", help="A checkpoint, or a weight set's name.")
+    ],
+    target: Annotated[
+        str,
+        typer.Argument(
+            metavar="DST", help="Ends in .safetensors, .pth, .bin, .weights.h5, .keras or .h5."
+        ),
+    ],
+    architecture: Annotated[
+        ArchitectureName | None, typer.Option(help="Whose weights they are, where it isn't plain.")
+    ] = None,
+) -> None:
+    """Write a checkpoint in another form; prints which tensor became which."""
+    from vggtorch import models
+
+    mapped = models.convert(source, target, architecture)
     width = max(len(f"{name} {shape}") for name, shape, _, _ in mapped)
     for old, old_shape, new, new_shape in mapped:
         print(f"{f'{old} {old_shape}':{width}} -> {new} {new_shape}")
 
 
-def _weights_list(arguments: argparse.Namespace) -> None:
-    for known in sources.KNOWN.values():
-        places = [str(path) for path in sources.here(known)] or ["not here"]
+@weights_app.callback(
+    invoke_without_command=True,
+    epilog=_examples("weights", "weights fetch vgg16-397923af.pth", "weights verify"),
+)
+def _weights(context: typer.Context) -> None:
+    """Known checkpoints: list them (also without ACTION), fetch one, verify those that are here."""
+    if context.invoked_subcommand is None:
+        list_weights()
+
+
+@weights_app.command("list")
+def list_weights() -> None:
+    """List the known checkpoints, and where they are on this machine."""
+    from vggtorch import weights
+
+    for known in weights.PUBLISHED.values():
+        places = [str(path) for path in weights.local_copies(known)] or ["not here"]
         print(f"{known.weight_set:9} {known.architecture:9} {known.file:42} {', '.join(places)}")
 
 
-def _weights_fetch(arguments: argparse.Namespace) -> None:
-    print(sources.fetch(arguments.file))
+@weights_app.command("fetch", epilog=_examples("weights fetch vgg16-397923af.pth"))
+def fetch_weights(
+    file: Annotated[str, typer.Argument(metavar="NAME", help="A file's name in the list.")],
+) -> None:
+    """Get a checkpoint from where it is published, verified; prints its path."""
+    from vggtorch import weights
+
+    print(weights.fetch(file))
 
 
-def _weights_verify(arguments: argparse.Namespace) -> None:
-    found = sources.verify()
+@weights_app.command("verify")
+def verify_weights() -> None:
+    """Hash all checkpoints that are here afresh."""
+    from vggtorch import weights
+
+    found = weights.verify()
     for path, wrong in found.items():
         print(wrong or f"{path} is whole")
     damaged = sum(wrong is not None for wrong in found.values())
@@ -123,87 +148,185 @@ def _weights_verify(arguments: argparse.Namespace) -> None:
         raise ValueError(f"{damaged} of {len(found)} files are damaged")
 
 
-def _inspect(arguments: argparse.Namespace) -> None:
-    model = models.describe(arguments.model)
-    before = models.describe(arguments.before) if arguments.before else None
-    if before is None:
-        print(inspection.inspect(model))
-    else:
-        print(inspection.compare(before, model))
-    if arguments.draw:
-        with files.atomic(arguments.draw) as temporary:
-            temporary.write_text(inspection.draw(model, before))
+@app.command(
+    epilog=_examples(
+        "inspect vgg16",
+        "inspect smaller.keras --before vgg16 --draw smaller.svg",
+    )
+)
+def inspect(
+    model: Model,
+    before: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="Compare: what it was before a surgery.")
+    ] = None,
+    draw: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Draw the graph as SVG, changes marked.")
+    ] = None,
+) -> None:
+    """What each layer of a network costs."""
+    from vggtorch.models import model_from_name
+
+    network = model_from_name(model)
+    original = model_from_name(before) if before else None
+    print(vt.inspect(network) if original is None else vt.compare(original, network))
+    if draw:
+        with files.atomic(draw) as temporary:
+            temporary.write_text(vt.draw(network, original))
 
 
-def _bench(arguments: argparse.Namespace) -> None:
-    model = models.describe(arguments.model)
-    print(bench(model, arguments.batch, size=arguments.size, repeats=arguments.repeats))
+@app.command(epilog=_examples("bench vgg16", "bench run/model.keras --batch 1"))
+def bench(
+    model: Model,
+    batch: Annotated[int, typer.Option(help="Images at a time.")] = 8,
+    size: Annotated[int, typer.Option(help="Pixels, where MODEL leaves them open.")] = 224,
+    repeats: Annotated[int, typer.Option(help="Measurements, of which the median counts.")] = 5,
+) -> None:
+    """How fast a network runs on this machine: by Keras, and lowered to torch."""
+    from vggtorch.models import model_from_name
+
+    print(vt.bench(model_from_name(model), batch, size=size, repeats=repeats))
 
 
-def _export(arguments: argparse.Namespace) -> None:
-    if arguments.model in ARCHITECTURES:
-        model = models.constructor(arguments.model)(weights=arguments.weights)
-    else:
-        model = models.describe(arguments.model)
-    export(model, arguments.path)
-    print(f"Wrote {arguments.path}.")
+@app.command(
+    epilog=_examples("export run/model.keras model.onnx", "export vgg16 vgg16.pt2 --weights a.pth")
+)
+def export(
+    model: Model,
+    path: Annotated[str, typer.Argument(metavar="PATH", help="Ends in .onnx or .pt2.")],
+    weights: Weights = "imagenet",
+) -> None:
+    """Write a network as ONNX or as torch.export's .pt2, to run without Keras."""
+    from vggtorch.models import constructor, model_from_name
+
+    named = model in ARCHITECTURES
+    network = constructor(model)(weights=weights) if named else model_from_name(model)
+    vt.export(network, path)
+    print(f"Wrote {path}.")
 
 
-def _predict(arguments: argparse.Namespace) -> None:
+@app.command(
+    epilog=_examples("predict cat.jpg dog.jpg", "predict --model run/model.keras images/7.png")
+)
+def predict(
+    images: Annotated[list[str], typer.Argument(metavar="IMAGE...", help="Files of images.")],
+    model: Annotated[
+        str | None, typer.Option(help="A .keras file; by default a pretrained network.")
+    ] = None,
+    architecture: Architecture = "vgg16",
+    weights: Weights = "imagenet",
+    top: Annotated[int, typer.Option(help="How many classes of each image.")] = 5,
+) -> None:
+    """The most probable classes of images."""
+    import keras
+
+    from vggtorch.models import constructor
+
     categories = None
-    if arguments.model:
-        model = keras.saving.load_model(arguments.model)
-        names = Path(arguments.model).with_name("classes.txt")  # as `finetune` leaves it
+    if model:
+        network = keras.saving.load_model(model)
+        names = Path(model).with_name("classes.txt")  # as `finetune` leaves it
         if names.is_file():
             categories = names.read_text().splitlines()
     else:
-        model = models.constructor(arguments.architecture)(weights=arguments.weights)
-    probabilities = model.predict(preprocessing.preprocess(arguments.images, model), verbose=0)
-    best = preprocessing.decode_predictions(probabilities, arguments.top, categories)
-    for image, classes in zip(arguments.images, best, strict=True):
+        network = constructor(architecture)(weights=weights)
+    probabilities = network.predict(vt.preprocess(images, network), verbose=0)
+    best = vt.decode_predictions(probabilities, top, categories)
+    for image, classes in zip(images, best, strict=True):
         print(image)
         for _, category, probability in classes:
             print(f"  {probability:6.1%}  {category}")
 
 
-def _settings(arguments: argparse.Namespace) -> config.TrainConfig:
-    """What was asked for on the command line, above the plan where there is one."""
-    options = config.options_from(arguments)
-    if not arguments.advise:
-        return config.TrainConfig(**options)
-    default = config.TrainConfig()
-    folder = data.read_folder(
-        data.find_splits(Path(arguments.train))[0],
-        options.get("image_size", default.image_size),
-        broken=options.get("broken", default.broken),
+@app.command(
+    epilog=_examples(
+        "finetune photos --advise similar",
+        "finetune photos --cut block4_pool --head mlp --freeze block4_pool --epochs 20",
+        "finetune train validation --head linear --freeze block5_pool --unfreeze 3:block5_conv1",
     )
-    plan = advice.advise(len(folder), len(folder.classes), arguments.advise)
-    print(plan)
-    return dataclasses.replace(plan, **options)
-
-
-def _finetune(arguments: argparse.Namespace) -> None:
+)
+@with_options_of_train_config
+def finetune(
+    context: typer.Context,
+    train: Annotated[
+        str, typer.Argument(metavar="DATA", help="A folder with one folder for each class.")
+    ],
+    validation: Annotated[
+        str | None,
+        typer.Argument(metavar="VALIDATION", help="The same; by default part of DATA."),
+    ] = None,
+    architecture: Architecture = "vgg16",
+    weights: Weights = "imagenet",
+    advise: Annotated[
+        Similarity | None,
+        typer.Option(
+            help="Take the rules of thumb for images that are similar to ImageNet's, or different."
+        ),
+    ] = None,
+    **options: Any,
+) -> None:
+    """Fine-tune on a folder of images; writes the model, its card and a report."""
     from accelerate import PartialState
 
-    settings = _settings(arguments)
-    size = settings.image_size
-    model = models.constructor(arguments.architecture)(
-        weights=arguments.weights, include_top=False, input_shape=(size, size, 3)
+    from vggtorch.models import constructor
+
+    given = {
+        name: value
+        for name, value in options.items()
+        if (source := context.get_parameter_source(name)) and source.name != "DEFAULT"
+    }
+    config = _settings(train, advise, given)
+    size = config.image_size
+    model = constructor(architecture)(
+        weights=weights, include_top=False, input_shape=(size, size, 3)
     )
-    history = training.finetune(model, arguments.train, arguments.validation, settings)
+    history = vt.finetune(model, train, validation, config)
     if PartialState().is_main_process:
-        run = Path(settings.folder)
-        report.save_trained(history, run)
-        report.write_report(history, run / "report.html")
+        run = Path(config.output_dir)
+        vt.save_trained(history, run)
+        vt.write_report(history, run / "report.html")
         print(f"Wrote {run / 'model.keras'}, {run / 'README.md'} and {run / 'report.html'}.")
 
 
+def _settings(train: str, advise: Similarity | None, given: dict[str, Any]) -> TrainConfig:
+    """What was asked for on the command line, above the plan where there is one."""
+    if "unfreeze" in given:
+        given["unfreeze"] = tuple(given["unfreeze"])
+    if advise is None:
+        return TrainConfig(**given)
+    from vggtorch.training import find_splits, read_folder
+
+    folder = read_folder(
+        find_splits(Path(train))[0],
+        given.get("image_size", TrainConfig.image_size),
+        on_unreadable=given.get("on_unreadable", TrainConfig.on_unreadable),
+    )
+    plan = vt.advise(len(folder), len(folder.classes), advise)
+    print(plan)
+    return dataclasses.replace(plan, **given)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status, 0 if all went well."""
-    arguments = _parser().parse_args(argv)
+    """Run one command; returns the exit status, 0 if all went well and 2 for a wrong usage."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in arguments
     try:
-        arguments.run(arguments)
+        status = app(
+            [argument for argument in arguments if argument != "--debug"],
+            prog_name="vggtorch",
+            standalone_mode=False,
+        )
+        return status or 0
+    except typer.TyperException as error:  # the command line can't be read so
+        context = getattr(error, "ctx", None)
+        command = context.command_path if context else "vggtorch"
+        reason = error.format_message().replace("Value error, ", "").rstrip(".")
+        message = f"{reason}. Try {command} --help."
+        status = error.exit_code
+    except typer.Abort:
+        message, status = "interrupted", 130
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
-        print(f"vggtorch: {error}", file=sys.stderr)
-        return 1
-    return 0
+        if debug:
+            raise
+        message, status = as_options(str(error)), 1
+    print(f"vggtorch: {message}", file=sys.stderr)
+    return status

@@ -11,10 +11,8 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from vggtorch.lowering.lowered import accelerate_
-from vggtorch.models.preprocessing import preprocess
-from vggtorch.models.vgg import VGG16
-from vggtorch.surgery import freeze_, replace, stack, truncate
+import vggtorch as vt
+from vggtorch.training import tutorial_head
 
 SIZE = 160  # the tutorial's image size
 PER_CLASS = 30  # training images of each digit
@@ -72,7 +70,7 @@ def _best_weights(console: Console) -> str:
     """The best weight set that can be had here; says which and why."""
     for name in BEST_FIRST:
         try:
-            VGG16(weights=name, include_top=False)
+            vt.VGG16(weights=name, include_top=False)
         except OSError as error:
             console.print(f"[yellow]{name} weights can't be had here.[/] {error}")
         else:
@@ -81,34 +79,17 @@ def _best_weights(console: Console) -> str:
     raise OSError("No pretrained weights can be had; the messages above say how to get them.")
 
 
-def _head() -> list[keras.Layer]:
-    """The tutorial's small network for ten classes.
-
-    The features under it are as large as pixel values. Taken as they are, they saturate the softmax
-    at once, and a saturated softmax learns nothing; so they are normalised first.
-    """
-    return [
-        keras.layers.BatchNormalization(momentum=0.9, name="head_norm"),
-        keras.layers.Conv2D(64, (3, 3), activation="relu", name="head_conv"),
-        keras.layers.MaxPooling2D((2, 2), name="head_pool"),
-        keras.layers.Flatten(name="head_flatten"),
-        keras.layers.Dense(256, activation="relu", name="head_dense"),
-        keras.layers.Dropout(0.5, name="head_dropout"),
-        keras.layers.Dense(10, activation="softmax", name="head_predictions"),
-    ]
-
-
 def _train(base: keras.Model, weight_set: str, data: tuple[np.ndarray, ...]) -> float:
     """Cut, stack, freeze, compile and fit, as in the tutorial; the accuracy on test images."""
     train_images, train_labels, test_images, test_labels = data
-    model = freeze_(stack(truncate(base, CUT), _head()), until=CUT)
-    accelerate_(model)  # the same Keras model and the same results, sooner
+    model = vt.freeze_(vt.stack(vt.truncate(base, CUT), tutorial_head(classes=10)), until=CUT)
+    vt.accelerate_(model)  # the same Keras model and the same results, sooner
     # Adam's default of 1e-3 moves a Dense layer with 23,104 inputs too far in one step.
     optimizer = keras.optimizers.Adam(1e-4)
     model.compile(optimizer, "sparse_categorical_crossentropy", metrics=["accuracy"])
-    model.fit(preprocess(train_images, weight_set), train_labels, batch_size=20, epochs=EPOCHS)
+    model.fit(vt.preprocess(train_images, weight_set), train_labels, batch_size=20, epochs=EPOCHS)
     return model.evaluate(
-        preprocess(test_images, weight_set), test_labels, batch_size=20, verbose=0
+        vt.preprocess(test_images, weight_set), test_labels, batch_size=20, verbose=0
     )[1]
 
 
@@ -121,14 +102,14 @@ def _cosine(a: np.ndarray, b: np.ndarray) -> float:
 
 def _similarity(original: keras.Model, weight_set: str) -> dict[str, float]:
     """How alike block5_pool is after one 5x5 took the place of block1_conv1 and block1_conv2."""
-    photographs = preprocess(_photographs(), weight_set)
+    photographs = vt.preprocess(_photographs(), weight_set)
     features = keras.ops.convert_to_numpy(original.predict(photographs, verbose=0))
     similarity = {}
     for init in (None, "compose"):
         conv = keras.layers.Conv2D(
             64, (5, 5), padding="same", activation="relu", name="block1_conv"
         )
-        replaced = replace(original, ["block1_conv1", "block1_conv2"], conv, init=init)
+        replaced = vt.replace(original, ["block1_conv1", "block1_conv2"], conv, init=init)
         received = keras.ops.convert_to_numpy(replaced.predict(photographs, verbose=0))
         similarity[init or "random"] = _cosine(features, received)
     return similarity
@@ -155,7 +136,7 @@ def run() -> DemoResult:
 
     console.rule("1. Load pretrained weights")
     weight_set = _best_weights(console)
-    pretrained = VGG16(weights=weight_set, include_top=False, input_shape=(SIZE, SIZE, 3))
+    pretrained = vt.VGG16(weights=weight_set, include_top=False, input_shape=(SIZE, SIZE, 3))
     console.print("Layers:", ", ".join(layer.name for layer in pretrained.layers))
 
     console.rule(f"2. Cut at {CUT}, stack a head, freeze, train on handwritten digits")
@@ -163,7 +144,7 @@ def run() -> DemoResult:
     console.print(f"{len(data[0])} training and {len(data[2])} test images, {SIZE}x{SIZE}")
     pretrained_accuracy = _train(pretrained, weight_set, data)
     console.print("The same network with random weights in the frozen layers:")
-    random = VGG16(weights=None, include_top=False, input_shape=(SIZE, SIZE, 3))
+    random = vt.VGG16(weights=None, include_top=False, input_shape=(SIZE, SIZE, 3))
     random_accuracy = _train(random, weight_set, data)
     console.print(
         "Digits are easy: edges at random serve them nearly as well. What pretrained layers bring "
@@ -171,7 +152,7 @@ def run() -> DemoResult:
     )
 
     console.rule("3. Replace block1_conv1 and block1_conv2 by one 5x5 convolution")
-    original = VGG16(weights=weight_set, include_top=False, input_shape=(224, 224, 3))
+    original = vt.VGG16(weights=weight_set, include_top=False, input_shape=(224, 224, 3))
     similarity = _similarity(original, weight_set)
 
     table = Table("What was done", "Result")

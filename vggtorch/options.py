@@ -1,0 +1,87 @@
+"""TrainConfig's fields as options of the command line, and messages in the words of options."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import re
+import typing
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+
+from vggtorch.training import TrainConfig
+
+
+def _stages(values: list[str] | None) -> list[tuple[int, str]]:
+    """EPOCH:LAYER as it stands on the command line as pairs of both."""
+    stages = []
+    for text in values or ():
+        epoch, _, layer = text.partition(":")
+        if not epoch.isdigit() or not layer:
+            raise typer.BadParameter(f"{text!r} isn't EPOCH:LAYER, such as 2:block5_conv1")
+        stages.append((int(epoch), layer))
+    return stages
+
+
+def with_options_of_train_config(command: Callable[..., None]) -> Callable[..., None]:
+    """Put one option for each field of TrainConfig in the place of a command's `**options`."""
+    own = inspect.signature(command, eval_str=True).parameters.values()
+    parameters = [p for p in own if p.kind is not p.VAR_KEYWORD]
+    hints = typing.get_type_hints(TrainConfig)
+    for field in dataclasses.fields(TrainConfig):
+        hint, default = hints[field.name], field.default
+        details: dict[str, Any] = {"help": field.metadata["help"]}
+        if field.name == "unfreeze":
+            hint, default = list[str], []
+            details |= {"metavar": "EPOCH:LAYER", "callback": _stages}
+        parameters.append(
+            inspect.Parameter(
+                field.name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=default,
+                annotation=Annotated[hint, typer.Option(**details)],
+            )
+        )
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {}
+    return command
+
+
+_FIELDS = "|".join(field.name for field in dataclasses.fields(TrainConfig))
+_PYTHON_HINT = re.compile(r" \(vt\.(?:[^()]|\((?:[^()]|\([^()]*\))*\))*\)")
+_NO_OPTION = re.compile(  # hints that no option follows
+    r"\n[^\n]* and include_top=False[^\n]*|: build the model with include_top=False"
+    r"|include_top=False and stack a head of your own, or "
+)
+_STAGE = r"\((\d+), '([^']*)'\)"
+_ARGUMENT = re.compile(
+    rf"\b({_FIELDS}|weights|architecture)=('[^']*'|\((?:{_STAGE},? ?)+\)|[\w.+-]*\w)"
+)
+_LONG_NAME = re.compile(rf"(?<![-\w/.])({_FIELDS})(?![-\w/.=])")
+
+
+def as_options(message: str) -> str:
+    r"""A message that speaks of Python's arguments as one line that speaks of options.
+
+    Hints for Python in parentheses, `(vt.stack(...))`, are left out.
+
+    >>> as_options("Received epochs=0.\nStack a head (vt.stack(model, layers)), or head='linear'.")
+    'Received --epochs 0. Stack a head, or --head linear.'
+    """
+
+    def option(match: re.Match[str]) -> str:
+        flag, value = "--" + match[1].replace("_", "-"), match[2].strip("'")
+        if value in ("True", "None"):
+            return flag if value == "True" else f"no {flag}"
+        if stages := re.findall(_STAGE, value):
+            return " ".join(f"{flag} {epoch}:{layer}" for epoch, layer in stages)
+        return f"--no-{flag[2:]}" if value == "False" else f"{flag} {value}"
+
+    message = re.sub(r"(?<=[^.:;])\n+", "; ", _NO_OPTION.sub("", message))
+    message = _PYTHON_HINT.sub("", " ".join(message.split()))
+    message = _ARGUMENT.sub(option, re.sub(r"TrainConfig\(([^()]*)\)", r"\1", message))
+    return _LONG_NAME.sub(  # words such as `cut` may be meant as words
+        lambda match: "--" + match[1].replace("_", "-") if "_" in match[1] else match[1], message
+    )
