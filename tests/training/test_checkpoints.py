@@ -25,6 +25,12 @@ def test_round_trip(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["best.pt", "last.pt"]
 
 
+def test_what_a_killed_run_left_half_written_is_removed(tmp_path):
+    (tmp_path / ".123-4.last.pt").write_text("half")
+    checkpoints.write(tmp_path / "last.pt", CONTENT)
+    assert [path.name for path in tmp_path.iterdir()] == ["last.pt"]
+
+
 def test_writing_last_again_leaves_best(tmp_path):
     checkpoints.write(tmp_path / "last.pt", CONTENT, also=tmp_path / "best.pt")
     checkpoints.write(tmp_path / "last.pt", CONTENT | {"progress": {"epoch": 3}})

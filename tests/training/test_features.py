@@ -202,6 +202,16 @@ def test_no_room_is_said_before_anything_is_computed(folder, tmp_path, monkeypat
     assert not [path for path in (tmp_path / "f").iterdir() if path.suffix != ".lock"]
 
 
+def test_too_little_memory_for_the_frozen_layers_is_said(folder, tmp_path, monkeypatch):
+    class NoMemory(torch.nn.Module):
+        def forward(self, x):
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(features, "between", lambda *_: NoMemory())
+    with pytest.raises(ValueError, match="frozen layers on 24 images .* smaller image_size"):
+        cached(frozen(), folder, tmp_path / "f")
+
+
 def test_a_cache_cut_off_half_way_is_not_used(folder, tmp_path, monkeypatch):
     def killed(*_):
         raise KeyboardInterrupt

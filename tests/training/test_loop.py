@@ -124,10 +124,12 @@ def test_the_evaluation_is_the_one_that_history_tells_of(images, config, precisi
     config = dataclasses.replace(config, precision=precision, freeze=freeze)
     history = finetune(tiny.network(), images, config=config)
     best = history.epochs[history.best_epoch]
+    assert history.evaluation is not None
     assert history.evaluation.accuracy == best["val_accuracy"]
     assert history.evaluation.loss == best["val_loss"]
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_losses_of_one(images, tmp_path):
     script = Path(__file__).with_name("two_processes.py")
     environment = os.environ | {

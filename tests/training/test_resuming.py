@@ -66,9 +66,11 @@ def test_a_resumed_run_ends_as_if_nothing_had_happened(images, config, variant, 
     figures = [[{**e, "seconds": 0} for e in history.epochs] for history in (found, expected)]
     assert figures[0] == figures[1]
     assert found.best_epoch == expected.best_epoch
+    assert found.evaluation is not None and expected.evaluation is not None
     assert torch.equal(found.evaluation.logits, expected.evaluation.logits)
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments(tmp_path):
     script = Path(__file__).with_name("killed.py")
     path = os.pathsep.join(map(str, (script.parents[2], script.parents[1])))
@@ -87,6 +89,7 @@ def test_a_finished_run_resumes_to_what_it_was(images, config):
     again = finetune(tiny.network(), images, config=dataclasses.replace(config, resume=True))
     assert again.epochs == first.epochs
     assert all(map(np.array_equal, tiny.weights(again.model), tiny.weights(first.model)))
+    assert again.evaluation is not None and first.evaluation is not None
     assert torch.equal(again.evaluation.logits, first.evaluation.logits)
 
 

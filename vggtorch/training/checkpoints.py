@@ -27,6 +27,8 @@ def write(path: Path, content: dict[str, Any], also: Path | None = None) -> None
     """
     content = {"format": FORMAT, "versions": versions(), **content}
     path.parent.mkdir(parents=True, exist_ok=True)
+    for left in path.parent.glob(".*.pt"):  # by a run that was killed while it wrote
+        left.unlink()
     with files.atomic(path) as temporary:
         with temporary.open("wb") as file:  # torch's own writer doesn't say that a disk is full
             torch.save(content | {"sha256": digest(content)}, file)

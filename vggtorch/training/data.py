@@ -329,14 +329,14 @@ class Batch(NamedTuple):
 
 
 def shared_batches(
-    source: Source, keys: list[list[Key]], num_workers: int, process: int, processes: int
+    source: Source, keys: list[list[Key]], num_workers: int, accelerator: Any
 ) -> Iterator[Batch]:
-    """Of each batch the part of one process: every image whose turn it is, by its number.
+    """Of each batch the part that this process runs; the images are dealt out one by one.
 
     A batch of fewer images than processes leaves some processes without a part. They take part in
     the step all the same, because the others wait for them: with images of length 0.
     """
-    mine = [batch[process::processes] for batch in keys]
+    mine = [batch[accelerator.process_index :: accelerator.num_processes] for batch in keys]
     listed = [some or batch[:1] for some, batch in zip(mine, keys, strict=True)]
     found = loaded(source, listed, num_workers)
     for batch, some, (images, labels) in zip(keys, mine, found, strict=True):

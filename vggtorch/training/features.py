@@ -157,6 +157,8 @@ def _compute(
     with files.atomic(path) if is_main else contextlib.nullcontext(path) as temporary:
         if is_main:
             shape = (copies, len(source), *_feature_shape(prefix, source))
+            for left in path.parent.glob(f".*.{path.name}"):  # by a run that was killed here
+                left.unlink()
             _check_space(path.parent, shape, np.dtype(dtype).itemsize)
             np.lib.format.open_memmap(temporary, "w+", dtype, shape)
         # All processes write to the file that the main process made, each its own images.
@@ -165,8 +167,14 @@ def _compute(
         mine = keys[accelerator.process_index :: accelerator.num_processes]
         module = between(prefix.inputs[0], prefix.outputs[0]).eval()
         for some, (images, _) in zip(mine, loaded(source, mine, num_workers), strict=True):
-            with torch.no_grad(), accelerator.autocast():
-                outputs = module(as_input(images.to(accelerator.device), weights))
+            try:
+                with torch.no_grad(), accelerator.autocast():
+                    outputs = module(as_input(images.to(accelerator.device), weights))
+            except torch.OutOfMemoryError as error:
+                raise ValueError(
+                    f"The GPU's memory doesn't suffice to run the frozen layers on {len(images)} "
+                    f"images at a time ({error}). Set a smaller image_size, or cache=False."
+                ) from error
             found = outputs.float().cpu().numpy()
             if dtype == "float16" and np.abs(found).max() > np.finfo(np.float16).max:
                 raise ValueError(

@@ -19,6 +19,22 @@ def save_trained(history: History, folder: str | Path, command: str | None = Non
 
     The model takes RGB images of 0 to 255, (N, H, W, 3); plain Keras loads it without vggtorch.
 
+    >>> import tempfile, keras, torch, vggtorch as vt
+    >>> model = keras.Sequential(
+    ...     [keras.Input((8, 8, 3)), keras.layers.Flatten(), keras.layers.Dense(3)]
+    ... )
+    >>> data = torch.utils.data.TensorDataset(torch.rand(3, 8, 8, 3), torch.arange(3))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     history = vt.finetune(model, data, config=vt.TrainConfig(epochs=1, output_dir=folder))
+    ...     kept = vt.save_trained(history, folder)
+    ...     keras.saving.load_model(f"{folder}/model.keras").output_shape
+    (None, 3)
+
+    Args:
+        history: what `finetune` returned.
+        folder: where the files go.
+        command: what made the model; by default this process's command line.
+
     Returns:
         That model.
     """

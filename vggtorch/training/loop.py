@@ -157,7 +157,8 @@ def finetune(
             show.begin(f"epoch {epoch + 1}/{config.epochs}", sum(map(len, keys)), progress.images)
             began = time.perf_counter() - progress.seconds
             module.train()
-            for batch in stage.batches(keys[progress.step :], config.num_workers, accelerator):
+            left = keys[progress.step :]
+            for batch in shared_batches(stage.training, left, config.num_workers, accelerator):
                 rate = learning_rate(config, progress.done, steps)
                 set_learning_rate_(state.optimizer, rate)
                 loss, correct = train_step_(state, module, batch, config, accelerator)
@@ -240,11 +241,6 @@ class Stage:
             [(i, i + epoch if self.is_cached else augmentation_index(i, epoch)) for i in batch]
             for batch in plan(epoch)
         ]
-
-    def batches(self, keys: list[list[Key]], num_workers: int, accelerator: Any) -> Any:
-        """The part of each batch that this process runs, in order."""
-        process, processes = accelerator.process_index, accelerator.num_processes
-        return shared_batches(self.training, keys, num_workers, process, processes)
 
 
 def prepare(

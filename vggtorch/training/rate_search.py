@@ -10,7 +10,7 @@ import keras
 
 from vggtorch.keras_graph import graph_of
 from vggtorch.training.config import TrainConfig
-from vggtorch.training.data import BatchPlan, Key
+from vggtorch.training.data import BatchPlan, Key, shared_batches
 from vggtorch.training.display import open_display
 from vggtorch.training.heads import class_names, with_head
 from vggtorch.training.loop import Stage, prepare
@@ -99,7 +99,8 @@ def find_learning_rate(
                 module = accelerator.prepare_model(stage.module).train()
                 show.begin("learning rate", steps * config.batch_size)
                 keys = list(itertools.islice(_endless(stage, read.plan), steps))
-                for done, batch in enumerate(stage.batches(keys, config.num_workers, accelerator)):
+                batches = shared_batches(stage.training, keys, config.num_workers, accelerator)
+                for done, batch in enumerate(batches):
                     state.progress.done = done
                     rates.append(lowest * (highest / lowest) ** (done / (steps - 1)))
                     set_learning_rate_(state.optimizer, rates[-1])

@@ -119,6 +119,16 @@ def write_report(
 ) -> None:
     """Write one HTML file: curves, confusion matrix, figures by class, the worst mistakes.
 
+    >>> import tempfile, keras, torch, vggtorch as vt
+    >>> model = keras.Sequential(
+    ...     [keras.Input((8, 8, 3)), keras.layers.Flatten(), keras.layers.Dense(3)]
+    ... )
+    >>> data = torch.utils.data.TensorDataset(torch.rand(3, 8, 8, 3), torch.arange(3))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     config = vt.TrainConfig(epochs=1, output_dir=folder)
+    ...     history = vt.finetune(model, data, data, config)
+    ...     vt.write_report(history, f"{folder}/report.html")
+
     Args:
         history: what `finetune` returned.
         path: the file.
