@@ -72,6 +72,7 @@ def test_the_tutorials_way_works_on_the_results_of_surgery(vgg_model):
     )
 
 
+@pytest.mark.slow
 def test_the_demo_runs_end_to_end(monkeypatch, capsys):
     monkeypatch.setattr(demo, "PER_CLASS", 2)
     monkeypatch.setattr(demo, "TEST_IMAGES", 20)

@@ -27,11 +27,11 @@ from .surgery import replace as replace
 from .surgery import stack as stack
 from .surgery import truncate as truncate
 from .surgery import unfreeze_ as unfreeze_
-from .training.advice import advise as advise
-from .training.config import TrainConfig as TrainConfig
-from .training.keeping import save_trained as save_trained
-from .training.loop import finetune as finetune
-from .training.rate_search import find_learning_rate as find_learning_rate
-from .training.report import write_report as write_report
+from .training import TrainConfig as TrainConfig
+from .training import advise as advise
+from .training import find_learning_rate as find_learning_rate
+from .training import finetune as finetune
+from .training import save_trained as save_trained
+from .training import write_report as write_report
 
 __version__: str
