@@ -29,9 +29,8 @@ _NO_CHECKSUM = b"00000000"  # stands in the checksum's place while it is taken
 
 def write(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
     """Write named tensors and metadata, with a CRC-32 of the whole file in the metadata."""
-    header: dict[str, object] = {
-        "__metadata__": {"checksum": _NO_CHECKSUM.decode(), **metadata},
-    }
+    ours = {"checksum": _NO_CHECKSUM.decode(), "writer": "vggtorch"}
+    header: dict[str, object] = {"__metadata__": {**ours, **metadata}}
     end = 0
     for key, tensor in tensors.items():
         if tensor.dtype not in _CODES:
@@ -76,7 +75,9 @@ def read(path: Path) -> tuple[dict[str, torch.Tensor], Mapping[str, str]]:
         ValueError: the file is damaged.
     """
     tensors, metadata = mapped(path)
-    if (written := metadata.get("checksum")) is not None:  # other writers have none
+    # Each of the two says that the file is one of ours, should the other be damaged.
+    if metadata.keys() & {"checksum", "writer"}:
+        written = metadata.get("checksum", "")
         with path.open("rb") as file:
             length = file.read(8)
             text = file.read(int.from_bytes(length, "little"))

@@ -267,8 +267,8 @@ def write(
         )
     with files.atomic(path) as temporary:
         if path.suffix == ".safetensors":
-            known = {"weight_set": weight_set} if weight_set else {}
-            safetensors.write(temporary, tensors, {"format": "vggtorch", **known})
+            metadata = {"weight_set": weight_set} if weight_set else {}
+            safetensors.write(temporary, tensors, metadata)
         else:
             with temporary.open("wb") as file:  # torch's own writer doesn't say that a disk is full
                 torch.save({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, file)

@@ -1,0 +1,262 @@
+"""Damaged and hostile files load right or not at all."""
+
+from __future__ import annotations
+
+import os
+import random
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import h5py
+import keras
+import numpy as np
+import pytest
+import torch
+from checkpoint_files import (
+    assert_same,
+    keras_tensors,
+    onnx_state,
+    small_state,
+    write_legacy_weights,
+    write_onnx,
+)
+
+from vggtorch.weights import readers, sources
+
+
+def safetensors_file(path: Path, header: bytes, values: bytes = b"") -> Path:
+    path.write_bytes(len(header).to_bytes(8, "little") + header + values)
+    return path
+
+
+_ENTRY = '"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}'
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        ('{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},'
+         '"a":{"dtype":"F32","shape":[1],"data_offsets":[4,8]}}', "invalid offset"),
+        ('{"a":' + "[" * 100_000, "damaged"),
+        ('{"a":{"dtype":"F32","shape":[3],"data_offsets":[0,8]}}', "invalid shape"),
+        ('{"a":{"dtype":"I32","shape":[2],"data_offsets":[0,8]}}', "dtype torch.int32"),
+        ('{"a":{"dtype":"I64","shape":[1],"data_offsets":[0,8]}}', "dtype torch.int64"),
+        ('{"a":{"dtype":"F32","shape":[-2],"data_offsets":[8,0]}}', "invalid value: integer `-2`"),
+        ('{"a":{"dtype":"F32","shape":[true,2],"data_offsets":[0,8]}}', "expected usize"),
+        ('{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}', "not fully covered"),
+        ('{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},'
+         '"b":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}', "invalid offset"),
+        ('{"__metadata__":{"weight_set":7},' + _ENTRY + "}", "expected a string"),
+        ('{"__metadata__":{"checksum":"0"},' + _ENTRY + "}", "does not match the checksum in it"),
+        ('{"__metadata__":{"writer":"vggtorch"},' + _ENTRY + "}", "does not match the checksum"),
+        ('{"a":7}', "damaged"),
+        ("{}", "not fully covered"),
+    ],
+)  # fmt: skip
+def test_hostile_safetensors_headers(tmp_path: Path, header: str, message: str) -> None:
+    path = safetensors_file(tmp_path / "a", header.encode(), bytes(8))
+    with pytest.raises(ValueError, match=message) as caught:
+        sources.read(path)
+    assert str(path) in str(caught.value)
+
+
+def test_header_that_claims_more_than_the_file(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes((1 << 60).to_bytes(8, "little") + b"{}")
+    with pytest.raises(ValueError, match="header too large"):
+        sources.read(tmp_path / "a")
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (torch.zeros(1).expand(10**12), "a claims more values than are stored"),
+        (torch.zeros(2, dtype=torch.int32), "a has dtype torch.int32"),
+        (torch.zeros(2, dtype=torch.complex64), "a has dtype torch.complex64"),
+        (torch.eye(2).to_sparse(), "a is not a plain tensor"),
+        (torch.tensor([1.0, torch.inf]), "a holds NaN or infinite values"),
+        ("text", "'a' is a str, expected a tensor"),
+        ({"b": torch.zeros(2)}, "'a' is a dict, expected a tensor"),
+    ],
+)
+def test_state_dicts_that_are_none(tmp_path: Path, value: object, message: str) -> None:
+    torch.save({"a": value}, tmp_path / "a.pth")
+    with pytest.raises(ValueError, match=message):
+        sources.read(tmp_path / "a.pth")
+
+
+def test_names_with_and_without_a_prefix(tmp_path: Path) -> None:
+    torch.save({"a": torch.zeros(1), "module.a": torch.ones(1)}, tmp_path / "a.pth")
+    with pytest.raises(ValueError, match=r"a name stands in it with and without 'module\.'"):
+        sources.read(tmp_path / "a.pth")
+
+
+def test_archives_that_hide_something(tmp_path: Path) -> None:
+    path = tmp_path / "a.pth"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a/data.pkl", bytes(10**7))
+    with pytest.raises(ValueError, match="its members are compressed"):
+        sources.read(path)
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("a/data.pkl", b"1")
+        with pytest.warns(UserWarning, match="Duplicate name"):
+            archive.writestr("a/data.pkl", b"2")
+    with pytest.raises(ValueError, match="a member of the archive is there twice"):
+        sources.read(path)
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("readme.txt", "nothing")
+    with pytest.raises(ValueError, match="neither PyTorch's nor Keras's weights"):
+        sources.read(path)
+
+
+def test_hdf5_that_reaches_out_of_itself(tmp_path: Path) -> None:
+    other = tmp_path / "other.h5"
+    write_legacy_weights(other, {"c/kernel": torch.zeros(2, 2)})
+    path = tmp_path / "a.h5"
+
+    def write(change: Callable[[h5py.Group], None], message: str) -> None:
+        with h5py.File(path, "w") as file:
+            file.attrs["layer_names"] = ["c"]
+            file.create_group("c").attrs["weight_names"] = ["k"]
+            change(file["c"])
+        with pytest.raises(ValueError, match=message) as caught:
+            sources.read(path)
+        assert str(path) in str(caught.value)
+
+    def link(group: h5py.Group) -> None:
+        group["k"] = h5py.ExternalLink(str(other), "/c/c/c_kernel_1:0")
+
+    def external(group: h5py.Group) -> None:
+        group.create_dataset("k", (4,), "f4", external=[(str(other), 0, 16)])
+
+    def huge(group: h5py.Group) -> None:
+        group.create_dataset("k", (10**6, 10**6), "f4", chunks=(10, 10))
+
+    def integers(group: h5py.Group) -> None:
+        group["k"] = np.zeros(3, np.int32)
+
+    write(link, "k is a link")
+    write(external, "k keeps its values outside of the file")
+    write(huge, "k is chunked, compressed or empty")
+    write(integers, "c/kernel has dtype <i4, expected floating point")
+
+
+@pytest.mark.parametrize("trouble", ["while True: pass", "import os; os.abort()"])
+def test_hdf5_library_that_hangs_or_crashes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trouble: str
+) -> None:
+    path = tmp_path / "a.h5"
+    write_legacy_weights(path, {"c/kernel": torch.zeros(2, 2)})
+    (tmp_path / "hdf5.py").write_text(trouble)
+    monkeypatch.setattr(readers, "__file__", str(tmp_path / "readers.py"))
+    monkeypatch.setattr(readers, "H5_TIMEOUT", 1.0)
+    with pytest.raises(ValueError, match=r"a\.h5 .*(not understood in 1\.0 s|crashes on it)"):
+        sources.read(path)
+
+
+def test_onnx_with_values_in_another_file(tmp_path: Path) -> None:
+    import onnx
+
+    write_onnx(tmp_path / "a", onnx_state(), channels_last=False)
+    onnx.save(
+        onnx.load(tmp_path / "a"), tmp_path / "b", save_as_external_data=True, size_threshold=0
+    )
+    with pytest.raises(ValueError, match="its values stand in another file"):
+        sources.read(tmp_path / "b")
+
+
+FUZZ_CASES = int(os.environ.get("VGGTORCH_FUZZ_CASES", "200"))  # for each form
+FAST_FORMS = ("zip", "pickle", "safetensors", "plain safetensors", "onnx")
+
+
+def _write_form(form: str, path: Path, model: keras.Model) -> None:
+    if form == "zip":
+        torch.save(small_state(), path)
+    elif form == "pickle":
+        torch.save(small_state(), path, _use_new_zipfile_serialization=False)
+    elif form == "safetensors":
+        sources.write(path.with_suffix(".safetensors"), small_state(), "imagenet")
+        path.with_suffix(".safetensors").rename(path)
+    elif form == "plain safetensors":
+        from safetensors.torch import save_file
+
+        save_file(small_state(), path)
+    elif form == "onnx":
+        write_onnx(path, onnx_state(), channels_last=False)
+    elif form == "legacy h5":
+        write_legacy_weights(path, keras_tensors(model))
+    else:
+        named = path.with_suffix(form)
+        (model.save_weights if form == ".weights.h5" else model.save)(named)
+        named.rename(path)
+
+
+def _damaged(random_: random.Random, content: bytes) -> bytes:
+    """Content with one kind of damage: cut, flipped bits, noise, a hole, a doubled stretch."""
+    changed = bytearray(content)
+    start = random_.randrange(len(changed))
+    if random_.random() < 0.5:  # most of what a parser looks at stands at one of the ends
+        start = min(start, random_.randrange(200))
+    stop = min(len(changed), start + random_.randrange(1, 64))
+    kind = random_.randrange(6)
+    if kind == 0:
+        del changed[start:]
+    elif kind == 1:
+        for _ in range(random_.randrange(1, 9)):
+            changed[random_.randrange(len(changed))] ^= 1 << random_.randrange(8)
+    elif kind == 2:
+        changed[start:stop] = random_.randbytes(stop - start)
+    elif kind == 3:
+        del changed[start:stop]
+    elif kind == 4:
+        changed[start:start] = changed[start:stop]
+    else:
+        changed[start:stop] = b"\xff" * (stop - start)
+    return bytes(changed)
+
+
+@pytest.mark.parametrize(
+    ("form", "checked"),  # whether the form carries checksums over its values
+    [
+        ("zip", True),
+        ("pickle", False),
+        ("safetensors", True),
+        ("plain safetensors", False),
+        ("onnx", False),
+        (".weights.h5", False),
+        ("legacy h5", False),
+        (".keras", True),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_damaged_files_load_right_or_not_at_all(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    keras_model: keras.Model,
+    form: str,
+    checked: bool,
+) -> None:
+    path = tmp_path / "fuzzed"
+    _write_form(form, path, keras_model)
+    content = path.read_bytes()
+    expected = sources.read(path)
+    refused = 0
+    # Each case of HDF5 costs a process, and a second where the library does not come to an end.
+    monkeypatch.setattr(readers, "H5_TIMEOUT", 1.0)
+    cases = FUZZ_CASES if form in FAST_FORMS else FUZZ_CASES // 10
+    for seed in range(cases):
+        damaged = _damaged(random.Random(seed), content)
+        path.write_bytes(damaged)
+        try:
+            checkpoint = sources.read(path)
+        except ValueError as error:
+            assert str(path) in str(error), seed
+            refused += 1
+            continue
+        if checked:
+            assert_same(checkpoint.tensors, expected.tensors)
+            assert checkpoint.weight_set == expected.weight_set
+        for tensor in checkpoint.tensors.values():
+            assert tensor.is_floating_point(), seed
+            assert torch.isfinite(tensor).all(), seed
+    assert refused > cases // 4
