@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from train_step import tutorial, twin
 
-from vggtorch.lowering.lowered import accelerate_
+from vggtorch.lowering import accelerate_
 
 TOLERANCE = 1e-3  # of the loss
 

@@ -19,7 +19,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from vggtorch.lowering.lowered import lower
+from vggtorch.lowering import lower
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 

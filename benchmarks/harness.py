@@ -71,7 +71,7 @@ def matmul_rate(dtype: torch.dtype, device: torch.device, repeats: int = 5) -> f
     n = 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     products: dict[str, Callable[[], object]] = {"torch": lambda: a @ b}
-    if kernels.fuses(a, dtype):
+    if kernels.has_fused_ops(a, dtype):
         products["oneDNN"] = lambda: kernels.linear(a, b, None)
     seconds = in_turns(products, repeats, device)
     return 2 * n**3 / min(statistics.median(values) for values in seconds.values())

@@ -26,7 +26,7 @@ from forward import torch_vgg16
 from keras import layers
 from torch import Tensor, nn
 
-from vggtorch.lowering.lowered import accelerate_, lower
+from vggtorch.lowering import accelerate_, lower
 
 LR, MOMENTUM = 1e-3, 0.9
 # Of the loss and of what a step changes. Rounded to bfloat16 many maxima of a pool are equal, and

@@ -23,7 +23,6 @@ from keras.src.backend.common.stateless_scope import in_stateless_scope
 from keras.src.layers.layer import CallContext
 from keras.src.models.functional import Functional, functional_like_constructor
 from keras.src.ops.node import Node
-from keras.src.ops.symbolic_arguments import SymbolicArguments
 from keras.src.saving.serialization_lib import SafeModeScope
 from keras.src.utils.naming import to_snake_case
 
@@ -35,7 +34,6 @@ __all__ = [
     "LayerScale",
     "Node",
     "OxfordModel",
-    "SymbolicArguments",
     "all_layers",
     "calls",
     "calls_of",
@@ -44,7 +42,6 @@ __all__ = [
     "device",
     "draws_at_random",
     "filled",
-    "forget_calls_",
     "functional",
     "graph_of",
     "has_mask",
@@ -182,16 +179,10 @@ def producing_call(tensor: KerasTensor) -> Node:
     return operation._inbound_nodes[index]
 
 
-def forget_calls_(operation: keras.Operation) -> None:
-    """Let an operation look as if it had never been called, in place."""
-    operation._inbound_nodes, operation._outbound_nodes = [], []
-
-
 def operation_copy(operation: keras.Operation) -> keras.Operation:
     """A copy of a stateless operation, such as keras.ops.add, that hasn't been called."""
     new: keras.Operation = object.__new__(type(operation))
-    vars(new).update(vars(operation))
-    forget_calls_(new)
+    vars(new).update(vars(operation), _inbound_nodes=[], _outbound_nodes=[])
     return new
 
 

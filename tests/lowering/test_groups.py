@@ -11,6 +11,9 @@ import torch
 import vggtorch as vt  # isort: skip  (first: it selects Keras's torch backend)
 import keras
 from keras import layers
+from small_vgg import assert_close, images, small_vgg, step
+
+from vggtorch.lowering import lower, running
 
 
 def both_train(
@@ -109,3 +112,30 @@ def test_what_stands_where_groups_begin(build: Callable[[Any], Any], checkpoint:
     with torch.no_grad():
         torch.testing.assert_close(vt.lower(model).eval()(x), model(x, training=False))
     assert torch.equal(x, before)
+
+
+def test_images_in_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One image after the other gives what all at once give, in inference and in training."""
+    model, twin = small_vgg(), small_vgg()
+    x = images(model)
+    expected, expected_left = step(twin, lambda x: twin(x, training=True))
+    monkeypatch.setattr(running, "GROUP_BYTES", 1)
+    lowered: Any = lower(model).train()
+    entered: list[int] = []
+    convolve = lowered.block1_conv1.convolve
+
+    def spy(x: torch.Tensor) -> torch.Tensor:
+        entered.append(len(x))
+        return convolve(x)
+
+    monkeypatch.setattr(lowered.block1_conv1, "convolve", spy)
+    with torch.profiler.profile() as profile:
+        output, left = step(model, lowered)
+    assert entered == [1] * 5  # the first to see how many fit
+    # Each would fill and add up a tensor as large as the batch's.
+    assert "aten::slice_backward" not in {event.key for event in profile.key_averages()}
+    assert_close(output, expected, 1e-4)
+    for actual, value in zip(left, expected_left, strict=True):
+        assert_close(actual, value, 1e-4)
+    with torch.no_grad():
+        assert_close(lowered.eval()(x), model(x, training=False))

@@ -15,9 +15,8 @@ import vggtorch  # noqa: F401  # isort: skip  (first: it selects Keras's torch b
 import keras
 from keras import layers
 
-from vggtorch.lowering import kernels
+from vggtorch.lowering import Lowered, kernels, lower
 from vggtorch.lowering.kernels import Convolution, MaxPoolReLU, Product, ReusedMemory
-from vggtorch.lowering.lowered import Lowered, lower
 
 ONE: Any = (1, 1), (1, 1), (1, 1), 1  # stride, padding, dilation and groups
 
@@ -217,89 +216,3 @@ def test_gradients_under_vmap(monkeypatch: pytest.MonkeyPatch) -> None:
 
     each = torch.func.vmap(torch.func.grad(loss), (None, 0))(kernel.detach(), x)
     torch.testing.assert_close(each, x.unsqueeze(2).expand(5, 20, 7))
-
-
-# cuDNN's convolution with ReLU, which may be slow, refuse or be missing
-
-
-class Cudnn:
-    """Stands for cuDNN's convolution and for the clock; knows whether it was called."""
-
-    def __init__(
-        self, monkeypatch: pytest.MonkeyPatch, milliseconds: float = 1.0, shift: float = 0.0
-    ) -> None:
-        self.milliseconds, self.shift = milliseconds, shift  # torch's own take 2.0
-        self.called, self.capturing, self.refuses, self.measured = False, False, False, 0
-        monkeypatch.setattr(kernels, "_fused_is_faster", {})
-        monkeypatch.setattr(kernels, "_milliseconds", self.time)
-        monkeypatch.setattr(torch, "cudnn_convolution_relu", self)
-        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: self.capturing)
-
-    def __call__(self, *arguments: Any) -> Tensor:
-        if self.refuses:
-            raise RuntimeError("cuDNN error: CUDNN_STATUS_NOT_SUPPORTED")
-        self.called = True
-        return F.conv2d(*arguments).relu_() + self.shift
-
-    def time(self, run: Any, device: torch.device) -> float:
-        self.measured += 1
-        return self.milliseconds if run.__name__ == "fused" else 2.0
-
-    def runs(self, batch: int = 4) -> bool:
-        """Whether cuDNN computed this batch, rightly, after it was measured if it ever is."""
-        x, weight, bias = torch.randn(batch, 3, 9, 9), torch.randn(5, 3, 3, 3), torch.randn(5)
-        kernels.conv2d_relu(x, weight, bias, *ONE)
-        self.called = False
-        found = kernels.conv2d_relu(x, weight, bias, *ONE)
-        torch.testing.assert_close(found, F.conv2d(x, weight, bias, *ONE).relu())
-        return self.called
-
-
-def test_cudnn_where_it_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert Cudnn(monkeypatch).runs()
-    assert not Cudnn(monkeypatch, milliseconds=3.0).runs()
-
-
-def test_cudnn_is_measured_once_for_batches_of_about_a_size(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    cudnn = Cudnn(monkeypatch)
-    assert cudnn.runs(4)
-    once = cudnn.measured
-    assert cudnn.runs(7) and cudnn.measured == once
-    assert cudnn.runs(64) and cudnn.measured == 2 * once
-
-
-def test_cudnn_that_refuses_or_errs(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert not Cudnn(monkeypatch, shift=1.0).runs()
-    assert not Cudnn(monkeypatch, shift=torch.nan).runs()
-    cudnn = Cudnn(monkeypatch)
-    cudnn.refuses = True
-    assert not cudnn.runs()
-    assert not cudnn.runs(0)
-
-
-def test_without_cudnn_where_runs_must_be_alike(monkeypatch: pytest.MonkeyPatch) -> None:
-    cudnn = Cudnn(monkeypatch)
-    with torch.backends.cudnn.flags(deterministic=True):
-        assert not cudnn.runs()
-    with torch.backends.cudnn.flags(enabled=False):
-        assert not cudnn.runs()
-    cudnn.capturing = True
-    assert not cudnn.runs()
-    cudnn.capturing = False
-    assert cudnn.runs()  # nothing was decided for good meanwhile
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("batch", [1, 16])
-def test_convolution_and_relu_on_a_gpu(batch: int, dtype: torch.dtype) -> None:
-    make: Any = {"device": "cuda", "dtype": dtype}
-    x = torch.randn(batch, 64, 28, 28, **make).to(memory_format=torch.channels_last)
-    weight = torch.randn(128, 64, 3, 3, **make).to(memory_format=torch.channels_last) / 24
-    bias = torch.randn(128, **make)
-    expected = F.conv2d(x, weight, bias, *ONE).relu()
-    for _ in range(2):
-        found = kernels.conv2d_relu(x, weight, bias, *ONE)
-        torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-2)

@@ -1,6 +1,8 @@
-"""The steps of inference: a convolution, its batch norm and its activation are one kernel.
+"""Steps that do the work of several modules at once, or of one in another way.
 
-So are Dense and its ReLU. What is constant is prepared once, and anew when a parameter changes.
+In inference a convolution, its batch norm and its activation are one kernel, for which the weights
+are prepared once and anew when a parameter changes. In training a ReLU overwrites what it gets, or
+follows the max pool behind it instead of going before it.
 """
 
 # ruff: noqa: D102  (calling one does what its class says)
@@ -15,87 +17,120 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vggtorch.lowering import kernels
-from vggtorch.lowering.modules import Activate, BatchNorm, Conv2D, Dense, product_dtype
+from vggtorch.lowering.conventions import cast, product_dtype, to_nhwc
+from vggtorch.lowering.kernels import MaxPoolReLU
+from vggtorch.lowering.modules import Activate, BatchNorm, Conv2D, Dense, Pool2D
+
+# No sum of a convolution may come near the largest float32 (3.4e38), or its products could add up
+# to infinities of both signs, which make NaN.
+SAFE = 1e37
 
 
-def state(parameters: Iterable[nn.Parameter]) -> list[tuple[int, int]]:
-    """What changes when a parameter does: its version, or its address."""
-    return [(0 if p.is_inference() else p._version, p.data_ptr()) for p in parameters]
+def parameter_versions(tensors: Iterable[Tensor]) -> list[tuple[int, int]]:
+    """Of each tensor its version, which writing to it counts up, and its address."""
+    return [(0 if p.is_inference() else p._version, p.data_ptr()) for p in tensors]
 
 
-class Prepared:
-    """Tensors made from parameters, made anew when a parameter changes.
+class ParameterCache:
+    """Tensors made from the parameters and buffers of modules, made anew when one of them changes.
 
-    A parameter's version says that it was written to, its address that its storage was replaced,
-    and torch.func.functional_call puts another tensor in its place for one call. Writing through
-    `.data` shows in none of them, so on a CPU a sample of the first parameter's values is compared
-    as well, and going from training to evaluation or back makes all anew.
+    A version says that a tensor was written to, an address that its storage was replaced, and
+    torch.func.functional_call puts another tensor in its place for one call. Writing through
+    `.data` shows in none of them, so the values themselves are compared with a copy, once for each
+    call of the network, which sets `is_checked` to False.
     """
 
     def __init__(self, modules: list[nn.Module], make: Callable[..., Any]) -> None:
         self.modules, self.make = modules, make
         self.key: Any = None
-        self.parameters: list[weakref.ref[Tensor]] = []
-        self.sample, self.made = torch.empty(0), None
+        self.known: list[weakref.ref[Tensor]] = []
+        self.copies: list[Tensor] = []
+        self.made: Any = None
+        self.is_checked = False
 
     @torch.no_grad()
-    def __call__(self, fuses: bool, dtype: torch.dtype, *args: Any) -> Any:
-        """What was made in this dtype of the parameters as they are now.
-
-        For fused operations, which want it in an order of their own, or for plain ones.
-        """
-        own = [module._parameters.values() for module in self.modules]
-        parameters = [p for values in own for p in values if p is not None]
-        same = [known() is p for known, p in zip(self.parameters, parameters, strict=False)]
-        key = (fuses, dtype, state(parameters))
-        first = parameters[0].detach()
-        step = max(1, first.numel() // 64)
-        sample = first.as_strided((first.numel() // step,), (step,))
-        if (
-            key != self.key
-            or not all(same)
-            or not (first.is_cuda or torch.equal(sample, self.sample))
-        ):
-            self.made = self.make(fuses, dtype, *args)
-            self.key, self.sample = key, sample.clone()
-            self.parameters = [weakref.ref(p) for p in parameters]
+    def __call__(self, dtype: torch.dtype, *args: Any) -> Any:
+        """What was made in this dtype of the tensors as they are now."""
+        if self.is_checked and self.key is not None and self.key[0] == dtype:
+            return self.made
+        tensors = [
+            tensor.detach()
+            for module in self.modules
+            for tensor in (*module._parameters.values(), *module._buffers.values())
+            if tensor is not None
+        ]
+        key = (dtype, parameter_versions(tensors))
+        if key != self.key or not all(map(_same_bits, tensors, self.copies)):
+            self.made = self.make(dtype, *args)
+            self.key, self.copies = key, [tensor.clone() for tensor in tensors]
+        self.is_checked = True
         return self.made
 
     def __getstate__(self) -> dict[str, Any]:
-        # Neither oneDNN's tensors nor references can be copied.
-        return vars(self) | {"key": None, "made": None, "parameters": []}
+        return vars(self) | {"key": None, "made": None, "copies": []}  # oneDNN's can't be copied
+
+
+def _same_bits(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors of one layout hold the same bits, which two NaNs do too."""
+    flat = [x.as_strided((x.numel(),), (1,)) for x in (one, other)]
+    integer = torch.int64 if one.nbytes % 8 == 0 else torch.int8
+    a, b = (x.view(torch.int8).view(integer) for x in flat)
+    return torch.equal(a, b)
 
 
 class FusedConv2D:
-    """Conv2D, the BatchNorm that follows it and the activation after that as one step."""
+    """Conv2D, the BatchNorm that follows it and the activation after that as one step.
+
+    oneDNN's ReLU is max(x, 0), which makes 0 of NaN, where Keras and torch keep NaN. So the fused
+    step runs only where no NaN can come up: its input is finite, and so small that not even the
+    largest sum of weights times it, before or after the batch norm, overflows. Otherwise the
+    modules run one by one, and give what they give.
+    """
 
     def __init__(self, conv: Conv2D, norm: BatchNorm | None, activation: Activate | None) -> None:
         self.conv, self.norm, self.activation = conv, norm, activation
-        self.constants = Prepared([conv] if norm is None else [conv, norm], self._constants)
+        modules: list[Any] = [conv] if norm is None else [conv, norm]
+        self.constants = ParameterCache(modules, self._constants)
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, bound: float | None) -> tuple[Tensor, float | None]:
+        """The output and a bound of its magnitude, from the input and the bound that is known."""
         conv = self.conv
         dtype = product_dtype(x, conv.dtype)
+        if len(x) == 0 or not kernels.has_fused_ops(x, dtype):
+            return self._one_by_one(x), None
         x, padding = conv.pad(x.to(dtype).contiguous(memory_format=torch.channels_last))
-        fuses = kernels.fuses(x, dtype)
-        weight, bias, groups = self.constants(fuses, dtype, x, padding)
+        weight, bias, groups, gain, offset = self.constants(dtype, x, padding)
+        if bound is None:
+            low, high = torch.aminmax(to_nhwc(x))  # NHWC, in the order of its memory
+            bound = float(torch.maximum(-low, high))
+        bound = bound * gain + offset
+        if not bound < SAFE:  # also where it is NaN
+            return self._one_by_one(x), None
+        is_relu = self.activation is not None and self.activation.is_relu
         options = conv.stride, padding, conv.dilation, groups
-        relu = self.activation is not None and self.activation.is_relu
-        if relu and fuses:
-            return kernels.conv2d(x, weight, bias, *options, "relu")
-        if relu and x.is_cuda:
-            return kernels.conv2d_relu(x, weight, bias, *options)
-        y = (kernels.conv2d if fuses else F.conv2d)(x, weight, bias, *options)
+        y = kernels.conv2d(x, weight, bias, *options, "relu" if is_relu else "none")
+        if self.activation is None or is_relu:
+            return y, bound
+        return self.activation(y), None
+
+    def _one_by_one(self, x: Tensor) -> Tensor:
+        y = self.conv.convolve(x)
+        y = y if self.norm is None else self.norm(y)
         return y if self.activation is None else self.activation(y)
 
     def _constants(
-        self, fuses: bool, dtype: torch.dtype, x: Tensor, padding: tuple[int, int]
-    ) -> tuple[Tensor, Tensor | None, int]:
-        """Weight (O, I, H, W), bias and groups; batch norm is a scale of one and a shift."""
+        self, dtype: torch.dtype, x: Tensor, padding: tuple[int, int]
+    ) -> tuple[Tensor, Tensor | None, int, float, float]:
+        """Weight (O, I, H, W), bias and groups; batch norm is a scale of one and a shift.
+
+        And how much an output can be: at most the first number times the largest input, plus the
+        second, of the convolution itself and behind the batch norm.
+        """
         conv, norm = self.conv, self.norm
-        weight = conv.weight().detach()
+        weight = conv.weight.detach()
         bias: Tensor | None = conv.bias
         groups = x.shape[1] // weight.shape[1]
+        gain, offset = _gain(weight), _largest(bias)
         if norm is not None:
             scale = torch.rsqrt(norm.moving_variance + norm.epsilon)
             scale = scale if norm.gamma is None else scale * norm.gamma
@@ -103,36 +138,68 @@ class FusedConv2D:
             shift = shift * scale
             bias = shift if norm.beta is None else shift + norm.beta
             weight = weight * scale.reshape(-1, 1, 1, 1)
+            gain, offset = gain + _gain(weight), offset + _largest(bias)
         weight = weight.to(dtype)
         bias = None if bias is None else bias.detach().to(dtype)
-        if fuses:
-            options = conv.stride, padding, conv.dilation, groups
-            weight = kernels.prepared_weight(weight, x.shape, *options)
-        return weight, bias, groups
+        options = conv.stride, padding, conv.dilation, groups
+        prepared = kernels.prepared_weight(weight, x.shape, *options)
+        return prepared, bias, groups, gain, offset
+
+
+def _gain(weight: Tensor) -> float:
+    """The largest sum of magnitudes of one output's weights, which NaN and infinity stay in."""
+    return float(weight.abs().sum((1, 2, 3), dtype=torch.float64).max())
+
+
+def _largest(bias: Tensor | None) -> float:
+    return 0.0 if bias is None else float(bias.abs().max())
 
 
 class FusedDense:
-    """Dense and its ReLU as one step of inference."""
+    """Dense as a step of inference; its ReLU overwrites the product."""
 
     def __init__(self, dense: Dense) -> None:
-        self.dense = dense
-        self.constants = Prepared([dense], self._constants)
+        self.dense, self.activation = dense, dense.activation
 
+    @torch.no_grad()
     def __call__(self, x: Tensor) -> Tensor:
-        activation, dtype = self.dense.activation, product_dtype(x, self.dense.dtype)
-        x = x.to(dtype)
-        fuses = kernels.fuses(x, dtype)
-        weight, bias = self.constants(fuses, dtype)
-        if not fuses:
-            y = F.linear(x, weight, bias)
-            return y if activation is None else activation(y)
+        dense, activation = self.dense, self.activation
+        dtype = product_dtype(x, dense.dtype)
+        x, weight = x.to(dtype), dense.kernel.detach().t().to(dtype)  # (out, in)
+        bias = None if dense.bias is None else dense.bias.detach().to(dtype)
+        y = (kernels.linear if kernels.has_fused_ops(x, dtype) else F.linear)(x, weight, bias)
         if activation is not None and activation.is_relu:
-            return kernels.linear(x, weight, bias, "relu")
-        y = kernels.linear(x, weight, bias)
+            return F.relu_(y)
         return y if activation is None else activation(y)
 
-    def _constants(self, fuses: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-        """Weight (out, in) and bias; the parameters themselves where their dtype is right."""
-        dense = self.dense
-        bias = None if dense.bias is None else dense.bias.detach().to(dtype)
-        return dense.kernel.detach().t().to(dtype), bias
+
+class Convolve:
+    """A Conv2D without its activation, or with a ReLU that overwrites what was computed."""
+
+    def __init__(self, conv: Conv2D, relu: bool) -> None:
+        self.conv, self.relu = conv, relu
+
+    def __call__(self, x: Tensor) -> Tensor:
+        y = self.conv.convolve(x)
+        return F.relu_(y) if self.relu else y
+
+
+class OverwritingReLU:
+    """A ReLU that overwrites its input, which nobody else needs."""
+
+    def __init__(self, activation: Activate) -> None:
+        self.activation = activation
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.relu_(cast(x, self.activation.dtype))
+
+
+class ReLUPool2D:
+    """A ReLU and the max pool after it, pooled first; x is (N, C, H, W)."""
+
+    def __init__(self, pool: Pool2D) -> None:
+        self.pool = pool
+
+    def __call__(self, x: Tensor) -> Tensor:
+        x, padding = self.pool.pad(cast(x, self.pool.dtype))
+        return MaxPoolReLU.apply(x, self.pool.size, self.pool.stride, padding)[0]

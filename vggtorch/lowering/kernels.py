@@ -1,8 +1,7 @@
 """What torch can compute faster than its public functions and its autograd do.
 
 oneDNN's convolution and product take bias and ReLU along, but torch keeps them private; where they
-are missing, or don't take an input, `fuses` says so, and callers use torch's own functions. cuDNN's
-convolution, on a GPU, can do so too.
+are missing, or don't take an input, `has_fused_ops` says so, and callers use torch's own functions.
 """
 
 # ruff: noqa: D102  (forward and backward do what their class says)
@@ -10,7 +9,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -19,15 +18,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-# From here on the C library gives memory back to the system as soon as it is free
-# (glibc's largest threshold for mmap, see `man mallopt`).
+# glibc maps allocations of this size and unmaps them when they are freed, so each one faults its
+# pages in again (its largest threshold for mmap, see `man mallopt`).
 LARGE_BYTES = 32 << 20
-# Of a large product, which is computed piece by piece.
+# A large product is computed in pieces of about this size, each of which stays in the cache.
 PIECE_BYTES = 8 << 20
 
 
 def is_intercepted() -> bool:
-    """Whether someone takes the operations that run: a compiler, a counter, a transform."""
+    """Whether a compiler, a dispatch mode or a functorch transform is active."""
     return (
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()
@@ -47,7 +46,7 @@ def _onednn() -> bool:
     )
 
 
-def fuses(x: Tensor, dtype: torch.dtype) -> bool:
+def has_fused_ops(x: Tensor, dtype: torch.dtype) -> bool:
     """Whether oneDNN's fused operations take this input."""
     if x.device.type != "cpu" or not torch.backends.mkldnn.enabled or not _onednn():
         return False
@@ -56,10 +55,10 @@ def fuses(x: Tensor, dtype: torch.dtype) -> bool:
     )
 
 
-def trains(x: Tensor, dtype: torch.dtype) -> bool:
+def supports_training(x: Tensor, dtype: torch.dtype) -> bool:
     """Whether `Convolution` and `Product` take this input."""
-    # In this order: a compiler takes a batch whose length is asked for to have always that one.
-    return not is_intercepted() and len(x) > 0 and fuses(x, dtype)
+    # Call len(x) last: under a compiler it would fix the batch size.
+    return not is_intercepted() and len(x) > 0 and has_fused_ops(x, dtype)
 
 
 # Inference on a CPU
@@ -105,75 +104,6 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str = "no
 
 def _matmul(a: Tensor, b: Tensor) -> Tensor:
     return linear(a, b.t(), None)  # in whatever order the numbers are: a copy would take longer
-
-
-# Inference on a GPU
-
-_fused_is_faster: dict[tuple[Any, ...], bool] = {}  # of convolutions, by all that decides it
-
-
-def conv2d_relu(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: tuple[int, ...],
-    padding: tuple[int, ...],
-    dilation: tuple[int, ...],
-    groups: int,
-) -> Tensor:
-    """Convolution, bias and ReLU by cuDNN in one or by torch one by one, whichever is faster here.
-
-    cuDNN takes many times as long for some shapes and refuses others
-    (https://github.com/pytorch/pytorch/issues/68506 and 62926), so the first batch of about this
-    size is measured. Where every run must compute alike, it is always torch.
-    """
-    options = stride, padding, dilation, groups
-
-    def fused() -> Tensor:
-        return torch.cudnn_convolution_relu(x, weight, bias, *options)
-
-    def plain() -> Tensor:
-        return F.conv2d(x, weight, bias, *options).relu_()
-
-    alike = torch.backends.cudnn.deterministic or torch.are_deterministic_algorithms_enabled()
-    if alike or not torch.backends.cudnn.enabled:
-        return plain()
-    key = x.device, x.dtype, len(x).bit_length(), x.shape[1:], weight.shape, *options
-    if key not in _fused_is_faster:
-        if torch.cuda.is_current_stream_capturing():  # when nothing can be measured
-            return plain()
-        _fused_is_faster[key] = _is_faster(fused, plain, x.device)
-    return fused() if _fused_is_faster[key] else plain()
-
-
-def _is_faster(
-    fused: Callable[[], Tensor], plain: Callable[[], Tensor], device: torch.device
-) -> bool:
-    """Whether `fused` computes what `plain` does, and in less time."""
-    expected = plain()
-    try:
-        error = fused().sub_(expected).abs().max()
-    except RuntimeError:  # it doesn't take this, or not in the memory that is left
-        return False
-    # Both may round to TF32, each in its own order.
-    tolerance = 1e-3 if expected.dtype == torch.float32 else 2e-2
-    if not error <= tolerance * expected.max():
-        return False
-    del expected
-    turns = [(_milliseconds(fused, device), _milliseconds(plain, device)) for _ in range(3)]
-    return min(one for one, _ in turns) < min(two for _, two in turns)
-
-
-def _milliseconds(run: Callable[[], object], device: torch.device) -> float:
-    """Of a few calls, on the device's own clock."""
-    with torch.cuda.device(device):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        for _ in range(5):
-            run()
-        end.record()
-        end.synchronize()
-        return float(start.elapsed_time(end))
 
 
 # Training, by gradients of our own

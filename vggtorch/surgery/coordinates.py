@@ -16,12 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vggtorch.keras_graph import producer
-from vggtorch.lowering import lowered as lowering
-from vggtorch.lowering import modules
+from vggtorch import lowering
+from vggtorch.lowering import Conv2D, Dense
 
 DAMPING = 1e-3  # of the mean variance of the inputs
-Linear = modules.Conv2D | modules.Dense
+Linear = Conv2D | Dense
 
 
 # Parts of Keras graphs as torch modules
@@ -29,7 +28,7 @@ Linear = modules.Conv2D | modules.Dense
 
 def part(start: keras.KerasTensor, ends: Sequence[keras.KerasTensor]) -> nn.Module:
     """The layers between tensors of a model as a torch module; takes and returns NCHW."""
-    return lowering.part(start, list(ends), data_format="channels_first").eval()
+    return lowering.between(start, list(ends), data_format="channels_first").eval()
 
 
 def linears(graph: nn.Module, parameters: Sequence[Tensor]) -> list[Linear]:
@@ -41,23 +40,12 @@ def linears(graph: nn.Module, parameters: Sequence[Tensor]) -> list[Linear]:
     ]
 
 
-def part_without_activation(start: keras.KerasTensor, end: keras.KerasTensor) -> nn.Module:
-    """The layers between two tensors, the last of them without its activation."""
-    graph = part(start, [end])
-    variables = getattr(
-        producer(end), "variables", []
-    )  # an operation such as keras.ops.add has none
-    for module in linears(graph, [v.value for v in variables]):
-        module.activation = None
-    return graph
-
-
 # Kernels as matrices
 
 
 def _matrix(module: Linear, kernel: Tensor) -> Tensor:
     """A kernel, or its gradient, as (inputs of one output, outputs); rows as in `_patches`."""
-    if isinstance(module, modules.Dense):
+    if isinstance(module, Dense):
         return kernel
     if module.depthwise:
         return kernel.flatten(2).flatten(0, 1)  # HWCM -> (HW, CM)
@@ -66,7 +54,7 @@ def _matrix(module: Linear, kernel: Tensor) -> Tensor:
 
 def _kernel(module: Linear, matrix: Tensor) -> Tensor:
     """The inverse of `_matrix`."""
-    if isinstance(module, modules.Dense) or module.depthwise:
+    if isinstance(module, Dense) or module.depthwise:
         return matrix.reshape(module.kernel.shape)
     height, width, inputs, outputs = module.kernel.shape
     return matrix.reshape(inputs, height, width, outputs).permute(1, 2, 0, 3)
@@ -74,7 +62,7 @@ def _kernel(module: Linear, matrix: Tensor) -> Tensor:
 
 def _patches(module: Linear, x: Tensor) -> Tensor:
     """What meets the kernel at each position, and a one for the bias: (positions, inputs + 1)."""
-    if isinstance(module, modules.Dense):
+    if isinstance(module, Dense):
         rows = x.flatten(0, -2)
     else:
         x, padding = module.pad(x)
@@ -119,7 +107,7 @@ class Moments:
     def add(self, x: Tensor, target: Tensor | None, generator: torch.Generator) -> None:
         """Count in the maps (N, C, H, W) that enter the layer, and those that it should give."""
         wanted = len(_matrix(self.module, self.module.kernel)) // 4 + 512
-        for i in range(len(x)):  # one by one, since patches overlap and so take much memory
+        for i in range(len(x)):  # patches overlap, so those of a whole batch take much memory
             rows = _patches(self.module, x[i : i + 1])
             kept = torch.randperm(len(rows), generator=generator)[:wanted].to(rows.device)
             rows = rows[kept].double()
@@ -191,7 +179,8 @@ class Coordinates:
     def __init__(self, moments: Moments) -> None:
         self.module, second = moments.module, moments.second
         self.parameters = [p for p in (self.module.kernel, self.module.bias) if p is not None]
-        # In units of the patch's own size, beside which the one is neither large nor small.
+        # Inputs are measured in units of their own size, so that the constant one beside them is
+        # neither large nor small.
         size = len(moments.patches) - 1
         units = torch.ones_like(second[0])
         units[:size] = second.diagonal()[:size].mean().sqrt()

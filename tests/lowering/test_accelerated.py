@@ -1,0 +1,103 @@
+"""The Keras model itself, run by its lowered module."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+import torch
+import torch.multiprocessing
+from keras import layers
+from small_vgg import FUSED, assert_close, images, operations, small_vgg
+
+from vggtorch.lowering import accelerate_, kernels
+
+
+def trained(accelerated: bool, dropout: float = 0.5, **options: bool) -> tuple[keras.Model, dict]:
+    keras.utils.set_random_seed(1)
+    vgg = small_vgg()
+    x = layers.Dropout(dropout)(vgg.get_layer("fc1").output)
+    model = keras.Model(vgg.input, layers.Dense(4, activation="softmax")(x))
+    model.compile(
+        # Adam would make full steps of the noise that is a bias's gradient before batch norm.
+        keras.optimizers.SGD(0.01, momentum=0.9),
+        "sparse_categorical_crossentropy",
+        metrics=["accuracy"],
+    )
+    if accelerated:
+        assert accelerate_(model, **options) is model
+    rng = np.random.default_rng(0)
+    images, classes = rng.normal(size=(24, 16, 16, 3)), rng.integers(0, 4, 24)
+    keras.utils.set_random_seed(2)
+    history = model.fit(images, classes, 8, 2, verbose=0, validation_data=(images, classes)).history
+    return model, history | {
+        "evaluate": model.evaluate(images, classes, verbose=0),
+        "predict": model.predict(images, verbose=0),
+        "call": model(images).detach().numpy(),
+        "training": model(images, training=True).shape,
+        "moving_mean": model.get_layer("block2_bn1").moving_mean.numpy(),
+    }
+
+
+def test_accelerated_fit_evaluate_predict_and_call() -> None:
+    _, expected = trained(accelerated=False)
+    model, actual = trained(accelerated=True)
+    for key, value in expected.items():
+        np.testing.assert_allclose(actual[key], value, rtol=1e-3, atol=1e-5, err_msg=key)
+    accelerate_(model, enabled=False)
+    assert "call" not in vars(model)
+
+
+def test_accelerated_runs_the_lowered_module() -> None:
+    model = accelerate_(accelerate_(small_vgg()))
+    x = images(model)
+    ran = operations(lambda x: model.predict(x, verbose=0), x)
+    assert (FUSED in ran) == kernels.has_fused_ops(x, x.dtype)
+
+
+def test_accelerated_compiled() -> None:
+    _, expected = trained(accelerated=False, dropout=0.0)
+    torch._dynamo.reset()
+    with pytest.MonkeyPatch.context() as patch:  # a compiler is not everywhere; the graph is
+        real = torch.compile
+        patch.setattr(torch, "compile", lambda module: real(module, backend="aot_eager"))
+        _, actual = trained(accelerated=True, dropout=0.0, compile=True)
+    np.testing.assert_allclose(actual["loss"], expected["loss"], rtol=1e-3)
+
+
+def test_accelerated_models_save_clone_and_can_be_cut(tmp_path: Path) -> None:
+    model = accelerate_(small_vgg())
+    x = images(model)
+    expected = model.predict(x, verbose=0)
+    path = f"{tmp_path}/model.keras"
+    model.save(path)
+    loaded = keras.saving.load_model(path)
+    assert "call" not in vars(loaded) | vars(keras.models.clone_model(model))
+    np.testing.assert_allclose(loaded.predict(x, verbose=0), expected, rtol=1e-4, atol=1e-6)
+    head = layers.Dense(2)(model(keras.Input((16, 16, 3))))  # symbolic: as a layer of another
+    assert head.shape == (None, 2)
+    cut = keras.Model(model.input, model.get_layer("block1_pool").output)
+    assert cut.predict(x, verbose=0).shape == (4, 8, 8, 8)
+
+
+def test_accelerated_optimizer_slots_have_the_layout_of_their_kernels() -> None:
+    model, _ = trained(accelerated=True)
+    kernel = model.get_layer("block1_conv1").kernel.value
+    slots = [v.value for v in model.optimizer.variables if v.value.shape == kernel.shape]
+    assert len(slots) == 1
+    assert all(slot.stride() == kernel.stride() for slot in slots)
+
+
+def test_accelerated_without_compile() -> None:
+    model, twin = accelerate_(small_vgg()), small_vgg()
+    x = images(model)
+    assert_close(model(x, training=True).detach(), twin(x, training=True).detach(), 1e-4)
+
+
+def test_accelerated_sequential() -> None:
+    model = keras.Sequential([keras.Input((8, 8, 3)), layers.Conv2D(2, 3), layers.Flatten()])
+    x = np.random.default_rng(0).normal(size=(3, 8, 8, 3))
+    expected = model.predict(x, verbose=0)
+    np.testing.assert_allclose(accelerate_(model).predict(x, verbose=0), expected, rtol=1e-5)

@@ -1,0 +1,61 @@
+"""Activations that backward computes again."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+import torch
+import torch.multiprocessing
+from keras import layers
+from small_vgg import assert_close, dropout_vgg, images, step
+from torch import nn
+
+from vggtorch.lowering import lower
+
+
+def kept(run: Any, x: torch.Tensor) -> int:
+    """Bytes that a call keeps for backward."""
+    storages: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if not isinstance(tensor._base, nn.Parameter):
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        run(x)
+    return sum(storages.values())
+
+
+def test_checkpointing_keeps_less_and_changes_nothing() -> None:
+    """Dropout must drop the same, and batch norm must count a batch once."""
+    found, memory = [], []
+    for checkpoint in (False, True):
+        model = dropout_vgg()
+        lowered = lower(model, checkpoint=checkpoint).train()
+        torch.manual_seed(5)
+        output, left = step(model, lowered)
+        found.append([output, *left])
+        memory.append(kept(lowered, images(model)))
+        with torch.no_grad():
+            assert_close(lowered.eval()(images(model)), model(images(model), training=False))
+    for actual, expected in zip(*found, strict=True):
+        assert_close(actual, expected)
+    assert memory[1] < memory[0] / 4
+
+
+def test_checkpointing_leaves_keras_layers_alone() -> None:
+    """A seeded layer counts its calls, so that a second one would not repeat the first."""
+    found = []
+    for checkpoint in (False, True):
+        keras.utils.set_random_seed(0)
+        image = keras.Input((8, 8, 3))
+        x = layers.SpatialDropout2D(0.5, seed=3)(layers.Conv2D(8, 3)(image))
+        x = layers.GlobalAveragePooling2D()(layers.Conv2D(8, 3)(x))
+        model = keras.Model(image, x)
+        output, _ = step(model, lower(model, checkpoint=checkpoint).train())
+        grads = [v.value.grad for v in model.trainable_variables]
+        found.append([output, *grads])
+    for actual, expected in zip(*found, strict=True):
+        assert_close(actual, expected)

@@ -1,0 +1,245 @@
+"""The parameters are the Keras model's own, whoever changes, freezes or saves them."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.multiprocessing
+import torch.nn.functional as F
+
+import vggtorch  # isort: skip  (first: it selects Keras's torch backend)
+import keras
+from keras import layers
+from small_vgg import (
+    FUSED,
+    assert_close,
+    dropout_vgg,
+    images,
+    operations,
+    randomise,
+    small_vgg,
+    step,
+)
+
+from vggtorch.lowering import kernels, lower, running
+
+
+def test_the_parameters_are_the_keras_models_own() -> None:
+    model = small_vgg()
+    values = model.get_weights()
+    lowered: Any = lower(model)
+    ours = {id(p) for p in (*lowered.parameters(), *lowered.buffers())}
+    assert ours == {id(v.value) for v in model.variables}
+    assert lowered.block1_conv1.kernel is model.get_layer("block1_conv1").kernel.value
+    assert {"block1_conv1", "block2_bn1", "fc1"} <= {name for name, _ in lowered.named_modules()}
+    assert "block1_conv1.kernel" in lowered.state_dict()
+    for value, expected in zip(model.get_weights(), values, strict=True):
+        np.testing.assert_array_equal(value, expected)
+    for name in ("block1_conv1", "block2_conv1"):
+        kernel = model.get_layer(name).kernel.value
+        assert kernel.permute(3, 2, 0, 1).is_contiguous(memory_format=torch.channels_last)
+    assert model.get_layer("fc1").kernel.value.t().is_contiguous()
+
+
+@pytest.mark.parametrize("batch_norm", [False, True])
+def test_torchvision_takes_our_state_dict(batch_norm: bool) -> None:
+    torchvision = pytest.importorskip("torchvision")
+    model = randomise(vggtorch.VGG11(weights=None, classes=10, batch_norm=batch_norm,
+                                     classifier_activation=None))  # fmt: skip
+    lowered = lower(model, data_format="channels_first").eval()
+    name = "vgg11_bn" if batch_norm else "vgg11"
+    theirs = getattr(torchvision.models, name)(num_classes=10).eval()
+    state = lowered.torchvision_state_dict()
+    assert list(state) == list(theirs.state_dict())
+    theirs.load_state_dict(state, strict=True)
+    x = torch.randn(1, 3, 224, 224)
+    with torch.no_grad():
+        assert_close(lowered(x), theirs(x))
+    kernel = model.get_layer("block1_conv1").kernel.value
+    assert state["features.0.weight"].data_ptr() == kernel.data_ptr()
+
+
+def test_torchvision_has_no_keys_for_other_layers() -> None:
+    image = keras.Input((8, 8, 3))
+    x = layers.Conv2D(64, 3, padding="same", name="block1_conv1")(image)
+    lowered = lower(keras.Model(image, layers.Conv2D(5, 1, name="head")(x)))
+    with pytest.raises(ValueError, match="Unexpected: head/bias, head/kernel"):
+        lowered.torchvision_state_dict()
+
+
+def test_trained_from_either_side() -> None:
+    model = small_vgg()
+    x, y = images(model), torch.tensor([0, 1, 2, 3])
+    lowered = lower(model).train()
+    optimizer = torch.optim.SGD([p for p in lowered.parameters() if p.requires_grad], lr=0.01)
+    F.nll_loss(lowered(x).log(), y).backward()
+    optimizer.step()
+    with torch.no_grad():
+        assert_close(lowered.eval()(x), model(x, training=False))
+    before = model.get_weights()
+    model.compile(keras.optimizers.SGD(0.01), "sparse_categorical_crossentropy")
+    model.fit(x, y, verbose=0)
+    assert not np.array_equal(model.get_weights()[0], before[0])
+    with torch.no_grad():
+        assert_close(lowered.eval()(x), model(x, training=False))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda p: p.mul_(1.5),
+        lambda p: p.data.mul_(1.5),
+        lambda p: setattr(p, "data", p.data * 1.5),
+        lambda p: p.copy_(torch.zeros_like(p)),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_was_prepared_follows_the_parameters(change: Any, dtype: torch.dtype) -> None:
+    model = small_vgg()
+    lowered = lower(model, dtype=dtype).eval()
+    x = images(model)
+    tolerance = 1e-5 if dtype == torch.float32 else 3e-2
+    with torch.no_grad():
+        before = lowered(x)
+        for name in ("block1_conv1", "block2_conv1", "fc1"):
+            change(model.get_layer(name).kernel.value)
+            after = lowered(x)
+            assert not torch.allclose(after, before)
+            assert_close(after.float(), model(x, training=False), tolerance)
+            before = after
+        model.get_layer("block2_bn1").moving_mean.assign(np.ones(16))
+        assert_close(lowered(x).float(), model(x, training=False), tolerance)
+
+
+def test_saved_loaded_moved_and_copied(tmp_path: Path) -> None:
+    model = small_vgg()
+    x = images(model)
+    lowered = lower(model).eval()
+    expected = lowered(x).detach()
+    path = f"{tmp_path}/weights.weights.h5"
+    model.save_weights(path)
+    state = copy.deepcopy(lowered.state_dict())
+    with torch.no_grad():
+        lowered(x)  # leaves prepared weights, which copies must do without
+    twin = copy.deepcopy(lowered)
+
+    def zero() -> None:
+        for p in lowered.parameters():
+            p.data.zero_()
+
+    zero()
+    model.load_weights(path)
+    assert_close(lowered(x).detach(), expected)
+    zero()
+    lowered.load_state_dict(state)
+    assert_close(model(x, training=False).detach(), expected)
+    zero()
+    assert_close(twin(x).detach(), expected)  # a copy has parameters of its own
+    lowered.load_state_dict(state)
+    lowered.to("cpu").to(memory_format=torch.contiguous_format)
+    assert {id(p) for p in lowered.state_dict(keep_vars=True).values()} == {
+        id(v.value) for v in model.variables
+    }
+    assert_close(lowered(x).detach(), expected)
+
+
+def test_a_frozen_prefix_keeps_nothing_for_backward() -> None:
+    model = small_vgg()
+    for layer in model.layers[:-2]:
+        layer.trainable = False
+    x = images(model)
+    saved: list[torch.Size] = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        saved.append(tensor.shape)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        lower(model).train()(x).sum().backward()
+    assert not [shape for shape in saved if len(shape) == 4]
+    assert model.get_layer("fc1").kernel.value.grad is not None
+
+
+@pytest.mark.parametrize("until", ["block1_conv1", "block1_pool", "block2_conv1", "fc1"])
+@pytest.mark.parametrize("checkpoint", [False, True])
+@pytest.mark.parametrize("group_bytes", [1, 1 << 20])
+def test_frozen_layers_train_as_keras(
+    until: str, checkpoint: bool, group_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever the boundary is between those that run as in inference and those that learn."""
+    monkeypatch.setattr(running, "GROUP_BYTES", group_bytes)
+    model, twin = small_vgg(), small_vgg()
+    for network in (model, twin):
+        for layer in network.layers:
+            layer.trainable = False
+            if layer.name == until:
+                break
+    lowered = lower(model, checkpoint=checkpoint).train()
+    x = images(model)
+    assert (FUSED in operations(lowered, x)) == kernels.has_fused_ops(x, x.dtype)
+    output, left = step(model, lowered)
+    twin(x, training=True)  # counted by batch norm
+    expected, expected_left = step(twin, lambda x: twin(x, training=True))
+    assert_close(output, expected, 1e-4)
+    for actual, value in zip(left, expected_left, strict=True):
+        assert_close(actual, value, 1e-4)
+
+
+def test_layers_that_thaw_or_freeze_are_noticed() -> None:
+    model = small_vgg()
+    x, kernel = images(model), model.get_layer("block1_conv1").kernel.value
+    lowered = lower(model).train()
+    for trainable in (False, True, False):
+        model.trainable = trainable
+        kernel.grad = None
+        output = lowered(x)
+        assert output.requires_grad == trainable
+        if trainable:
+            output.sum().backward()
+            assert kernel.grad is not None and kernel.grad.any()
+        else:
+            assert_close(output, model(x, training=True).detach())
+
+
+def test_gradients_of_the_input_go_through_frozen_layers() -> None:
+    """As adversarial examples and style transfer take them."""
+    model = small_vgg()
+    model.trainable = False
+    found = []
+    for run in (lower(model).train(), lower(model).eval(), lambda x: model(x, training=True)):
+        x = images(model).requires_grad_()
+        run(x).square().sum().backward()
+        assert x.grad is not None
+        found.append(x.grad)
+    assert_close(found[0], found[2], 1e-4)
+    assert_close(found[1], found[2], 1e-4)
+
+
+def test_frozen_dropout_still_drops() -> None:
+    model = dropout_vgg()
+    model.trainable = False
+    lowered = lower(model).train()
+    x = images(model)
+    assert not torch.equal(lowered(x), lowered(x))
+    with torch.no_grad():
+        assert not torch.equal(lowered(x), lowered(x))
+
+
+def test_evaluation_sees_weights_that_were_written_through_data() -> None:
+    """As averages of weights are often put in place; here where no sample of them is taken."""
+    model = small_vgg()
+    kernel = model.get_layer("block2_conv1").kernel.value
+    lowered = lower(model).eval()
+    x = images(model)
+    with torch.no_grad():
+        before = lowered(x)
+        lowered.train()
+        kernel.data[1, 1, 1, 1] += 1
+        after = lowered.eval()(x)
+    assert not torch.equal(before, after)
+    assert_close(after, model(x, training=False).detach())

@@ -1,0 +1,94 @@
+"""Dtype policies, the dtype of lower, and autocast."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.multiprocessing
+import torch.nn.functional as F
+from small_vgg import assert_close, images, small_vgg
+
+from vggtorch.lowering import kernels, lower, modules
+
+
+@pytest.mark.parametrize("policy", ["mixed_bfloat16", "bfloat16"])
+def test_dtype_policies(policy: str) -> None:
+    model = small_vgg(dtype=policy)
+    x = images(model)
+    lowered = lower(model)
+    expected = model(x, training=False).detach()
+    assert_close(lowered.eval()(x).detach(), expected, 3e-2)
+    with torch.no_grad():
+        assert_close(lowered(x), expected, 3e-2)
+    output = lowered.train()(x)
+    assert output.dtype == torch.bfloat16
+    output.float().square().sum().backward()
+    for variable in model.trainable_variables:
+        assert variable.value.grad.dtype == variable.value.dtype
+
+
+def test_dtype_computes_as_the_mixed_policy_does() -> None:
+    model, mixed = small_vgg(), small_vgg(dtype="mixed_bfloat16")
+    mixed.set_weights(model.get_weights())
+    x = images(model)
+    lowered = lower(model, dtype=torch.bfloat16).eval()
+    expected = mixed(x, training=False).detach()
+    assert_close(lowered(x).detach(), expected, 3e-2)
+    with torch.no_grad():
+        assert_close(lowered(x), expected, 3e-2)
+    assert {p.dtype for p in lowered.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_autocast_computes_in_bfloat16(frozen: bool) -> None:
+    """Convolutions and products; from them on, everything that autocast leaves in bfloat16."""
+    model = small_vgg()
+    if frozen:
+        model.get_layer("block1_conv1").trainable = False
+    x = images(model)
+    lowered: Any = lower(model).train()
+    seen: list[torch.dtype] = []
+    hook = lowered.block2_bn1.register_forward_pre_hook(lambda _, args: seen.append(args[0].dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        lowered(x)
+        hook.remove()
+        output = lowered(x)
+        with torch.no_grad():
+            fused = lowered.eval()(x)
+    assert seen == [torch.bfloat16]
+    output.float().square().sum().backward()
+    twin = small_vgg()
+    for _ in range(2):  # counted by batch norm
+        expected = twin(x, training=True)
+    expected.square().sum().backward()
+    assert_close(output.detach().float(), expected.detach(), 5e-2)
+    for name in ("block2_conv1", "fc1", "predictions"):
+        grad = model.get_layer(name).kernel.value.grad
+        assert grad.dtype == torch.float32
+        exact = twin.get_layer(name).kernel.value.grad
+        assert (grad - exact).norm() < 0.1 * exact.norm()
+    assert_close(fused.float(), twin(x, training=False).detach(), 5e-2)
+    assert lowered(x).dtype == torch.float32  # the next call is nobody's autocast
+    with torch.no_grad():
+        assert_close(lowered(x), model(x, training=False))
+
+
+def test_a_large_batch_of_mixed_precision_is_cast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dense computes small batches in its kernel's own dtype, which is exact, and large in bf16."""
+    for many_rows in (1, 100):
+        monkeypatch.setattr(modules, "MANY_ROWS", many_rows)
+        model = small_vgg()
+        lowered: Any = lower(model, dtype=torch.bfloat16).train()
+        fc1 = model.get_layer("fc1")
+        x = torch.randn(4, 4 * 4 * 16).bfloat16()
+        y = lowered.fc1(x)
+        assert y.dtype == torch.bfloat16
+        exact = F.linear(x.float(), fc1.kernel.value.t(), fc1.bias.value).relu().bfloat16()
+        assert torch.equal(y, exact) == (
+            many_rows == 100 and kernels.has_fused_ops(x, torch.float32)
+        )
+        assert_close(y.detach(), exact.detach(), 2e-2)
+        y.float().sum().backward()
+        assert fc1.kernel.value.grad.dtype == torch.float32
