@@ -3,7 +3,8 @@
 Keras has no public way to walk the graph of a model, to give a variable another tensor as its
 value, or to make a layer again from its config with functions of the user's. What vggtorch needs
 of that stands here and nowhere else, so that a Keras release which changes one of these parts
-fails in `tests/test_keras_graph.py`, which names them all, and is mended in this file.
+fails in `tests/test_keras_graph.py`, which names them all, and is mended in this file. Two of
+Keras's rules that several rooms compute by stand at the end: padding "same" and batch norm.
 """
 
 from __future__ import annotations
@@ -180,7 +181,10 @@ def producing_call(tensor: KerasTensor) -> Node:
 
 
 def operation_copy(operation: keras.Operation) -> keras.Operation:
-    """A copy of a stateless operation, such as keras.ops.add, that hasn't been called."""
+    """A copy of an operation, such as keras.ops.add, that hasn't been called.
+
+    The copy of a layer stands on the layer's own variables.
+    """
     new: keras.Operation = object.__new__(type(operation))
     vars(new).update(vars(operation), _inbound_nodes=[], _outbound_nodes=[])
     return new

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from vggtorch import surgery
-from vggtorch.keras_graph import producer
+from vggtorch.keras_graph import calls_of, producer
 from vggtorch.surgery import distillation
 
 L = keras.layers
@@ -233,6 +233,20 @@ def test_other_layers_than_products_can_be_distilled_even_first_of_all(new):
     found = surgery.distill_(model, result, "new", images(), steps=50)
     assert found.start == "own"
     assert found.after["last"] > found.before["last"]
+
+
+def test_an_activation_behind_another_can_be_replaced_alone():
+    keras.utils.set_random_seed(0)
+    x = inputs = keras.Input((16, 16, 3))
+    x = L.Activation("tanh", name="second")(L.ReLU(name="first")(x))
+    model = keras.Model(inputs, L.Conv2D(4, 3, strides=2, name="last")(x))
+    new = L.Conv2D(3, 1, name="new")
+    result = surgery.replace(model, "second", new)
+    before = [(len(calls_of(op)), len(op._outbound_nodes)) for op in model.operations]
+    found = surgery.distill_(model, result, "new", images() / 100, steps=0)
+    assert found.start == "least squares"
+    assert found.after["last"] > 0.8
+    assert before == [(len(calls_of(op)), len(op._outbound_nodes)) for op in model.operations]
 
 
 def test_what_cannot_be_composed_can_be_distilled(original):

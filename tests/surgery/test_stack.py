@@ -9,7 +9,7 @@ import torch
 from contract import check, equal, identity, run, vgg
 from keras import layers as kl
 
-from vggtorch.models.preprocessing import remember_, weight_set
+from vggtorch.models import remember_, weight_set
 from vggtorch.surgery import insert, stack, truncate
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -30,7 +30,6 @@ from vggtorch.surgery.coordinates import (
     least_squares_,
     measure_moments,
     part,
-    part_without_activation,
 )
 from vggtorch.surgery.region import (
     Region,
@@ -295,7 +294,7 @@ def distill_(
         check = examples(held_out, min(HELD_OUT, len(train.x)))
         task = _Task(tail, trained, loss, train, check)
 
-        target = part_without_activation(region.old[0], before_activation(region.old[1]))
+        target = part(region.old[0], [before_activation(region)])
         moments = measure_moments(
             tail,
             trained,

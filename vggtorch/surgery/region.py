@@ -14,7 +14,7 @@ import keras
 import numpy as np
 from keras import KerasTensor
 
-from vggtorch.keras_graph import calls, graph_of, producer, producing_call
+from vggtorch.keras_graph import calls, graph_of, producer, producing_call, without_activation
 from vggtorch.surgery.composition import POINTWISE, SKIPPED
 
 
@@ -116,11 +116,12 @@ def next_smaller(region: Region) -> list[str]:
     return shrinking[:3] or list(region.behind)[-1:]
 
 
-def before_activation(tensor: KerasTensor) -> KerasTensor:
-    """The tensor that layers which are nothing but activations made `tensor` from."""
-    while isinstance(producer(tensor), POINTWISE):
+def before_activation(region: Region) -> KerasTensor:
+    """What the replaced layers have computed before their last activation."""
+    start, tensor = region.old
+    while tensor is not start and isinstance(producer(tensor), POINTWISE):
         tensor = _input(tensor)
-    return tensor
+    return tensor if tensor is start else without_activation(tensor)
 
 
 def last_product(region: Region) -> keras.Layer | None:
