@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import numpy as np
+import pytest
 import tiny
 import torch
 
@@ -14,6 +15,7 @@ from vggtorch.models import preprocess, weight_set
 from vggtorch.training import keeping
 
 
+@pytest.mark.slow
 def test_plain_keras_takes_raw_images(history, tmp_path):
     """In a process that has never heard of vggtorch."""
     keeping.save_trained(history, tmp_path, command="vggtorch finetune data")

@@ -66,7 +66,7 @@ def test_options_that_the_data_contradicts(images, config):
         finetune(model, images, config=config)
 
 
-def test_broken_images_are_skipped_if_asked(config, tmp_path):
+def test_unreadable_images_are_skipped_if_asked(config, tmp_path):
     folder = tiny.pictures(tmp_path / "data")
     (folder / "red" / "3.png").write_text("no image")
     with pytest.raises(ValueError, match="1 of 24 images"):

@@ -62,14 +62,16 @@ class TrainConfig:
         None, "Keep a moving average of the weights, with this decay, and use that."
     )
     patience: int | None = _option(None, "Stop after this many epochs without improvement.")
-    precision: Literal["fp32", "bf16"] = _option("fp32", "What the layers compute in.")
+    precision: Literal["fp32", "bf16"] = _option("fp32", "Precision that the layers compute in.")
     image_size: int = _option(224, "Height and width of the images from a folder.")
     augment: Augment = field(
         default="none",
-        metadata={"help": "Mirrored images; and random crops; and TrivialAugment (folders only)."},
+        metadata={
+            "help": "Mirror images; crop them at random too; TrivialAugment on top (folders only)."
+        },
     )
     on_unreadable: Literal["skip", "stop"] = _option(
-        "stop", "What an image in a folder that can't be read does."
+        "stop", "Stop at an image of a folder that can't be read, or skip it."
     )
     validation_split: float = _option(
         0.2, "Share of the training folder that validates if nothing else does."
@@ -79,7 +81,9 @@ class TrainConfig:
     cache_copies: int = _option(
         1, "Augmented copies of each image in the cache, the plain one first."
     )
-    cache_dtype: Literal["float32", "float16"] = _option("float32", "What features are kept in.")
+    cache_dtype: Literal["float32", "float16"] = _option(
+        "float32", "Precision of the features on disk."
+    )
     cache_dir: str | None = _option(None, "Where features go; by default into the output folder.")
     output_dir: str = _option("run", "Folder of checkpoints and all else that the run writes.")
     checkpoint_steps: int = _option(500, "Steps between checkpoints inside an epoch.")

@@ -133,8 +133,8 @@ def read_folder(
     """Read and check every image of a folder once, and say which can't be read.
 
     Raises:
-        ValueError: no such folder, no classes, a class without images, unreadable
-            images under `stop`.
+        ValueError: no such folder, no classes, a class without images, or an image that
+            can't be read under `stop`.
     """
     folder = Path(folder)
     if not folder.is_dir():
