@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vggtorch import keras_graph
+
 
 @dataclass(frozen=True)
 class LoweringOptions:
@@ -83,11 +85,8 @@ def same_padding(
     dilation: Sequence[int] = (1, 1),
 ) -> list[tuple[int, int]]:
     """Rows before and after, columns before and after, that Keras's padding="same" adds."""
-    padding = []
-    for n, k, s, d in zip(size, kernel, stride, dilation, strict=True):
-        total = max(0, (-(-n // s) - 1) * s + (k - 1) * d + 1 - n)
-        padding.append((total // 2, total - total // 2))
-    return padding
+    axes = zip(size, kernel, stride, dilation, strict=True)
+    return [keras_graph.same_padding(*axis) for axis in axes]
 
 
 def pad(x: Tensor, padding: list[tuple[int, int]], mode: str) -> tuple[Tensor, tuple[int, int]]:

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vggtorch.keras_graph import scale_and_shift
 from vggtorch.lowering import kernels
 from vggtorch.lowering.conventions import cast, product_dtype, to_nhwc
 from vggtorch.lowering.kernels import MaxPoolReLU
@@ -132,11 +133,10 @@ class FusedConv2D:
         groups = x.shape[1] // weight.shape[1]
         gain, offset = _gain(weight), _largest(bias)
         if norm is not None:
-            scale = torch.rsqrt(norm.moving_variance + norm.epsilon)
-            scale = scale if norm.gamma is None else scale * norm.gamma
-            shift = -norm.moving_mean if bias is None else bias - norm.moving_mean
-            shift = shift * scale
-            bias = shift if norm.beta is None else shift + norm.beta
+            mean = norm.moving_mean if bias is None else norm.moving_mean - bias
+            scale, bias = scale_and_shift(
+                mean, norm.moving_variance, norm.epsilon, norm.gamma, norm.beta
+            )
             weight = weight * scale.reshape(-1, 1, 1, 1)
             gain, offset = gain + _gain(weight), offset + _largest(bias)
         weight = weight.to(dtype)

@@ -95,8 +95,7 @@ def pad_same(
     """Pad (N, C, ...) as Keras's padding="same" does, which depends on the size with strides."""
     pads: list[int] = []
     for n, k, s, d in zip(x.shape[2:], kernel, stride, dilation, strict=True):
-        total = max((-(-n // s) - 1) * s + (k - 1) * d + 1 - n, 0)
-        pads = [total // 2, total - total // 2, *pads]  # F.pad begins with the last axis
+        pads = [*keras_graph.same_padding(n, k, s, d), *pads]  # F.pad begins with the last axis
     return F.pad(x, pads, mode=mode) if any(pads) else x
 
 
@@ -145,12 +144,10 @@ class SameAvgPool(nn.Module):
 def avg_pool_same(x: Tensor, size: Sequence[int], stride: Sequence[int]) -> Tensor:
     """What `SameAvgPool` computes."""
     pool: Any = {3: F.avg_pool1d, 4: F.avg_pool2d, 5: F.avg_pool3d}[x.ndim]
-    totals = [
-        max((-(-n // s) - 1) * s + k - n, 0)
-        for n, k, s in zip(x.shape[2:], size, stride, strict=True)
-    ]
-    if all(total % 2 == 0 for total in totals):
-        padding = tuple(total // 2 for total in totals)
+    axes = zip(x.shape[2:], size, stride, strict=True)
+    pads = [keras_graph.same_padding(*axis) for axis in axes]
+    if all(before == after for before, after in pads):
+        padding = tuple(before for before, _ in pads)
         y: Tensor = pool(x, size, stride, padding, count_include_pad=False)
     else:
         y = pool(pad_same(x, size, stride, (1,) * len(size), "replicate"), size, stride)
