@@ -283,3 +283,14 @@ def test_unknown_architectures_are_named(tmp_path):
         models.constructor("vgg17")
     with pytest.raises(ValueError, match="Unknown architecture 'vgg17'"):
         models.convert("oxford", tmp_path / "x.pth", "vgg17")
+
+
+def test_a_convolution_named_fc1_is_loaded_as_it_was_saved(tmp_path):
+    def build():
+        inputs = keras.Input((7, 7, 4))
+        return keras.Model(inputs, keras.layers.Conv2D(5, 7, name="fc1")(inputs))
+
+    first, second = build(), build()
+    vt.save_weights(first, tmp_path / "own.safetensors")
+    vt.load_weights(second, tmp_path / "own.safetensors")
+    np.testing.assert_array_equal(first.get_weights()[0], second.get_weights()[0])

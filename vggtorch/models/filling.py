@@ -38,6 +38,12 @@ def named_variables(model: keras.Model) -> dict[str, keras.Variable]:
     """A model's weights by name: `layer/variable`, with the nested model's name before it.
 
     Trainable weights and state such as moving means; random seeds are not weights.
+
+    Example:
+        >>> import vggtorch as vt
+        >>> variables = vt.named_variables(vt.VGG11(weights=None, include_top=False))
+        >>> list(variables)[:2], variables["block1_conv1/kernel"].shape
+        (['block1_conv1/kernel', 'block1_conv1/bias'], (3, 3, 3, 64))
     """
     named = {}
     for layer in model.layers:

@@ -41,6 +41,17 @@ def load_weights(model: keras.Model, source: str | PathLike) -> keras.Model:
     Raises:
         ValueError: names or shapes that differ (with both lists), or a damaged file.
         OSError: the checkpoint can't be had.
+
+    Example:
+        >>> import tempfile
+        >>> import vggtorch as vt
+        >>> first, second = (vt.VGG11(weights=None, include_top=False) for _ in range(2))
+        >>> part = vt.truncate(second, "block1_pool")
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     vt.save_weights(vt.truncate(first, "block2_pool"), f"{folder}/two.safetensors")
+        ...     part = vt.load_weights(part, f"{folder}/two.safetensors")  # takes what it has
+        >>> bool((part.get_weights()[0] == first.get_weights()[0]).all())
+        True
     """
     variables = named_variables(model)
     shapes = {
@@ -71,6 +82,15 @@ def save_weights(model: keras.Model, path: str | PathLike) -> None:
     Raises:
         ValueError: another ending, or layers that torchvision has no keys for.
         OSError: the file can't be written; one that stood there before is then still whole.
+
+    Example:
+        >>> import tempfile, torch
+        >>> import vggtorch as vt
+        >>> model = vt.truncate(vt.VGG11(weights=None, include_top=False), "block1_pool")
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     vt.save_weights(model, f"{folder}/block1.pth")
+        ...     list(torch.load(f"{folder}/block1.pth"))  # torchvision's names
+        ['features.0.weight', 'features.0.bias']
     """
     if str(path).endswith(".weights.h5"):
         with files.atomic(path) as temporary:

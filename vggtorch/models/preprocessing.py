@@ -63,6 +63,15 @@ def preprocess(
         OSError: a file that can't be read as an image.
 
     Source: torchvision's `VGG16_Weights.transforms()`; keras.applications' `preprocess_input`.
+
+    Example:
+        >>> import numpy as np
+        >>> import vggtorch as vt
+        >>> grey = np.full((32, 32, 3), 128, dtype="uint8")
+        >>> vt.preprocess(grey, "oxford")[0, 0, 0]  # BGR, minus the mean
+        array([24.061, 11.221,  4.32 ], dtype=float32)
+        >>> vt.preprocess(grey, "imagenet", size=224).shape
+        (1, 224, 224, 3)
     """
     if isinstance(weights, keras.Model):
         expected = None if _preprocesses(weights) else weight_set_named(_remembered(weights))
@@ -194,6 +203,12 @@ def decode_predictions(
 
     Raises:
         ValueError: another shape, or values that aren't probabilities.
+
+    Example:
+        >>> import numpy as np
+        >>> import vggtorch as vt
+        >>> vt.decode_predictions(np.array([[0.25, 0.75]]), categories=["cat", "dog"])
+        [[(1, 'dog', 0.75), (0, 'cat', 0.25)]]
     """
     if categories is None:
         from torchvision.models import VGG16_Weights

@@ -17,7 +17,7 @@ from vggtorch.models.memory import remember_
 from vggtorch.models.preprocessing import as_layers
 from vggtorch.weight_sets import WEIGHT_SETS
 
-# torchvision's and the papers' batch norm; Keras's own defaults differ (1e-3 and 0.99).
+# torchvision's and the papers' values for batch norm; Keras's own defaults are 1e-3 and 0.99.
 BATCH_NORM = {"epsilon": 1e-5, "momentum": 0.9}
 
 
@@ -141,7 +141,10 @@ def _build(
 
 
 def _constructor(plain_name: str) -> Callable[..., keras.Model]:
-    """The public function that builds one of the four networks, with or without batch norm."""
+    """The public function that builds one of the four networks, with or without batch norm.
+
+    The four have one signature and one docstring, so one function makes them all.
+    """
 
     def build(
         include_top: bool = True,
@@ -200,6 +203,13 @@ def _constructor(plain_name: str) -> Callable[..., keras.Model]:
         OSError: the checkpoint can't be had.
 
     Source: Simonyan and Zisserman, ICLR 2015.
+
+    Example:
+        >>> import vggtorch as vt
+        >>> shape = (32, 32, 3)
+        >>> features = vt.{title}(weights=None, include_top=False, input_shape=shape, pooling="avg")
+        >>> features.output_shape
+        (None, 512)
     """
     return build
 

@@ -249,7 +249,8 @@ def to_keras(tensors: Mapping[str, torch.Tensor], form: str) -> dict[str, torch.
     Raises:
         ValueError: tensors that fit no VGG network.
     """
-    return flattened(to_views(tensors, form))
+    views = to_views(tensors, form)
+    return views if form == "keras" else flattened(views)
 
 
 def flattened(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

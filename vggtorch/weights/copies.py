@@ -75,14 +75,15 @@ def _place(source: Path) -> Path:
 
 def _read_copy(copy: Path) -> Checkpoint | None:
     """A converted copy, mapped; None if there is none, or not as it was written."""
-    with suppress(OSError, ValueError):
+    with suppress(OSError, ValueError, KeyError):
         if copy.stat().st_mtime != _UNTOUCHED:
             return None
         tensors, metadata = safetensors.mapped(copy)
         for key, tensor in tensors.items():
             if key.endswith("/kernel"):
                 tensors[key] = tensor.movedim(0, -1)  # (O, ..., I) -> (..., I, O) view
-        tensors = conversion.flattened(tensors)
+        if metadata["form"] != "keras":  # there fc1 may be a convolution of the user's
+            tensors = conversion.flattened(tensors)
         return Checkpoint(tensors, "keras", metadata.get("weight_set"), copy)
     return None
 
@@ -101,7 +102,7 @@ def _make_copy(source: Path, copy: Path) -> Checkpoint:
         key: tensor.movedim(-1, 0) if key.endswith("/kernel") else tensor
         for key, tensor in tensors.items()
     }
-    metadata = {"source": str(source)}
+    metadata = {"source": str(source), "form": checkpoint.form}
     if checkpoint.weight_set:
         metadata["weight_set"] = checkpoint.weight_set
     with files.atomic(copy) as temporary:

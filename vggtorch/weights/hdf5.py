@@ -1,7 +1,7 @@
 """Where the weights lie in an HDF5 file of Keras, found by a process of its own.
 
-The HDF5 library is C that damaged files make crash or run without end, so `sources` runs this file
-as a script, with a time limit, and maps the values itself:
+The HDF5 library is C, which damaged files make crash or run without end. So `readers` runs this
+file as a script, with a time limit, and maps the values itself:
 
     python -P hdf5.py FILE
 
