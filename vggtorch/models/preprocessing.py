@@ -68,8 +68,8 @@ def preprocess(
         >>> import numpy as np
         >>> import vggtorch as vt
         >>> grey = np.full((32, 32, 3), 128, dtype="uint8")
-        >>> vt.preprocess(grey, "oxford")[0, 0, 0]  # BGR, minus the mean
-        array([24.061, 11.221,  4.32 ], dtype=float32)
+        >>> [f"{value:.3f}" for value in vt.preprocess(grey, "oxford")[0, 0, 0]]  # BGR - mean
+        ['24.061', '11.221', '4.320']
         >>> vt.preprocess(grey, "imagenet", size=224).shape
         (1, 224, 224, 3)
     """
