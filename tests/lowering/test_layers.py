@@ -12,7 +12,8 @@ import torch.multiprocessing
 from keras import layers
 from small_vgg import assert_close, images, randomise
 
-from vggtorch.lowering import KerasLayer, lower
+from vggtorch.lowering import lower
+from vggtorch.lowering.modules import KerasLayer
 
 
 @pytest.mark.parametrize("size", [15, 16])

@@ -14,19 +14,15 @@ layers as torch.nn's modules) and `network` (`to_torch`, which writes the graph 
 
 from vggtorch.lowering.accelerating import accelerate_
 from vggtorch.lowering.exporting import export
-from vggtorch.lowering.graphs import Graph
 from vggtorch.lowering.kernels import has_fused_ops
 from vggtorch.lowering.lowered import Lowered, between, lower
-from vggtorch.lowering.modules import Activate, BatchNorm, Conv2D, Dense, KerasLayer
+from vggtorch.lowering.modules import BatchNorm, Conv2D, Dense
 from vggtorch.lowering.network import TorchNetwork, to_torch
 
 __all__ = [
-    "Activate",
     "BatchNorm",
     "Conv2D",
     "Dense",
-    "Graph",
-    "KerasLayer",
     "Lowered",
     "TorchNetwork",
     "accelerate_",

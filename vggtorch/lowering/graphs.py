@@ -34,15 +34,20 @@ class Graph(nn.Module):
         numbers = {id(tensor): i for i, tensor in enumerate(model.inputs)}
         made: dict[int, tuple[nn.Module, list[int]]] = {}
         steps = []
+        hidden: set[int] = set()  # tensors that may carry a mask which their graph doesn't show
         for node in keras_graph.calls(model):
             if node.is_input:
                 continue
             for tensor in node.outputs:
                 numbers[id(tensor)] = len(numbers)
+            inputs = {id(x) for x in node.input_tensors}
+            hides = _masks_inside(node.operation) or not hidden.isdisjoint(inputs)
+            if hides:
+                hidden |= {id(tensor) for tensor in node.outputs}
             ranks = [len(tensor.shape) for tensor in node.input_tensors]
             module, built_for = made.get(id(node.operation), (None, ranks))
             if module is None or built_for != ranks:
-                module = _lower(node, options)
+                module = KerasLayer(node.operation, options) if hides else _lower(node, options)
                 self._register(node.operation.name, module)
                 made[id(node.operation)] = module, ranks
             steps.append(
@@ -58,13 +63,6 @@ class Graph(nn.Module):
         self._steps, self._checkpoint = steps, options.checkpoint
         self._inside = [tuple(step.run.modules()) for step in steps]
         self._children = dict(self._modules)
-        self.refresh_()
-
-    def refresh_(self) -> None:
-        """Plan again, for the modules as they are: after an activation was taken out of one."""
-        for module in self._modules.values():
-            if isinstance(module, Graph):
-                module.refresh_()
         self._plans = Plans(self._steps, self._inputs, self._outputs, self._checkpoint)
         self._one_by_one = self._plans.one_by_one()
         self._descendants = [
@@ -172,6 +170,14 @@ def _lower(node: keras_graph.Node, options: LoweringOptions) -> nn.Module:
         if module is not None:
             return module
     return KerasLayer(layer, options)
+
+
+def _masks_inside(operation: Any) -> bool:
+    """Whether a layer inside of a layer makes masks, as an Embedding in a nested model does."""
+    if not isinstance(operation, keras.Layer):
+        return False
+    inside = keras_graph.all_layers(operation, include_self=False)
+    return any(isinstance(x, layers.Masking) or getattr(x, "mask_zero", False) for x in inside)
 
 
 def _arguments(node: keras_graph.Node) -> Any:
