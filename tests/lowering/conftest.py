@@ -2,9 +2,20 @@ import pytest
 
 from vggtorch.lowering import running
 
+# These files have nothing to do with how `lower` runs a batch.
+WITHOUT_GROUPS = ("test_export", "test_network", "test_torch_tools")
 
-@pytest.fixture(autouse=True, params=[None, 1], ids=["batch", "groups_of_one"])
-def group_bytes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Run each test a second time with one image in each group, which small images never need."""
-    if request.param is not None:
-        monkeypatch.setattr(running, "GROUP_BYTES", request.param)
+    if not metafunc.module.__name__.startswith(WITHOUT_GROUPS):
+        ids = ["batch", "groups_of_one"]
+        metafunc.parametrize("group_bytes", [None, 1], ids=ids, indirect=True)
+
+
+@pytest.fixture(autouse=True)
+def group_bytes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """How many bytes a group of images may have; None for what it has outside of tests."""
+    number = getattr(request, "param", None)
+    if number is not None:
+        monkeypatch.setattr(running, "GROUP_BYTES", number)

@@ -11,7 +11,7 @@ from keras import layers
 from small_vgg import assert_close, images, operations, randomise, small_vgg, step
 
 from vggtorch.lowering import between, lower
-from vggtorch.lowering.modules import KerasLayer
+from vggtorch.lowering.as_keras import KerasLayer
 
 APPLICATIONS = {  # name: image size, operations of it that run as Keras runs them
     "VGG16": (32, set()),

@@ -11,7 +11,7 @@ import torch
 from keras import layers
 
 from vggtorch import files
-from vggtorch.models.preprocessing import remember_
+from vggtorch.models import remember_
 
 
 def vgg(**options):
@@ -135,3 +135,68 @@ def test_a_full_disk_leaves_the_old_file_whole(tmp_path, monkeypatch, ending):
     with pytest.raises(OSError, match="No space left on device.*unchanged"):
         vt.export(vgg(), path)
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+
+
+def of_images(*added, size=8, **options):
+    image = keras.Input((size, size, 3), **options)
+    x = layers.Conv2D(3, 3, padding="same")(image)
+    for layer in added:
+        x = layer(x)
+    return keras.Model(image, x)
+
+
+@pytest.mark.parametrize("ending", RUN)
+@pytest.mark.parametrize("batch", [1, 5])
+def test_reshapes_leave_the_batch_open(tmp_path, ending, batch):
+    model = of_images(layers.Reshape((4, 16, 3)), layers.GlobalAveragePooling2D())
+    x = images(batch, 8, 8, 3) / 255
+    path = tmp_path / f"model{ending}"
+    vt.export(model, path)
+    (found,) = RUN[ending](path, x)
+    np.testing.assert_allclose(found, model.predict(x, verbose=0), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("ending", RUN)
+@pytest.mark.parametrize("batch", [1, 4])
+def test_a_fixed_batch_stays_fixed(tmp_path, ending, batch):
+    model = of_images(batch_size=batch)
+    x = images(batch, 8, 8, 3) / 255
+    path = tmp_path / f"model{ending}"
+    vt.export(model, path)
+    (found,) = RUN[ending](path, x)
+    np.testing.assert_allclose(found, model(x).detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_a_file_that_takes_one_size_only_is_refused(tmp_path):
+    """torch.onnx writes adaptive pools for the size that it traced them at."""
+    pool = layers.AdaptiveAveragePooling2D(7)
+    model = of_images(pool, layers.Flatten(), layers.Dense(2), size=None)
+    with pytest.raises(ValueError, match=r"fails at inputs of shape .3, 160, 192, 3.*Adaptive"):
+        vt.export(model, tmp_path / "model.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_that_takes_one_batch_only_is_refused(tmp_path):
+    tokens = keras.Input((5,), dtype="int32")
+    x = layers.Embedding(20, 8, mask_zero=True)(tokens)
+    model = keras.Model(tokens, layers.LSTM(3, name="memory")(x))
+    for ending in RUN:
+        with pytest.raises(ValueError, match=r"shape .3, 5.*'memory' .LSTM.*batch_size=n"):
+            vt.export(model, tmp_path / f"model{ending}")
+    assert not list(tmp_path.iterdir())
+
+
+def numbers_of_another_dtype(image):
+    return image * 2.0 - 1
+
+
+def in_bfloat16(image):
+    return layers.Dense(3, dtype="bfloat16")(image)
+
+
+@pytest.mark.parametrize("build", [numbers_of_another_dtype, in_bfloat16])
+def test_what_onnx_runtime_refuses_is_refused(tmp_path, build):
+    image = keras.Input((4,))
+    with pytest.raises(ValueError, match=r"ONNX Runtime refuses this model: .*float32.*\.pt2"):
+        vt.export(keras.Model(image, build(image)), tmp_path / "model.onnx")
+    assert not list(tmp_path.iterdir())

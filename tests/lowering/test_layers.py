@@ -13,7 +13,7 @@ from keras import layers
 from small_vgg import assert_close, images, randomise
 
 from vggtorch.lowering import lower
-from vggtorch.lowering.modules import KerasLayer
+from vggtorch.lowering.as_keras import KerasLayer
 
 
 @pytest.mark.parametrize("size", [15, 16])

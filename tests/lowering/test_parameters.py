@@ -26,7 +26,7 @@ from small_vgg import (
     step,
 )
 
-from vggtorch.lowering import kernels, lower, running
+from vggtorch.lowering import kernels, lower
 
 
 def test_the_parameters_are_the_keras_models_own() -> None:
@@ -167,12 +167,8 @@ def test_a_frozen_prefix_keeps_nothing_for_backward() -> None:
 
 @pytest.mark.parametrize("until", ["block1_conv1", "block1_pool", "block2_conv1", "fc1"])
 @pytest.mark.parametrize("checkpoint", [False, True])
-@pytest.mark.parametrize("group_bytes", [1, 1 << 20])
-def test_frozen_layers_train_as_keras(
-    until: str, checkpoint: bool, group_bytes: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_frozen_layers_train_as_keras(until: str, checkpoint: bool) -> None:
     """Wherever the boundary is between those that run as in inference and those that learn."""
-    monkeypatch.setattr(running, "GROUP_BYTES", group_bytes)
     model, twin = small_vgg(), small_vgg()
     for network in (model, twin):
         for layer in network.layers:

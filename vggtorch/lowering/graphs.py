@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from vggtorch import keras_graph
+from vggtorch.lowering.as_keras import KerasLayer, Place
 from vggtorch.lowering.conventions import LoweringOptions
 from vggtorch.lowering.fused import FusedConv2D
 from vggtorch.lowering.handlers import HANDLERS
 from vggtorch.lowering.kernels import is_intercepted
-from vggtorch.lowering.modules import BatchNorm, Dropout, KerasLayer, Place
+from vggtorch.lowering.modules import BatchNorm, Dropout
 from vggtorch.lowering.running import run_segments
 from vggtorch.lowering.steps import Plans, Step
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import nn
 
+from vggtorch.lowering.as_keras import KerasLayer
 from vggtorch.lowering.fused import Convolve, FusedConv2D, FusedDense, OverwritingReLU, ReLUPool2D
 from vggtorch.lowering.modules import (
     Activate,
@@ -22,7 +23,6 @@ from vggtorch.lowering.modules import (
     Dropout,
     Flatten,
     GlobalPool2D,
-    KerasLayer,
     LayerNorm,
     Merge,
     Normalize,
