@@ -1,6 +1,7 @@
 import dataclasses
 import re
 import shlex
+from typing import Any
 
 import keras
 import pytest
@@ -188,7 +189,7 @@ def test_the_help_of_a_command_has_examples_that_can_be_read(command, capsys):
     for example in examples:
         name, *arguments = shlex.split(example)
         assert name == command
-        group.get_command(None, name).make_context(name, arguments)
+        group.get_command(None, name).make_context(name, arguments)  # type: ignore[attr-defined]
 
 
 def test_the_help_of_every_command_is_there(capsys):
@@ -259,7 +260,7 @@ def test_what_is_asked_for_stands_above_the_plan(config_of, capsys):
     words = ["--advise", "different", "--on-unreadable", "skip", "--no-cache"]
     with pytest.warns(UserWarning, match="broken.jpg"):
         config = config_of(*words, "--image-size", "16")
-    asked = {"on_unreadable": "skip", "cache": False, "image_size": 16}
+    asked: dict[str, Any] = {"on_unreadable": "skip", "cache": False, "image_size": 16}
     assert config == dataclasses.replace(plan, **asked)
     with pytest.warns(UserWarning, match="broken.jpg"):
         config = config_of(*words, "--image-size", "16", "--epochs", "10")

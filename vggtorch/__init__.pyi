@@ -34,4 +34,5 @@ from .training import finetune as finetune
 from .training import save_trained as save_trained
 from .training import write_report as write_report
 
+__all__: list[str]
 __version__: str

@@ -22,7 +22,7 @@ from torch import nn
 from torch.nn.utils import parametrize, prune
 
 from vggtorch.lowering.network import to_torch
-from vggtorch.weights.conversion import keras_to_torchvision
+from vggtorch.weights import keras_to_torchvision
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -10,8 +10,10 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from vggtorch.lowering import TorchNetwork
 
-def network() -> tuple[keras.Model, torch.nn.Module]:
+
+def network() -> tuple[keras.Model, TorchNetwork]:
     keras.utils.set_random_seed(0)
     vgg = vt.VGG11(weights=None, include_top=False, input_shape=(32, 32, 3), pooling="avg")
     return vgg, vt.to_torch(vgg, data_format="channels_first")
