@@ -41,6 +41,7 @@ def trained(accelerated: bool, dropout: float = 0.5, **options: bool) -> tuple[k
     }
 
 
+@pytest.mark.slow
 def test_accelerated_fit_evaluate_predict_and_call() -> None:
     _, expected = trained(accelerated=False)
     model, actual = trained(accelerated=True)
@@ -57,6 +58,7 @@ def test_accelerated_runs_the_lowered_module() -> None:
     assert (FUSED in ran) == kernels.has_fused_ops(x, x.dtype)
 
 
+@pytest.mark.slow
 def test_accelerated_compiled() -> None:
     _, expected = trained(accelerated=False, dropout=0.0)
     torch._dynamo.reset()
@@ -82,6 +84,7 @@ def test_accelerated_models_save_clone_and_can_be_cut(tmp_path: Path) -> None:
     assert cut.predict(x, verbose=0).shape == (4, 8, 8, 8)
 
 
+@pytest.mark.slow
 def test_accelerated_optimizer_slots_have_the_layout_of_their_kernels() -> None:
     model, _ = trained(accelerated=True)
     kernel = model.get_layer("block1_conv1").kernel.value

@@ -14,7 +14,7 @@ from small_vgg import DEVICE, assert_close, images, small_vgg
 
 from vggtorch.lowering import Lowered, graphs, lower
 
-needs_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+needs_gpu = pytest.mark.gpu
 
 
 @needs_gpu

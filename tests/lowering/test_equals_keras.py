@@ -36,6 +36,7 @@ def application(name: str, size: int) -> keras.Model:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", APPLICATIONS)
 def test_outputs_and_gradients_equal_keras(name: str) -> None:
     """Batch norm as in inference: that of deep maps of one pixel would let rounding grow."""

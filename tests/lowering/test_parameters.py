@@ -46,6 +46,7 @@ def test_the_parameters_are_the_keras_models_own() -> None:
     assert model.get_layer("fc1").kernel.value.t().is_contiguous()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_norm", [False, True])
 def test_torchvision_takes_our_state_dict(batch_norm: bool) -> None:
     torchvision = pytest.importorskip("torchvision")

@@ -12,6 +12,7 @@ from vggtorch.measuring import bench, benchmark, timing
 from vggtorch.surgery import freeze_
 
 
+@pytest.mark.slow
 def test_every_way_to_run_a_model_is_compared_with_keras() -> None:
     model = tiny.network(batch_norm=True)
     before = model.get_weights()

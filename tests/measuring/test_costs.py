@@ -55,6 +55,7 @@ def test_costs_are_those_counted_by_hand():
     assert rows["dense"].shape == (5,)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "build",
     [
@@ -94,6 +95,7 @@ def test_a_report_is_a_table_with_a_line_for_each_layer():
     assert lines[1][5:7] == ["0.00", "MiB"]
 
 
+@pytest.mark.slow
 def test_a_comparison_shows_what_a_replacement_gains(vgg, replaced):
     comparison = measuring.compare(vgg, replaced, repeats=1)
     before, after = (

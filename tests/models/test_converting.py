@@ -26,6 +26,7 @@ def vgg11(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_any_form_to_any(tmp_path: Path, vgg11: Path) -> None:
     expected = torch.load(vgg11, weights_only=True)
     source = vgg11

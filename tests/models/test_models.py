@@ -63,6 +63,7 @@ def test_signature_and_defaults_are_keras_applications(name):
     assert all(p.kind is p.KEYWORD_ONLY for p in extra)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", KERAS)
 def test_same_arrays_same_outputs_as_keras_applications(name):
     arguments = {"weights": None, "include_top": False, "input_shape": (64, 64, 3)}
@@ -84,6 +85,7 @@ def images():
     return np.random.default_rng(0).uniform(0, 255, (2, 32, 32, 3)).astype("float32")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ending", [".safetensors", ".pth", ".weights.h5"])
 def test_weights_survive_saving_and_loading(small, ending, images, tmp_path):
     path = tmp_path / f"small{ending}"
@@ -101,6 +103,7 @@ def test_the_weight_set_survives_saving_and_loading(small, tmp_path):
     assert vt.weight_set(loaded) == "features"
 
 
+@pytest.mark.slow
 def test_a_pretrained_model_trains_and_drops_out():
     """What was built without values on the meta device is a whole model afterwards."""
     source = vt.VGG11(weights=None, classes=5, dropout=0.5, input_shape=(32, 32, 3))
@@ -119,6 +122,7 @@ def test_a_pretrained_model_trains_and_drops_out():
     assert not torch.equal(first, second)  # dropout draws anew
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", WEIGHT_SETS)
 def test_preprocessing_inside_equals_preprocessing_outside(name, small, images, tmp_path):
     path = tmp_path / "small.safetensors"

@@ -15,6 +15,8 @@ from vggtorch import models
 from vggtorch.architectures import ARCHITECTURES
 from vggtorch.weights import conversion, sources
 
+pytestmark = pytest.mark.slow
+
 PHOTOS = np.stack([photo[:, 100:527] for photo in load_sample_images().images])  # 427x427
 BLOCKS = [f"block{b}_pool" for b in range(1, 6)]
 

@@ -115,6 +115,7 @@ def seed_model(request):
     return truncate(model, "block2_pool"), x / 255
 
 
+@pytest.mark.slow
 @hypothesis.settings(
     max_examples=6,
     deadline=None,

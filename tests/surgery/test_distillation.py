@@ -94,6 +94,7 @@ NEW = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("new", NEW.values(), ids=NEW)
 def test_any_replacement_gets_better_and_alone_changes(original, new):
     keras.utils.set_random_seed(1)

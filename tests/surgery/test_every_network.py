@@ -24,7 +24,7 @@ from keras import layers as kl
 from vggtorch.models import remember_, weight_set
 from vggtorch.surgery import freeze_, insert, remove, replace, stack, truncate, unfreeze_
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.slow]
 
 
 NETWORKS = {  # of keras.applications: the smallest input each takes

@@ -65,7 +65,7 @@ def test_a_model_without_values_stays_without():
     check(model, result, new=[result.get_layer("new")], gone=["block1_conv1"])
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_results_stay_on_the_device_of_their_input():
     for device in ("cpu", "cuda:0"):
         with keras.device(device):

@@ -42,6 +42,7 @@ def test_heads(head, layers):
     keras.models.clone_model(surgery.truncate(model, "block1_pool"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head", ["tutorial", "linear", "mlp"])
 def test_heads_learn_the_same_from_maps_of_any_scale(head, images, config):
     losses = []

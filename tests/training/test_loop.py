@@ -21,6 +21,7 @@ from vggtorch.training.optimization import learning_rate
 from vggtorch.training.run import load_checkpoint_
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("regularizer", [None, keras.regularizers.L1L2(0.01, 0.02)])

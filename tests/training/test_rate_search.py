@@ -14,6 +14,7 @@ import tiny
 from vggtorch.training.rate_search import find_learning_rate
 
 
+@pytest.mark.slow
 def test_the_search_finds_a_rate_and_leaves_no_trace(config, images):
     model = tiny.network()
     before = tiny.weights(model)

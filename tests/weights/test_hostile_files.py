@@ -215,6 +215,7 @@ def _damaged(random_: random.Random, content: bytes) -> bytes:
     return bytes(changed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("form", "checked"),  # whether the form carries checksums over its values
     [
