@@ -25,6 +25,8 @@ from vggtorch.lowering.modules import Activate, BatchNorm, Conv2D, Dense, Pool2D
 # No sum of a convolution may come near the largest float32 (3.4e38), or its products could add up
 # to infinities of both signs, which make NaN.
 SAFE = 1e37
+# Random numbers that the rows of a kernel are multiplied by to see whether it has changed.
+PROBE = torch.randn(4096, generator=torch.Generator().manual_seed(0))
 
 
 def parameter_versions(tensors: Iterable[Tensor]) -> list[tuple[int, int]]:
@@ -37,15 +39,15 @@ class ParameterCache:
 
     A version says that a tensor was written to, an address that its storage was replaced, and
     torch.func.functional_call puts another tensor in its place for one call. Writing through
-    `.data` shows in none of them, so the values themselves are compared with a copy, once for each
-    call of the network, which sets `is_checked` to False.
+    `.data` shows in none of them, so fingerprints of the values are compared, once for each call of
+    the network, which sets `is_checked` to False.
     """
 
     def __init__(self, modules: list[nn.Module], make: Callable[..., Any]) -> None:
         self.modules, self.make = modules, make
         self.key: Any = None
         self.known: list[weakref.ref[Tensor]] = []
-        self.copies: list[Tensor] = []
+        self.fingerprints: list[Tensor] = []
         self.made: Any = None
         self.is_checked = False
 
@@ -61,22 +63,35 @@ class ParameterCache:
             if tensor is not None
         ]
         key = (dtype, parameter_versions(tensors))
-        if key != self.key or not all(map(_same_bits, tensors, self.copies)):
+        with torch.autocast("cpu", enabled=False):  # whose bfloat16 would round small changes away
+            fingerprints = [_fingerprint(tensor) for tensor in tensors]
+        if key != self.key or not all(map(torch.equal, fingerprints, self.fingerprints)):
             self.made = self.make(dtype, *args)
-            self.key, self.copies = key, [tensor.clone() for tensor in tensors]
+            self.key, self.fingerprints = key, fingerprints
         self.is_checked = True
         return self.made
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"key": None, "made": None, "copies": []}  # oneDNN's can't be copied
+        return vars(self) | {
+            "key": None,
+            "made": None,
+            "fingerprints": [],
+        }  # oneDNN's can't be copied
 
 
-def _same_bits(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors of one layout hold the same bits, which two NaNs do too."""
-    flat = [x.as_strided((x.numel(),), (1,)) for x in (one, other)]
-    integer = torch.int64 if one.nbytes % 8 == 0 else torch.int8
-    a, b = (x.view(torch.int8).view(integer) for x in flat)
-    return torch.equal(a, b)
+def _fingerprint(tensor: Tensor) -> Tensor:
+    """What differs when the values do: their bits, or of a large kernel its rows times a probe.
+
+    The product reads the kernel once, which a comparison with a copy would have to do twice. A
+    change so small that it is lost in the product's rounding is lost in that of the convolution
+    too. A kernel with a NaN is never equal, and so is prepared at each call.
+    """
+    flat = tensor.as_strided((tensor.numel(),), (1,))  # in the order of its memory
+    if tensor.dtype != torch.float32 or len(flat) < 16 * len(PROBE):
+        return flat.clone().view(torch.int8)
+    rows = len(flat) // len(PROBE)
+    products = flat[: rows * len(PROBE)].view(rows, len(PROBE)) @ PROBE
+    return torch.cat([products, flat[rows * len(PROBE) :]])
 
 
 class FusedConv2D:
