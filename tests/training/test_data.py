@@ -135,14 +135,6 @@ def test_hold_out_needs_two_images_of_each_class(tmp_path):
         data.hold_out(folder, 0.2)
 
 
-def test_find_splits(tmp_path):
-    assert data.find_splits(tmp_path) == (tmp_path, None)
-    (tmp_path / "train").mkdir()
-    assert data.find_splits(tmp_path) == (tmp_path, None)
-    (tmp_path / "test").mkdir()
-    assert data.find_splits(tmp_path) == (tmp_path / "train", tmp_path / "test")
-
-
 class Noisy(Dataset):
     """Images with all three kinds of random numbers in them."""
 

@@ -2,11 +2,12 @@
 
 Read `vgg` first (the constructors), then `filling` (a model's variables by name, and how they get
 the tensors of a checkpoint), `loading` (`load_weights`, `save_weights`, `convert`), `memory` (how a
-model remembers its weight set) and `preprocessing` (images into what a weight set expects, and
-probabilities into names).
+model remembers its weight set), `images` (files and PIL images as upright RGB) and `preprocessing`
+(images into what a weight set expects, and probabilities into names).
 """
 
 from vggtorch.models.filling import fill_, named_variables
+from vggtorch.models.images import SUFFIXES, PixelGate, read_image, to_rgb
 from vggtorch.models.loading import convert, load_weights, model_from_name, save_weights
 from vggtorch.models.memory import remember_, weight_set
 from vggtorch.models.preprocessing import (
@@ -21,10 +22,12 @@ from vggtorch.models.vgg import VGG11, VGG13, VGG16, VGG19, constructor
 __all__ = [
     "CENTER_SHARE",
     "PREPROCESSING_SUFFIX",
+    "SUFFIXES",
     "VGG11",
     "VGG13",
     "VGG16",
     "VGG19",
+    "PixelGate",
     "as_layers",
     "constructor",
     "convert",
@@ -34,7 +37,9 @@ __all__ = [
     "model_from_name",
     "named_variables",
     "preprocess",
+    "read_image",
     "remember_",
     "save_weights",
+    "to_rgb",
     "weight_set",
 ]

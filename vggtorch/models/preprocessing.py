@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from os import PathLike, fspath
+from os import PathLike
 from typing import Any
 
 import keras
@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from vggtorch.models.images import read_image, to_rgb
 from vggtorch.models.memory import weight_set
 from vggtorch.weight_sets import WEIGHT_SETS, WeightSet, weight_set_named
 
@@ -48,7 +49,9 @@ def preprocess(
 
     Args:
         images: RGB of 0 to 255: an array or tensor (H, W, 3) or (N, H, W, 3), uint8 or float; a
-            PIL image; a path; or a list of these.
+            PIL image; a path; or a list of these. Files and PIL images are turned as their EXIF
+            orientation says, 16-bit values are scaled, what is transparent becomes white, and of
+            several frames in a file the first is taken.
         weights: `imagenet`, `features`, `oxford`, or a model that remembers its weight set. For a
             model with its preprocessing inside, only the geometry is done here.
         size: height and width of the result. The shorter side is resized to size / 0.875
@@ -59,8 +62,9 @@ def preprocess(
         float32, (N, H, W, 3): a tensor if a tensor was given, else a numpy array.
 
     Raises:
-        ValueError: values, shapes, channels or a weight set that can't be right.
-        OSError: a file that can't be read as an image.
+        ValueError: values, shapes, channels or a weight set that can't be right, or a file that
+            isn't an image or is damaged.
+        OSError: a file that can't be opened.
 
     Source: torchvision's `VGG16_Weights.transforms()`; keras.applications' `preprocess_input`.
 
@@ -120,13 +124,11 @@ def _pixels(image: Any, size: int | None, file_size: int) -> torch.Tensor:
     """One image or array as float32 (N, H, W, 3) of 0 to 255, resized and cropped if asked."""
     from torchvision.transforms import functional as transforms  # v2 rounds otherwise
 
-    if isinstance(image, str | PathLike):
-        with Image.open(fspath(image)) as opened:
-            image = opened.convert("RGB")
-    if isinstance(image, Image.Image):
+    if isinstance(image, str | PathLike | Image.Image):
+        image = to_rgb(image) if isinstance(image, Image.Image) else read_image(image)
         size = file_size
         # Resized by PIL, as torchvision does for PIL images, then HWC -> CHW.
-        image = transforms.resize(image.convert("RGB"), [round(size / CENTER_SHARE)])
+        image = transforms.resize(image, [round(size / CENTER_SHARE)])
         batch = transforms.pil_to_tensor(transforms.center_crop(image, [size]))[None]
     else:
         batch = _checked_array(image).movedim(-1, 1)  # NHWC -> NCHW view

@@ -1,9 +1,9 @@
 from .advice import Plan as Plan
 from .advice import advise as advise
 from .config import TrainConfig as TrainConfig
-from .data import find_splits as find_splits
 from .data import read_folder as read_folder
 from .evaluation import Evaluation as Evaluation
+from .folders import find_splits as find_splits
 from .heads import tutorial_head as tutorial_head
 from .keeping import save_trained as save_trained
 from .loop import History as History

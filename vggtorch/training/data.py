@@ -12,9 +12,7 @@ import contextlib
 import dataclasses
 import hashlib
 import random
-import warnings
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol, cast
@@ -24,10 +22,9 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
-from vggtorch.models import CENTER_SHARE, preprocess
+from vggtorch.models import CENTER_SHARE, preprocess, read_image, to_rgb
 from vggtorch.training.config import Augment
-
-ENDINGS = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff"}
+from vggtorch.training.folders import read_classes
 
 Key = tuple[int, int]  # (index, augmentation)
 BatchPlan = Callable[[int], list[list[int]]]  # epoch -> index lists, one for each optimizer step
@@ -56,14 +53,6 @@ def seeded(*numbers: int) -> Iterator[None]:
         random.setstate(states[0])
         np.random.set_state(states[1])
         torch.set_rng_state(states[2])
-
-
-def read_image(path: str | Path) -> torch.Tensor:
-    """The image in a file as RGB, uint8, (3, H, W); OSError or ValueError where that fails."""
-    from torchvision.transforms.v2.functional import pil_to_tensor
-
-    with Image.open(path) as image:
-        return pil_to_tensor(image.convert("RGB"))
 
 
 @dataclass(frozen=True)
@@ -99,8 +88,8 @@ class Folder:
         from torchvision.transforms.v2 import functional as F
 
         try:
-            image = read_image(self.paths[index])
-        except (OSError, ValueError, SyntaxError) as error:
+            image = F.pil_to_tensor(read_image(self.paths[index]))  # (3, H, W)
+        except (OSError, ValueError) as error:
             raise ValueError(
                 f"{self.paths[index]} could be read when training began and now can't ({error}). "
                 f"Put it back, and resume the run."
@@ -130,72 +119,21 @@ def read_folder(
     on_unreadable: Literal["skip", "stop"] = "stop",
     seed: int = 0,
 ) -> Folder:
-    """Read and check every image of a folder once, and say which can't be read.
-
-    Raises:
-        ValueError: no such folder, no classes, a class without images, or an image that
-            can't be read under `stop`.
-    """
+    """Read and check every image of a folder once; what `read_classes` warns of and refuses."""
     folder = Path(folder)
-    if not folder.is_dir():
-        raise ValueError(f"{folder} isn't a folder. Expected one with a subfolder for each class.")
-    classes = sorted(p.name for p in folder.iterdir() if p.is_dir() and p.name[0] != ".")
-    if not classes:
-        raise ValueError(
-            f"{folder} has no subfolders. Expected one for each class, with that class's images."
-        )
-    files = [
-        (path, label)
-        for label, name in enumerate(classes)
-        for path in sorted((folder / name).rglob("*"))
-        if path.suffix.lower() in ENDINGS and path.is_file()
-    ]
-    with ThreadPoolExecutor() as pool:
-        checked = list(pool.map(_check, [path for path, _ in files]))
-    bad = [
-        f"{path} ({found})"
-        for (path, _), found in zip(files, checked, strict=True)
-        if isinstance(found, Exception)
-    ]
-    if bad:
-        message = f"{len(bad)} of {len(files)} images in {folder} can't be read: " + "; ".join(bad)
-        if on_unreadable == "stop":
-            raise ValueError(f"{message}. Mend or remove them, or train with on_unreadable='skip'.")
-        warnings.warn(f"{message}. Training goes on without them.", stacklevel=2)
-
-    good = [
-        (path, label, found)
-        for (path, label), found in zip(files, checked, strict=True)
-        if isinstance(found, str)
-    ]
-    filled = {label for _, label, _ in good}
-    empty = [name for label, name in enumerate(classes) if label not in filled]
-    if empty:
-        raise ValueError(
-            f"No images for {', '.join(empty)} in {folder}. Expected {', '.join(sorted(ENDINGS))} "
-            f"files in every class's subfolder: add some, or remove the subfolder."
-        )
+    classes, images = read_classes(folder, on_unreadable)
     digest = hashlib.sha256()
-    for path, _, found in good:
-        digest.update(f"{path.relative_to(folder)}\0{found}\n".encode())
+    for image in images:
+        digest.update(f"{image.path.relative_to(folder)}\0{image.digest}\n".encode())
     return Folder(
-        tuple(path for path, _, _ in good),
-        tuple(label for _, label, _ in good),
+        tuple(image.path for image in images),
+        tuple(image.label for image in images),
         tuple(classes),
         digest.hexdigest(),
         size,
         augment,
         seed,
     )
-
-
-def _check(path: Path) -> str | Exception:
-    """SHA-256 of a readable image's file, or why it can't be read."""
-    try:
-        read_image(path)
-        return hashlib.sha256(path.read_bytes()).hexdigest()
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        return error
 
 
 def hold_out(folder: Folder, share: float) -> tuple[Folder, Folder]:
@@ -230,7 +168,7 @@ def hold_out(folder: Folder, share: float) -> tuple[Folder, Folder]:
 class DatasetSource:
     """A torch Dataset of (image, label), with the collate function of the loader it came in.
 
-    An image is a PIL image or uint8, RGB and of the model's size; or floating point and ready for
+    An image is a PIL image or uint8 RGB, of the model's size; or floating point and ready for
     the model. What the dataset itself draws at random is seeded by (seed, augmentation, index).
     """
 
@@ -256,7 +194,7 @@ class DatasetSource:
         with seeded(self.seed, augmentation, index):
             image, label = self.dataset[index]
         if isinstance(image, Image.Image):
-            image = np.array(image.convert("RGB"))
+            image = np.array(to_rgb(image))
         return image, label
 
 
@@ -378,12 +316,3 @@ def augmentation_index(index: int, epoch: int) -> int:
     Source: Jordan, "94% on CIFAR-10 in 3.29 Seconds on a Single GPU", 2024 (alternating flip).
     """
     return 2 * epoch + 2 - (index + epoch) % 2
-
-
-def find_splits(folder: Path) -> tuple[Path, Path | None]:
-    """FOLDER/train and its validation folder, where FOLDER has both; else FOLDER itself."""
-    if (folder / "train").is_dir():
-        for name in ("val", "valid", "validation", "test"):
-            if (folder / name).is_dir():
-                return folder / "train", folder / name
-    return folder, None

@@ -16,6 +16,7 @@ from vggtorch.keras_graph import all_layers
 from vggtorch.training import checkpoints, data
 from vggtorch.training.config import Augment, TrainConfig
 from vggtorch.training.data import BatchPlan, DatasetSource, Folder
+from vggtorch.training.folders import find_splits
 from vggtorch.training.optimization import Parameters, make_optimizer, trained_parameters
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ def read_data(train: Images, validation: Images | None, config: TrainConfig) -> 
         return data.as_source(given, config.seed, config.batch_size)
 
     if validation is None and isinstance(train, str | Path):
-        train, validation = data.find_splits(Path(train))
+        train, validation = find_splits(Path(train))
     training, plan = read(train, config.augment)
     if isinstance(training, Folder) and config.augment == "none" and config.cache_copies > 1:
         raise ValueError(

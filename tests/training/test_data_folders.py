@@ -1,0 +1,173 @@
+"""What a folder of images holds is counted and said, and damaged images are named."""
+
+import warnings
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+from PIL import Image
+
+from vggtorch.models import SUFFIXES, images
+from vggtorch.training import data, find_splits, folders
+
+
+def folders_in(tmp_path, *names):
+    for name in names:
+        (tmp_path / name).mkdir()
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", ["val", "valid", "validation"])
+def test_a_validation_folder_validates(tmp_path, name):
+    assert find_splits(tmp_path) == (tmp_path, None)
+    folders_in(tmp_path, "train", name)
+    assert find_splits(tmp_path) == (tmp_path / "train", tmp_path / name)
+
+
+def test_a_lone_train_folder_holds_the_classes_and_one_beside_others_is_a_class(tmp_path):
+    folders_in(tmp_path, "train")
+    assert find_splits(tmp_path) == (tmp_path / "train", None)
+    folders_in(tmp_path, "bus", "car")
+    assert find_splits(tmp_path) == (tmp_path, None)
+
+
+def test_a_test_folder_chooses_nothing_and_it_is_said(tmp_path):
+    folders_in(tmp_path, "train", "test")
+    said = r"train/ trains, a part of train/, .* chooses the best epoch, and test/ isn't used"
+    with pytest.warns(UserWarning, match=said):
+        assert find_splits(tmp_path) == (tmp_path / "train", None)
+    folders_in(tmp_path, "val")
+    with pytest.warns(UserWarning, match="val/ chooses the best epoch, and test/ isn't used"):
+        assert find_splits(tmp_path) == (tmp_path / "train", tmp_path / "val")
+
+
+def test_a_run_on_train_and_test_holds_out_a_part_of_train(tmp_path, config):
+    from vggtorch.training.run import read_data
+
+    tiny.pictures(tmp_path / "data" / "train")
+    tiny.pictures(tmp_path / "data" / "test", seed=1)
+    with pytest.warns(UserWarning, match="test/ isn't used"):
+        read = read_data(tmp_path / "data", None, config)
+    assert isinstance(read.training, data.Folder)
+    assert isinstance(read.validation, data.Folder)
+    assert len(read.validation) == 6
+    assert len(read.training) == 18
+    assert all("train" in p.parts for p in read.validation.paths + read.training.paths)
+
+
+def test_one_class_alone_is_refused(tmp_path):
+    (tmp_path / "photos" / "cats").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"one class alone, 'photos', .* pass .*photos\."):
+        data.read_folder(tmp_path, 16)
+
+
+def test_what_is_left_out_is_counted_in_one_line(tmp_path):
+    folder = tiny.pictures(tmp_path / "data")
+    for name in ("a.txt", "b.txt", "c.svg", "README", ".DS_Store", "Thumbs.db", "._0.png"):
+        (folder / "red" / name).touch()
+    (folder / "blue" / "gone.png").symlink_to(folder / "nowhere.png")
+    Image.new("RGB", (9, 9)).save(folder / "unsorted.png")
+    with pytest.warns(UserWarning) as caught:
+        found = data.read_folder(folder, 16)
+    (said,) = [str(w.message) for w in caught]
+    assert len(found) == 24
+    assert "\n" not in said
+    assert said.startswith(f"Left out of {folder}: 7 files (2 .txt, ")
+    for part in (
+        "1 .svg",
+        "1 without an ending",
+        "1 hidden",
+        "1 no regular file",
+        "1 images besid",
+    ):
+        assert part in said
+
+
+def test_messages_on_many_files_stay_short(tmp_path):
+    folder = tiny.pictures(tmp_path / "data", each=1)
+    for i in range(300):
+        (folder / "red" / f"empty{i}.png").touch()
+        (folder / "blue" / f"{i}.{'x' * 50}{i}").touch()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with pytest.raises(ValueError, match=r"300 of 303 images .* And 290 more. Mend") as refused:
+            data.read_folder(folder, 16)
+        data.read_folder(folder, 16, on_unreadable="skip")
+    assert len(str(refused.value)) < 3000
+    assert len(caught) == 3
+    assert all(len(str(w.message)) < 3000 for w in caught)
+
+
+def test_every_format_trains_that_can_be_predicted(tmp_path):
+    folder = tiny.pictures(tmp_path / "data", each=1)
+    writable = {".bmp", ".gif", ".jpg", ".jpeg", ".jp2", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+    assert writable < SUFFIXES
+    for suffix in writable:
+        Image.new("RGB", (20, 20), (200, 50, 50)).save(folder / "red" / f"a{suffix}")
+    found = data.read_folder(folder, 16)
+    assert {p.suffix for p in found.paths} == writable
+    for index, path in enumerate(found.paths):
+        if path.stem == "a":
+            np.testing.assert_allclose(found[[(index, 0)]][0][0, 8, 8], (200, 50, 50), atol=4)
+
+
+def test_a_photograph_lying_on_its_side_trains_upright(tmp_path):
+    folder = tiny.pictures(tmp_path / "data", each=1)
+    pixels = np.zeros((32, 32, 3), np.uint8)
+    pixels[:, :16] = 255  # stored with white on the left; turned clockwise, white is on top
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(pixels).save(folder / "red" / "0.png", exif=exif)
+    found = data.read_folder(folder, 16)
+    image = found[[(found.paths.index(folder / "red" / "0.png"), 0)]][0][0]
+    assert image[2].min() > 250
+    assert image[13].max() < 5
+
+
+@pytest.mark.parametrize("error", [RuntimeError, NotImplementedError, IndexError])
+def test_whatever_pil_raises_is_skipped_when_asked(tmp_path, monkeypatch, error):
+    folder, real = tiny.pictures(tmp_path / "data"), images.to_rgb
+
+    def fail(image):
+        if image.size == (7, 7):
+            raise error("broken inside")
+        return real(image)
+
+    monkeypatch.setattr(images, "to_rgb", fail)
+    Image.new("RGB", (7, 7)).save(folder / "red" / "7.png")
+    with pytest.raises(ValueError, match=r"1 of 24 images .*7.png: broken inside\. Mend"):
+        data.read_folder(folder, 16)
+    with pytest.warns(UserWarning, match="7.png: broken inside. Training goes on without them"):
+        assert len(data.read_folder(folder, 16, on_unreadable="skip")) == 23
+
+
+def test_a_folder_is_checked_with_few_large_images_at_once(tmp_path, monkeypatch):
+    import threading
+    import time
+
+    folder, real, lock = tiny.pictures(tmp_path / "data"), images.to_rgb, threading.Lock()
+    held, most = [0], [0]
+
+    def watched(image):
+        with lock:
+            held[0] += image.width * image.height
+            most[0] = max(most[0], held[0])
+        time.sleep(0.005)
+        try:
+            return real(image)
+        finally:
+            with lock:
+                held[0] -= image.width * image.height
+
+    monkeypatch.setattr(images, "to_rgb", watched)
+    monkeypatch.setattr(folders, "PIXELS_AT_ONCE", 2 * 20 * 24)
+    data.read_folder(folder, 16)
+    assert 0 < most[0] <= 2 * 20 * 24
+
+
+def test_a_dataset_of_pil_images_is_read_as_files_are():
+    image = Image.new("RGBA", (4, 4), (0, 0, 0, 0))
+    dataset: Any = [(image, 0), (image, 1)]
+    source, _ = data.as_source(dataset, seed=0, batch_size=2)
+    assert source[[(0, 0)]][0].min() == 255

@@ -1,0 +1,219 @@
+"""Image files and PIL images as upright RGB of 8 bits: the one reader of training and prediction.
+
+What an image says of itself is followed: its EXIF orientation, its palette, its transparency (over
+`BACKGROUND`), the range of its values. Where it doesn't say enough, it is refused with the reason.
+Of a file with several frames the first is read. Colour profiles are not applied.
+"""
+
+from __future__ import annotations
+
+import stat
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from os import PathLike
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+import PIL
+from PIL import Image, UnidentifiedImageError, features
+
+from vggtorch.files import first_line
+
+# The formats that are read, by PIL's names, and the endings of their files. PIL knows more, but for
+# some it starts another program (EPS), and some have no mark by which a damaged file is known.
+FORMATS = {
+    "AVIF": (".avif",),
+    "BMP": (".bmp",),
+    "GIF": (".gif",),
+    "HEIF": (".heic", ".heif"),  # where pillow-heif is installed
+    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"),
+    "JPEG2000": (".jp2", ".j2k"),
+    "PNG": (".png", ".apng"),
+    "PPM": (".ppm", ".pgm", ".pbm", ".pnm"),
+    "TIFF": (".tif", ".tiff"),
+    "WEBP": (".webp",),
+}
+SUFFIXES = frozenset(suffix for suffixes in FORMATS.values() for suffix in suffixes)
+HEIF_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"}
+
+BACKGROUND = (255, 255, 255)  # white, behind what is transparent
+MAX_PIXELS = 2**27  # 134 million; the cameras with the largest sensors make images of 102 million
+
+_UPRIGHT = {  # what makes an image upright, by its EXIF orientation
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_ORIENTATION = 0x0112  # the EXIF tag
+_LOWEST, _HIGHEST = 340, 341  # the TIFF tags SMinSampleValue and SMaxSampleValue
+
+
+class PixelGate:
+    """Lets threads decode images only while those in memory have at most so many pixels together.
+
+    An image with more pixels than that is let through when no other is in memory.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit, self._held, self._changed = limit, 0, threading.Condition()
+
+    @contextmanager
+    def hold(self, pixels: int) -> Iterator[None]:
+        """Wait until there is room for so many pixels, and keep it."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._held == 0 or self._held + pixels <= self._limit)
+            self._held += pixels
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._held -= pixels
+                self._changed.notify_all()
+
+
+def read_image(path: str | PathLike, gate: PixelGate | None = None) -> Image.Image:
+    """The image in a file, as `to_rgb` makes it.
+
+    Args:
+        path: a file of one of `FORMATS`, whatever its ending; of several frames the first is read.
+        gate: where other threads decode images too, holds this one back until there is room.
+
+    Raises:
+        OSError: the file can't be opened.
+        ValueError: it isn't an image, is damaged, has more than `MAX_PIXELS` pixels, or has values
+            whose range can't be known.
+    """
+    path = Path(path)
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise ValueError(f"Can't read {path}: it is not a regular file. Expected an image.")
+    with path.open("rb") as file:
+        try:
+            with _opened(file) as image:
+                pixels = _checked_size(image)
+                with gate.hold(pixels) if gate else nullcontext():
+                    return to_rgb(image)
+        # A damaged file makes PIL raise all kinds of exceptions, RuntimeError, IndexError and
+        # struct.error among them.
+        except Exception as error:
+            raise ValueError(f"Can't read {path}: {first_line(error)[:300]}") from error
+
+
+def _opened(file: IO[bytes]) -> Image.Image:
+    """The image whose header has been read; ValueError where no format is recognised."""
+    head = file.read(12)
+    if not head:
+        raise ValueError("it is empty.")
+    Image.init()  # loads the plugins of all formats
+    try:
+        return Image.open(file, formats=[name for name in FORMATS if name in Image.OPEN])
+    except Image.DecompressionBombError:
+        raise ValueError(_too_large("more")) from None
+    except UnidentifiedImageError:
+        if head[4:8] == b"ftyp" and head[8:] in HEIF_BRANDS and "HEIF" not in Image.OPEN:
+            _add_heif()
+            return Image.open(file, formats=["HEIF"])
+        if head[4:12] in (b"ftypavif", b"ftypavis") and not features.check("avif"):
+            raise ValueError("this Pillow reads no AVIF; from version 11.3 on it does.") from None
+        raise ValueError(
+            f"it is damaged, or of no kind that Pillow {PIL.__version__} reads here: "
+            f"{', '.join(FORMATS)}."
+        ) from None
+
+
+def _add_heif() -> None:
+    """Teach PIL to read HEIF files, or raise a ValueError that says what it takes."""
+    try:
+        from pillow_heif import register_heif_opener
+    except ImportError:
+        raise ValueError(
+            "HEIC and HEIF files need another package: pip install pillow-heif."
+        ) from None
+    register_heif_opener()
+
+
+def _checked_size(image: Image.Image) -> int:
+    """The number of pixels; ValueError where there are too many."""
+    pixels = image.width * image.height
+    if pixels > MAX_PIXELS:
+        raise ValueError(_too_large(f"{image.width}x{image.height}"))
+    return pixels
+
+
+def _too_large(size: str) -> str:
+    return f"it has {size} pixels; expected at most {MAX_PIXELS:,}. Make it smaller."
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """An image as RGB of 8 bits, turned upright as its EXIF orientation says.
+
+    Grey values of 16 bits are scaled from 0 ... 65535. 32-bit and floating-point values are scaled
+    from the range that a TIFF file's SMinSampleValue and SMaxSampleValue state, and refused
+    without them. What is transparent shows `BACKGROUND`, white.
+
+    Raises:
+        ValueError: more than `MAX_PIXELS` pixels, or values whose range can't be known.
+    """
+    _checked_size(image)
+    image.load()
+    orientation = _orientation(image)
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        image = _scaled(image)
+    key = image.info.get("transparency")
+    if image.mode == "RGB" and isinstance(key, tuple) and max(key) > 255:
+        # PIL keeps the upper 8 bits of 16-bit RGB, but the transparent colour whole.
+        image = image.copy()
+        image.info["transparency"] = tuple(value >> 8 for value in key)
+    if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or (
+        key is not None and image.mode in ("1", "L", "P", "RGB")
+    ):
+        background = Image.new("RGBA", image.size, (*BACKGROUND, 255))
+        image = Image.alpha_composite(background, image.convert("RGBA"))
+    if image.mode != "RGB":
+        image = image.convert("RGB")
+    upright = _UPRIGHT.get(orientation)
+    return image if upright is None else image.transpose(upright)
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        return image.getexif().get(_ORIENTATION, 1)
+    except Exception:  # The EXIF data is damaged. Viewers show such an image as it is stored.
+        return 1
+
+
+def _scaled(image: Image.Image) -> Image.Image:
+    """Grey values of more than 8 bits as 8 bits, with alpha if one value means transparent."""
+    low, high = _value_range(image)
+    values = np.asarray(image)
+    if not (values.min() >= low and values.max() <= high):  # NaN fails too
+        raise ValueError(
+            f"it has values from {values.min():.6g} to {values.max():.6g} and says that they lie "
+            f"between {low:.6g} and {high:.6g}."
+        )
+    scaled = (values.astype(np.float32) - np.float32(low)) * np.float32(255 / (high - low))
+    grey = Image.fromarray(np.rint(scaled).astype(np.uint8))
+    if (key := image.info.get("transparency")) is not None:
+        grey.putalpha(Image.fromarray(np.where(values == key, 0, 255).astype(np.uint8)))
+    return grey
+
+
+def _value_range(image: Image.Image) -> tuple[float, float]:
+    """The values that are black and white."""
+    # PIL opens 16-bit PNG and PGM files with 32 bits for each pixel, some or all by its version.
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        return 0, 65535
+    tags = getattr(image, "tag_v2", {})
+    stated = (*np.ravel(tags.get(_LOWEST, ())), *np.ravel(tags.get(_HIGHEST, ())))
+    if len(stated) == 2 and stated[0] < stated[1]:
+        return float(stated[0]), float(stated[1])
+    kind = "floating-point" if image.mode == "F" else "32-bit or signed"
+    raise ValueError(
+        f"it has {kind} values (PIL's mode {image.mode}), and nothing says which of them are black "
+        f"and white. Scale them to 0 ... 255 and save them with 8 bits."
+    )
