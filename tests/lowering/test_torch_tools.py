@@ -383,7 +383,7 @@ def test_ddp_and_fsdp_on_two_processes_have_the_gradients_of_one():
         capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-3000:]
-    assert {"process 0 is done", "process 1 is done"} <= set(result.stdout.splitlines())
+    assert result.stdout.count("is done") == 2
 
 
 def batches(x):
