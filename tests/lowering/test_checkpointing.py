@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import keras
+import pytest
 import torch
 import torch.multiprocessing
 from keras import layers
@@ -28,6 +29,7 @@ def kept(run: Any, x: torch.Tensor) -> int:
     return sum(storages.values())
 
 
+@pytest.mark.slow
 def test_checkpointing_keeps_less_and_changes_nothing() -> None:
     """Dropout must drop the same, and batch norm must count a batch once."""
     found, memory = [], []

@@ -224,6 +224,7 @@ def test_tracers_are_sent_to_the_network_of_torch_modules() -> None:
         torch.fx.symbolic_trace(lower(small_vgg()))
 
 
+@pytest.mark.slow
 def test_writing_through_data_is_noticed_everywhere() -> None:
     """Any number of any tensor; nothing but its value says that it changed."""
     model = small_vgg()

@@ -67,6 +67,7 @@ def test_vgg_without_batch_norm_is_bit_identical() -> None:
         assert torch.equal(lower(model).eval()(x), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype,tolerance", [("float64", 1e-10), ("float32", 1e-4)])
 def test_training_equals_keras(dtype: str, tolerance: float) -> None:
     """Without batch norm in float64, where rounding is far below any mistake; with it in float32.

@@ -13,6 +13,8 @@ from keras import layers
 from vggtorch import files
 from vggtorch.models import remember_
 
+pytestmark = pytest.mark.slow
+
 
 def vgg(**options):
     keras.utils.set_random_seed(0)
@@ -54,7 +56,6 @@ def run_pt2(path, *inputs):
 RUN = {".onnx": run_onnx, ".pt2": run_pt2}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("ending", RUN)
 @pytest.mark.parametrize("batch", [1, 3])
 def test_the_file_computes_what_keras_does(tmp_path, ending, batch):
@@ -94,7 +95,6 @@ def test_an_accelerated_model_with_preprocessing_inside(tmp_path):
     np.testing.assert_allclose(found, model.predict(x, verbose=0), rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.slow
 def test_onnx_comes_back_with_its_weight_set(tmp_path):
     model = remember_(vgg(), "oxford")
     vt.export(model, tmp_path / "model.onnx")
@@ -125,7 +125,6 @@ def test_a_missing_package_is_named(tmp_path, monkeypatch):
         vt.export(vgg(), tmp_path / "model.onnx")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("ending", RUN)
 def test_a_full_disk_leaves_the_old_file_whole(tmp_path, monkeypatch, ending):
     path = tmp_path / f"model{ending}"

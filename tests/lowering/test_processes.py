@@ -15,6 +15,8 @@ from torch import nn
 
 from vggtorch.lowering import lower
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("training", [True, False])
 def test_no_graph_breaks(training: bool) -> None:
@@ -48,7 +50,6 @@ def _gradients(rank: int, port: int, out: object) -> None:
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.slow
 def test_two_processes_have_the_gradients_of_one(tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -24,7 +24,7 @@ from torch.nn.utils import parametrize, prune
 from vggtorch.lowering.network import to_torch
 from vggtorch.weights import keras_to_torchvision
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.slow]
 
 
 @pytest.fixture(autouse=True)
@@ -373,7 +373,6 @@ def test_safetensors_saves_and_loads(pair, x, tmp_path):
 # Training loops of others
 
 
-@pytest.mark.slow
 def test_ddp_and_fsdp_on_two_processes_have_the_gradients_of_one():
     script = Path(__file__).with_name("two_processes_network.py")
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]

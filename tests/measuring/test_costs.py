@@ -113,6 +113,7 @@ def test_a_comparison_shows_what_a_replacement_gains(vgg, replaced):
     assert lines[-1].split()[2] == f"{ratio:.3f}"
 
 
+@pytest.mark.slow
 def test_the_model_is_as_it_was(vgg):
     weights = [v.value.detach().clone() for v in vgg.variables]
     flags = [v.value.requires_grad for v in vgg.variables]

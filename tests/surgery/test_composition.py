@@ -163,6 +163,7 @@ def random_chain(draw: Callable[[Any], Any]) -> tuple[list[keras.Layer], keras.L
     return chain, new
 
 
+@pytest.mark.slow
 @hypothesis.settings(max_examples=25, deadline=None, derandomize=True)
 @hypothesis.given(st.data())
 def test_any_linear_chain_composes_exactly(data):

@@ -12,7 +12,7 @@ from vggtorch.keras_graph import calls_of, producer
 from vggtorch.surgery import distillation
 
 L = keras.layers
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.slow]
 
 
 def vgg(block: str = "relu") -> keras.Model:
@@ -94,7 +94,6 @@ NEW = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("new", NEW.values(), ids=NEW)
 def test_any_replacement_gets_better_and_alone_changes(original, new):
     keras.utils.set_random_seed(1)

@@ -78,6 +78,7 @@ def test_it_learns(images, config):
     assert max(tiny.curve(history, "val_accuracy")) >= 0.8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("freeze", [None, "block1_pool"])
 def test_a_sequential_model_trains_as_the_functional_one_does(images, config, freeze):
     config = dataclasses.replace(config, freeze=freeze)
@@ -109,6 +110,7 @@ def test_a_loader_gives_its_own_batches(config):
     assert history.classes == ("0", "1", "2")
 
 
+@pytest.mark.slow
 def test_bf16_and_back(images, config):
     losses: list[list[float]] = []
     for precision in ("fp32", "bf16", "fp32"):
@@ -119,6 +121,7 @@ def test_bf16_and_back(images, config):
     np.testing.assert_allclose(losses[1], losses[0], rtol=0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("freeze", [None, "block2_pool"])
 def test_the_evaluation_is_the_one_that_history_tells_of(images, config, precision, freeze):
@@ -154,6 +157,7 @@ def test_two_processes_give_the_losses_of_one(images, tmp_path):
                 np.testing.assert_allclose(a[figure], b[figure], rtol=1e-4, err_msg=figure)
 
 
+@pytest.mark.slow
 def test_patience(config):
     train, held = tiny.dataset(), tiny.dataset(9)
     config = dataclasses.replace(config, epochs=9, patience=2, learning_rate=1e-12)

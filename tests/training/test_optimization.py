@@ -46,6 +46,7 @@ def snapshot(model):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cache", [True, False])
 def test_layers_thaw_on_schedule_and_frozen_batch_norm_stays(images, config, cache, monkeypatch):
     model = tiny.network(batch_norm=True)

@@ -33,6 +33,7 @@ class Killed(BaseException):
     pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_resumed_run_ends_as_if_nothing_had_happened(images, config, variant, monkeypatch):
     options = dict(VARIANTS[variant])

@@ -18,6 +18,7 @@ def reference(name, classes=1000):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_round_trip_is_exact_to_the_bit(name):
     state = reference(name)
