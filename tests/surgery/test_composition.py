@@ -3,6 +3,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import vggtorch as vt  # isort: skip  (first: it selects Keras's torch backend)
 import hypothesis
 import keras
 import numpy as np
@@ -276,3 +277,23 @@ def test_layers_out_of_order_are_refused():
     network(new)
     with pytest.raises(ValueError, match=r"takes 3 channels, but the layer before it .* gives 5"):
         compose_([second, first], new)
+
+
+def test_a_bias_that_the_new_layer_has_no_place_for_is_warned_of():
+    vgg = vt.VGG11(weights=None, include_top=False, input_shape=(32, 32, 3))
+    vgg.get_layer("block3_conv2").bias.assign(np.full(256, 0.5))
+    new = L.Conv2D(256, 5, padding="same", activation="relu", use_bias=False, name="one")
+    with pytest.warns(UserWarning, match="lost a part: 'one' has no bias.*Give it use_bias=True"):
+        vt.replace(vgg, ["block3_conv1", "block3_conv2"], new, init="compose")
+
+
+def test_the_preprocessing_inside_is_removed_whole():
+    keras.utils.set_random_seed(0)
+    inside = vt.VGG16(weights="oxford", include_top=False, include_preprocessing=True)
+    images = np.random.default_rng(0).uniform(0, 255, (1, 64, 64, 3)).astype("float32")
+    outside = vt.remove(inside, "oxford_preprocessing")
+    assert vt.weight_set(outside) == "oxford"
+    expected, received = (
+        keras.ops.convert_to_numpy(m(vt.preprocess(images, m))) for m in (inside, outside)
+    )
+    np.testing.assert_allclose(received, expected, atol=1e-4 * expected.max())

@@ -50,3 +50,38 @@ def test_freezing_reaches_into_nested_models():
     unfreeze_(model, since="bn")
     assert trainable(model) == {"outer", "middle", "inner", "bn", "head"}
     assert {v.path.split("/")[-2] for v in model.trainable_variables} == {"bn", "head"}
+
+
+def siamese():
+    """Two nested models whose layers have the same names."""
+    image = keras.Input((8,), name="image")
+    branches = [
+        keras.Sequential(
+            [keras.Input((8,)), keras.layers.Dense(4, name="a"), keras.layers.Dense(4, name="b")],
+            name=name,
+        )
+        for name in ("left", "right")
+    ]
+    joined = keras.layers.Add(name="join")([branch(image) for branch in branches])
+    return keras.Model(image, joined, name="twins")
+
+
+@pytest.mark.parametrize("operation", [freeze_, unfreeze_])
+def test_a_name_in_several_nested_models_is_refused_with_the_full_names(operation):
+    model = siamese()
+    verb = operation.__name__
+    with pytest.raises(ValueError, match=f"{verb} received 'a', .*'left/a' or 'right/a'"):
+        operation(model, "a")
+    assert all(v.trainable for v in model.variables)
+
+
+def test_full_names_reach_into_one_nested_model():
+    model = siamese()
+    freeze_(model, until="right/a")
+    assert [v.path.split("/")[-3] for v in model.trainable_variables] == ["left", "left"] * 2 + [
+        "right"
+    ] * 2
+    unfreeze_(freeze_(model), since="left/b")
+    assert {v.path.rpartition("/")[0] for v in model.trainable_variables} == {"left/b"}
+    with pytest.raises(ValueError, match="has no layer 'left/c'"):
+        freeze_(model, until="left/c")

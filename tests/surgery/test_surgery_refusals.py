@@ -113,7 +113,7 @@ ERRORS = {
     "unknown in freeze": (lambda m: freeze_(m, "block9"), "has no layer 'block9'"),
     "name inside a nested model": (
         lambda m: truncate(nested(), "bn"),
-        "'outer' has no layer 'bn'.*It is a layer of 'middle', which is nested in it",
+        "'outer' has no layer 'bn'.*It is a layer of 'middle/inner', which.*: call truncate",
     ),
     "a model on itself": (lambda m: stack(m, m), "'vgg16' has been called before and belongs to"),
     "no names": (lambda m: truncate(m, []), "truncate received no layer names"),

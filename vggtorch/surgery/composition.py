@@ -43,12 +43,14 @@ class Composition:
         border: rows (and columns) of the output along each edge, at most, that may differ all the
             same, because the chain pads its intermediate maps with zeros, which one layer cannot.
         kernel_size: height and width of the composed kernel, before it was laid into the new one.
+        lost_bias: the largest absolute value of the chain's bias, where the new layer has none.
     """
 
     exact: bool
     reasons: tuple[str, ...]
     border: int
     kernel_size: tuple[int, int]
+    lost_bias: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -310,13 +312,15 @@ def compose_(old_layers: Sequence[keras.Layer], new: keras.Layer) -> Composition
             f"the chain ends in {last or 'linear'}, {new.name!r} in {ends_in or 'linear'}"
         )
     weights = _laid_into(new, kernel, strides, padding[:, 0], start, reasons)
-    if new.use_bias:
-        new.set_weights([weights, bias])
-    else:
-        if bias.any():
-            reasons.append(f"{new.name!r} has no bias, and the chain has one")
-        new.set_weights([weights])
-    return Composition(not reasons, tuple(reasons), border, kernel.shape[:2])
+    lost_bias = 0.0 if new.use_bias else float(np.abs(bias).max())
+    if lost_bias:
+        reasons.append(
+            f"{new.name!r} has no bias, and the chain has one: it adds up to {lost_bias:.3g} to a "
+            f"channel, beside a kernel whose channels have norms up to "
+            f"{np.sqrt((kernel**2).sum((0, 1, 2))).max():.3g}"
+        )
+    new.set_weights([weights, bias] if new.use_bias else [weights])
+    return Composition(not reasons, tuple(reasons), border, kernel.shape[:2], lost_bias)
 
 
 def _laid_into(

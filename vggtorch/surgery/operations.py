@@ -13,6 +13,7 @@ automatic name is taken is renamed; one whose chosen name is taken is an error.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal, TypeAlias
 
@@ -21,7 +22,8 @@ import torch
 from keras import KerasTensor as Tensor
 from keras.layers import Layer, TorchModuleWrapper
 
-from vggtorch.keras_graph import Functional, calls_of, producing_call
+from vggtorch.keras_graph import Functional, calls_of, operation_kind, producing_call
+from vggtorch.models import PREPROCESSING_SUFFIX
 from vggtorch.surgery.composition import compose_
 from vggtorch.surgery.distillation import distill_
 from vggtorch.surgery.rebuild import rebuilt, splice
@@ -128,9 +130,17 @@ def remove(model: keras.Model, layers: str | Iterable[str]) -> Functional:
     """
     wiring = Wiring(model, "remove")
     names = layer_names(layers, "remove")
+    nodes = wiring.nodes_of(names)
+    # The preprocessing inside a model may begin by turning RGB into BGR: an operation that has no
+    # name of the user's, and that means nothing without the layer that follows.
+    for node in nodes:
+        if node.operation.name.endswith(PREPROCESSING_SUFFIX):
+            before = producing_call(node.input_tensors[0])
+            if operation_kind(before.operation) == "Flip" and before not in nodes:
+                nodes = [before, *nodes]
     bypass: dict[int, Tensor] = {}
     pairs = []
-    for node in wiring.nodes_of(names):
+    for node in nodes:
         sources = distinct(bypass.get(id(t), t) for t in node.input_tensors)
         if len(sources) != 1:
             joined = ", ".join(repr(owner(t)) for t in sources)
@@ -201,7 +211,14 @@ def replace(
         )
     result = splice(wiring, pairs, added)
     if init == "compose":
-        compose_(list(dict.fromkeys(node.operation for node in nodes)), added[0])
+        composition = compose_(list(dict.fromkeys(node.operation for node in nodes)), added[0])
+        if composition.lost_bias:
+            warnings.warn(
+                f"replace with init='compose' has lost a part: "
+                f"{next(r for r in composition.reasons if 'has no bias' in r)}. Give it "
+                f"use_bias=True to keep that part.",
+                stacklevel=2,
+            )
     elif init == "distill":
         distill_(model, result, [layer.name for layer in added], images)
     return result

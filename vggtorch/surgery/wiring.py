@@ -13,7 +13,7 @@ from typing import Any
 import keras
 from keras import KerasTensor as Tensor
 
-from vggtorch.keras_graph import Node, all_layers, calls, graph_of, producer, producing_call
+from vggtorch.keras_graph import Node, calls, functional, graph_of, producer, producing_call
 
 
 class Wiring:
@@ -23,10 +23,12 @@ class Wiring:
         model: the model itself.
         functional: its graph, which a Sequential model has inside.
         nodes: every call of a layer or operation, each after those whose results it takes.
+        prefix: of the full names of its layers, such as "vgg16/" for a model that is nested in the
+            one that the user passed; messages speak of layers by their full names.
     """
 
-    def __init__(self, model: keras.Model, verb: str):
-        self.model, self.verb = model, verb
+    def __init__(self, model: keras.Model, verb: str, prefix: str = ""):
+        self.model, self.verb, self.prefix = model, verb, prefix
         self.functional = graph_of(model, verb)
         self.outputs: list[Tensor] = self.functional.outputs
         self.nodes = calls(self.functional)
@@ -35,28 +37,64 @@ class Wiring:
             for tensor in distinct(node.input_tensors):
                 self.readers.setdefault(id(tensor), []).append(node)
 
+    @property
+    def operations(self) -> dict[str, keras.Operation]:
+        """The layers and operations by name, in the order they run."""
+        return {node.operation.name: node.operation for node in self.nodes}
+
+    def inside(self, name: str) -> Wiring:
+        """The wiring of a nested model."""
+        return Wiring(self.operations[name], self.verb, f"{self.prefix}{name}/")
+
+    def paths(self) -> list[str]:
+        """The names of all layers, those of nested models among them as "vgg16/block1_conv1"."""
+        found = []
+        for name, operation in self.operations.items():
+            found.append(name)
+            if functional(operation) is not None:
+                found += [f"{name}/{path}" for path in self.inside(name).paths()]
+        return found
+
+    def route(self, name: str) -> list[str]:
+        """The names of the nested models that lead to a layer, from the outside, and its own."""
+        if name in self.operations:
+            return [name]
+        paths = self.paths()
+        found = [name] if name in paths else [p for p in paths if p.endswith(f"/{name}")]
+        if len(found) > 1:
+            raise ValueError(
+                f"{self.verb} received {name!r}, which stands in {len(found)} nested models of "
+                f"{self.model.name!r}. Pass its full name: {' or '.join(map(repr, found))}."
+            )
+        if not found:
+            raise self._no_such_layer(name, paths)
+        return found[0].split("/")
+
+    def _no_such_layer(self, name: str, paths: Sequence[str]) -> ValueError:
+        near = difflib.get_close_matches(name, paths, n=3)
+        hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
+        head, _, rest = name.partition("/")
+        operation = self.operations.get(head)
+        if rest and operation is not None and functional(operation) is None:
+            hint += f" {head!r} ({type(operation).__name__}) is no graph of layers with names."
+        known = list(self.operations)
+        listed = known if len(known) <= 40 else [*known[:20], "...", *known[-20:]]
+        return ValueError(
+            f"{self.model.name!r} has no layer {name!r}.{hint} Its layers: {', '.join(listed)}."
+        )
+
     def nodes_named(self, name: str) -> list[Node]:
-        """The nodes of one layer: one for each call."""
+        """The nodes of one layer of this very graph: one for each call."""
         nodes = [node for node in self.nodes if node.operation.name == name]
         if not nodes:
-            known = list(dict.fromkeys(node.operation.name for node in self.nodes))
-            message = _no_such_layer(name, known, self.model.name)
-            if (nested := self.nested_with(name)) is not None:
-                message += f" It is a layer of {nested.name!r}, which is nested in it."
-            raise ValueError(message)
+            *nested, _ = self.route(name)  # refuses a name that is nowhere, or in several places
+            steps = "".join(f".get_layer({step!r})" for step in nested)
+            raise ValueError(
+                f"{self.model.name!r} has no layer {name!r} of its own. It is a layer of "
+                f"{'/'.join(nested)!r}, which is nested in it: call {self.verb} on that model, "
+                f"model{steps}."
+            )
         return nodes
-
-    def nested_with(self, name: str) -> keras.Model | None:
-        """The nested model that has the layer `name`, at any depth, if this graph hasn't."""
-        operations = {node.operation.name: node.operation for node in self.nodes}
-        if name in operations:
-            return None
-        for operation in operations.values():
-            if isinstance(operation, keras.Model) and name in {
-                layer.name for layer in all_layers(operation, include_self=False)
-            }:
-                return operation
-        return None
 
     def nodes_of(self, names: Sequence[str]) -> list[Node]:
         """The nodes of several layers, in the order they run; none of them an input."""
@@ -220,10 +258,3 @@ def layer_names(layers: str | Iterable[str], verb: str) -> list[str]:
         twice = dict.fromkeys(n for n in names if names.count(n) > 1)
         raise ValueError(f"{verb} received a layer name twice: {', '.join(map(repr, twice))}.")
     return names
-
-
-def _no_such_layer(name: str, known: Sequence[str], model: str) -> str:
-    near = difflib.get_close_matches(name, known, n=3)
-    hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
-    listed = known if len(known) <= 40 else [*known[:20], "...", *known[-20:]]
-    return f"{model!r} has no layer {name!r}.{hint} Its layers: {', '.join(listed)}."
