@@ -193,7 +193,7 @@ def test_another_dtype_leaves_keras_alone_and_says_so():
     model, x = small(), images(2, 8)
     weights, expected = model.get_weights(), run_keras(model, x)
     network = to_torch(model).eval()
-    with pytest.warns(UserWarning, match="from here on the torch network stands alone"):
+    with pytest.warns(UserWarning, match="from here on they stand alone"):
         network.double()
     assert relative(network(x.double()).float(), expected) < 1e-5
     with torch.no_grad():
@@ -384,7 +384,7 @@ def test_layers_that_keras_runs_follow_to_a_device_and_not_to_a_dtype():
     layer = next(m for m in network.modules() if isinstance(m, KerasLayer))
     (operation,) = layer.operation
     assert operation.variables[0].value is getattr(layer, layer.names[0])
-    with pytest.warns(UserWarning, match="stands alone"):
+    with pytest.warns(UserWarning, match="from here on they stand alone"):
         network.double()
     assert {v.value.dtype for v in model.trainable_variables} == {torch.float32}
     assert torch.equal(run_keras(model, x), expected)

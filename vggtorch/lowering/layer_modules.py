@@ -237,7 +237,10 @@ class KerasLayer(nn.Module):
     is what the layer then computes with.
     """
 
-    def __init__(self, node: keras_graph.Node, share: bool) -> None:
+    def __init__(
+        self, node: keras_graph.Node, copies: dict[int, nn.Parameter] | None = None
+    ) -> None:
+        """`copies`: what stands for each variable, by its id, in a network with its own memory."""
         super().__init__()
         operation = node.operation
         position = {id(tensor): i for i, tensor in enumerate(node.input_tensors)}
@@ -254,12 +257,15 @@ class KerasLayer(nn.Module):
             while hasattr(self, name):
                 name += "_"
             value = keras_graph.raw_value(variable)
-            if not share:
-                value = torch.nn.Parameter(value.detach().clone(), value.requires_grad)
+            if copies is not None:
+                if id(variable) not in copies:
+                    copy = nn.Parameter(value.detach().clone(), value.requires_grad)
+                    copies[id(variable)] = copy
+                value = copies[id(variable)]
             if variable.trainable or value.requires_grad:
                 self.register_parameter(name, value)  # type: ignore[arg-type]
             else:
-                self.register_buffer(name, value if share else value.detach())
+                self.register_buffer(name, value if copies is None else value.detach())
             self.names.append(name)
 
     def forward(self, *inputs: Tensor) -> Any:

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import keyword
 import operator
+import warnings
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import reduce
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +21,7 @@ from keras import layers
 from torch import Tensor, nn
 
 from vggtorch import keras_graph
-from vggtorch.lowering.converters import Axes, Site, convert
+from vggtorch.lowering.converters import Axes, Piece, Site, convert
 from vggtorch.lowering.layer_modules import KerasLayer
 from vggtorch.lowering.ties import Ties
 
@@ -36,17 +38,25 @@ class TorchNetwork(torch.fx.GraphModule):
 
         def __getattr__(self, name: str) -> Any: ...
 
+    def _sync(self) -> None:
+        """Carry over what was replaced on either side; a tracer must not see that."""
+        if not (torch.compiler.is_compiling() or torch.jit.is_tracing()):
+            self._ties.sync()
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the network, once what was replaced on either side has been carried over."""
-        if not torch.compiler.is_compiling():
-            self._ties.sync()
+        self._sync()
         return super().__call__(*args, **kwargs)
 
     def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
         """As torch.nn.Module has it, with requires_grad as Keras's `trainable` flags are now."""
-        if not torch.compiler.is_compiling():
-            self._ties.sync()
+        self._sync()
         return super().named_parameters(*args, **kwargs)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As torch.nn.Module has it, with what Keras has replaced."""
+        self._sync()
+        return super().state_dict(*args, **kwargs)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TorchNetwork:
         """What `.to()`, `.cuda()` and `.half()` do: the Keras variables follow where they can."""
@@ -83,6 +93,10 @@ def to_torch(
     stand alone. Kernels of the Keras model are views in another order from then on, so flatten
     them (`parameters_to_vector`) on the torch side.
 
+    **What is read once.** Strides, activations, dropout rates: changes of a layer other than of its
+    weights and of `trainable` need another `to_torch`. Penalties of Keras's regularizers are no
+    part of what the network returns; a model that has them is warned of.
+
     **Modes.** `train()` and `eval()` are Keras's `training=True` and `training=False`, and the
     network starts in the first, as every torch module does.
 
@@ -113,17 +127,31 @@ def to_torch(
             f"Received data_format={data_format!r}; expected 'channels_last' or 'channels_first'."
         )
     graph = keras_graph.graph_of(model, "to_torch")
-    first = data_format == "channels_first" and keras_graph.data_format(graph) == "channels_last"
-    last = data_format == "channels_last" and keras_graph.data_format(graph) == "channels_first"
-    builder = _Builder(
-        graph, share, Ties(), outer="first" if first else "last" if last else "keras"
-    )
-    network = builder.build(model.name)
-    if not share:
-        builder.ties.pairs.clear()
-        builder.ties.norms.clear()
-    network._ties = builder.ties
+    outer = "keras"
+    if data_format not in (None, keras_graph.data_format(graph)):
+        outer = "first" if data_format == "channels_first" else "last"
+    _warn_of_penalties(model)
+    common = _Common(share)
+    network = _Builder(graph, common, outer).build(model.name)
+    network._ties = common.ties if share else Ties()
     return network
+
+
+def _warn_of_penalties(model: keras.Model) -> None:
+    """Say that a torch loop over the network leaves out what Keras's fit adds to the loss."""
+    penalised = [v.path for v in model.trainable_variables if v.regularizer is not None]
+    penalised += [
+        layer.name
+        for layer in keras_graph.all_layers(model)
+        if layer.activity_regularizer is not None
+    ]
+    if penalised:
+        warnings.warn(
+            f"{model.name!r} has regularizers ({penalised[0]!r} first, {len(penalised)} in all), "
+            f"whose penalties the torch network doesn't know: in a torch loop use the optimizer's "
+            f"weight_decay, or train by Keras's fit.",
+            stacklevel=3,
+        )
 
 
 _MERGES: dict[type, Callable[..., Any]] = {
@@ -144,6 +172,24 @@ _OPERATORS: dict[str, Callable[..., Any]] = {
 }
 
 
+@dataclass
+class _Common:
+    """What the builders of a network and of the networks nested in it have in common.
+
+    Attributes:
+        share: whether torch's tensors are on the Keras variables' memory.
+        ties: the pairs of both.
+        pieces: the modules of each layer by its id and its input's rank; a layer that is called in
+            several networks is one module in all of them.
+        copies: what stands for the variables of layers that Keras runs, without `share`.
+    """
+
+    share: bool
+    ties: Ties = field(default_factory=Ties)
+    pieces: dict[tuple[int, int], list[Piece] | None] = field(default_factory=dict)
+    copies: dict[int, nn.Parameter] = field(default_factory=dict)
+
+
 class _Builder:
     """Writes a Keras graph down as a torch.fx graph.
 
@@ -152,10 +198,8 @@ class _Builder:
     which is made of the other by a permutation, a view, when it isn't there.
     """
 
-    def __init__(
-        self, model: keras.Function, share: bool, ties: Ties, outer: str = "keras"
-    ) -> None:
-        self.model, self.share, self.ties, self.outer = model, share, ties, outer
+    def __init__(self, model: keras.Function, common: _Common, outer: str = "keras") -> None:
+        self.model, self.common, self.outer = model, common, outer
         self.root = nn.Module()
         self.graph = torch.fx.Graph()
         self.values: dict[int, dict[str, torch.fx.Node]] = {}  # by the id of a Keras tensor
@@ -226,8 +270,11 @@ class _Builder:
         rank = len(tensor.shape)
         key = (id(layer), rank)
         if key not in self.names:
-            site = Site(layer, call.input_tensors, self.ties, self.share)
-            pieces = convert(site)
+            common = self.common
+            if key not in common.pieces:
+                site = Site(layer, call.input_tensors, common.ties, common.share)
+                common.pieces[key] = convert(site)
+            pieces = common.pieces[key]
             self.names[key] = (
                 None
                 if pieces is None
@@ -325,7 +372,7 @@ class _Builder:
             return False
         key = (id(call.operation),)
         if key not in self.names:
-            network = _Builder(inner, self.share, self.ties).build(call.operation.name)
+            network = _Builder(inner, self.common).build(call.operation.name)
             self.names[key] = [(self._add(call.operation.name, network), "keras")]
         self._call_module(call, key)
         return True
@@ -333,7 +380,8 @@ class _Builder:
     def _by_keras(self, call: keras_graph.Node) -> None:
         """Write down a call that runs as Keras runs it."""
         key = (id(call.operation), id(call))
-        self.names[key] = [(self._add(call.operation.name, KerasLayer(call, self.share)), "keras")]
+        module = KerasLayer(call, None if self.common.share else self.common.copies)
+        self.names[key] = [(self._add(call.operation.name, module), "keras")]
         self._call_module(call, key)
 
     def _call_module(self, call: keras_graph.Node, key: tuple[int, ...]) -> None:
@@ -349,10 +397,8 @@ class _Builder:
     def _add(self, name: str, module: nn.Module) -> str:
         """Add a child under a name that is free and that torch allows; the name it got."""
         name = name.replace(".", "_").replace("/", "_")
-        taken = hasattr(self.root, name) or hasattr(TorchNetwork, name)
-        while keyword.iskeyword(name) or taken:
+        while keyword.iskeyword(name) or hasattr(self.root, name) or hasattr(TorchNetwork, name):
             name += "_"
-            taken = hasattr(self.root, name)
         self.root.add_module(name, module)
         return name
 

@@ -50,7 +50,7 @@ class Layout:
 SAME = Layout()
 
 
-@dataclass
+@dataclass(eq=False)  # tensors have no one truth value
 class Tie:
     """One Keras variable and the torch tensor on its memory.
 
@@ -110,9 +110,9 @@ class Tie:
 def warn_parted(variables: Sequence[keras.Variable]) -> None:
     """Say that these Keras variables don't follow their torch tensors any more."""
     warnings.warn(
-        f"{len(variables)} weights, {variables[0].path} first, now have another dtype or form than "
-        f"their Keras variables: from here on the torch network stands alone, and the Keras model "
-        f"keeps the weights that it had.",
+        f"{len(variables)} weights of the torch network, {variables[0].path} first, now have "
+        f"another dtype or form than their Keras variables: from here on they stand alone, and the "
+        f"Keras model keeps the weights that it had.",
         stacklevel=2,
     )
 
@@ -129,6 +129,7 @@ class Ties:
 
     def sync(self) -> None:
         """Let both sides see what was replaced or frozen on one of them."""
+        self._part()
         for tie in self.pairs:
             tie.sync()
         for module, layer in self.norms:
@@ -138,12 +139,16 @@ class Ties:
         """After `.to()` and `load_state_dict(assign=True)`: let Keras follow, or part from it."""
         for tie in self.pairs:
             tie.find()
+        self._part()
+        for tie in self.pairs:
+            tie.share()
+
+    def _part(self) -> None:
+        """Part from the variables whose torch tensors can't stand for them any more."""
         parted = [tie for tie in self.pairs if not tie.can_hold()]
         if parted:
             warn_parted([tie.variable for tie in parted])
-            self.pairs, self.norms = [], []
-        for tie in self.pairs:
-            tie.share()
+            self.pairs = [tie for tie in self.pairs if tie not in parted]
 
     def __deepcopy__(self, memo: Any) -> Ties:
         return Ties()
