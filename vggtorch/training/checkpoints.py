@@ -11,7 +11,7 @@ import keras
 import torch
 
 import vggtorch
-from vggtorch import files
+from vggtorch import files, weights
 
 FORMAT = 1
 
@@ -55,12 +55,12 @@ def read(path: Path) -> dict[str, Any]:
         ValueError: no checkpoint, a damaged one, or one of another format.
     """
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = weights.unpickled(path)
         expected = content.pop("sha256")
     except Exception as error:  # torch.load raises many kinds for a damaged file
         raise ValueError(
-            f"{path} isn't a checkpoint of vggtorch, or is damaged ({error}). Take another one, or "
-            f"begin anew in another folder."
+            f"{path} isn't a checkpoint of vggtorch, or is damaged ({files.first_line(error)}). "
+            f"Take another one, or begin anew in another folder."
         ) from error
     if digest(content) != expected:
         raise ValueError(

@@ -3,9 +3,9 @@
 The way of weights is: find, read, convert, store a copy, map it. Read `sources` first (finding,
 fetching, reading any form, writing), then `published` (the table of checkpoints), `downloads` (from
 a server, the hub or a package index), `readers` (the forms of file: PyTorch's and Keras's own, with
-`hdf5`, `safetensors` and `onnx` in a file each), `conversion` (pure maps between torchvision's
-names and layouts and Keras's) and `copies` (Keras's tensors in the cache, mapped at every later
-load). Nothing here knows Keras.
+`hdf5`, `safetensors`, `onnx` and the check of `pickles` in a file each), `conversion` (pure maps
+between torchvision's names and layouts and Keras's) and `copies` (Keras's tensors in the cache,
+mapped at every later load). Nothing here knows Keras.
 """
 
 from vggtorch.weights.conversion import (
@@ -21,6 +21,7 @@ from vggtorch.weights.conversion import (
     traced,
 )
 from vggtorch.weights.copies import converted, verify
+from vggtorch.weights.pickles import unpickled
 from vggtorch.weights.published import PUBLISHED, Published, publications
 from vggtorch.weights.sources import Checkpoint, fetch, find, local_copies, read, write
 
@@ -44,6 +45,7 @@ __all__ = [
     "to_keras",
     "torchvision_to_keras",
     "traced",
+    "unpickled",
     "verify",
     "write",
 ]

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from vggtorch.weight_sets import WEIGHT_SETS
-from vggtorch.weights import onnx, safetensors
+from vggtorch.weights import onnx, pickles, safetensors
 
 Tensors = dict[str, torch.Tensor]
 Reader = Callable[[Path], tuple[Tensors, Mapping[str, str]]]
@@ -59,12 +59,7 @@ def reader_for(path: Path, head: bytes) -> Reader:
 def read_zip(path: Path) -> tuple[Tensors, Mapping[str, str]]:
     """PyTorch's .pth or Keras's .keras, both zip archives whose members are stored as they are."""
     with zipfile.ZipFile(path) as archive:
-        members = archive.infolist()
-        names = [member.filename for member in members]
-        if len(set(names)) != len(names):
-            raise ValueError("a member of the archive is there twice")
-        if any(member.compress_type != zipfile.ZIP_STORED for member in members):
-            raise ValueError("its members are compressed, which neither PyTorch nor Keras does")
+        names = pickles.check_members(path, archive)
         if broken := archive.testzip():
             raise ValueError(f"{broken} does not match its checksum")
         if "model.weights.h5" in names:
@@ -79,12 +74,12 @@ def read_zip(path: Path) -> tuple[Tensors, Mapping[str, str]]:
             return _h5_tensors(path, start), {"weight_set": weight_set} if weight_set else {}
     if not any(name.endswith("data.pkl") for name in names):
         raise ValueError("the archive holds neither PyTorch's nor Keras's weights")
-    return _unwrapped(torch.load(path, map_location="cpu", weights_only=True, mmap=True)), {}
+    return _unwrapped(pickles.unpickled(path, mmap=True)), {}
 
 
 def read_pickle(path: Path) -> tuple[Tensors, Mapping[str, str]]:
     """PyTorch's form before 1.6, a run of pickles; what isn't a tensor is refused unread."""
-    return _unwrapped(torch.load(path, map_location="cpu", weights_only=True)), {}
+    return _unwrapped(pickles.unpickled(path)), {}
 
 
 def _unwrapped(loaded: object) -> Tensors:
