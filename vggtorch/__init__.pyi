@@ -1,5 +1,8 @@
 # The public names and where each comes from: __init__.py reads them here when they are first used.
 
+from .features import LPIPS as LPIPS
+from .features import FeatureExtractor as FeatureExtractor
+from .features import PerceptualLoss as PerceptualLoss
 from .lowering import accelerate_ as accelerate_
 from .lowering import export as export
 from .lowering import lower as lower

@@ -1,0 +1,80 @@
+"""LPIPS is the lpips package's distance, in values and in gradients."""
+
+import copy
+
+import vggtorch as vt  # isort: skip  (first: it selects Keras's torch backend)
+import lpips
+import pytest
+import torch
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def peer(torchvision_vgg):
+    """The package's network with the same VGG, since its own would be downloaded."""
+    network = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
+    theirs = [m for m in network.net.modules() if isinstance(m, torch.nn.Conv2d)]
+    given = [m for m in torchvision_vgg.features if isinstance(m, torch.nn.Conv2d)]
+    for module, source in zip(theirs, given, strict=True):
+        module.load_state_dict(source.state_dict())
+    return network.requires_grad_(False)
+
+
+@pytest.mark.parametrize("checkpoint", [False, True])
+def test_values_and_gradients_are_those_of_the_package(vgg, peer, images, checkpoint):
+    ours = vt.LPIPS(vgg, normalization="imagenet", value_range=(-1, 1), checkpoint=checkpoint)
+    a, b = 2 * images - 1, 1 - 2 * images.flip(0)
+    found = []
+    for distance in (ours, peer):
+        x, y = a.clone().requires_grad_(), b.clone().requires_grad_()
+        values = distance(x, y)
+        values.sum().backward()
+        found.append((values, x.grad, y.grad))
+    for received, expected in zip(*found, strict=True):
+        assert received.shape == expected.shape
+        scale = expected.abs().max().item()
+        torch.testing.assert_close(received, expected, rtol=0, atol=5e-5 * scale)
+
+
+def test_pixels_of_other_ranges_and_layouts_are_the_same_images(vgg, peer, images):
+    expected = peer(images, images.flip(0), normalize=True)
+    pixels = (images * 255).permute(0, 2, 3, 1)
+    ours = vt.LPIPS(
+        vgg, normalization="imagenet", value_range=(0, 255), data_format="channels_last"
+    )
+    received = ours(pixels, pixels.flip(0))
+    torch.testing.assert_close(received, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_the_gradient_is_finite_where_there_are_no_features(vgg, peer):
+    ours = copy.deepcopy(vt.LPIPS(vgg, normalization="imagenet"))
+    for module in ours.extractor.network.children():  # each ReLU gives 0 everywhere
+        if isinstance(module, torch.nn.Conv2d):
+            torch.nn.init.constant_(module.get_parameter("bias"), -1e3)
+    x = torch.rand(1, 3, 32, 32).requires_grad_()
+    (gradient,) = torch.autograd.grad(ours(x, torch.rand(1, 3, 32, 32)).sum(), x)
+    assert torch.isfinite(gradient).all()
+
+
+def test_other_linear_layers_and_networks_are_taken_or_refused(vgg, images, tmp_path):
+    own = {f"lin{i}.model.1.weight": torch.rand(1, width, 1, 1)
+           for i, width in enumerate((64, 128, 256, 512, 512))}  # fmt: skip
+    torch.save(own, tmp_path / "own.pth")
+    by_tensors = vt.LPIPS(vgg, own, normalization="imagenet")(images, images.flip(0))
+    by_path = vt.LPIPS(vgg, tmp_path / "own.pth", normalization="imagenet")(images, images.flip(0))
+    assert torch.equal(by_tensors, by_path)
+    del own["lin2.model.1.weight"]
+    with pytest.raises(ValueError, match=r"'lin2.model.1.weight' of shape \(1, 256, 1, 1\)"):
+        vt.LPIPS(vgg, own, normalization="imagenet")
+    with pytest.raises(ValueError, match="as many of one size"):
+        vt.LPIPS(vgg, normalization="imagenet")(images, images[:1])
+    other = vt.VGG11(weights=None, include_top=False)
+    with pytest.raises(ValueError, match="No layer 'relu1_2' can be tapped"):
+        vt.LPIPS(other, normalization="imagenet")
+
+
+def test_the_package_is_asked_for_where_it_is_missing(vgg, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ImportError, match="pip install lpips"):
+        vt.LPIPS(vgg, normalization="imagenet")

@@ -1,0 +1,284 @@
+"""FeatureExtractor gives what torchvision's create_feature_extractor gives, and Keras's layers."""
+
+import copy
+import pickle
+
+import vggtorch as vt  # isort: skip  (first: it selects Keras's torch backend)
+import keras
+import numpy as np
+import pytest
+import torch
+from torchvision.models.feature_extraction import create_feature_extractor
+from torchvision.transforms import functional as transforms
+
+MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+TAPS = {  # ours -> torchvision's; both sides of a ReLU
+    "block1_conv2": "features.2",
+    "relu1_2": "features.3",
+    "block3_conv3_relu": "features.15",
+    "pool4": "features.23",
+    "conv5_2": "features.26",
+}
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def close(received, expected, tolerance=2e-5):
+    scale = expected.abs().max().item()
+    torch.testing.assert_close(received, expected, rtol=0, atol=tolerance * scale)
+
+
+@pytest.fixture(scope="module")
+def peer(torchvision_vgg):
+    network = copy.deepcopy(torchvision_vgg)
+    for module in network.modules():  # in place, a ReLU would overwrite what is tapped before it
+        if isinstance(module, torch.nn.ReLU):
+            module.inplace = False
+    return create_feature_extractor(network, {name: tap for tap, name in TAPS.items()})
+
+
+def test_values_and_gradients_are_those_of_create_feature_extractor(vgg, peer, images):
+    extractor = vt.FeatureExtractor(vgg, [*TAPS], normalization="imagenet")
+    gradients = []
+    for features in (extractor, lambda x: peer(transforms.normalize(x, MEAN, STD))):
+        x = images.clone().requires_grad_()
+        values = features(x)
+        assert list(values) == [*TAPS]
+        sum(value.square().mean() for value in values.values()).backward()
+        gradients.append((values, x.grad))
+    (received, gradient), (expected, wanted) = gradients
+    for tap in TAPS:
+        close(received[tap], expected[tap])
+    close(gradient, wanted)
+    assert not any(p.requires_grad or p.grad is not None for p in extractor.parameters())
+
+
+def test_nothing_behind_the_last_tap_is_there(vgg):
+    extractor = vt.FeatureExtractor(vgg, ["block2_conv1"], normalization="imagenet")
+    names = [name for name, _ in extractor.network.named_children()]
+    assert names == ["block1_conv1", "block1_conv1_relu", "block1_conv2", "block1_conv2_relu",
+                     "block1_pool", "block2_conv1"]  # fmt: skip
+    assert len(list(extractor.parameters())) == 6
+    assert extractor(torch.rand(1, 3, 32, 32))["block2_conv1"].min() < 0  # before the ReLU
+
+
+@pytest.mark.parametrize("name", ["imagenet", "features", "oxford"])
+def test_each_normalisation_is_that_of_preprocess_in_every_range_and_layout(vgg, images, name):
+    pixels = (images * 255).round()
+    ready = torch.as_tensor(vt.preprocess(pixels.permute(0, 2, 3, 1), name)).permute(0, 3, 1, 2)
+    expected = vt.FeatureExtractor(vgg, ["relu1_1"], normalization=None)(ready)["relu1_1"]
+    for value_range, given in {
+        (0, 255): pixels,
+        (0, 1): pixels / 255,
+        (-1, 1): pixels / 127.5 - 1,
+    }.items():
+        first = vt.FeatureExtractor(vgg, ["relu1_1"], normalization=name, value_range=value_range)
+        close(first(given)["relu1_1"], expected)
+        last = vt.FeatureExtractor(
+            vgg, ["relu1_1"], normalization=name, value_range=value_range,
+            data_format="channels_last",
+        )  # fmt: skip
+        close(last(given.permute(0, 2, 3, 1))["relu1_1"].permute(0, 3, 1, 2), expected)
+    byte = vt.FeatureExtractor(vgg, ["relu1_1"], normalization=name, value_range=(0, 255))
+    torch.testing.assert_close(byte(pixels.byte())["relu1_1"], byte(pixels)["relu1_1"])
+    torch.testing.assert_close(byte.pixels.normalise(pixels), ready, rtol=0, atol=0)
+
+
+def test_a_weight_set_is_loaded_with_its_own_normalisation(images):
+    extractor = vt.FeatureExtractor("oxford", ["relu1_2"])
+    vgg = vt.VGG16(weights="oxford", include_top=False)
+    cut = keras.Model(vgg.input, vgg.get_layer("block1_conv2").output)
+    pixels = (images * 255).permute(0, 2, 3, 1)
+    expected = cut(vt.preprocess(pixels, "oxford")).permute(0, 3, 1, 2)
+    close(extractor(images)["relu1_2"], expected.detach())
+    # Neither the Keras model's memory nor that of the layers behind the tap is held.
+    assert sum(p.numel() for p in extractor.parameters()) == 38_720
+
+
+def test_a_model_remembers_its_weight_set_or_has_its_preprocessing_inside(images):
+    inside = vt.VGG16(weights="oxford", include_top=False, include_preprocessing=True)
+    received = vt.FeatureExtractor(inside, ["relu2_2"])(images)["relu2_2"]
+    close(received, vt.FeatureExtractor("oxford", ["relu2_2"])(images)["relu2_2"])
+
+
+def test_weights_are_shared_with_the_model_and_stay_frozen_here(small, images):
+    extractor = vt.FeatureExtractor(small, ["relu2_1"], normalization=None)
+    before = extractor(images)["relu2_1"]
+    small.trainable = False
+    small.trainable = True
+    small.get_layer("block1_conv1").kernel.assign(small.get_layer("block1_conv1").kernel * 2)
+    after = extractor(images)["relu2_1"]
+    assert not torch.equal(before, after)
+    assert not after.requires_grad
+    assert all(v.value.requires_grad for v in small.trainable_variables)
+
+
+def test_frozen_layers_run_as_in_inference_whatever_train_says(small, images):
+    extractor = vt.FeatureExtractor(small, ["dropout", "block2_bn1"], normalization=None)
+    expected = extractor(images)
+    extractor.train()
+    for tap, value in extractor(images).items():
+        assert torch.equal(value, expected[tap])
+    learning = vt.FeatureExtractor(small, ["dropout"], normalization=None, trainable=True).train()
+    learning(images)["dropout"].sum().backward()
+    assert learning.network.block1_conv1.weight.grad is not None
+    assert (learning(images)["dropout"] == 0).float().mean() > 0.4
+
+
+def test_the_values_are_keras_layers_own_also_where_keras_runs_a_layer(images):
+    class Shift(keras.layers.Layer):
+        def call(self, x):
+            return x + keras.ops.arange(x.shape[-1], dtype="float32")
+
+    image = keras.Input((None, None, 3))
+    x = keras.layers.Conv2D(4, 3, activation="relu", name="conv")(image)
+    x = Shift(name="shift")(x)
+    x = keras.layers.LayerNormalization(name="norm")(x)
+    x = keras.layers.Dense(5, activation="relu", name="dense")(x)
+    model = keras.Model(image, keras.layers.Conv2D(2, 3, name="last")(x))
+    taps = ["conv_relu", "shift", "norm", "dense_relu", "last"]
+    received = vt.FeatureExtractor(model, taps, normalization=None)(images)
+    layers = [model.get_layer(tap.removesuffix("_relu")).output for tap in taps]
+    expected = keras.Model(image, layers)(images.permute(0, 2, 3, 1))
+    for tap, value in zip(taps, expected, strict=True):
+        close(received[tap], value.permute(0, 3, 1, 2).detach())
+
+
+def kept_for_backward(extractor, x):
+    """The values, and the bytes of activations that are kept for backward."""
+    kept: list[torch.Tensor] = []
+    weights = {p.data_ptr() for p in extractor.parameters()}
+
+    def keep(tensor):
+        if tensor.data_ptr() not in weights:
+            kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        values = extractor(x)
+    return values, sum(storage.nbytes() for storage in {t.untyped_storage() for t in kept})
+
+
+@pytest.mark.parametrize("trainable", [False, True])
+def test_checkpointing_gives_the_same_from_less_that_is_kept(vgg, images, trainable):
+    saved, found = [], []
+    for checkpoint in (False, True):
+        extractor = vt.FeatureExtractor(
+            vgg, ["relu1_2", "relu4_1"], normalization="imagenet", checkpoint=checkpoint,
+            trainable=trainable,
+        )  # fmt: skip
+        x = images.clone().requires_grad_()
+        values, memory = kept_for_backward(extractor, x)
+        values["relu4_1"].square().mean().backward()
+        saved.append(memory)
+        found.append((*values.values(), x.grad))
+    for received, expected in zip(found[1], found[0], strict=True):
+        torch.testing.assert_close(received, expected, rtol=0, atol=0)
+    assert saved[1] < saved[0] / 4
+
+
+def test_bfloat16_autocast_copies_and_pickles(vgg, images):
+    extractor = vt.FeatureExtractor(vgg, ["relu3_3"], normalization="imagenet", checkpoint=True)
+    expected = extractor(images)["relu3_3"]
+    x = images.clone().requires_grad_()
+    extractor(x)["relu3_3"].sum().backward()  # the parts are there before it is copied
+    twin = copy.deepcopy(extractor)
+    again = pickle.loads(pickle.dumps(extractor))
+    for other in (twin, again):
+        torch.testing.assert_close(other(images)["relu3_3"], expected)
+    half = twin.to(torch.bfloat16)(images)["relu3_3"]
+    assert half.dtype == torch.bfloat16
+    close(half.float(), expected, 0.03)
+    with torch.autocast("cpu", torch.bfloat16):
+        close(extractor(images)["relu3_3"].float(), expected, 0.03)
+    x = images.double().requires_grad_()
+    (gradient,) = torch.autograd.grad(again.double()(x)["relu3_3"].square().mean(), x)
+    assert gradient.dtype == torch.float64
+
+
+@pytest.mark.slow
+def test_torch_compile_takes_it_whole(small, images):
+    extractor = vt.FeatureExtractor(small, ["block1_conv1", "relu2_1"], normalization="oxford")
+    x, y = images.clone().requires_grad_(), images.clone().requires_grad_()
+    received = torch.compile(extractor, fullgraph=True, backend="aot_eager")(x)
+    expected = extractor(y)
+    for tap in expected:
+        close(received[tap], expected[tap])
+    received["relu2_1"].sum().backward()
+    expected["relu2_1"].sum().backward()
+    close(x.grad, y.grad)
+
+
+def test_torch_func_takes_it(small, images):
+    extractor = vt.FeatureExtractor(small, ["relu2_1"], normalization="imagenet")
+    each = torch.func.vmap(torch.func.grad(lambda x: extractor(x[None])["relu2_1"].sum()))(images)
+    x = images.clone().requires_grad_()
+    extractor(x)["relu2_1"].sum().backward()
+    close(each, x.grad)
+
+
+@pytest.mark.parametrize(
+    ("taps", "message"),
+    [
+        (["relu1_9"], "No layer 'relu1_9' can be tapped"),
+        (["block2_pol"], "Did you mean 'block2_pool'"),
+        ("relu1_2", "expected a list of layers' names"),
+        ([], "expected a list of layers' names"),
+        (["pool1", "pool1"], "a name stands twice"),
+    ],
+)
+def test_taps_that_are_not_there_are_refused(vgg, taps, message):
+    with pytest.raises(ValueError, match=message):
+        vt.FeatureExtractor(vgg, taps, normalization="imagenet")
+
+
+def test_models_that_have_no_features_of_one_image_are_refused(vgg):
+    layers = keras.layers
+    with pytest.raises(ValueError, match="does not say which weight set.*normalization="):
+        vt.FeatureExtractor(vt.VGG11(weights=None, include_top=False), ["pool1"])
+    with pytest.raises(ValueError, match="Unknown weight set 'caffe'"):
+        vt.FeatureExtractor(vgg, ["pool1"], normalization="caffe")
+    inside = vt.VGG11(weights=None, include_top=False, include_preprocessing=True)
+    with pytest.raises(ValueError, match="preprocessing inside. Leave normalization out"):
+        vt.FeatureExtractor(inside, ["pool1"], normalization="oxford")
+    with pytest.raises(ValueError, match="expected a Keras model, a weight set"):
+        vt.FeatureExtractor(torch.nn.Conv2d(3, 3, 3), ["pool1"])
+    row = keras.Input((4,))
+    with pytest.raises(ValueError, match="expected one batch of images"):
+        vt.FeatureExtractor(keras.Model(row, layers.Dense(2)(row)), ["dense"], normalization=None)
+    image = keras.Input((8, 8, 3))
+    shared = layers.Conv2D(3, 3, padding="same", name="shared")
+    twice = keras.Model(image, shared(shared(image)))
+    with pytest.raises(ValueError, match="'shared' is called 2 times"):
+        vt.FeatureExtractor(twice, ["shared"], normalization=None)
+    nested = keras.Sequential([keras.Input((32, 32, 3)), vgg, layers.Flatten()])
+    with pytest.raises(ValueError, match="nested"):
+        vt.FeatureExtractor(nested, ["vgg16/block1_pool"], normalization=None)
+
+
+@pytest.mark.parametrize(
+    ("options", "given", "message"),
+    [
+        ({}, torch.rand(3, 32, 32), r"One image is a batch of one: images\[None\]"),
+        ({}, torch.rand(1, 32, 32, 3), "pass data_format='channels_last'"),
+        ({}, torch.rand(1, 1, 32, 32), r"expected \(N, 3, H, W\)"),
+        ({}, np.zeros((1, 3, 32, 32), "float32"), "expected a tensor of images"),
+        ({}, torch.zeros(1, 3, 32, 32, dtype=torch.uint8), r"expected value_range=\(0, 255\)"),
+        ({}, torch.zeros(1, 3, 32, 32, dtype=torch.int64), "expected uint8 or float"),
+        ({}, torch.rand(1, 3, 32, 32) * 255, r"such as value_range=\(0, 255\)"),
+        ({"value_range": (0, 255)}, torch.rand(1, 3, 32, 32), r"pass value_range=\(0, 1\)"),
+        ({}, torch.rand(1, 3, 4, 4), "4x4, which are too small"),
+    ],
+)
+def test_images_that_cannot_be_right_are_refused(vgg, options, given, message):
+    extractor = vt.FeatureExtractor(vgg, ["pool4"], normalization="imagenet", **options)
+    with pytest.raises(ValueError, match=message):
+        extractor(given)
+
+
+def test_options_that_cannot_be_are_refused(vgg, small):
+    with pytest.raises(ValueError, match="expected 'channels_last' or"):
+        vt.FeatureExtractor(vgg, ["pool1"], normalization=None, data_format="NCHW")
+    with pytest.raises(ValueError, match="expected the values of black and of white"):
+        vt.FeatureExtractor(vgg, ["pool1"], normalization=None, value_range=(1, 0))
+    with pytest.raises(ValueError, match="would count each batch twice"):
+        vt.FeatureExtractor(small, ["pool1"], normalization=None, trainable=True, checkpoint=True)

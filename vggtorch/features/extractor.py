@@ -1,0 +1,328 @@
+"""`FeatureExtractor`: the values of several layers in one pass, as a torch module."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+import torch
+from torch import Tensor, nn
+from torch.fx.passes.split_module import split_module
+from torch.utils.checkpoint import checkpoint as run_checkpointed
+
+from vggtorch.architectures import architecture_named
+from vggtorch.features.pixels import Pixels
+from vggtorch.lowering import TorchNetwork, to_torch
+from vggtorch.models import PREPROCESSING_SUFFIX, constructor, weight_set
+from vggtorch.weight_sets import WEIGHT_SETS, WeightSet, weight_set_named
+
+# How papers and other projects name the layers of VGG: relu1_2, conv1_2, pool1.
+_SHORT_NAME = re.compile(r"(relu|conv)([1-5])_([1-4])|pool([1-5])")
+POOLS = (nn.MaxPool2d, nn.AvgPool2d)
+
+
+class FeatureExtractor(nn.Module):
+    """The values of several layers in one pass over the images; nothing behind them is computed.
+
+    The network is `to_torch`'s, cut behind the last tap, so a ReLU that is part of a Keras layer is
+    a layer of its own: "block1_conv2" is the value before it, "block1_conv2_relu" the one after
+    it. The short names "conv1_2", "relu1_2" and "pool1" stand for VGG's layers too.
+
+    Gradients flow to the images. The weights are frozen, and batch norm and dropout run as in
+    inference whatever `train()` says, unless `trainable` is set. `.to(torch.bfloat16)` and autocast
+    work as with any module; images are normalised in float32.
+
+    Args:
+        source: a Keras model with one image as its input, whose weights are then shared, not
+            copied; or a weight set (`imagenet`, `features`, `oxford`) or a checkpoint's path, which
+            `architecture` is loaded with.
+        taps: the names of layers, as `vt.to_torch` has them.
+        architecture: the network for a weight set or a path.
+        normalization: the weight set whose arithmetic the images go through. "model" is the one
+            that the model remembers; None takes images that are ready for the network.
+        value_range: what black and white are in the images given: (0, 1), (0, 255), (-1, 1).
+        data_format: layout of images and features, "channels_first" (N, C, H, W) or "channels_last"
+            (N, H, W, C).
+        trainable: leave the weights as trainable as they are in the model.
+        checkpoint: keep only what stands between the blocks and compute the rest again in backward:
+            the same gradients for large images, from a fraction of the memory. Under torch.compile
+            the compiler decides what is kept.
+
+    Returns:
+        The module. Called on images it returns a dict with the value of each tap, in their order.
+
+    Raises:
+        ValueError: a layer that isn't there or is called several times, a model without one image
+            as its input or with an unknown normalisation, and, when it is called, images of another
+            shape, layout or range. Of images on a GPU the range is looked at in the first call
+            alone, because looking makes the GPU wait.
+        OSError: the weights can't be had.
+
+    Source: the interface of torchvision's create_feature_extractor.
+
+    Example:
+        >>> import torch, vggtorch as vt
+        >>> vgg = vt.VGG16(weights=None, include_top=False)
+        >>> extractor = vt.FeatureExtractor(vgg, ["relu1_2", "block2_pool"], normalization="oxford")
+        >>> {tap: tuple(value.shape) for tap, value in extractor(torch.rand(1, 3, 64, 64)).items()}
+        {'relu1_2': (1, 64, 64, 64), 'block2_pool': (1, 128, 16, 16)}
+    """
+
+    def __init__(
+        self,
+        source: keras.Model | str | os.PathLike,
+        taps: Sequence[str],
+        *,
+        architecture: str = "vgg16",
+        normalization: str | None = "model",
+        value_range: tuple[float, float] = (0, 1),
+        data_format: str = "channels_first",
+        trainable: bool = False,
+        checkpoint: bool = False,
+    ) -> None:
+        super().__init__()
+        self.taps = _checked_taps(taps)
+        given = isinstance(source, keras.Model)
+        model = source if isinstance(source, keras.Model) else self._load(source, architecture)
+        expected, scaled = _normalization(model, normalization)
+        self.pixels = Pixels(
+            (value_range[0], value_range[1]), data_format, _channels(model), expected, scaled
+        )
+        self.trainable, self.checkpoint = trainable, checkpoint
+        # A network that is loaded here has no other user, so its Keras variables may go.
+        network = to_torch(model, data_format="channels_first", share=given)
+        _tap_(network, self.taps)
+        self.network = network
+        if checkpoint and trainable and any(map(_is_norm, network.modules())):
+            raise ValueError(
+                "Received checkpoint=True and trainable=True for a network with batch norm, whose "
+                "moving statistics would count each batch twice. Leave one of the two out."
+            )
+        if not trainable:
+            network.requires_grad_(False)
+            network.eval()
+        self._parts: torch.fx.GraphModule | None = None
+        self._is_checked = False  # whether the range of images on a GPU has been looked at
+
+    def _load(self, source: str | os.PathLike, architecture: str) -> keras.Model:
+        if not isinstance(source, str | os.PathLike):
+            raise ValueError(
+                f"Received source of type {type(source).__name__}; expected a Keras model, a "
+                f"weight set ({', '.join(WEIGHT_SETS)}) or a checkpoint's path. Of a torch network "
+                f"torchvision's create_feature_extractor gives the features."
+            )
+        top = {layer.name for layer in architecture_named(architecture).classifier()} | {"flatten"}
+        with_top = any(tap in top or tap.rsplit("_", 1)[0] in top for tap in self.taps)
+        return constructor(architecture)(weights=source, include_top=with_top)
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """The value of each tap for images of the layout and range that were named."""
+        compiling = torch.compiler.is_compiling() or torch.jit.is_tracing()
+        if not compiling:
+            self.pixels.check(images, values=_on_cpu(images) or not self._is_checked)
+            self._is_checked = True
+            if not self.trainable and any(p.requires_grad for p in self.network.parameters()):
+                self.network.requires_grad_(False)  # the Keras model was frozen and unfrozen again
+        x = self.pixels.normalise(images)
+        weight = next((p for p in self.network.parameters() if p.is_floating_point()), None)
+        if weight is not None:
+            x = x.to(weight.dtype)
+        again = self.checkpoint and torch.is_grad_enabled() and not compiling
+        try:
+            values = (self._in_parts() if again else self.network)(x)
+        except RuntimeError as error:
+            if "too small" not in str(error):
+                raise
+            raise ValueError(
+                f"Received images of {x.shape[2]}x{x.shape[3]}, which are too small for the layers "
+                f"up to {self.taps[-1]!r} ({error})."
+            ) from error
+        if self.pixels.data_format == "channels_last":
+            values = {  # NCHW -> NHWC view
+                tap: value.permute(0, 2, 3, 1) if value.ndim == 4 else value
+                for tap, value in values.items()
+            }
+        return values
+
+    def train(self, mode: bool = True) -> FeatureExtractor:
+        """As torch.nn.Module has it; frozen layers stay in inference."""
+        super().train(mode)
+        if not self.trainable:
+            self.network.eval()
+        return self
+
+    def extra_repr(self) -> str:
+        """What the module adds to its network."""
+        expected = self.pixels.expected
+        return (
+            f"taps={self.taps}, normalization={expected and expected.name!r}, "
+            f"value_range={self.pixels.value_range}, data_format={self.pixels.data_format!r}"
+        )
+
+    # Checkpointing
+
+    def _in_parts(self) -> torch.fx.GraphModule:
+        """The network cut behind each pool, on the same children; each part is computed again."""
+        if self._parts is None:
+            part = 0
+            parts: dict[torch.fx.Node, int] = {}
+            for node in self.network.graph.nodes:
+                parts[node] = part
+                if node.op == "call_module":
+                    part += isinstance(self.network.get_submodule(node.target), POOLS)
+            split: Any = split_module(self.network, nn.Module(), parts.__getitem__)
+            for name, child in list(split.named_children()):
+                split.add_module(name, _Again(child))
+            # Not a child: its parameters are listed under the network's own names already.
+            object.__setattr__(self, "_parts", split)
+        assert self._parts is not None
+        return self._parts
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles cut their own network anew."""
+        return self.__dict__ | {"_parts": None}
+
+
+class _Again(nn.Module):
+    """A part of a network that keeps its input alone, and computes the rest again in backward."""
+
+    def __init__(self, part: nn.Module) -> None:
+        super().__init__()
+        self.part = part
+
+    def forward(self, *values: Tensor) -> Any:
+        return run_checkpointed(self.part, *values, use_reentrant=False)
+
+
+def _on_cpu(images: Any) -> bool:
+    """Whether looking at the values costs no wait for a GPU."""
+    return isinstance(images, Tensor) and images.device.type == "cpu"
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return isinstance(module, nn.modules.batchnorm._BatchNorm)
+
+
+def _checked_taps(taps: Sequence[str]) -> list[str]:
+    if isinstance(taps, str) or not taps or not all(isinstance(tap, str) for tap in taps):
+        raise ValueError(
+            f"Received taps={taps!r}; expected a list of layers' names, such as "
+            f"['block1_conv2_relu', 'block2_pool']."
+        )
+    if len(set(taps)) < len(taps):
+        raise ValueError(f"Received taps={list(taps)!r}, in which a name stands twice.")
+    return list(taps)
+
+
+def _channels(model: keras.Model) -> int:
+    """The channels of the model's one image; ValueError where it takes something else."""
+    shapes = [tuple(tensor.shape) for tensor in model.inputs]
+    first = keras.config.image_data_format() == "channels_first"
+    channels = shapes[0][1 if first else -1] if len(shapes) == 1 and len(shapes[0]) == 4 else None
+    if channels is None:
+        raise ValueError(
+            f"Received the model {model.name!r} with inputs of shape {shapes}; expected one batch "
+            f"of images, (N, H, W, channels)."
+        )
+    return channels
+
+
+def _normalization(model: keras.Model, name: str | None) -> tuple[WeightSet | None, bool]:
+    """The arithmetic for a model's images, and whether the model has its own and wants 0 to 255."""
+    if name is None:
+        return None, False
+    inside = any(layer.name.endswith(PREPROCESSING_SUFFIX) for layer in model.layers)
+    if name == "model":
+        if inside:
+            return None, True
+        remembered = weight_set(model)
+        if remembered is None:
+            raise ValueError(
+                f"The model {model.name!r} does not say which weight set it belongs to. Pass "
+                f"normalization={' | '.join(map(repr, WEIGHT_SETS))}, or None for images that are "
+                f"ready for the network."
+            )
+        name = remembered
+    elif inside:
+        raise ValueError(
+            f"Received normalization={name!r} for {model.name!r}, which has its preprocessing "
+            f"inside. Leave normalization out."
+        )
+    return weight_set_named(name), False
+
+
+# Taps
+
+
+def _tap_(network: TorchNetwork, taps: Sequence[str]) -> None:
+    """Let the network return the values of these layers in a dict, and drop what is behind them."""
+    calls: dict[str, list[torch.fx.Node]] = {}
+    for node in network.graph.nodes:
+        if node.op == "call_module":
+            calls.setdefault(str(node.target), []).append(node)
+    values: dict[str, torch.fx.Node] = {}
+    for tap in taps:
+        name = _layer(tap, calls)
+        if len(calls[name]) > 1:
+            raise ValueError(
+                f"The layer {name!r} is called {len(calls[name])} times, so it has no one value to "
+                f"tap. Name a layer before or behind it."
+            )
+        values[tap] = calls[name][0]
+    (end,) = (node for node in network.graph.nodes if node.op == "output")
+    with network.graph.inserting_before(end):
+        for tap, node in values.items():
+            if _channels_are_last(node):
+                values[tap] = network.graph.call_function(_channels_to_front, (node,))
+    end.args = (values,)
+    network.graph.eliminate_dead_code()
+    network.recompile()
+    network.delete_all_unused_submodules()
+
+
+def _layer(tap: str, calls: dict[str, list[torch.fx.Node]]) -> str:
+    """The name in the network of the layer that a tap means."""
+    if tap in calls:
+        return tap
+    if short := _SHORT_NAME.fullmatch(tap):
+        kind, block, number, pool = short.groups()
+        meant = {
+            "conv": [f"block{block}_conv{number}"],
+            "relu": [f"block{block}_relu{number}", f"block{block}_conv{number}_relu"],
+            None: [f"block{pool}_pool"],
+        }[kind]
+        for name in meant:
+            if name in calls:
+                return name
+    near = difflib.get_close_matches(tap, calls, n=3)
+    hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
+    nested = "/" in tap or any(tap in f"{name}/" for name in calls)
+    flat = " A layer of a nested model can't be tapped: tap that model itself." if nested else ""
+    raise ValueError(f"No layer {tap!r} can be tapped.{hint}{flat} Layers: {', '.join(calls)}.")
+
+
+def _channels_are_last(node: torch.fx.Node) -> bool:
+    """Whether a value in `to_torch`'s channels-first graph has its channels last after all.
+
+    Layers that Keras runs, and some that work on the last axis, take and give them there; a
+    permutation before and behind them changes between the two.
+    """
+    while node.op != "placeholder":
+        if node.op == "call_method" and node.target == "permute":
+            order = node.args[1:]  # (0, last, 1, ...) brings the channels to axis 1
+            return bool(order[1] != len(order) - 1)
+        if node.op == "call_method" and node.target == "reshape":
+            return True
+        sources = node.all_input_nodes
+        if not sources:
+            return False
+        node = sources[0]
+    return False
+
+
+def _channels_to_front(value: Tensor) -> Tensor:
+    return value.movedim(-1, 1) if value.ndim > 2 else value  # (N, ..., C) -> (N, C, ...) view
