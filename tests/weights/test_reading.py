@@ -32,7 +32,7 @@ def test_what_is_written_is_read(tmp_path: Path, ending: str) -> None:
     checkpoint = sources.read(path)
     assert_same(checkpoint.tensors, small_state())
     assert checkpoint.form == "torchvision"
-    assert checkpoint.weight_set == ("imagenet" if ending == "safetensors" else None)
+    assert checkpoint.weight_set == "imagenet"
     assert sorted(os.listdir(tmp_path)) == [path.name]
 
 
@@ -69,7 +69,7 @@ def test_every_form_of_keras(tmp_path: Path, keras_model: keras.Model, ending: s
     checkpoint = sources.read(path.rename(tmp_path / "any.name"))  # content tells, not the ending
     assert_same(checkpoint.tensors, expected)
     assert checkpoint.form == "keras"
-    assert checkpoint.weight_set == ("oxford" if ending == "keras" else None)
+    assert checkpoint.weight_set == ("oxford" if ending in ("keras", "h5") else None)
 
 
 @pytest.mark.parametrize("channels_last", [False, True])

@@ -3,9 +3,10 @@
 The way of weights is: find, read, convert, store a copy, map it. Read `sources` first (finding,
 fetching, reading any form, writing), then `published` (the table of checkpoints), `downloads` (from
 a server, the hub or a package index), `readers` (the forms of file: PyTorch's and Keras's own, with
-`hdf5`, `safetensors`, `onnx` and the check of `pickles` in a file each), `conversion` (pure maps
-between torchvision's names and layouts and Keras's) and `copies` (Keras's tensors in the cache,
-mapped at every later load). Nothing here knows Keras.
+`hdf5`, `safetensors`, `onnx` and the check of `pickles` in a file each), `state_dicts` (where
+trainers put one, and what wrappers put before its names), `conversion` (pure maps between
+torchvision's names and layouts and Keras's) and `copies` (Keras's tensors in the cache, mapped at
+every later load). Nothing here knows Keras.
 """
 
 from vggtorch.weights.conversion import (
@@ -23,7 +24,7 @@ from vggtorch.weights.conversion import (
 from vggtorch.weights.copies import converted, verify
 from vggtorch.weights.pickles import unpickled
 from vggtorch.weights.published import PUBLISHED, Published, publications
-from vggtorch.weights.sources import Checkpoint, fetch, find, local_copies, read, write
+from vggtorch.weights.sources import Checkpoint, fetch, find, from_memory, local_copies, read, write
 
 __all__ = [
     "PUBLISHED",
@@ -34,6 +35,7 @@ __all__ = [
     "converted",
     "fetch",
     "find",
+    "from_memory",
     "identify",
     "keras_to_timm",
     "keras_to_torchvision",

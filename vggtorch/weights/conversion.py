@@ -6,8 +6,9 @@ round trip is exact to the bit. Keras tensors are named `layer/variable` ("block
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isqrt, prod
 from typing import Literal
 
@@ -25,6 +26,7 @@ from vggtorch.architectures import (
 )
 
 Shape = tuple[int, ...]
+TORCHVISION = re.compile(r"(?:features|classifier)\.\d+\.\w+$")  # torchvision's names of weights
 
 
 @dataclass(frozen=True)
@@ -272,8 +274,41 @@ def to_views(tensors: Mapping[str, torch.Tensor], form: str) -> dict[str, torch.
     if form == "timm":
         tensors = _timm_to_torchvision(tensors)
     elif form == "onnx":
-        tensors = _onnx_to_torchvision(tensors)
-    return _views(tensors)
+        return _views(_onnx_to_torchvision(tensors))
+    kept = {k: v for k, v in tensors.items() if not k.endswith(".num_batches_tracked")}
+    vgg = {key for key in kept if TORCHVISION.match(key)}
+    if not _fits({key: kept[key] for key in vgg}):  # a classifier of the user's own
+        vgg = {key for key in vgg if key.startswith("features.")}
+    converted = _converted({key: kept[key] for key in vgg}) if vgg else {}
+    return converted | {key: tensor for key, tensor in kept.items() if key not in vgg}
+
+
+def _fits(tensors: Mapping[str, torch.Tensor]) -> bool:
+    """Whether torchvision's names and shapes are all those of one network."""
+    shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+    return bool(shapes) and not _candidates(shapes, "torch")[0].misfits
+
+
+def _converted(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """As `_views`; a convolution may have other numbers of channels than the network's own has.
+
+    Whether the model that they go into has the same ones is seen there.
+    """
+    if _fits(tensors):
+        return _views(tensors)
+    shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+    nearest = min(_candidates(shapes, "torch"), key=lambda c: c.misfits - len(c.differing))
+    if (
+        nearest.unexpected
+        or nearest.missing
+        or any(key.startswith("classifier") for key in tensors)
+    ):
+        return _views(tensors)  # which raises
+    return {
+        rule.keras_key: replace(rule, split=shapes[key]).to_view(tensors[key])
+        for key, rule in nearest.table.items()
+        if key in tensors and len(shapes[key]) == len(rule.split)
+    }
 
 
 def traced(

@@ -15,6 +15,7 @@ import warnings
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import filelock
 
@@ -23,7 +24,8 @@ from vggtorch.weights import conversion, safetensors, sources
 from vggtorch.weights.published import PUBLISHED
 from vggtorch.weights.sources import Checkpoint
 
-_LAYOUT = "keras, output channels first, fc1 unflattened"  # another one makes all copies anew
+# Another layout makes all copies anew.
+_LAYOUT = "keras, output channels first, fc1 unflattened, other layers under their own names"
 _UNTOUCHED = 315532800  # 1980-01-01 in seconds, exact on every file system
 
 
@@ -57,7 +59,7 @@ def converted(path: str | os.PathLike) -> Checkpoint:
     tensors = conversion.to_keras(checkpoint.tensors, checkpoint.form)
     # Some are mapped from the user's file, which may change; those of the model must not.
     tensors = {key: tensor.clone() for key, tensor in tensors.items()}
-    return replace(checkpoint, form="keras", tensors=tensors)
+    return replace(checkpoint, form="keras", tensors=tensors)  # its origin stays
 
 
 def _place(source: Path) -> Path:
@@ -82,9 +84,11 @@ def _read_copy(copy: Path) -> Checkpoint | None:
         for key, tensor in tensors.items():
             if key.endswith("/kernel"):
                 tensors[key] = tensor.movedim(0, -1)  # (O, ..., I) -> (..., I, O) view
-        if metadata["form"] != "keras":  # there fc1 may be a convolution of the user's
+        origin: Any = metadata["form"]
+        if origin != "keras":  # there fc1 may be a convolution of the user's
             tensors = conversion.flattened(tensors)
-        return Checkpoint(tensors, "keras", metadata.get("weight_set"), copy)
+        unnamed, note = "unnamed" in metadata, metadata.get("note")
+        return Checkpoint(tensors, "keras", metadata.get("weight_set"), copy, origin, unnamed, note)
     return None
 
 
@@ -103,8 +107,12 @@ def _make_copy(source: Path, copy: Path) -> Checkpoint:
         for key, tensor in tensors.items()
     }
     metadata = {"source": str(source), "form": checkpoint.form}
-    if checkpoint.weight_set:
-        metadata["weight_set"] = checkpoint.weight_set
+    said = {
+        "weight_set": checkpoint.weight_set,
+        "note": checkpoint.note,
+        "unnamed": "yes" if checkpoint.unnamed else None,
+    }
+    metadata |= {name: text for name, text in said.items() if text}
     with files.atomic(copy) as temporary:
         safetensors.write(temporary, stored, metadata)
         if _place(source) != copy:

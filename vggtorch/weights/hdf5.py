@@ -5,13 +5,20 @@ file as a script, with a time limit, and maps the values itself:
 
     python -P hdf5.py FILE
 
-prints as JSON, for each weight, its name -> [byte where its values begin, shape, dtype], or what is
-wrong with the file as one line on standard error. FILE may be a .keras archive.
+prints as JSON, in `spans`, each weight's name -> [byte where its values begin, shape, dtype], and
+beside it what the file says of the model: `config`, `weight_set`, and `unnamed`, where layers have
+their place in the model instead of a name. What is wrong with the file is one line on standard
+error; the exit status 3 says that it is whole, but nothing that is read here. FILE may be a .keras
+archive.
+
+Names are `layer/variable`, with the nested model's name before them. Keras's own form has no names
+of variables: they are `kernel` and `bias`, or batch norm's, where there is no doubt, and numbers.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import sys
 import zipfile
 from collections.abc import Iterator
@@ -21,6 +28,11 @@ from typing import Any
 import h5py
 
 Span = tuple[int, list[int], str]
+DEEPEST = 32  # groups inside of groups
+
+
+class UnsupportedError(ValueError):
+    """The file is whole, and nothing that is read here."""
 
 
 @contextmanager
@@ -54,39 +66,66 @@ def _span(group: h5py.Group, name: str) -> Span:
         group = _inner(group, folder, h5py.Group)
     dataset = _inner(group, last, h5py.Dataset)
     if dataset.external or dataset.is_virtual:
-        raise ValueError(f"{name} keeps its values outside of the file")
+        raise UnsupportedError(f"{name} keeps its values outside of the file")
     offset = dataset.id.get_offset()
     if offset is None:
-        raise ValueError(f"{name} is chunked, compressed or empty; Keras writes it whole")
+        raise UnsupportedError(f"{name} is chunked, compressed or empty; Keras writes it whole")
     return offset, list(dataset.shape), dataset.dtype.str
 
 
 def _variables(layer: str, spans: list[Span]) -> dict[str, Span]:
     """A layer's weights by name; in the file they have an order only."""
-    names = ["kernel", "bias"]
-    if len(spans) == 4 and all(len(shape) == 1 for _, shape, _ in spans):
+    ranks = [len(shape) for _, shape, _ in spans]
+    names = [str(i) for i in range(len(spans))]
+    if ranks == [1, 1, 1, 1]:
         names = ["gamma", "beta", "moving_mean", "moving_variance"]
-    if len(spans) > len(names):
-        raise ValueError(f"{layer} has {len(spans)} weights; no layer of VGG has that many")
+    elif ranks and ranks[0] > 1 and ranks[1:] in ([], [1]):
+        names = ["kernel", "bias"]
     return {f"{layer}/{name}": span for name, span in zip(names, spans, strict=False)}
 
 
-def _layers_of_keras3(group: h5py.Group, prefix: str = "") -> Iterator[tuple[str, list[Span]]]:
-    """The layers of `.weights.h5`, models nested in the model included."""
-    layers = _inner(group, "layers", h5py.Group)
-    for key in layers:
-        layer = _inner(layers, key, h5py.Group)
-        if "vars" not in layer:
+# Keras 3's own form, which Keras 2 wrote too from 2.12 on, without the names
+
+
+def _in_order(names: Any) -> list[str]:
+    """Names such as dense, dense_1, ..., dense_10 by their numbers."""
+
+    def key(name: str) -> tuple[str, int]:
+        match = re.fullmatch(r"(.*?)(?:_(\d+))?", name)
+        assert match is not None
+        return match[1], int(match[2] or 0)
+
+    return sorted(names, key=key)
+
+
+def _layers_of_keras3(
+    group: h5py.Group, prefix: str, deep: int = 0
+) -> Iterator[tuple[str, list[Span], bool]]:
+    """Name, weights, and whether the name is the layer's own, of the layers in a group.
+
+    Models keep theirs in `layers`; what a layer has inside of it stands beside its `vars`.
+    """
+    if deep > DEEPEST:
+        raise ValueError("its groups are nested without end")
+    inside = ["layers"] if "layers" in group else [k for k in _in_order(group) if k != "vars"]
+    for key in inside:
+        if "seed_generator" in key:  # what random layers draw from
             continue
-        variables = _inner(layer, "vars", h5py.Group)
+        child = _inner(group, key, h5py.Group)
+        if "vars" not in child:  # a list of layers
+            yield from _layers_of_keras3(child, prefix, deep + 1)
+            continue
+        variables = _inner(child, "vars", h5py.Group)
         name = variables.attrs.get("name")
-        if not isinstance(name, str):
-            raise ValueError("it does not name its layers; load it with Keras and save it again")
-        yield prefix + name, [_span(variables, str(i)) for i in range(len(variables))]
-        if "layers" in layer:
-            if prefix.count("/") > 16:
-                raise ValueError("its groups are nested without end")
-            yield from _layers_of_keras3(layer, f"{prefix}{name}/")
+        named = isinstance(name, str)
+        path = f"{prefix}{name if named else key}"
+        spans = [_span(variables, str(i)) for i in range(len(variables))]
+        if spans:
+            yield path, spans, named
+        yield from _layers_of_keras3(child, f"{path}/", deep + 1)
+
+
+# Keras's older form
 
 
 def _texts(group: h5py.Group, name: str) -> list[str]:
@@ -99,32 +138,66 @@ def _texts(group: h5py.Group, name: str) -> list[str]:
     return [text.decode() if isinstance(text, bytes) else str(text) for text in listed]
 
 
-def _layers_of_legacy(root: h5py.Group) -> Iterator[tuple[str, list[Span]]]:
+def _weights_of_legacy(layer: str, group: h5py.Group) -> dict[str, Span]:
+    """The weights of one layer, or of a nested model, which stand under the names of its layers."""
+    written = _texts(group, "weight_names")
+    spans = [_span(group, name) for name in written]
+    paths = []
+    for name in written:
+        path = re.sub(r":\d+$", "", name).split("/")
+        while len(path) > 1 and path[0] == layer:
+            del path[0]
+        paths.append(path)
+    old = all(path[-1].startswith(f"{layer}_") for path in paths)  # block1_conv1_W_1, of Keras 1
+    if old or not paths:
+        return _variables(layer, spans)
+    return {f"{layer}/{'/'.join(path)}": span for path, span in zip(paths, spans, strict=True)}
+
+
+def _layers_of_legacy(root: h5py.Group) -> Iterator[tuple[str, dict[str, Span]]]:
     """The layers of keras.applications' files and of models saved as `.h5`."""
     group = _inner(root, "model_weights", h5py.Group) if "model_weights" in root else root
     for name in _texts(group, "layer_names"):
-        layer = _inner(group, name, h5py.Group)
-        yield name, [_span(layer, weight) for weight in _texts(layer, "weight_names")]
+        yield name, _weights_of_legacy(name, _inner(group, name, h5py.Group))
 
 
-def spans(path: str) -> dict[str, Span]:
-    """Name -> where its values begin, shape and dtype, of every weight in a file.
+def found(path: str) -> dict[str, Any]:
+    """What the module's docstring says of a file.
 
     Raises what h5py raises, and ValueError for what Keras does not write.
     """
-    found: dict[str, Span] = {}
+    spans: dict[str, Span] = {}
     with _opened(path) as root:
-        layers = _layers_of_keras3(root) if "layers" in root else _layers_of_legacy(root)
-        for layer, listed in layers:
-            variables = _variables(layer, listed)
-            if found.keys() & variables.keys():
-                raise ValueError(f"layer {layer} is there twice")
-            found.update(variables)
-    return found
+        unnamed, said = False, {}
+        layers: list[tuple[str, dict[str, Span]]]
+        if "layers" in root:
+            walked = list(_layers_of_keras3(root, ""))
+            layers = [(name, _variables(name, listed)) for name, listed, _ in walked]
+            unnamed = not all(named for _, _, named in walked)
+        elif "layer_names" in root.attrs or "model_weights" in root or "layer_names0" in root.attrs:
+            layers = list(_layers_of_legacy(root))
+        else:
+            raise UnsupportedError(
+                "it holds no layers as Keras's Functional and Sequential models write them"
+            )
+        for layer, variables in layers:
+            if spans.keys() & variables.keys():
+                raise UnsupportedError(f"layer {layer} is there twice")
+            spans.update(variables)
+        for name in ("model_config", "vggtorch_weight_set"):
+            text = root.attrs.get(name)
+            said[name] = text.decode() if isinstance(text, bytes) else text
+    return {
+        "spans": spans,
+        "config": said["model_config"],
+        "weight_set": said["vggtorch_weight_set"],
+        "unnamed": unnamed,
+    }
 
 
 if __name__ == "__main__":
     try:
-        print(json.dumps(spans(sys.argv[1])))
+        print(json.dumps(found(sys.argv[1])))
     except Exception as error:  # whatever the library makes of a damaged file
-        sys.exit(" ".join(str(error).split()) or type(error).__name__)
+        print(" ".join(str(error).split()) or type(error).__name__, file=sys.stderr)
+        sys.exit(3 if isinstance(error, UnsupportedError) else 1)

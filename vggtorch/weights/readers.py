@@ -19,7 +19,8 @@ from typing import Any
 import torch
 
 from vggtorch.weight_sets import WEIGHT_SETS
-from vggtorch.weights import onnx, pickles, safetensors
+from vggtorch.weights import onnx, pickles, safetensors, state_dicts
+from vggtorch.weights.state_dicts import UnsupportedError
 
 Tensors = dict[str, torch.Tensor]
 Reader = Callable[[Path], tuple[Tensors, Mapping[str, str]]]
@@ -63,61 +64,44 @@ def read_zip(path: Path) -> tuple[Tensors, Mapping[str, str]]:
         if broken := archive.testzip():
             raise ValueError(f"{broken} does not match its checksum")
         if "model.weights.h5" in names:
-            # A model of ours remembers its weight set in its class, such as OxfordModel.
-            kind = json.loads(archive.read("config.json")).get("class_name")
-            weight_set = {f"{name.capitalize()}Model": name for name in WEIGHT_SETS}.get(kind)
+            config = json.loads(archive.read("config.json"))
             # The member's own header stands before it, in which two lengths vary.
             member = archive.getinfo("model.weights.h5")
             with path.open("rb") as file:
                 file.seek(member.header_offset + 26)
                 start = file.tell() + 4 + sum(struct.unpack("<HH", file.read(4)))
-            return _h5_tensors(path, start), {"weight_set": weight_set} if weight_set else {}
+            tensors, said = _h5_tensors(path, start)
+            return tensors, {**said, **_remembered(config)}
     if not any(name.endswith("data.pkl") for name in names):
         raise ValueError("the archive holds neither PyTorch's nor Keras's weights")
-    return _unwrapped(pickles.unpickled(path, mmap=True)), {}
+    return _unwrapped(pickles.unpickled(path, mmap=True))
 
 
 def read_pickle(path: Path) -> tuple[Tensors, Mapping[str, str]]:
     """PyTorch's form before 1.6, a run of pickles; what isn't a tensor is refused unread."""
-    return _unwrapped(pickles.unpickled(path)), {}
+    return _unwrapped(pickles.unpickled(path))
 
 
-def _unwrapped(loaded: object) -> Tensors:
-    """The state_dict in what torch.load gave, which may stand inside a training checkpoint."""
-    if isinstance(loaded, dict):
-        for key in ("state_dict", "model_state_dict", "model"):
-            if isinstance(loaded.get(key), dict):
-                loaded = loaded[key]
-                break
-    if not isinstance(loaded, dict) or not loaded:
-        raise ValueError("it does not hold a state_dict")
-    tensors = {}
-    for key, value in loaded.items():
-        if not isinstance(key, str) or type(value) not in (torch.Tensor, torch.nn.Parameter):
-            raise ValueError(f"{key!r} is a {type(value).__name__}, expected a tensor")
-        tensor = value.detach()
-        if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
-            raise ValueError(f"{key} is not a plain tensor")
-        if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
-            raise ValueError(f"{key} claims more values than are stored")
-        tensors[key.removeprefix("module.")] = tensor  # of DataParallel
-    if len(tensors) != len(loaded):
-        raise ValueError("a name stands in it with and without 'module.'")
-    return tensors
+def _unwrapped(loaded: object) -> tuple[Tensors, Mapping[str, str]]:
+    """The state_dict in what torch.load gave, and what is said beside it."""
+    tensors, weight_set, note = state_dicts.state_dict_in(loaded)
+    said = {"weight_set": weight_set, "note": note}
+    return tensors, {key: text for key, text in said.items() if text}
 
 
 # HDF5
 
 H5_TIMEOUT = 20.0  # seconds
+H5_UNSUPPORTED = 3  # exit status of hdf5.py: the file is whole, and nothing that is read here
 _H5_DTYPES = {"<f2": torch.float16, "<f4": torch.float32, "<f8": torch.float64}
 
 
 def read_h5(path: Path) -> tuple[Tensors, Mapping[str, str]]:
     """Keras's .weights.h5 and its legacy .h5."""
-    return _h5_tensors(path, 0), {}
+    return _h5_tensors(path, 0)
 
 
-def _h5_tensors(path: Path, start: int) -> Tensors:
+def _h5_tensors(path: Path, start: int) -> tuple[Tensors, dict[str, str]]:
     """The weights in Keras's forms of HDF5, mapped; `start` is where the form begins in the file.
 
     Another process finds them, since damaged files crash or hang the HDF5 library (hdf5.py).
@@ -137,18 +121,43 @@ def _h5_tensors(path: Path, start: int) -> Tensors:
         raise ValueError("the HDF5 library crashes on it")
     if done.returncode > 0:
         lines = done.stderr.decode(errors="replace").strip().splitlines()
-        raise ValueError(lines[-1] if lines else "the HDF5 library can't read it")
+        kind = UnsupportedError if done.returncode == H5_UNSUPPORTED else ValueError
+        raise kind(lines[-1] if lines else "the HDF5 library can't read it")
+    found = json.loads(done.stdout)
     size = path.stat().st_size
     storage = torch.UntypedStorage.from_file(str(path), False, size)
     tensors = {}
-    for key, (offset, shape, code) in json.loads(done.stdout).items():
+    for key, (offset, shape, code) in found["spans"].items():
         if code not in _H5_DTYPES:
-            raise ValueError(f"{key} has dtype {code}, expected floating point")
+            raise UnsupportedError(f"{key} has dtype {code}, expected floating point")
         begin, length = start + offset, math.prod(shape) * _H5_DTYPES[code].itemsize
         if begin < 0 or begin + length > size:
             raise ValueError(f"{key} claims more values than are stored")
         tensors[key] = _mapped(storage, begin, length, _H5_DTYPES[code], shape)
-    return tensors
+    said = _remembered(json.loads(found["config"])) if found["config"] else {}
+    if found["weight_set"]:
+        said["weight_set"] = found["weight_set"]
+    if found["unnamed"]:
+        said["unnamed"] = "yes"
+    return tensors, said
+
+
+def _remembered(config: object) -> dict[str, str]:
+    """The weight set that a model's configuration tells of, its nested models' included.
+
+    A model remembers it in its class, such as OxfordModel.
+    """
+    kinds = {f"{name.capitalize()}Model": name for name in WEIGHT_SETS}
+    found, left = set(), [config]
+    while left:
+        value = left.pop()
+        if isinstance(value, dict):
+            found.add(kinds.get(str(value.get("class_name"))))
+            left += value.values()
+        elif isinstance(value, list):
+            left += value
+    found.discard(None)
+    return {"weight_set": str(found.pop())} if len(found) == 1 else {}
 
 
 def _mapped(

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import errno
 import os
+from collections import OrderedDict
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import filelock
 import numpy as np
@@ -21,10 +22,11 @@ import torch
 
 from vggtorch import files
 from vggtorch.weight_sets import weight_set_named
-from vggtorch.weights import downloads, onnx, readers, safetensors
+from vggtorch.weights import conversion, downloads, onnx, readers, safetensors, state_dicts
 from vggtorch.weights.published import PUBLISHED, Published, publication_of, publications
+from vggtorch.weights.state_dicts import UnsupportedError
 
-Form = Literal["torchvision", "timm", "keras", "onnx"]
+Form = Literal["torchvision", "timm", "torch", "keras", "onnx"]
 
 
 @dataclass(frozen=True)
@@ -35,16 +37,24 @@ class Checkpoint:
         tensors: name -> tensor on the CPU, mapped where the file's form allows it, so that memory
             is used where a tensor is touched.
         form: whose names these are. `keras`: "block1_conv1/kernel". `torchvision`:
-            "features.0.weight". `timm`: "pre_logits.fc1.weight". `onnx`: "conv0.weight",
+            "features.0.weight". `timm`: "pre_logits.fc1.weight". `torch`: another network's,
+            such as that of `to_torch`, "block1_conv1.weight". `onnx`: "conv0.weight",
             "dense0.weight" in graph order, laid out as torch does, (O, I, H, W) and (out, in).
         weight_set: whose preprocessing they expect, where the file or its hash tells.
-        path: the file.
+        path: the file; of tensors in memory, what messages call them.
+        origin: the form that the tensors had before they were converted.
+        unnamed: its layers have the places that they had in their model for names, as Keras 2 wrote
+            them: "conv2d_1/kernel".
+        note: what a user should hear of the file, such as which part of it was not taken.
     """
 
     tensors: dict[str, torch.Tensor]
     form: Form
     weight_set: str | None
     path: Path
+    origin: Form
+    unnamed: bool = False
+    note: str | None = None
 
 
 # Finding
@@ -185,7 +195,33 @@ def read(path: str | os.PathLike) -> Checkpoint:
             weight_set_named(weight_set)
         except ValueError as error:
             raise ValueError(f"{path} is damaged: {error}") from error
-    return Checkpoint(tensors, _form(tensors, reader), weight_set, path)
+    form = "onnx" if reader is onnx.read else _form(tensors)
+    unnamed, note = "unnamed" in metadata, metadata.get("note")
+    return Checkpoint(tensors, form, weight_set, path, form, unnamed, note)
+
+
+def from_memory(state: Mapping[str, Any]) -> Checkpoint:
+    """The named tensors of a state_dict, or of dicts around one, as torch.load gives them.
+
+    Args:
+        state: name -> tensor or array, on any device; names as any file may have them.
+
+    Raises:
+        ValueError: no tensors, or values that are not finite.
+    """
+    if any(isinstance(value, np.ndarray) for value in state.values()):
+        state = {k: torch.tensor(v) if isinstance(v, np.ndarray) else v for k, v in state.items()}
+    tensors, weight_set, note = state_dicts.state_dict_in(state)
+    tensors = _named(tensors)
+    for key, reason in _wrong(tensors).items():
+        raise ValueError(f"The state_dict can't be loaded: {key} {reason}.")
+    form = _form(tensors)
+    return Checkpoint(tensors, form, weight_set, Path("state_dict"), form, note=note)
+
+
+def _named(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tensors by plain names, where they have torch's."""
+    return tensors if any("/" in key for key in tensors) else state_dicts.plain_names(tensors)
 
 
 def _read_values(
@@ -194,7 +230,10 @@ def _read_values(
     """Tensors and metadata of a file, and what is wrong with each tensor that isn't a weight."""
     try:
         tensors, metadata = reader(path)
+        tensors = tensors if reader is onnx.read else _named(tensors)
         return tensors, metadata, _wrong(tensors)
+    except UnsupportedError as error:
+        raise ValueError(f"{path} can't be loaded: {error}.") from error
     except OSError as error:
         if error.errno != errno.EINVAL:  # zipfile seeks to nowhere where the content is bad
             raise
@@ -227,20 +266,20 @@ def _finite(tensor: torch.Tensor) -> bool:
     """
     values = tensor.reshape(-1)
     for block in values.split(1 << 18):
-        array = (block.float() if block.element_size() == 2 else block).numpy()
+        array = (block.float() if block.element_size() == 2 else block).cpu().numpy()
         if array.size and not np.isfinite([array.min(), array.max()]).all():
             return False
     return True
 
 
-def _form(tensors: Mapping[str, torch.Tensor], reader: readers.Reader) -> Form:
-    if reader is onnx.read:
-        return "onnx"
+def _form(tensors: Mapping[str, torch.Tensor]) -> Form:
     if any("/" in key for key in tensors):
         return "keras"
     if any(key.startswith(("pre_logits.", "head.fc.")) for key in tensors):
         return "timm"
-    return "torchvision"
+    if any(conversion.TORCHVISION.match(key) for key in tensors):
+        return "torchvision"
+    return "torch"
 
 
 # Writing
@@ -254,7 +293,7 @@ def write(
     Args:
         path: its ending chooses the form.
         tensors: name -> tensor, on any device.
-        weight_set: kept in a .safetensors file; PyTorch's own form has no place for it.
+        weight_set: kept in the metadata of either form.
 
     Raises:
         ValueError: another ending.
@@ -270,5 +309,10 @@ def write(
             metadata = {"weight_set": weight_set} if weight_set else {}
             safetensors.write(temporary, tensors, metadata)
         else:
+            state = OrderedDict((k, t.detach().cpu().contiguous()) for k, t in tensors.items())
+            # Where torch keeps the versions of modules: no name of a tensor, so load_state_dict
+            # takes the dict as it is.
+            said = {"version": 1} | ({"weight_set": weight_set} if weight_set else {})
+            vars(state)["_metadata"] = OrderedDict({"": said})
             with temporary.open("wb") as file:  # torch's own writer doesn't say that a disk is full
-                torch.save({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, file)
+                torch.save(state, file)

@@ -1,0 +1,197 @@
+"""State dicts as torch's ecosystem writes them: where they stand in a file, and their plain names.
+
+A trainer puts a state_dict inside of a checkpoint, and wrappers put names before the network's own:
+DataParallel's `module.`, torch.compile's `_orig_mod.`, a Lightning module's `model.`. Here the
+state_dict is found and its names become those that the network itself has. Nothing is guessed: two
+networks in one file are refused.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+
+from vggtorch.architectures import WIDTHS
+
+Tensors = dict[str, torch.Tensor]
+Way = tuple[str, ...]
+
+
+class UnsupportedError(ValueError):
+    """A file, or a dict, that is whole and holds what can't be loaded."""
+
+
+# What trainers call the state_dict, the likeliest first.
+_USUAL = (
+    "state_dict", "model_state_dict", "model_state", "model", "net", "network", "module", "weights",
+    "params", "backbone",
+)  # fmt: skip
+_AVERAGED = re.compile(r"ema|swa|averag|teacher", re.IGNORECASE)
+_DEEPEST = 4  # dicts inside of dicts that are looked into
+
+
+def state_dict_in(loaded: object) -> tuple[Tensors, str | None, str | None]:
+    """The state_dict in what torch.load gave.
+
+    Args:
+        loaded: a state_dict, or dicts around one, as a training checkpoint has them.
+
+    Returns:
+        The tensors by their names, the weight set that `save_weights` has noted beside them, and
+        what to tell the user: which other state_dict of the file was not taken.
+
+    Raises:
+        UnsupportedError: none, or several of which none is the usual one.
+        ValueError: values that are no tensors.
+    """
+    found = dict(_state_dicts(loaded, ()))
+    note = None
+    if found:
+        way = _likeliest(list(found))
+        chosen: Any = found[way]
+        others = [_subscript(other) for other in found if other != way]
+        if others:
+            note = (
+                f"The file holds several state_dicts; {_subscript(way)} was taken, and not "
+                f"{' or '.join(others)}. To take another, load it by itself: "
+                f"vt.load_weights(model, torch.load(path){others[0]})."
+            )
+    else:
+        chosen = loaded
+        if isinstance(loaded, dict):
+            chosen = next((loaded[k] for k in _USUAL if isinstance(loaded.get(k), dict)), loaded)
+    if not isinstance(chosen, Mapping) or not chosen:
+        raise UnsupportedError(
+            f"it holds a {type(loaded).__name__}, and no state_dict (a dict of tensors). Save "
+            f"model.state_dict()"
+        )
+    said = getattr(chosen, "_metadata", None)
+    said = said.get("") if isinstance(said, Mapping) else None
+    weight_set = said.get("weight_set") if isinstance(said, Mapping) else None
+    return _checked(chosen), weight_set if isinstance(weight_set, str) else None, note
+
+
+def _state_dicts(value: object, way: Way) -> Iterator[tuple[Way, Mapping[Any, Any]]]:
+    """The dicts that name tensors as networks do, with a dot or a slash, and the way to each."""
+    if not isinstance(value, Mapping):
+        return
+    if any(
+        isinstance(key, str) and re.search(r"[./]", key) and isinstance(inner, torch.Tensor)
+        for key, inner in value.items()
+    ):
+        yield way, value
+    elif len(way) < _DEEPEST:
+        for key, inner in value.items():
+            if isinstance(key, str):
+                yield from _state_dicts(inner, (*way, key))
+
+
+def _likeliest(ways: list[Way]) -> Way:
+    """The way to the weights that were trained; averages of them are taken where they are alone."""
+
+    def rank(way: Way) -> tuple[bool, int]:
+        averaged = any(_AVERAGED.search(key) for key in way)
+        last = way[-1] if way else ""
+        return averaged, _USUAL.index(last) if last in _USUAL else len(_USUAL)
+
+    ranks = sorted(map(rank, ways))
+    if len(ranks) > 1 and ranks[0] == ranks[1]:
+        listed = ", ".join(map(_subscript, ways))
+        raise UnsupportedError(
+            f"it holds several state_dicts: {listed}. Load one of them by itself: "
+            f"vt.load_weights(model, torch.load(path){_subscript(ways[0])})"
+        )
+    return min(ways, key=rank)
+
+
+def _subscript(way: Way) -> str:
+    return "".join(f"[{key!r}]" for key in way) or "the outermost"
+
+
+def _checked(state: Mapping[Any, Any]) -> Tensors:
+    """The tensors of a state_dict without what isn't a weight; ValueError for other values."""
+    tensors = {}
+    for key, value in state.items():
+        if not isinstance(key, str) or type(value) not in (torch.Tensor, torch.nn.Parameter):
+            raise ValueError(f"{key!r} is a {type(value).__name__}, expected a tensor")
+        tensor = value.detach()
+        if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
+            raise ValueError(f"{key} is not a plain tensor")
+        if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+            raise ValueError(f"{key} claims more values than are stored")
+        tensors[key] = tensor
+    return tensors
+
+
+# Names
+
+# Components that wrappers of torch put into names, wherever they stand.
+_WRAPPERS = frozenset(
+    {"module", "_orig_mod", "_module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+)
+_VARIABLE = r"(?:weight|bias|running_mean|running_var|num_batches_tracked)"
+_FEATURES = re.compile(rf"^(?:(.*)\.)?features\.\d+\.{_VARIABLE}$")
+_NUMBERED = re.compile(rf"^(?:(.*)\.)?\d+\.{_VARIABLE}$")
+
+
+def plain_names(tensors: Tensors) -> Tensors:
+    """A state_dict's tensors by the names that the network itself gives them.
+
+    Names of wrappers are taken out, and what stands before `features.` (or before the numbers of
+    the convolutions, where a network keeps torchvision's `features` under another name) is too.
+    Counters, such as the `n_averaged` of torch's averaged models, are left out.
+
+    Raises:
+        UnsupportedError: several networks in one state_dict.
+        ValueError: two tensors whose plain names are the same.
+    """
+    plain: Tensors = {}
+    for key, tensor in tensors.items():
+        if tensor.ndim == 0 and not tensor.is_floating_point() and not _counts_batches(key):
+            continue
+        parts = [part for part in key.split(".") if part not in _WRAPPERS]
+        name = ".".join(parts) or key
+        if name in plain:
+            raise ValueError(f"a name stands in it with and without 'module.': {name}")
+        plain[name] = tensor
+    before = {match[1] or "" for key in plain if (match := _FEATURES.match(key))}
+    if before:
+        return _lifted(plain, before, "")
+    before = {
+        match[1] or "" for key in plain if (match := _NUMBERED.match(key)) and _begins(plain, match)
+    }
+    return _lifted(plain, before, "features.") if before else plain
+
+
+def _counts_batches(key: str) -> bool:
+    return key.endswith("num_batches_tracked")
+
+
+def _begins(tensors: Tensors, match: re.Match[str]) -> bool:
+    """Whether a run of numbered modules begins with VGG's first convolution."""
+    first = tensors.get(f"{match[1]}.0.weight" if match[1] else "0.weight")
+    return first is not None and first.ndim == 4 and tuple(first.shape) == (WIDTHS[0], 3, 3, 3)
+
+
+def _lifted(tensors: Tensors, before: set[str], to: str) -> Tensors:
+    """The tensors of one network with what stands before their names replaced by `to`."""
+    if len(before) > 1 and "" not in before:
+        listed = ", ".join(sorted(f"{prefix}." for prefix in before))
+        first = min(before)
+        raise UnsupportedError(
+            f"it holds several networks, whose names begin with {listed}. Load one of them by "
+            f"itself: vt.load_weights(model, {{k.removeprefix('{first}.'): t for k, t in "
+            f"state_dict.items() if k.startswith('{first}.')}})"
+        )
+    prefix = "" if "" in before else f"{min(before)}."
+    lifted: Tensors = {}
+    for key, tensor in tensors.items():
+        inside = key.startswith(prefix) and (not to or re.match(r"\d+\.", key[len(prefix) :]))
+        name = to + key.removeprefix(prefix) if inside else key
+        if name in lifted:
+            raise ValueError(f"a name stands in it with and without '{prefix}': {name}")
+        lifted[name] = tensor
+    return lifted
