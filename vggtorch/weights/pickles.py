@@ -31,6 +31,8 @@ from typing import IO, Any
 
 import torch
 
+from vggtorch.weights.state_dicts import UnsupportedError
+
 LARGEST_PICKLE = 1 << 22  # bytes; that of a VGG has 3,000, with an optimizer's state 30,000
 DEEPEST = 64
 UNFOLDED = 64
@@ -208,7 +210,7 @@ class _Machine:
             self._grown(self._target("dict", "ordered"), items)
         elif name == "GLOBAL":
             if argument not in _CALLS and argument not in _STORAGES and argument not in _DTYPES:
-                raise ValueError(
+                raise UnsupportedError(  # a whole nn.Module, say
                     f"it asks for {argument.replace(' ', '.')[:100]!r}, and only plain tensors, "
                     f"names and numbers are read. Save the state_dict alone: "
                     f"torch.save(model.state_dict(), path)"
