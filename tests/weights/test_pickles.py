@@ -149,7 +149,7 @@ for path in sys.argv[1:]:
 
 @pytest.mark.slow
 def test_the_worst_files_cost_little_time_and_memory(tmp_path: Path) -> None:
-    """Each file, of at most 400 kB, takes less than 12 s of processor time and 256 MB in both readers."""
+    """Each file, of at most 400 kB, takes less than 12 s and 256 MB in both readers together."""
     refused = [
         write(tmp_path / f"{i}{write.__name__}.pth", instructions)
         for i, (instructions, _) in enumerate(HOSTILE.values())
