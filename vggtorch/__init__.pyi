@@ -34,6 +34,7 @@ from .training import TrainConfig as TrainConfig
 from .training import advise as advise
 from .training import find_learning_rate as find_learning_rate
 from .training import finetune as finetune
+from .training import load_checkpoint_ as load_checkpoint_
 from .training import save_trained as save_trained
 from .training import write_report as write_report
 

@@ -70,7 +70,7 @@ def test_another_format(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoints, "FORMAT", 99)
     checkpoints.write(tmp_path / "last.pt", CONTENT)
     monkeypatch.undo()
-    with pytest.raises(ValueError, match="has format 99, and this vggtorch reads 1"):
+    with pytest.raises(ValueError, match="has format 99, and this vggtorch reads 2"):
         checkpoints.read(tmp_path / "last.pt")
 
 

@@ -98,22 +98,3 @@ def test_a_run_is_not_overwritten(images, config):
     finetune(tiny.network(), images, config=config)
     with pytest.raises(ValueError, match=r"last.pt exists: .* Pass resume=True .* another folder"):
         finetune(tiny.network(), images, config=config)
-
-
-@pytest.mark.parametrize("what", ["config", "data", "model"])
-def test_another_run_is_not_resumed(images, config, what, tmp_path):
-    finetune(tiny.network(), images, config=config)
-    config, model = dataclasses.replace(config, resume=True), tiny.network()
-    message = {
-        "config": r"belongs to another run: learning_rate=0.5 \(was 0.001\)",
-        "data": "was written for other images",
-        "model": "holds 7 tensors, whose shapes aren't those of the 15 of tiny",
-    }[what]
-    if what == "config":
-        config = dataclasses.replace(config, learning_rate=0.5)
-    elif what == "data":
-        images = tiny.pictures(tmp_path / "other", seed=1)
-    else:
-        model = tiny.network(batch_norm=True)
-    with pytest.raises(ValueError, match=message):
-        finetune(model, images, config=config)

@@ -13,7 +13,7 @@ import torch
 import vggtorch
 from vggtorch import files, weights
 
-FORMAT = 1
+FORMAT = 2  # 1 knew less of what makes a run
 
 
 def write(path: Path, content: dict[str, Any], also: Path | None = None) -> None:

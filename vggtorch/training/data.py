@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -190,6 +191,11 @@ class DatasetSource:
             images = images.permute(0, 2, 3, 1)  # NCHW -> NHWC view
         return images, torch.as_tensor(labels).long()
 
+    @functools.cached_property
+    def plain(self) -> tuple[str, list[int]]:
+        """SHA-256 over all plain images and their labels, and the labels; reads them all, once."""
+        return _content(self, 0)
+
     def _item(self, index: int, augmentation: int) -> tuple[Any, Any]:
         with seeded(self.seed, augmentation, index):
             image, label = self.dataset[index]
@@ -286,15 +292,21 @@ def fingerprint(source: Folder | DatasetSource, augmentations: int) -> tuple[str
     if isinstance(source, Folder):
         recipe = f"{source.digest} {source.size} {source.augment} {source.seed} {augmentations}"
         return hashlib.sha256(recipe.encode()).hexdigest(), list(source.labels)
+    plain, labels = source.plain
+    others = [_content(source, augmentation)[0] for augmentation in range(1, augmentations)]
+    return hashlib.sha256(repr([plain, *others]).encode()).hexdigest(), labels
+
+
+def _content(source: DatasetSource, augmentation: int) -> tuple[str, list[int]]:
+    """SHA-256 over all images and labels in one augmentation, and the labels."""
     digest = hashlib.sha256()
     labels: list[int] = []
-    for augmentation in range(augmentations):
-        for keys in in_order(len(source), 32, augmentation):
-            x, y = source[keys]
-            digest.update(str((x.shape, x.dtype)).encode())
-            digest.update(np.ascontiguousarray(x.numpy()).tobytes())
-            digest.update(y.numpy().tobytes())
-            labels += y.tolist() if augmentation == 0 else []
+    for keys in in_order(len(source), 32, augmentation):
+        x, y = source[keys]
+        digest.update(str((x.shape, x.dtype)).encode())
+        digest.update(np.ascontiguousarray(x.numpy()).tobytes())
+        digest.update(y.numpy().tobytes())
+        labels += y.tolist()
     return digest.hexdigest(), labels
 
 

@@ -27,6 +27,7 @@ from vggtorch.training.data import (
     in_order,
     loaded,
 )
+from vggtorch.training.identity import network_digest
 
 
 def frozen_end(model: keras.Model) -> keras.KerasTensor:
@@ -107,7 +108,8 @@ def cached_features(
     """
     images, labels = fingerprint(source, copies)
     half = dtype == "float16"
-    recipe = [images, weights, copies, half, accelerator.mixed_precision, _digest(prefix)]
+    network = network_digest(prefix, flags=False, values=True)
+    recipe = [images, weights, copies, half, accelerator.mixed_precision, network]
     key = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()
     path = folder / f"{key[:32]}.npy"
     folder.mkdir(parents=True, exist_ok=True)
@@ -119,25 +121,6 @@ def cached_features(
             )
         accelerator.wait_for_everyone()
     return Features(np.load(path, mmap_mode="r"), torch.tensor(labels))
-
-
-def _digest(prefix: keras.Model) -> str:
-    """SHA-256 of a network: its operations, how they are connected, every weight; not the names."""
-    digest = hashlib.sha256()
-    number: dict[int, int] = {}  # of each tensor, in the order of their making
-    for node in keras_graph.calls(prefix):
-        operation = node.operation
-        config = {key: value for key, value in operation.get_config().items() if key != "name"}
-        arguments = [
-            number[id(x)] if isinstance(x, keras.KerasTensor) else repr(x)
-            for x in keras.tree.flatten([node.arguments.args, node.arguments.kwargs])
-        ]
-        number |= {id(x): len(number) + i for i, x in enumerate(node.output_tensors)}
-        described = [type(operation).__name__, config, arguments]
-        digest.update(json.dumps(described, default=str, sort_keys=True).encode())
-        for weight in getattr(operation, "weights", ()):
-            digest.update(np.ascontiguousarray(keras.ops.convert_to_numpy(weight)).tobytes())
-    return digest.hexdigest()
 
 
 def _compute(

@@ -33,6 +33,7 @@ from vggtorch.training.display import Display, open_display
 from vggtorch.training.evaluation import Evaluation, evaluate
 from vggtorch.training.features import cached_features, frozen_end
 from vggtorch.training.heads import class_names, logits_network, with_head
+from vggtorch.training.identity import check_identity, identity
 from vggtorch.training.optimization import (
     averaged,
     freeze_for_,
@@ -43,7 +44,6 @@ from vggtorch.training.run import (
     Images,
     RunData,
     first_state,
-    identity,
     load_weights_,
     make_accelerator,
     read_data,
@@ -101,7 +101,9 @@ def finetune(
             without, it is trained in place.
         train: a folder with a subfolder for each class, or with `train` and `val` that have them;
             or a Dataset or DataLoader of (image, label). An image there is a PIL image or uint8,
-            RGB and of the model's size; or floating point and ready for the model.
+            RGB and of the model's size; or floating point and ready for the model. A Dataset is
+            read once at the start, so that a run that resumes is known to have the same images;
+            not so if its attribute `content_name`, a text of yours, says what stands for them.
         validation: the same. Without it, `config.validation_split` of a training folder is held
             out.
         config: a TrainConfig, or a Plan that `advise` made.
@@ -124,7 +126,8 @@ def finetune(
     classes = class_names(model, read.classes)
     accelerator = make_accelerator(config.precision)
     state = first_state(model, config, accelerator.device)
-    expected, progress = identity(config, read), state.progress
+    mine = identity(config, read, model, accelerator.mixed_precision)
+    progress = state.progress
     last, best = (Path(config.output_dir) / name for name in ("last.pt", "best.pt"))
     if last.exists():
         if not config.resume:
@@ -132,11 +135,14 @@ def finetune(
                 f"{last} exists: the folder holds another run. Pass resume=True to carry that on, "
                 f"or choose another folder."
             )
-        restore_(state, last, expected)
+        content = checkpoints.read(last)
+        check_identity(last, content, mine, model)
+        restore_(state, content, last)
+        mine["weights"] = content["weights"]
 
     def save(is_best: bool = False, found: Evaluation | None = None) -> None:
         if accelerator.is_main_process:
-            content = {**expected, **state_dict(state)}
+            content = {**mine, **state_dict(state)}
             if is_best:
                 content["evaluation"] = found and (found.logits, found.labels)
             checkpoints.write(last, content, also=best if is_best else None)

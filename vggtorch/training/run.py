@@ -133,26 +133,6 @@ def first_state(model: keras.Model, config: TrainConfig, device: torch.device) -
     )
 
 
-def identity(config: TrainConfig, read: RunData) -> dict[str, Any]:
-    """What a run that resumes must have in common with this one: all that decides how it ends."""
-    elsewhere = {
-        "output_dir", "cache_dir", "resume", "num_workers", "tensorboard", "checkpoint_steps",
-    }  # fmt: skip
-    settings = {
-        f.name: getattr(config, f.name)
-        for f in dataclasses.fields(TrainConfig)
-        if f.name not in elsewhere
-    }
-    sources = (read.training, read.validation)
-    return {
-        "config": settings,
-        "data": [
-            s.digest if isinstance(s, Folder) else "" if s is None else f"{len(s)} items"
-            for s in sources
-        ],
-    }
-
-
 def state_dict(state: RunState) -> dict[str, Any]:
     """What a checkpoint holds of a run, but for its identity."""
     return {
@@ -163,29 +143,8 @@ def state_dict(state: RunState) -> dict[str, Any]:
     }
 
 
-def restore_(state: RunState, path: Path, expected: dict[str, Any]) -> None:
-    """Carry on from a checkpoint, in place.
-
-    Raises:
-        ValueError: the checkpoint is damaged, or of a run with another identity.
-    """
-    content = checkpoints.read(path)
-    before, now = content["config"], expected["config"]
-    if before != now:
-        differing = [
-            f"{name}={now[name]!r} (was {before.get(name)!r})"
-            for name in now
-            if before.get(name) != now[name]
-        ]
-        raise ValueError(
-            f"{path} belongs to another run: {', '.join(differing)}. Resume with the options of "
-            f"that run, or begin anew in another folder."
-        )
-    if content["data"] != expected["data"]:
-        raise ValueError(
-            f"{path} was written for other images or another split of them. Resume with the same "
-            f"data, or begin anew in another folder."
-        )
+def restore_(state: RunState, content: dict[str, Any], path: Path) -> None:
+    """Carry on from the content of a checkpoint, in place; ValueError where it doesn't fit."""
     assign_(state.model, content["variables"], path)
     for i, value in content["average"].items():
         state.average[i].copy_(value)
@@ -195,7 +154,20 @@ def restore_(state: RunState, path: Path, expected: dict[str, Any]) -> None:
 
 
 def load_checkpoint_(model: keras.Model, path: str | Path) -> keras.Model:
-    """Give a model the weights of a checkpoint, the averaged ones if the run kept them; in place.
+    """Give a model the weights of a run's checkpoint, `last.pt` or `best.pt`, in place.
+
+    They are the averaged ones if the run kept such.
+
+    >>> import tempfile, keras, torch, vggtorch as vt
+    >>> def model():
+    ...     layers = [keras.Input((8, 8, 3)), keras.layers.Flatten(), keras.layers.Dense(3)]
+    ...     return keras.Sequential(layers)
+    >>> data = torch.utils.data.TensorDataset(torch.rand(3, 8, 8, 3), torch.arange(3))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     history = vt.finetune(model(), data, config=vt.TrainConfig(epochs=1, output_dir=folder))
+    ...     again = vt.load_checkpoint_(model(), f"{folder}/best.pt")
+    >>> bool((again.layers[-1].kernel == history.model.layers[-1].kernel).all())
+    True
 
     Raises:
         ValueError: no checkpoint, a damaged one, or one of another network.

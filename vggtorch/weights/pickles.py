@@ -111,7 +111,8 @@ def _check_archive(path: Path, archive: zipfile.ZipFile) -> None:
     if member.file_size > LARGEST_PICKLE:
         raise ValueError(f"its pickle has {member.file_size} bytes, expected {LARGEST_PICKLE}")
     # torch has a parser of archives of its own. It must see the bytes that are checked here.
-    seen = torch._C.PyTorchFileReader(str(path)).get_record_offset("data.pkl")
+    reader: Any = torch._C.PyTorchFileReader(str(path))
+    seen = reader.get_record_offset("data.pkl")
     with path.open("rb") as file:
         file.seek(seen)
         content = file.read(member.file_size)
