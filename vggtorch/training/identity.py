@@ -30,7 +30,7 @@ _ELSEWHERE = {  # settings that don't decide how a run ends
 }  # fmt: skip
 
 
-def identity(config: TrainConfig, read: RunData, model: keras.Model, precision: str) -> Identity:
+def identity_of(config: TrainConfig, read: RunData, model: keras.Model, precision: str) -> Identity:
     """All that decides how a run ends, as plain values that a checkpoint keeps.
 
     Args:

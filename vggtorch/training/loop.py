@@ -33,7 +33,7 @@ from vggtorch.training.display import Display, open_display
 from vggtorch.training.evaluation import Evaluation, evaluate
 from vggtorch.training.features import cached_features, frozen_end
 from vggtorch.training.heads import class_names, logits_network, with_head
-from vggtorch.training.identity import check_identity, identity
+from vggtorch.training.identity import check_identity, identity_of
 from vggtorch.training.optimization import (
     averaged,
     freeze_for_,
@@ -126,7 +126,7 @@ def finetune(
     classes = class_names(model, read.classes)
     accelerator = make_accelerator(config.precision)
     state = first_state(model, config, accelerator.device)
-    mine = identity(config, read, model, accelerator.mixed_precision)
+    mine = identity_of(config, read, model, accelerator.mixed_precision)
     progress = state.progress
     last, best = (Path(config.output_dir) / name for name in ("last.pt", "best.pt"))
     if last.exists():
