@@ -2,10 +2,14 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test quick lint bench clean
+.PHONY: demo docs test quick lint bench clean
 
 demo: .venv/demo
 	$(BIN)/vggtorch demo
+
+# The site in site/; `mkdocs serve` shows it while you write.
+docs: .venv/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 test: .venv/dev
 	$(BIN)/python -m pytest

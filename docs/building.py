@@ -1,0 +1,158 @@
+"""What the documentation holds that is made while it is built: pictures and the commands' help.
+
+MkDocs calls the functions whose names begin with `on_`.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import vggtorch as vt  # isort: skip  (first: it selects Keras's torch backend)
+import keras
+import torch
+from mkdocs.structure.files import File
+from PIL import Image
+
+from vggtorch.architectures import ARCHITECTURES
+
+ROOT = Path(__file__).parent.parent
+
+
+def on_config(config: Any) -> Any:
+    """Leave pages that aren't written yet out of the menu."""
+    config.nav = _written(config.nav, Path(config.docs_dir))
+    return config
+
+
+def _written(items: list[Any], folder: Path) -> list[Any]:
+    kept: list[Any] = []
+    for item in items:
+        if isinstance(item, str):
+            kept += [item] if (folder / item).exists() else []
+            continue
+        ((title, inside),) = item.items()
+        if isinstance(inside, list):
+            kept.append({title: _written(inside, folder)})
+        elif (folder / inside).exists():
+            kept.append(item)
+    return kept
+
+
+def on_files(files: Any, config: Any) -> Any:
+    """Add the pictures to the site."""
+    pictures: dict[str, str | bytes] = {
+        "surgery.svg": surgery_picture(),
+        "costs.svg": costs_picture(),
+        "features.png": features_picture(),
+    }
+    for name, content in pictures.items():
+        files.append(File.generated(config, f"pictures/{name}", content=content))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+    """Fill in what pages ask for: the help of every command, and links out of docs/."""
+    if "<!-- commands -->" in markdown:
+        markdown = markdown.replace("<!-- commands -->", commands_help())
+    if "<!-- benchmarks -->" in markdown:
+        text = (ROOT / "benchmarks" / "README.md").read_text()
+        markdown = markdown.replace("<!-- benchmarks -->", text.split("\n", 1)[1])
+    return markdown
+
+
+# Pictures
+
+
+def surgery_picture() -> str:
+    """The tutorial's replacement on the bottom of VGG16."""
+    vgg = vt.VGG16(weights=None, include_top=False, input_shape=(160, 160, 3))
+    bottom = vt.truncate(vgg, "block2_pool")
+    conv = keras.layers.Conv2D(64, 5, padding="same", activation="relu", name="block1_conv")
+    return vt.draw(vt.replace(bottom, ["block1_conv1", "block1_conv2"], conv), before=bottom)
+
+
+def costs_picture() -> str:
+    """Multiply-adds and parameters of VGG16 by block, as bars."""
+    network = ARCHITECTURES["vgg16"]
+    costs: dict[str, list[float]] = {}
+    size = 224
+    for layer in network.features():
+        block = costs.setdefault(layer.name.split("_")[0], [0.0, 0.0])
+        if layer.kind == "conv":
+            block[0] += 9 * layer.inputs * layer.outputs * size * size
+            block[1] += 9 * layer.inputs * layer.outputs + layer.outputs
+        if layer.kind == "pool":
+            size //= 2
+    for layer in network.classifier():
+        costs[layer.name] = [layer.inputs * layer.outputs, (layer.inputs + 1) * layer.outputs]
+    totals = [sum(cost[i] for cost in costs.values()) for i in range(2)]
+    rows = []
+    for place, (name, cost) in enumerate(costs.items()):
+        y = 44 + 30 * place
+        rows.append(f'<text x="96" y="{y + 12}" text-anchor="end">{name}</text>')
+        for i, colour in enumerate(("#00897b", "#f9a825")):
+            share = cost[i] / totals[i]
+            rows.append(
+                f'<rect x="104" y="{y + 11 * i}" width="{1 + 480 * share:.1f}" height="10" '
+                f'fill="{colour}"/><text x="{110 + 480 * share:.1f}" y="{y + 9 + 11 * i}" '
+                f'font-size="10">{share:.1%}</text>'
+            )
+    height = 60 + 30 * len(costs)
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 660 {height}" '
+        f'font-family="sans-serif" font-size="12"><rect width="660" height="{height}" '
+        f'fill="white"/><text x="104" y="20" fill="#00695c">multiply-adds, '
+        f'{totals[0] / 1e9:.1f} billion for one image</text><text x="380" y="20" fill="#b26a00">'
+        f"parameters, {totals[1] / 1e6:.0f} million</text>{''.join(rows)}</svg>"
+    )
+
+
+def features_picture() -> bytes:
+    """A photograph, and how strongly each place of it excites three layers of VGG16."""
+    from skimage import data
+
+    photo = Image.fromarray(data.astronaut()).resize((224, 224))
+    taps = ["relu1_2", "relu3_3", "relu5_3"]
+    extractor = vt.FeatureExtractor("oxford", taps, value_range=(0, 255))
+    pixels = torch.frombuffer(bytearray(photo.tobytes()), dtype=torch.uint8)
+    images = pixels.view(1, 224, 224, 3).permute(0, 3, 1, 2)
+    strip = Image.new("RGB", (4 * 224 + 3 * 8, 224), "white")
+    strip.paste(photo, (0, 0))
+    for place, value in enumerate(extractor(images).values(), 1):
+        strength = value[0].norm(dim=0)
+        grey = (strength / strength.max() * 255).byte().numpy()
+        heat = Image.fromarray(grey).resize((224, 224), Image.Resampling.BICUBIC)
+        strip.paste(heat.convert("RGB"), (place * (224 + 8), 0))
+    buffer = io.BytesIO()
+    strip.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+# The command line
+
+
+def commands_help() -> str:
+    """The help of every command, as Markdown."""
+    from vggtorch.cli import app
+
+    commands: list[Any] = app.registered_commands
+    names = [command.name or command.callback.__name__ for command in commands]
+    names += [group.name for group in app.registered_groups]
+    parts = []
+    for name in sorted(str(name).replace("_", "-") for name in names):
+        text = subprocess.run(
+            [sys.executable, "-m", "vggtorch", name, "--help"],
+            capture_output=True,
+            text=True,
+            check=True,
+            env=os.environ | {"COLUMNS": "92", "TERM": "dumb"},
+        ).stdout
+        text = re.sub(r"\x1b\[[0-9;]*m", "", text).strip()
+        parts.append(f"## vggtorch {name}\n\n```text\n{text}\n```\n")
+    return "\n".join(parts)
