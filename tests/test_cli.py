@@ -237,6 +237,7 @@ def test_every_field_is_an_option(config_of):
         epochs=5, batch_size=7, gradient_accumulation_steps=2, optimizer="sgd", learning_rate=0.5,
         layer_decay=0.4, warmup=0.3, schedule="constant", weight_decay=0.2, label_smoothing=0.1,
         max_grad_norm=2.0, ema_decay=0.9, patience=3, precision="bf16", image_size=96,
+        crop_mode="border", crop_pct=0.9, interpolation="bicubic",
         augment="crop", on_unreadable="skip", validation_split=0.3, num_workers=1, cache=False,
         cache_copies=2, cache_dtype="float16", cache_dir="c", output_dir="r", checkpoint_steps=9,
         resume=True, tensorboard=True, seed=4,

@@ -15,7 +15,7 @@ COLOURS = {"blue": (50, 60, 190), "green": (60, 180, 60), "red": (200, 50, 50)}
 
 
 def network(
-    classes: int | None = 3, dropout: float = 0.3, batch_norm: bool = False, size: int = 16
+    classes: int | None = 3, dropout: float = 0.3, batch_norm: bool = False, size: int | None = 16
 ):
     """block1, block2 and, unless classes is None, a head; the same weights every time."""
     layers = keras.layers

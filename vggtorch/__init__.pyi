@@ -15,6 +15,7 @@ from .models import VGG11 as VGG11
 from .models import VGG13 as VGG13
 from .models import VGG16 as VGG16
 from .models import VGG19 as VGG19
+from .models import data_config as data_config
 from .models import decode_predictions as decode_predictions
 from .models import load_weights as load_weights
 from .models import named_variables as named_variables

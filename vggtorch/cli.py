@@ -224,9 +224,7 @@ def predict(
     categories = None
     if model:
         network = keras.saving.load_model(model)
-        names = Path(model).with_name("classes.txt")  # as `finetune` leaves it
-        if names.is_file():
-            categories = names.read_text().splitlines()
+        categories = vt.data_config(network).label_names or None
     else:
         network = constructor(architecture)(weights=weights)
     probabilities = network.predict(vt.preprocess(images, network), verbose=0)
@@ -275,7 +273,7 @@ def finetune(
         if (source := context.get_parameter_source(name)) and source.name != "DEFAULT"
     }
     config = _settings(train, advise, given)
-    size = config.image_size
+    size = config.image_size or 224
     model = constructor(architecture)(
         weights=weights, include_top=False, input_shape=(size, size, 3)
     )
@@ -297,7 +295,7 @@ def _settings(train: str, advise: Similarity | None, given: dict[str, Any]) -> T
 
     folder = read_folder(
         find_splits(Path(train))[0],
-        given.get("image_size", TrainConfig.image_size),
+        given.get("image_size", 224),
         on_unreadable=given.get("on_unreadable", TrainConfig.on_unreadable),
     )
     plan = vt.advise(len(folder), len(folder.classes), advise)

@@ -27,14 +27,16 @@ from keras.src.ops.node import Node
 from keras.src.saving.serialization_lib import SafeModeScope
 from keras.src.utils.naming import to_snake_case
 
+from vggtorch.weight_sets import DataConfig
+
 __all__ = [
-    "MODEL_CLASSES",
     "FeaturesModel",
     "Functional",
     "ImagenetModel",
     "LayerScale",
     "Node",
     "OxfordModel",
+    "PlainModel",
     "all_layers",
     "calls",
     "calls_of",
@@ -51,6 +53,7 @@ __all__ = [
     "is_plain_functional",
     "lambda_output_shape",
     "layers_as_given",
+    "model_class",
     "obtain_input_shape",
     "operation_copy",
     "operation_kind",
@@ -61,6 +64,7 @@ __all__ = [
     "producing_call",
     "raw_value",
     "reads_training",
+    "remembers",
     "reset_seed_",
     "safe_mode_off",
     "same_padding",
@@ -77,34 +81,67 @@ __all__ = [
 ]
 
 
-# Models that remember their weight set
+# Models that remember what they expect of an image
 #
 # They stand here, in the one file that knows Functional, because `vggtorch/__init__.py` imports
 # this file as soon as Keras has been imported: then keras.saving.load_model knows them.
 
 
-@keras.saving.register_keras_serializable("vggtorch")
-class ImagenetModel(Functional):
-    """A Functional model whose weights expect `imagenet` preprocessing."""
+class _ImageModel(Functional):
+    """A Functional model whose class remembers what it expects of an image.
 
-    weight_set = "imagenet"
+    A model's class is what Keras keeps when it clones a model, and what surgery keeps. In a file
+    it has two names: Keras takes the registered one where vggtorch is imported, and else the one
+    that it is called by, which is that of its own Functional. So plain Keras loads such files too.
+    """
+
+    data_config = DataConfig()
+
+    def get_config(self) -> dict[str, Any]:
+        return {**super().get_config(), "data_config": self.data_config.as_dict()}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> Functional:
+        stored = config.get("data_config")
+        made = cls if stored is None else model_class(DataConfig.from_dict(stored))
+        plain = {name: value for name, value in config.items() if name != "data_config"}
+        return Functional.from_config.__func__(made, plain, custom_objects)  # type: ignore[attr-defined]
 
 
-@keras.saving.register_keras_serializable("vggtorch")
-class FeaturesModel(Functional):
-    """A Functional model whose weights expect `features` preprocessing."""
-
-    weight_set = "features"
-
-
-@keras.saving.register_keras_serializable("vggtorch")
-class OxfordModel(Functional):
-    """A Functional model whose weights expect `oxford` preprocessing."""
-
-    weight_set = "oxford"
+def _named(name: str, base: type, config: DataConfig) -> type[Functional]:
+    content = {
+        "__module__": Functional.__module__,
+        "__qualname__": name,
+        "__doc__": base.__doc__,
+        "data_config": config,
+    }
+    made = type(Functional.__name__, (base,), content)
+    keras.saving.register_keras_serializable("vggtorch", name)(made)
+    return made
 
 
-MODEL_CLASSES = {c.weight_set: c for c in (ImagenetModel, FeaturesModel, OxfordModel)}
+ImagenetModel = _named("ImagenetModel", _ImageModel, DataConfig("imagenet"))
+FeaturesModel = _named("FeaturesModel", _ImageModel, DataConfig("features"))
+OxfordModel = _named("OxfordModel", _ImageModel, DataConfig("oxford"))
+PlainModel = _named("PlainModel", _ImageModel, DataConfig())  # of no weight set
+
+_CLASSES: dict[DataConfig, type[Functional]] = {
+    DataConfig(): Functional,
+    **{c.data_config: c for c in (ImagenetModel, FeaturesModel, OxfordModel)},  # type: ignore[attr-defined]
+}
+
+
+def model_class(config: DataConfig) -> type[Functional]:
+    """The class of the models that remember `config`; the same class for the same configuration."""
+    if config not in _CLASSES:
+        base = _CLASSES[DataConfig(config.weight_set)] if config.weight_set else PlainModel
+        _CLASSES[config] = _named(base.__qualname__, base, config)
+    return _CLASSES[config]
+
+
+def remembers(model: Any) -> bool:
+    """Whether a model's class is one of those that can be exchanged for another by `remember_`."""
+    return type(model) is Functional or isinstance(model, _ImageModel)
 
 
 # The graph of a model

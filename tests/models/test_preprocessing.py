@@ -38,9 +38,18 @@ def test_files_and_pil_images_equal_torchvisions_transforms(name, photo_files):
 
 @pytest.mark.parametrize("name", TORCHVISION)
 def test_arrays_with_a_size_equal_torchvisions_transforms_of_tensors(name):
+    transforms = TORCHVISION[name].transforms()
+    # Of 8 bits they are resized by PIL, so that an array comes out as the file of its pixels does.
+    images = [transforms(Image.fromarray(photo)) for photo in PHOTOS]
     batch = torch.from_numpy(np.stack(PHOTOS))
-    expected = TORCHVISION[name].transforms()(batch.movedim(-1, 1)).movedim(1, -1)
-    received = preprocess(batch, name, size=224)
+    received = torch.as_tensor(preprocess(batch, name, size=224))
+    expected = torch.stack(images).movedim(1, -1)
+    torch.testing.assert_close(received, expected, rtol=0, atol=1e-6 * float(expected.abs().max()))
+    # Floating point is resized as it is.
+    resized = torchvision.transforms.functional.resize(batch.movedim(-1, 1).float(), [256])
+    cropped = torchvision.transforms.functional.center_crop(resized, [224]).movedim(1, -1)
+    expected = torch.as_tensor(preprocess(cropped.clamp(0, 255), name))
+    received = torch.as_tensor(preprocess(batch.float(), name, size=224))
     torch.testing.assert_close(received, expected, rtol=0, atol=1e-6 * float(expected.abs().max()))
 
 

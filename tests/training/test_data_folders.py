@@ -48,7 +48,7 @@ def test_a_run_on_train_and_test_holds_out_a_part_of_train(tmp_path, config):
     tiny.pictures(tmp_path / "data" / "train")
     tiny.pictures(tmp_path / "data" / "test", seed=1)
     with pytest.warns(UserWarning, match="test/ isn't used"):
-        read = read_data(tmp_path / "data", None, config)
+        read = read_data(tmp_path / "data", None, config, data.images_for(tiny.network(), config))
     assert isinstance(read.training, data.Folder)
     assert isinstance(read.validation, data.Folder)
     assert len(read.validation) == 6

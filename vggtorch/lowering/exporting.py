@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import warnings
 from collections.abc import Callable
 from os import PathLike
@@ -16,10 +17,11 @@ from torch import Tensor
 from vggtorch import files
 from vggtorch.lowering.as_keras import KerasLayer
 from vggtorch.lowering.lowered import Lowered, lower
-from vggtorch.models import weight_set
+from vggtorch.models import data_config
 
 # Height and width, in pixels, for models that take any: to trace with, and to check with.
 TRACED, CHECKED = (224, 224), (160, 192)
+DATA_CONFIG = "data_config.json"  # in a .pt2 file
 
 
 def export(model: keras.Model, path: str | PathLike, *, data_format: str | None = None) -> None:
@@ -31,8 +33,9 @@ def export(model: keras.Model, path: str | PathLike, *, data_format: str | None 
 
     Args:
         model: what `lower` takes; its inputs keep their names, shapes and dtypes.
-        path: ends in `.onnx` (the model's weight set is in its metadata), or in `.pt2`, which
-            `torch.export.load(path).module()` reads.
+        path: ends in `.onnx`, or in `.pt2`, which `torch.export.load(path).module()` reads. What
+            the model expects of an image, and its classes, go with it as JSON: in the metadata
+            `data_config` of the one, in the extra file `data_config.json` of the other.
         data_format: layout of the inputs and outputs, "channels_last" (N, H, W, C) or
             "channels_first" (N, C, H, W); the Keras model's own by default.
 
@@ -75,17 +78,20 @@ def export(model: keras.Model, path: str | PathLike, *, data_format: str | None 
         )
     module = program.module()
     _check(lowered, lambda inputs: module(_as_given(inputs)))
+    config = data_config(model)
+    described = json.dumps(config.as_dict())
     with files.atomic(path) as temporary:
         if path.suffix == ".pt2":
             with warnings.catch_warnings():
                 # The kernels' storage is in another order than their axes, which it keeps whole.
                 warnings.filterwarnings("ignore", message="No complete tensor found")
-                torch.export.save(program, temporary)
+                torch.export.save(program, temporary, extra_files={DATA_CONFIG: described})
             return
         names = [tensor.name for tensor in model.inputs]
         graph = torch.onnx.export(program, input_names=names, dynamo=True, verbose=False)
         assert graph is not None
-        if name := weight_set(model):
+        graph.model.metadata_props["data_config"] = described
+        if name := config.weight_set:
             graph.model.metadata_props["weight_set"] = name
         graph.save(temporary, external_data=False)
         if importlib.util.find_spec("onnxruntime"):

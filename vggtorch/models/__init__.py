@@ -2,17 +2,23 @@
 
 Read `vgg` first (the constructors), then `filling` (a model's variables by name, and how they get
 the tensors of a checkpoint), `loading` (`load_weights`, `save_weights`, `convert`), `memory` (how a
-model remembers its weight set), `images` (files and PIL images as upright RGB) and `preprocessing`
-(images into what a weight set expects, and probabilities into names).
+model remembers what it expects of an image), `images` (files and PIL images as upright RGB),
+`fitting` (those at the model's size) and `preprocessing` (images into what a weight set expects,
+and probabilities into names).
 """
 
 from vggtorch.models.filling import fill_, named_variables
+from vggtorch.models.fitting import fitted, fitted_arrays, recipe
 from vggtorch.models.images import SUFFIXES, PixelGate, read_image, to_rgb
 from vggtorch.models.loading import convert, load_weights, model_from_name, save_weights
-from vggtorch.models.memory import remember_, weight_set
-from vggtorch.models.preprocessing import (
-    CENTER_SHARE,
+from vggtorch.models.memory import (
     PREPROCESSING_SUFFIX,
+    data_config,
+    remember_,
+    remembered,
+    weight_set,
+)
+from vggtorch.models.preprocessing import (
     as_layers,
     decode_predictions,
     preprocess,
@@ -20,7 +26,6 @@ from vggtorch.models.preprocessing import (
 from vggtorch.models.vgg import VGG11, VGG13, VGG16, VGG19, constructor
 
 __all__ = [
-    "CENTER_SHARE",
     "PREPROCESSING_SUFFIX",
     "SUFFIXES",
     "VGG11",
@@ -31,14 +36,19 @@ __all__ = [
     "as_layers",
     "constructor",
     "convert",
+    "data_config",
     "decode_predictions",
     "fill_",
+    "fitted",
+    "fitted_arrays",
     "load_weights",
     "model_from_name",
     "named_variables",
     "preprocess",
     "read_image",
+    "recipe",
     "remember_",
+    "remembered",
     "save_weights",
     "to_rgb",
     "weight_set",

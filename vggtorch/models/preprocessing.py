@@ -11,14 +11,13 @@ import numpy as np
 import torch
 from PIL import Image
 
+from vggtorch.models.fitting import Size, fitted, fitted_arrays
 from vggtorch.models.images import read_image, to_rgb
-from vggtorch.models.memory import weight_set
-from vggtorch.weight_sets import WEIGHT_SETS, WeightSet, weight_set_named
+from vggtorch.models.memory import PREPROCESSING_SUFFIX, data_config
+from vggtorch.weight_sets import WEIGHT_SETS, DataConfig, WeightSet, weight_set_named
 
 Images = np.ndarray | torch.Tensor | Image.Image | str | PathLike
-DEFAULT_SIZE = 224  # what the networks were trained on
-CENTER_SHARE = 224 / 256  # of the shorter side, which torchvision keeps when it crops
-PREPROCESSING_SUFFIX = "_preprocessing"  # of the name of the layer that preprocesses inside a model
+DEFAULT_SIZE = 224  # what the networks were trained on, where nothing else is said
 
 
 def as_layers(image: keras.KerasTensor, name: str) -> keras.KerasTensor:
@@ -37,26 +36,26 @@ def as_layers(image: keras.KerasTensor, name: str) -> keras.KerasTensor:
     return keras.layers.Rescaling(scale, offset, name=f"{name}{PREPROCESSING_SUFFIX}")(image)
 
 
-def _preprocesses(model: keras.Model) -> bool:
-    """Whether the layers of `as_layers` are part of the model."""
-    return any(layer.name.endswith(PREPROCESSING_SUFFIX) for layer in model.layers)
-
-
 def preprocess(
-    images: Images | Sequence[Images], weights: str | keras.Model, *, size: int | None = None
+    images: Images | Sequence[Images],
+    weights: str | DataConfig | keras.Model,
+    *,
+    size: int | tuple[int, int] | None = None,
 ) -> np.ndarray | torch.Tensor:
-    """Turn images into what a weight set expects; the images given are not changed.
+    """Turn images into what a model or a weight set expects; the images given are not changed.
 
     Args:
         images: RGB of 0 to 255: an array or tensor (H, W, 3) or (N, H, W, 3), uint8 or float; a
             PIL image; a path; or a list of these. Files and PIL images are turned as their EXIF
             orientation says, 16-bit values are scaled, what is transparent becomes white, and of
             several frames in a file the first is taken.
-        weights: `imagenet`, `features`, `oxford`, or a model that remembers its weight set. For a
-            model with its preprocessing inside, only the geometry is done here.
-        size: height and width of the result. The shorter side is resized to size / 0.875
-            (bilinear, antialiased) and the centre cropped. Without it, arrays and tensors keep
-            their size, and files and PIL images get the model's input size, or 224.
+        weights: a model that remembers its weight set: then all is done as `data_config(model)`
+            says. For a model with its preprocessing inside, only the geometry is. Or a
+            `DataConfig`, or `imagenet`, `features` or `oxford`.
+        size: height and width of the result; by default those of the model's input. Where neither
+            says any, arrays and tensors keep their size, and files and PIL images get 224. An image
+            that has the size isn't touched; others are by default resized, the shorter side to
+            size / 0.875 (bilinear, antialiased), and the centre is cropped.
 
     Returns:
         float32, (N, H, W, 3): a tensor if a tensor was given, else a numpy array.
@@ -66,7 +65,8 @@ def preprocess(
             isn't an image or is damaged.
         OSError: a file that can't be opened.
 
-    Source: torchvision's `VGG16_Weights.transforms()`; keras.applications' `preprocess_input`.
+    Source: torchvision's `VGG16_Weights.transforms()`; keras.applications' `preprocess_input`;
+    timm's `create_transform`.
 
     Example:
         >>> import numpy as np
@@ -78,15 +78,18 @@ def preprocess(
         (1, 224, 224, 3)
     """
     if isinstance(weights, keras.Model):
-        expected = None if _preprocesses(weights) else weight_set_named(_remembered(weights))
-        file_size = size or _input_size(weights)
+        config = data_config(weights)
     else:
-        expected = weight_set_named(weights)
-        file_size = size or DEFAULT_SIZE
+        config = weights if isinstance(weights, DataConfig) else DataConfig(weights)
+    if config.weight_set is None and not config.preprocessing_inside:
+        raise ValueError(_unknown(weights))
+    wanted = config.size if size is None else (size, size) if isinstance(size, int) else size
+    if wanted is not None and min(wanted) < 1:
+        raise ValueError(f"Received size={size!r}; expected a whole number from 1.")
     items = images if isinstance(images, list | tuple) else [images]
     if not items:
         raise ValueError("Received an empty list; expected at least one image.")
-    batches = [_pixels(item, size, file_size) for item in items]
+    batches = [_pixels(item, config, wanted) for item in items]
     shapes = {batch.shape[1:] for batch in batches}
     if len(shapes) > 1:
         raise ValueError(
@@ -94,48 +97,27 @@ def preprocess(
             f"be one batch. Pass size=224, say, to resize them."
         )
     batch = torch.cat(batches)
-    if expected is not None:
-        batch = _normalise(batch, expected)
+    if config.arithmetic is not None:
+        batch = _normalise(batch, config.arithmetic)
     return batch if any(isinstance(item, torch.Tensor) for item in items) else batch.numpy()
 
 
-def _remembered(model: keras.Model) -> str:
-    name = weight_set(model)
-    if name is None:
-        raise ValueError(
-            f"The model {model.name!r} does not say which weight set it belongs to. Name it: "
-            f"preprocess(images, {' | '.join(repr(n) for n in WEIGHT_SETS)})."
-        )
-    return name
+def _unknown(weights: DataConfig | keras.Model | None) -> str:
+    what = f"The model {weights.name!r}" if isinstance(weights, keras.Model) else repr(weights)
+    return (
+        f"{what} does not say which weight set it belongs to. Name it: "
+        f"preprocess(images, {' | '.join(repr(n) for n in WEIGHT_SETS)})."
+    )
 
 
-def _input_size(model: keras.Model) -> int:
-    shape = model.input_shape
-    height, width = shape[2:] if keras.config.image_data_format() != "channels_last" else shape[1:3]
-    if height != width:
-        raise ValueError(
-            f"The model's input is {height}x{width}, which is not square; resize and crop the "
-            f"images yourself and pass them as an array."
-        )
-    return height or DEFAULT_SIZE
-
-
-def _pixels(image: Any, size: int | None, file_size: int) -> torch.Tensor:
-    """One image or array as float32 (N, H, W, 3) of 0 to 255, resized and cropped if asked."""
-    from torchvision.transforms import functional as transforms  # v2 rounds otherwise
-
+def _pixels(image: Any, config: DataConfig, size: Size | None) -> torch.Tensor:
+    """One image or array as float32 (N, H, W, 3) of 0 to 255, at the size if there is one."""
     if isinstance(image, str | PathLike | Image.Image):
         image = to_rgb(image) if isinstance(image, Image.Image) else read_image(image)
-        size = file_size
-        # Resized by PIL, as torchvision does for PIL images, then HWC -> CHW.
-        image = transforms.resize(image, [round(size / CENTER_SHARE)])
-        batch = transforms.pil_to_tensor(transforms.center_crop(image, [size]))[None]
-    else:
-        batch = _checked_array(image).movedim(-1, 1)  # NHWC -> NCHW view
-        if size is not None:
-            batch = transforms.resize(batch, [round(size / CENTER_SHARE)], antialias=True)
-            batch = transforms.center_crop(batch, [size])
-    return batch.movedim(1, -1).float()
+        image = fitted(image, config, size or (DEFAULT_SIZE, DEFAULT_SIZE))
+        return torch.from_numpy(np.array(image))[None].float()
+    batch = _checked_array(image)
+    return (batch if size is None else fitted_arrays(batch, config, size)).float()
 
 
 def _checked_array(image: Any) -> torch.Tensor:

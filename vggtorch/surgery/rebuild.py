@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 from types import BuiltinFunctionType, FunctionType
@@ -38,6 +39,7 @@ from vggtorch.keras_graph import (
     torch_dtype,
     track_variables_,
 )
+from vggtorch.models import remember_, remembered
 from vggtorch.surgery.wiring import Wiring, needed, owner
 
 
@@ -115,6 +117,10 @@ def rebuilt(
         trainable=model.trainable,
     )
     result.dtype_policy = model.dtype_policy
+    kept = [id(t) for t in keras.tree.flatten(outputs) if id(t) not in instead]
+    if kept != [id(t) for t in wiring.functional.outputs]:
+        # Other outputs than those that the labels are the names of.
+        remember_(result, dataclasses.replace(remembered(result), label_names=()))
     return result
 
 

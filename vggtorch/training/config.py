@@ -63,7 +63,18 @@ class TrainConfig:
     )
     patience: int | None = _option(None, "Stop after this many epochs without improvement.")
     precision: Literal["fp32", "bf16"] = _option("fp32", "Precision that the layers compute in.")
-    image_size: int = _option(224, "Height and width of the images from a folder.")
+    image_size: int | None = _option(
+        None, "Height and width that images are brought to; by default the model's, or 224."
+    )
+    crop_mode: Literal["center", "squash", "border"] | None = _option(
+        None, "Crop the center, squash to the size, or put a border around; by default the model's."
+    )
+    crop_pct: float | None = _option(
+        None, "Share of the resized image that is kept; by default 0.875 for center, or 1."
+    )
+    interpolation: Literal["bilinear", "bicubic"] | None = _option(
+        None, "Of resizing; by default the model's, which is bilinear where it says none."
+    )
     augment: Augment = field(
         default="none",
         metadata={
@@ -138,11 +149,12 @@ def _is_whole(value: float) -> bool:
 
 _RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
     (
-        "epochs batch_size gradient_accumulation_steps image_size cache_copies checkpoint_steps",
+        "epochs batch_size gradient_accumulation_steps cache_copies checkpoint_steps",
         lambda v: _is_whole(v) and v > 0,
         "a whole number from 1",
     ),
-    ("patience", lambda v: _is_whole(v) and v > 0, "a whole number from 1, or None"),
+    ("patience image_size", lambda v: _is_whole(v) and v > 0, "a whole number from 1, or None"),
+    ("crop_pct", lambda v: 0 < v <= 1, "a number above 0 and at most 1, or None"),
     ("num_workers seed", lambda v: _is_whole(v) and v >= 0, "a whole number from 0"),
     ("learning_rate", lambda v: v > 0, "a number above 0"),
     ("max_grad_norm", lambda v: v > 0, "a number above 0, or None"),

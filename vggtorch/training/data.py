@@ -18,17 +18,54 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol, cast
 
+import keras
 import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
-from vggtorch.models import CENTER_SHARE, preprocess, read_image, to_rgb
-from vggtorch.training.config import Augment
+from vggtorch.models import data_config, fitted, preprocess, read_image, to_rgb
+from vggtorch.training.config import Augment, TrainConfig
 from vggtorch.training.folders import read_classes
+from vggtorch.weight_sets import CROP_PCT, DataConfig
 
 Key = tuple[int, int]  # (index, augmentation)
 BatchPlan = Callable[[int], list[list[int]]]  # epoch -> index lists, one for each optimizer step
+
+
+DEFAULT_SIZE = 224  # where neither the model nor the user says any
+
+
+def images_for(model: keras.Model, config: TrainConfig) -> DataConfig:
+    """What images are brought to for a model, in training and ever after.
+
+    The configuration goes before what the model remembers; the size of the model's input is fixed.
+
+    Raises:
+        ValueError: another size than the model's.
+    """
+    known, asked = data_config(model), config.image_size
+    height, width = known.size or (DEFAULT_SIZE, DEFAULT_SIZE)
+    if asked is not None and (asked, asked) != (height, width):
+        if None not in model.inputs[0].shape[1:]:
+            raise ValueError(
+                f"Received image_size={asked}; {model.name} takes images of {height}x{width}. "
+                f"Leave image_size out, or build the model for {asked}x{asked}."
+            )
+        height = width = asked
+    crop_mode = config.crop_mode or known.crop_mode
+    crop_pct = config.crop_pct
+    if crop_pct is None:  # only where the user chooses the mode does its own share go with it
+        crop_pct = known.crop_pct
+        if config.crop_mode not in (None, known.crop_mode):
+            crop_pct = CROP_PCT if crop_mode == "center" else 1.0
+    return dataclasses.replace(
+        known,
+        input_size=(3, height, width),
+        crop_mode=crop_mode,
+        crop_pct=crop_pct,
+        interpolation=config.interpolation or known.interpolation,
+    )
 
 
 class Source(Protocol):
@@ -65,7 +102,7 @@ class Folder:
         labels: index into `classes` for each path.
         classes: the subfolders' names, sorted.
         digest: SHA-256 over names and contents of all files.
-        size: height and width of the images that come out.
+        data_config: what the images are brought to.
         augment: what augmentations other than 0 do to an image.
         seed: where random augmentation starts.
     """
@@ -74,7 +111,7 @@ class Folder:
     labels: tuple[int, ...]
     classes: tuple[str, ...]
     digest: str
-    size: int
+    data_config: DataConfig
     augment: Augment
     seed: int
 
@@ -88,39 +125,50 @@ class Folder:
     def _image(self, index: int, augmentation: int) -> torch.Tensor:
         from torchvision.transforms.v2 import functional as F
 
+        size = self.data_config.size
+        assert size is not None
         try:
-            image = F.pil_to_tensor(read_image(self.paths[index]))  # (3, H, W)
+            picture = read_image(self.paths[index])
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"{self.paths[index]} could be read when training began and now can't ({error}). "
                 f"Put it back, and resume the run."
             ) from error
         if augmentation == 0 or self.augment in ("none", "flip"):
-            image = F.resize(image, [round(self.size / CENTER_SHARE)], antialias=True)
-            image = F.center_crop(image, [self.size])
+            image = F.pil_to_tensor(fitted(picture, self.data_config, size))  # (3, H, W)
         else:
             with seeded(self.seed, augmentation, index):
-                image = _random_view(image, self.size, self.augment)
+                image = _random_view(F.pil_to_tensor(picture), self.data_config, self.augment)
         if augmentation % 2 and self.augment != "none":
             image = F.horizontal_flip(image)
         return image.permute(1, 2, 0).contiguous()  # CHW -> HWC
 
 
-def _random_view(image: torch.Tensor, size: int, augment: Augment) -> torch.Tensor:
-    from torchvision.transforms import v2
+def _random_view(image: torch.Tensor, images: DataConfig, augment: Augment) -> torch.Tensor:
+    from torchvision.transforms import InterpolationMode, v2
 
-    image = v2.RandomResizedCrop(size, scale=(0.5, 1.0), antialias=True)(image)
+    crop = v2.RandomResizedCrop(
+        images.size,
+        scale=(0.5, 1.0),
+        interpolation=InterpolationMode(images.interpolation),
+        antialias=True,
+    )
+    image = crop(image)
     return v2.TrivialAugmentWide()(image) if augment == "trivial" else image
 
 
 def read_folder(
     folder: str | Path,
-    size: int,
+    size: int | DataConfig,
     augment: Augment = "none",
     on_unreadable: Literal["skip", "stop"] = "stop",
     seed: int = 0,
 ) -> Folder:
-    """Read and check every image of a folder once; what `read_classes` warns of and refuses."""
+    """Read and check every image of a folder once; what `read_classes` warns of and refuses.
+
+    `size` is what the images are brought to: height and width, or all of it.
+    """
+    images_as = DataConfig(input_size=(3, size, size)) if isinstance(size, int) else size
     folder = Path(folder)
     classes, images = read_classes(folder, on_unreadable)
     digest = hashlib.sha256()
@@ -131,7 +179,7 @@ def read_folder(
         tuple(image.label for image in images),
         tuple(classes),
         digest.hexdigest(),
-        size,
+        images_as,
         augment,
         seed,
     )
@@ -169,13 +217,15 @@ def hold_out(folder: Folder, share: float) -> tuple[Folder, Folder]:
 class DatasetSource:
     """A torch Dataset of (image, label), with the collate function of the loader it came in.
 
-    An image is a PIL image or uint8 RGB, of the model's size; or floating point and ready for
-    the model. What the dataset itself draws at random is seeded by (seed, augmentation, index).
+    An image is a PIL image, which is brought to the model's size; or uint8 RGB of that size; or
+    floating point and ready for the model. What the dataset itself draws at random is seeded by
+    (seed, augmentation, index).
     """
 
     dataset: Any  # torch.utils.data.Dataset, or anything with its two methods
     collate: Callable[[list], Any]
     seed: int
+    data_config: DataConfig
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -200,18 +250,23 @@ class DatasetSource:
         with seeded(self.seed, augmentation, index):
             image, label = self.dataset[index]
         if isinstance(image, Image.Image):
-            image = np.array(to_rgb(image))
+            image, size = to_rgb(image), self.data_config.size
+            image = np.array(image if size is None else fitted(image, self.data_config, size))
         return image, label
 
 
 def as_source(
-    data: Dataset[Any] | DataLoader[Any], seed: int, batch_size: int
+    data: Dataset[Any] | DataLoader[Any],
+    seed: int,
+    batch_size: int,
+    data_config: DataConfig | None = None,
 ) -> tuple[DatasetSource, BatchPlan]:
     """A torch Dataset or DataLoader as a source, and the batches of each epoch.
 
     A DataLoader's own sampler decides on the batches, drawing its random numbers from
     (seed, epoch); a Dataset is shuffled into batches of `batch_size`.
     """
+    images = data_config or DataConfig()
     dataset = data.dataset if isinstance(data, DataLoader) else data
     if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
         raise ValueError(
@@ -220,7 +275,7 @@ def as_source(
             f"an epoch has to know what it has seen."
         )
     if not isinstance(data, DataLoader):
-        source = DatasetSource(dataset, default_collate, seed)
+        source = DatasetSource(dataset, default_collate, seed, images)
         return source, shuffled(len(dataset), batch_size, seed)
     sampler = data.batch_sampler
     if sampler is None:
@@ -234,7 +289,7 @@ def as_source(
         with seeded(seed, epoch):
             return [list(batch) for batch in sampler]
 
-    return DatasetSource(dataset, data.collate_fn, seed), plan
+    return DatasetSource(dataset, data.collate_fn, seed, images), plan
 
 
 def shuffled(count: int, batch_size: int, seed: int) -> BatchPlan:
@@ -290,7 +345,8 @@ def shared_batches(
 def fingerprint(source: Folder | DatasetSource, augmentations: int) -> tuple[str, list[int]]:
     """SHA-256 over all that so many augmentations of a source can return, and the labels."""
     if isinstance(source, Folder):
-        recipe = f"{source.digest} {source.size} {source.augment} {source.seed} {augmentations}"
+        images = source.data_config.as_dict()
+        recipe = f"{source.digest} {images} {source.augment} {source.seed} {augmentations}"
         return hashlib.sha256(recipe.encode()).hexdigest(), list(source.labels)
     plain, labels = source.plain
     others = [_content(source, augmentation)[0] for augmentation in range(1, augmentations)]
@@ -308,6 +364,12 @@ def _content(source: DatasetSource, augmentation: int) -> tuple[str, list[int]]:
         digest.update(y.numpy().tobytes())
         labels += y.tolist()
     return digest.hexdigest(), labels
+
+
+def arithmetic_of(model: keras.Model) -> str | None:
+    """The weight set whose arithmetic images need before a model; None where it does its own."""
+    left = data_config(model).arithmetic
+    return None if left is None else left.name
 
 
 def as_input(images: torch.Tensor, weights: str | None) -> torch.Tensor:

@@ -9,7 +9,7 @@ from keras import layers
 from vggtorch import surgery
 from vggtorch.keras_graph import graph_of, producer, without_activation
 from vggtorch.lowering import between
-from vggtorch.models import remember_, weight_set
+from vggtorch.models import remember_, remembered
 from vggtorch.training.config import TrainConfig
 from vggtorch.training.data import seeded
 
@@ -70,7 +70,7 @@ def with_head(model: keras.Model, config: TrainConfig, classes: int) -> keras.Mo
                 x = _batch_norm("head_norm2")(x)
                 x = layers.Dropout(0.5, name="head_dropout2")(x)
             x = layers.Dense(classes, activation="softmax", name="head_predictions")(x)
-        return remember_(keras.Model(base.inputs, x, name=model.name), weight_set(model))
+        return remember_(keras.Model(base.inputs, x, name=model.name), remembered(model))
 
 
 def _batch_norm(name: str) -> keras.Layer:

@@ -45,6 +45,13 @@ def identity_of(config: TrainConfig, read: RunData, model: keras.Model, precisio
         for field in dataclasses.fields(TrainConfig)
         if field.name not in _ELSEWHERE
     }
+    images = read.training.data_config  # where the settings leave it open, it is the model's
+    settings |= {
+        "image_size": images.size,
+        "crop_mode": images.crop_mode,
+        "crop_pct": images.crop_pct,
+        "interpolation": images.interpolation,
+    }
     batches = hashlib.sha256(repr(read.plan(0)).encode()).hexdigest()
     return {
         "config": settings,

@@ -7,6 +7,7 @@ last checkpoint stands, inside an epoch too.
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ import torch
 
 from vggtorch.keras_graph import graph_of
 from vggtorch.lowering import BatchNorm
-from vggtorch.models import weight_set
+from vggtorch.models import remember_
 from vggtorch.training import checkpoints
 from vggtorch.training.config import TrainConfig
 from vggtorch.training.data import (
@@ -26,7 +27,9 @@ from vggtorch.training.data import (
     Folder,
     Key,
     Source,
+    arithmetic_of,
     augmentation_index,
+    images_for,
     shared_batches,
 )
 from vggtorch.training.display import Display, open_display
@@ -51,6 +54,7 @@ from vggtorch.training.run import (
     state_dict,
 )
 from vggtorch.training.step import regularization, train_step_
+from vggtorch.weight_sets import DataConfig
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,7 @@ class History:
         best_epoch: the epoch (from 0) with the highest validation accuracy; the last without one.
         classes: their names by index; numbers where the data has no names.
         config: what the run was told to do.
+        data_config: how its images became what the model takes; the model remembers it.
         validation: the images that it was validated on.
         evaluation: what the best epoch's network said of them.
     """
@@ -72,6 +77,7 @@ class History:
     best_epoch: int
     classes: tuple[str, ...]
     config: TrainConfig
+    data_config: DataConfig
     validation: Folder | DatasetSource | None
     evaluation: Evaluation | None
 
@@ -100,7 +106,7 @@ def finetune(
         model: a Functional or Sequential Keras model. With `config.head` a new model is made of it;
             without, it is trained in place.
         train: a folder with a subfolder for each class, or with `train` and `val` that have them;
-            or a Dataset or DataLoader of (image, label). An image there is a PIL image or uint8,
+            or a Dataset or DataLoader of (image, label). An image there is a PIL image; or uint8,
             RGB and of the model's size; or floating point and ready for the model. A Dataset is
             read once at the start, so that a run that resumes is known to have the same images;
             not so if its attribute `content_name`, a text of yours, says what stands for them.
@@ -115,7 +121,8 @@ def finetune(
     """
     config = config or TrainConfig()
     graph_of(model, "finetune")
-    read = read_data(train, validation, config)
+    images = images_for(model, config)
+    read = read_data(train, validation, config, images)
     if config.patience is not None and read.validation is None:
         raise ValueError(
             f"Received patience={config.patience} and no validation data to see improvement on. "
@@ -124,6 +131,8 @@ def finetune(
     if config.head is not None:
         model = with_head(model, config, len(read.classes))
     classes = class_names(model, read.classes)
+    images = dataclasses.replace(images, label_names=read.classes)
+    remember_(model, images)
     accelerator = make_accelerator(config.precision)
     state = first_state(model, config, accelerator.device)
     mine = identity_of(config, read, model, accelerator.mixed_precision)
@@ -209,7 +218,14 @@ def finetune(
     load_weights_(model, content, best)
     evaluation = content["evaluation"] and Evaluation(*content["evaluation"])
     return History(
-        model, progress.epochs, progress.best_epoch, classes, config, read.validation, evaluation
+        model,
+        progress.epochs,
+        progress.best_epoch,
+        classes,
+        config,
+        images,
+        read.validation,
+        evaluation,
     )
 
 
@@ -270,7 +286,7 @@ def prepare(
             prefix,
             source,
             Path(config.cache_dir or Path(config.output_dir) / "features"),
-            weights=weight_set(model),
+            weights=arithmetic_of(model),
             copies=copies,
             dtype=config.cache_dtype,
             num_workers=config.num_workers,

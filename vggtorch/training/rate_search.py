@@ -10,7 +10,7 @@ import keras
 
 from vggtorch.keras_graph import graph_of
 from vggtorch.training.config import TrainConfig
-from vggtorch.training.data import BatchPlan, Key, shared_batches
+from vggtorch.training.data import BatchPlan, Key, images_for, shared_batches
 from vggtorch.training.display import open_display
 from vggtorch.training.heads import class_names, with_head
 from vggtorch.training.loop import Stage, prepare
@@ -80,7 +80,7 @@ def find_learning_rate(
         )
     config = config or TrainConfig()
     graph_of(model, "find_learning_rate")
-    read = read_data(train, None, config)
+    read = read_data(train, None, config, images_for(model, config))
     if config.head is not None:
         model = with_head(model, config, len(read.classes))
     class_names(model, read.classes)

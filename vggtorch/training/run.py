@@ -18,6 +18,7 @@ from vggtorch.training.config import Augment, TrainConfig
 from vggtorch.training.data import BatchPlan, DatasetSource, Folder
 from vggtorch.training.folders import find_splits
 from vggtorch.training.optimization import Parameters, make_optimizer, trained_parameters
+from vggtorch.weight_sets import DataConfig
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -34,8 +35,12 @@ class RunData(NamedTuple):
     classes: tuple[str, ...]
 
 
-def read_data(train: Images, validation: Images | None, config: TrainConfig) -> RunData:
+def read_data(
+    train: Images, validation: Images | None, config: TrainConfig, images: DataConfig
+) -> RunData:
     """Read what the user passed, and hold out images of a training folder where nothing validates.
+
+    `images` says what images are brought to.
 
     Raises:
         ValueError: data that can't be right, or that contradicts the configuration.
@@ -43,11 +48,9 @@ def read_data(train: Images, validation: Images | None, config: TrainConfig) -> 
 
     def read(given: Images, augment: Augment) -> tuple[Any, BatchPlan]:
         if isinstance(given, str | Path):
-            folder = data.read_folder(
-                given, config.image_size, augment, config.on_unreadable, config.seed
-            )
+            folder = data.read_folder(given, images, augment, config.on_unreadable, config.seed)
             return folder, data.shuffled(len(folder), config.batch_size, config.seed)
-        return data.as_source(given, config.seed, config.batch_size)
+        return data.as_source(given, config.seed, config.batch_size, images)
 
     if validation is None and isinstance(train, str | Path):
         train, validation = find_splits(Path(train))

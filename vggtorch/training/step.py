@@ -11,9 +11,8 @@ import keras
 import torch
 from torch.nn import functional as F
 
-from vggtorch.models import weight_set
 from vggtorch.training.config import TrainConfig
-from vggtorch.training.data import Batch, as_input, seeded
+from vggtorch.training.data import Batch, arithmetic_of, as_input, seeded
 from vggtorch.training.optimization import update_average_
 from vggtorch.training.run import RunState
 
@@ -105,7 +104,7 @@ def regularization(model: keras.Model) -> torch.Tensor:
 
 def network_input(x: torch.Tensor, model: keras.Model, device: torch.device) -> torch.Tensor:
     """Images as the model takes them, or features, on the device."""
-    return as_input(x.to(device, non_blocking=True), weight_set(model))
+    return as_input(x.to(device, non_blocking=True), arithmetic_of(model))
 
 
 def _check_labels(model: keras.Model, labels: torch.Tensor) -> None:

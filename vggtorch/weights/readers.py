@@ -145,14 +145,14 @@ def _h5_tensors(path: Path, start: int) -> tuple[Tensors, dict[str, str]]:
 def _remembered(config: object) -> dict[str, str]:
     """The weight set that a model's configuration tells of, its nested models' included.
 
-    A model remembers it in its class, such as OxfordModel.
+    A model remembers it in its class, such as vggtorch>OxfordModel.
     """
-    kinds = {f"{name.capitalize()}Model": name for name in WEIGHT_SETS}
+    kinds = {f"vggtorch>{name.capitalize()}Model": name for name in WEIGHT_SETS}
     found, left = set(), [config]
     while left:
         value = left.pop()
         if isinstance(value, dict):
-            found.add(kinds.get(str(value.get("class_name"))))
+            found.add(kinds.get(str(value.get("registered_name"))))
             left += value.values()
         elif isinstance(value, list):
             left += value
