@@ -173,6 +173,7 @@ def check_operation_kinds() -> None:
     x = keras.Input((4,))
     assert keras_graph.operation_kind(keras_graph.producer(x + x)) == "Add"
     assert keras_graph.operation_kind(keras_graph.producer(x * 2.0)) == "Multiply"
+    assert keras_graph.operation_kind(keras_graph.producer(keras.ops.relu(x))) == "Relu"
     assert keras_graph.operation_kind(kl.Add()) is None
 
 
@@ -276,6 +277,7 @@ PARTS: dict[str, Callable[..., None]] = {
     "get_keras_mask": check_masks,
     "set_keras_mask": check_masks,
     "keras.src.ops.numpy": check_operation_kinds,
+    "keras.src.ops.nn": check_operation_kinds,
     "_seed_generators": check_seed_generators,
     "_initial_seed": check_seed_generators,
     "_initialize": check_seed_generators,

@@ -23,6 +23,8 @@ from .models import preprocess as preprocess
 from .models import save_weights as save_weights
 from .models import weight_set as weight_set
 from .surgery import compose_ as compose_
+from .surgery import deletable_channels as deletable_channels
+from .surgery import delete_channels as delete_channels
 from .surgery import distill_ as distill_
 from .surgery import freeze_ as freeze_
 from .surgery import insert as insert

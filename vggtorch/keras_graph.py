@@ -352,9 +352,10 @@ def state_of(operation: Any) -> list[keras.Variable]:
 
 
 def operation_kind(operation: Any) -> str | None:
-    """The name of an operation of keras.ops on arrays, such as "Add"; None for all else."""
+    """The name of an operation of keras.ops, such as "Add" or "Relu"; None for all else."""
     kind = type(operation)
-    return kind.__name__ if kind.__module__ == "keras.src.ops.numpy" else None
+    known = ("keras.src.ops.numpy", "keras.src.ops.nn")
+    return kind.__name__ if kind.__module__ in known else None
 
 
 def draws_at_random(layer: keras.Layer) -> bool:

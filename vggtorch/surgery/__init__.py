@@ -2,11 +2,13 @@
 
 Read `operations` first, which has what users call, then `wiring` (the graph of a model and what can
 be asked of it by name), `rebuild` (the one walk that makes a new model from an old one) and
-`freezing`. How new layers get weights with which the network goes on working: `composition` (exact
-algebra of linear layers) and `distillation` (training on images without labels), with `region`
-(where the new layers sit) and `coordinates` (in which they are trained).
+`freezing`. `channels` deletes channels, which `channel_flow` follows through the graph by the
+`channel_rules` of the layers. How new layers get weights with which the network goes on working:
+`composition` (exact algebra of linear layers) and `distillation` (training on images without
+labels), with `region` (where the new layers sit) and `coordinates` (in which they are trained).
 """
 
+from vggtorch.surgery.channels import deletable_channels, delete_channels
 from vggtorch.surgery.composition import Composition, compose_
 from vggtorch.surgery.distillation import Distillation, Loss, distill_, relative_error
 from vggtorch.surgery.freezing import freeze_, unfreeze_
@@ -17,6 +19,8 @@ __all__ = [
     "Distillation",
     "Loss",
     "compose_",
+    "deletable_channels",
+    "delete_channels",
     "distill_",
     "freeze_",
     "insert",

@@ -70,15 +70,18 @@ def rebuilt(
     new_layers: Sequence[Layer] = (),
     *,
     weights: bool = True,
+    changed: Mapping[int, Layer] | None = None,
 ) -> Functional:
     """A new model from `inputs` to `outputs`, both structures of the old graph's tensors.
 
     `instead` maps the id of an old tensor to the one that is read in its place, through the new
     layers. Without `weights` the result has no values: it only shows that everything fits.
+    `changed` maps the id of an old layer, in nested models too, to the `changed_copy` that is
+    called in its place.
     """
-    instead = instead or {}
+    instead, changed = instead or {}, changed or {}
     device = next((raw_value(v).device for v in wiring.model.variables), None)
-    made = {id(t): _copy_input(t) for t in keras.tree.flatten(inputs)}  # old tensor -> new one
+    made = {id(t): _copy_input(t, changed) for t in keras.tree.flatten(inputs)}  # old -> new
     read: dict[int, Tensor] = {}  # old tensor -> what is read in its place, where `instead` says so
     copies: dict[int, Any] = {}  # old operation -> new one
 
@@ -98,12 +101,12 @@ def rebuilt(
         old = node.operation
         first_call = id(old) not in copies
         if first_call:
-            copies[id(old)] = _copy(old, weights)
+            copies[id(old)] = changed.get(id(old)) or _copy(old, weights, changed)
         new = copies[id(old)]
         args, kwargs = filled(node, {id(t): reading(t) for t in node.input_tensors})
         with _on(_where(old)):
             results = _call_kept(new, args, kwargs, node)
-        if first_call and isinstance(old, Layer) and not _has_graph(old):
+        if first_call and isinstance(old, Layer) and not _has_graph(old) and id(old) not in changed:
             _check_state(old, new, node, args, kwargs)
             if weights:
                 _carry_(old, new)
@@ -206,9 +209,24 @@ def _settle_names_(layers: Sequence[Layer], taken: set[str]) -> None:
 # Copies of layers
 
 
-def _copy_input(tensor: Tensor) -> Tensor:
+def changed_copy(
+    old: Layer,
+    settings: Mapping[str, Any],
+    input_shape: tuple[int | None, ...],
+    values: Sequence[torch.Tensor],
+) -> Layer:
+    """A built copy of a layer with other settings, and with `values` for its variables."""
+    new = _from_config(old, settings)
+    if values:
+        with _on(_where(old)):
+            new.build(input_shape)
+    _carry_(old, new, values)
+    return new
+
+
+def _copy_input(tensor: Tensor, changed: Mapping[int, Layer]) -> Tensor:
     """A new input that stands for `tensor`, which may come from the middle of the graph."""
-    old = producer(tensor)
+    old = changed.get(id(producer(tensor)), producer(tensor))
     if not isinstance(old, keras.layers.InputLayer):
         return keras.Input(batch_shape=tensor.shape, dtype=tensor.dtype, name=f"{old.name}_output")
     new = type(old).from_config(old.get_config())
@@ -216,14 +234,15 @@ def _copy_input(tensor: Tensor) -> Tensor:
     return new.output
 
 
-def _copy(old: Any, weights: bool) -> Any:
+def _copy(old: Any, weights: bool, changed: Mapping[int, Layer] | None = None) -> Any:
     """A layer like `old` that hasn't been called; models come with their weights, if wanted."""
     if not isinstance(old, Layer):  # a stateless operation, such as keras.ops.add
         return operation_copy(old)
     if isinstance(old, Functional) and _has_graph(old):
-        return rebuilt(Wiring(old, "surgery"), old.input, old.output, weights=weights)
+        wiring = Wiring(old, "surgery")
+        return rebuilt(wiring, old.input, old.output, weights=weights, changed=changed)
     if _has_graph(old):
-        return _copy_sequential(old, weights)
+        return _copy_sequential(old, weights, changed or {})
     try:
         with safe_mode_off():
             return _from_config(old)
@@ -234,7 +253,7 @@ def _copy(old: Any, weights: bool) -> Any:
         ) from error
 
 
-def _from_config(old: Layer) -> Layer:
+def _from_config(old: Layer, settings: Mapping[str, Any] | None = None) -> Layer:
     base = {"name": old.name, "trainable": old.trainable, "dtype": old.dtype_policy}
     # Two kinds of layers hold what a config can't carry: torch modules and code.
     if isinstance(old, TorchModuleWrapper):
@@ -247,7 +266,7 @@ def _from_config(old: Layer) -> Layer:
             arguments=old.arguments,
             **base,
         )
-    config = old.get_config()
+    config = {**old.get_config(), **(settings or {})}
     for key, value in config.items():  # a config can't name a function that Keras doesn't know
         live = getattr(old, key, None)
         if isinstance(live, FunctionType | BuiltinFunctionType) and not isinstance(value, str):
@@ -262,8 +281,13 @@ def _from_config(old: Layer) -> Layer:
     return new
 
 
-def _copy_sequential(old: keras.Sequential, weights: bool) -> keras.Sequential:
-    copies = {id(layer): _copy(layer, weights) for layer in layers_as_given(old)}
+def _copy_sequential(
+    old: keras.Sequential, weights: bool, changed: Mapping[int, Layer]
+) -> keras.Sequential:
+    copies = {
+        id(layer): changed.get(id(layer)) or _copy(layer, weights, changed)
+        for layer in layers_as_given(old)
+    }
     with _on(_where(old)):
         new = type(old)(
             [copies[id(layer)] for layer in layers_as_given(old)],
@@ -271,7 +295,7 @@ def _copy_sequential(old: keras.Sequential, weights: bool) -> keras.Sequential:
             trainable=old.trainable,
         )
     for layer in old.layers:
-        if weights and not _has_graph(layer):
+        if weights and not _has_graph(layer) and id(layer) not in changed:
             _carry_(layer, copies[id(layer)])
     if weights:
         track_variables_(new)
@@ -318,8 +342,11 @@ def _check_state(old: Layer, new: Layer, node: Node, args: Any, kwargs: Any) -> 
         raise _misfit(node, args, kwargs, f"its weights have shapes {before}, now {now}")
 
 
-def _carry_(old: Layer, new: Layer) -> None:
-    """Give `new` the values, trainable flags and other tensors of `old`, each copied once."""
+def _carry_(old: Layer, new: Layer, values: Sequence[torch.Tensor] | None = None) -> None:
+    """Give `new` the values, trainable flags and other tensors of `old`, each copied once.
+
+    With `values`, its variables get these instead.
+    """
     layers = list(zip(all_layers(old), all_layers(new), strict=True))
     for source, target in layers:
         # Parents come first, because setting the flag of one sets those of its children.
@@ -332,10 +359,11 @@ def _carry_(old: Layer, new: Layer) -> None:
     buffers = dict(new.named_buffers())
     for name, buffer in old.named_buffers():
         buffers[name].data = buffer.detach().clone()
-    for source, target in zip(old.variables, new.variables, strict=True):
+    if values is None:  # clone() keeps the memory format
+        values = [raw_value(variable).detach().clone() for variable in old.variables]
+    for source, target, value in zip(old.variables, new.variables, values, strict=True):
         target.trainable = source.trainable
         old_value, new_value = raw_value(source), raw_value(target)
-        value = old_value.detach().clone()  # keeps the memory format
         if new_value.is_meta and not value.is_meta:
             set_value_(target, value, old_value.requires_grad)
         else:  # keep the Parameter itself, which a torch module may hold too
