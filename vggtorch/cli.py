@@ -7,6 +7,7 @@ inside the commands.
 from __future__ import annotations
 
 import dataclasses
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ import vggtorch as vt
 from vggtorch import files
 from vggtorch.architectures import ARCHITECTURES
 from vggtorch.options import as_options, with_options_of_train_config
-from vggtorch.training import TrainConfig
+from vggtorch.training import Interrupted, Terminated, TrainConfig
 
 if TYPE_CHECKING:  # a type checker can't read choices that are made while the program runs
     ArchitectureName = str
@@ -277,7 +278,10 @@ def finetune(
     model = constructor(architecture)(
         weights=weights, include_top=False, input_shape=(size, size, 3)
     )
-    history = vt.finetune(model, train, validation, config)
+    try:
+        history = vt.finetune(model, train, validation, config)
+    except Interrupted as stop:  # which typer would swallow
+        raise typer.Abort from stop
     if PartialState().is_main_process:
         run = Path(config.output_dir)
         vt.save_trained(history, run)
@@ -303,6 +307,11 @@ def _settings(train: str, advise: Similarity | None, given: dict[str, Any]) -> T
     return dataclasses.replace(plan, **given)
 
 
+def _carry_on(arguments: Sequence[str]) -> str:
+    again = [argument for argument in arguments if argument != "--resume"]
+    return f"carry the run on with {shlex.join(['vggtorch', *again, '--resume'])}"
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status, 0 if all went well and 2 for a wrong usage."""
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -320,8 +329,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         reason = error.format_message().replace("Value error, ", "").rstrip(".")
         message = f"{reason}. Try {command} --help."
         status = error.exit_code
-    except typer.Abort:
+    except typer.Abort as error:
         message, status = "interrupted", 130
+        if isinstance(error.__cause__, Interrupted):
+            message = _carry_on(arguments)
+    except Terminated:
+        message, status = _carry_on(arguments), 143
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
         if debug:
             raise

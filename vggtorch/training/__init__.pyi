@@ -13,3 +13,5 @@ from .rate_search import find_learning_rate as find_learning_rate
 from .report import plot_rates as plot_rates
 from .report import write_report as write_report
 from .run import load_checkpoint_ as load_checkpoint_
+from .stopping import Interrupted as Interrupted
+from .stopping import Terminated as Terminated

@@ -25,6 +25,10 @@ class Display:
         text = "" if loss is None else f"loss {loss:.4f}"
         self._progress.update(self._task, advance=images, loss=text)
 
+    def say(self, text: str) -> None:
+        """Show a line above the bar."""
+        self._progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
     def end(self, epoch: int, result: dict[str, float]) -> None:
         """Show an epoch's figures, and keep them for TensorBoard."""
         figures = "  ".join(f"{name} {value:.4g}" for name, value in result.items())

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import keras
 import torch
@@ -45,16 +47,22 @@ from vggtorch.training.optimization import (
 )
 from vggtorch.training.run import (
     Images,
+    Progress,
     RunData,
     first_state,
     load_weights_,
+    locked,
     make_accelerator,
     read_data,
     restore_,
     state_dict,
 )
 from vggtorch.training.step import regularization, train_step_
+from vggtorch.training.stopping import Interrupted, Terminated, stopping
 from vggtorch.weight_sets import DataConfig
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 
 @dataclass(frozen=True)
@@ -118,9 +126,24 @@ def finetune(
         ValueError: data, model and config that don't fit each other, or the folder's checkpoint.
         FloatingPointError: the loss or its gradient isn't finite any more.
         OSError: a checkpoint couldn't be written.
+        KeyboardInterrupt: Ctrl-C. The run leaves a checkpoint, from which it can be carried on, as
+            on SIGTERM, which ends the process with status 143. A second one ends the run at once.
     """
     config = config or TrainConfig()
     graph_of(model, "finetune")
+    accelerator = make_accelerator(config.precision)
+    with locked(Path(config.output_dir)) if accelerator.is_main_process else nullcontext():
+        return _finetune(model, train, validation, config, accelerator)
+
+
+def _finetune(
+    model: keras.Model,
+    train: Images,
+    validation: Images | None,
+    config: TrainConfig,
+    accelerator: Accelerator,
+) -> History:
+    """What `finetune` does, in a folder that no other run is at work in."""
     images = images_for(model, config)
     read = read_data(train, validation, config, images)
     if config.patience is not None and read.validation is None:
@@ -133,7 +156,6 @@ def finetune(
     classes = class_names(model, read.classes)
     images = dataclasses.replace(images, label_names=read.classes)
     remember_(model, images)
-    accelerator = make_accelerator(config.precision)
     state = first_state(model, config, accelerator.device)
     mine = identity_of(config, read, model, accelerator.mixed_precision)
     progress = state.progress
@@ -159,7 +181,11 @@ def finetune(
     steps = sum(len(read.plan(epoch)) for epoch in range(config.epochs))
     curves = Path(config.output_dir) if config.tensorboard else None
     stage = None
-    with open_display(accelerator.is_main_process, curves) as show:
+    with (
+        stopping(accelerator.num_processes == 1) as stop,
+        open_display(accelerator.is_main_process, curves) as show,
+        left_behind(last, progress, save, show),
+    ):
         while progress.epoch < config.epochs and not (
             progress.step == 0 and _is_stale(progress.epoch, progress.best_epoch, config.patience)
         ):
@@ -176,24 +202,25 @@ def finetune(
             for batch in shared_batches(stage.training, left, config.num_workers, accelerator):
                 rate = learning_rate(config, progress.done, steps)
                 set_learning_rate_(state.optimizer, rate)
-                loss, correct = train_step_(state, module, batch, config, accelerator)
-                progress.step += 1
-                progress.done += 1
-                progress.loss += loss
-                progress.correct += correct
-                progress.images += batch.size
-                progress.seconds = time.perf_counter() - began
-                show.advance(batch.size, progress.loss / progress.images)
-                if progress.step % config.checkpoint_steps == 0 and progress.step < len(keys):
-                    save()
+                with stop.held():
+                    loss, correct = train_step_(state, module, batch, config, accelerator)
+                    progress.step += 1
+                    progress.done += 1
+                    progress.loss += loss
+                    progress.correct += correct
+                    progress.images += batch.size
+                    progress.seconds = time.perf_counter() - began
+                    show.advance(batch.size, progress.loss / progress.images)
+                    if progress.step % config.checkpoint_steps == 0 and progress.step < len(keys):
+                        save()
             result = {
                 "loss": progress.loss / progress.images,
                 "accuracy": progress.correct / progress.images,
-                "learning_rate": rate,
+                "learning_rate": learning_rate(config, progress.done - 1, steps),
             }
             found = None
             if stage.validation is not None:
-                with averaged(state.trained, state.average):
+                with averaged(state.trained, state.average, stop.held):
                     found = evaluate(
                         stage.module,
                         model,
@@ -205,14 +232,15 @@ def finetune(
                     result["val_loss"] = found.loss + regularization(model).item()
                 result["val_accuracy"] = found.accuracy
             result["seconds"] = time.perf_counter() - began
-            progress.epochs.append(result)
-            is_best = _is_better(result, progress.epochs[progress.best_epoch])
-            if is_best:
-                progress.best_epoch = epoch
-            progress.epoch, progress.step = epoch + 1, 0
-            progress.loss, progress.correct, progress.images, progress.seconds = 0.0, 0, 0, 0.0
-            save(is_best, found)
-            show.end(epoch, result)
+            with stop.held():
+                progress.epochs.append(result)
+                is_best = _is_better(result, progress.epochs[progress.best_epoch])
+                if is_best:
+                    progress.best_epoch = epoch
+                progress.epoch, progress.step = epoch + 1, 0
+                progress.loss, progress.correct, progress.images, progress.seconds = 0.0, 0, 0, 0.0
+                save(is_best, found)
+                show.end(epoch, result)
     accelerator.wait_for_everyone()
     content = checkpoints.read(best)
     load_weights_(model, content, best)
@@ -227,6 +255,22 @@ def finetune(
         read.validation,
         evaluation,
     )
+
+
+@contextmanager
+def left_behind(
+    last: Path, progress: Progress, save: Callable[[], None], show: Display
+) -> Iterator[None]:
+    """Leave a checkpoint where a run is stopped, and say that it can be carried on."""
+    try:
+        yield
+    except (Interrupted, Terminated):
+        save()
+        show.say(
+            f"Stopped in epoch {progress.epoch + 1} after {progress.step} steps; {last} holds the "
+            f"run, and resume=True carries it on."
+        )
+        raise
 
 
 def _is_better(result: dict[str, float], best: dict[str, float]) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import keras
 import torch
@@ -117,8 +117,15 @@ def update_average_(
 
 
 @contextlib.contextmanager
-def averaged(trained: Parameters, average: dict[int, torch.Tensor]) -> Iterator[None]:
-    """Run the model on the averaged weights, if there are any; on its own again afterwards."""
+def averaged(
+    trained: Parameters,
+    average: dict[int, torch.Tensor],
+    held: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
+) -> Iterator[None]:
+    """Run the model on the averaged weights, if there are any; on its own again afterwards.
+
+    Nothing stops the run while `held`, in which the two change places.
+    """
 
     @torch.no_grad()
     def swap() -> None:
@@ -127,8 +134,10 @@ def averaged(trained: Parameters, average: dict[int, torch.Tensor]) -> Iterator[
             trained[i].copy_(value)
             value.copy_(kept)
 
-    swap()
     try:
+        with held():
+            swap()
         yield
     finally:
-        swap()
+        with held():
+            swap()

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import filelock
 import keras
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -23,6 +26,7 @@ from vggtorch.weight_sets import DataConfig
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+LONGER = 8.0  # seconds
 Images = str | Path | Dataset | DataLoader  # what users pass
 
 
@@ -86,6 +90,30 @@ def make_accelerator(precision: str) -> Accelerator:
         AcceleratorState._reset_state()  # an earlier run in this process had another precision
     # Told that it is on a CPU, Accelerate joins torchrun's processes on a machine without GPUs too.
     return Accelerator(mixed_precision=precision, cpu=not torch.accelerator.is_available())
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep a run's folder for one run at a time.
+
+    Raises:
+        ValueError: another run is at work in it.
+        OSError: the folder can't be made or written to.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    # A killed run's workers, which read images, live for up to 5 s longer, and hold the lock.
+    lock = filelock.FileLock(folder / ".lock", timeout=LONGER)
+    try:
+        lock.acquire()
+    except filelock.Timeout:
+        raise ValueError(
+            f"Another run is at work in {folder}. Wait until it has ended, or choose another "
+            f"folder with output_dir='run2', say."
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 @dataclass
