@@ -58,7 +58,7 @@ from vggtorch.training.run import (
     state_dict,
 )
 from vggtorch.training.step import regularization, train_step_
-from vggtorch.training.stopping import Interrupted, Terminated, stopping
+from vggtorch.training.stopping import Interrupted, Terminated, stoppable
 from vggtorch.weight_sets import DataConfig
 
 if TYPE_CHECKING:
@@ -182,7 +182,7 @@ def _finetune(
     curves = Path(config.output_dir) if config.tensorboard else None
     stage = None
     with (
-        stopping(accelerator.num_processes == 1) as stop,
+        stoppable(accelerator.num_processes == 1) as stop,
         open_display(accelerator.is_main_process, curves) as show,
         left_behind(last, progress, save, show),
     ):

@@ -60,7 +60,7 @@ class Stopping:
 
 
 @contextlib.contextmanager
-def stopping(active: bool) -> Iterator[Stopping]:
+def stoppable(active: bool) -> Iterator[Stopping]:
     """Listen to SIGINT and SIGTERM while a run is at work.
 
     Only in the main thread, which alone gets signals. A signal that the process ignores, as under
