@@ -20,12 +20,19 @@ def home() -> Path:
 
 
 @contextmanager
-def atomic(path: str | os.PathLike) -> Iterator[Path]:
+def atomic(
+    path: str | os.PathLike, *, body: tuple[type[Exception], ...] = (OSError, RuntimeError)
+) -> Iterator[Path]:
     """A path beside `path` to write to; what was written there takes the name `path` at the end.
 
     Until then, and whenever anything fails, the file that stood at `path` before is whole, and
     what was written so far is removed. The name changes only when all bytes are on the disk. The
     path given is hidden and has `path`'s ending.
+
+    Args:
+        path: the file.
+        body: what the writing raises where it fails; writers that aren't Python's raise
+            RuntimeError, too. All else passes as it is.
 
     Raises:
         OSError: the file can't be written; names `path`, and says whether an older one is there.
@@ -33,18 +40,38 @@ def atomic(path: str | os.PathLike) -> Iterator[Path]:
     path = Path(os.path.realpath(path))  # write through a link, not over it
     temporary = path.with_name(f".{os.getpid()}-{time.monotonic_ns():x}.{path.name}")
     try:
-        yield temporary
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # PyTorch's writer has no OSError of its own
+        with naming(path, *body):
+            yield temporary
+        with naming(path, OSError):
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+            _sync_folder(path.parent)
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def naming(path: Path, *kinds: type[Exception]) -> Iterator[None]:
+    """Inside, errors of writing become an OSError that names the file and what is left of it."""
+    try:
+        yield
+    except kinds as error:
         kept = " The file that was there before is unchanged." if path.exists() else ""
         reason = getattr(error, "strerror", None) or first_line(error)
         number = getattr(error, "errno", None) or errno.EIO
         raise OSError(number, f"Could not write {path}: {reason}.{kept}") from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    """See that a new name in a folder survives a power cut, where the system can be told so."""
+    with suppress(OSError, AttributeError):  # Windows has no such flag, some folders can't
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def first_line(error: Exception) -> str:

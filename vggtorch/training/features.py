@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import shutil
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any, Literal
 import keras
 import numpy as np
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from vggtorch import files, keras_graph
 from vggtorch.lowering import between
@@ -89,8 +90,9 @@ def cached_features(
 ) -> Features:
     """What `prefix` makes of every image, computed once and kept in `folder`.
 
-    The file's name is a hash of all that its content depends on, so that it can't be stale, and
-    the file takes that name only when it's whole. Processes share the work, and the folder.
+    The file's name is a hash of all that its content depends on, so that it can't be stale, the
+    file takes that name only when it's whole, and it ends in its own SHA-256: one that was damaged
+    later is made anew. Processes share the work, and the folder.
 
     Args:
         prefix: the frozen part of a network.
@@ -105,7 +107,10 @@ def cached_features(
 
     Raises:
         ValueError: not enough free space, or features beyond half precision.
+        OSError: the file can't be written.
     """
+    from accelerate.utils import broadcast_object_list
+
     images, labels = fingerprint(source, copies)
     half = dtype == "float16"
     network = network_digest(prefix, flags=False, values=True)
@@ -114,8 +119,7 @@ def cached_features(
     path = folder / f"{key[:32]}.npy"
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{path}.lock") if accelerator.is_main_process else contextlib.nullcontext():
-        accelerator.wait_for_everyone()
-        if not path.exists():
+        if broadcast_object_list([accelerator.is_main_process and not _is_whole(path)])[0]:
             _compute(
                 prefix, source, path, weights, copies, dtype, num_workers, accelerator, advance
             )
@@ -137,15 +141,21 @@ def _compute(
     from accelerate.utils import broadcast_object_list
 
     is_main = accelerator.is_main_process
-    with files.atomic(path) if is_main else contextlib.nullcontext(path) as temporary:
+    # Only writing fails for want of room; what the images and the network raise keeps its name.
+    with files.atomic(path, body=()) if is_main else contextlib.nullcontext(path) as temporary:
+        layout: list[Any] = [None]
         if is_main:
             shape = (copies, len(source), *_feature_shape(prefix, source))
-            for left in path.parent.glob(f".*.{path.name}"):  # by a run that was killed here
-                left.unlink()
+            _clear(path)
             _check_space(path.parent, shape, np.dtype(dtype).itemsize)
-            np.lib.format.open_memmap(temporary, "w+", dtype, shape)
-        # All processes write to the file that the main process made, each its own images.
-        values = np.lib.format.open_memmap(broadcast_object_list([temporary])[0], "r+")
+            with files.naming(path, OSError), temporary.open("wb") as file:
+                described = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
+                np.lib.format.write_array_header_1_0(file, described)
+                layout = [(temporary, file.tell(), shape)]
+        # All processes write to the file that the main process made, each its own images. Writing
+        # to a memory map would kill the process where the disk is full.
+        temporary, begin, shape = broadcast_object_list(layout)[0]
+        size = int(np.prod(shape[2:])) * np.dtype(dtype).itemsize  # of one image, in bytes
         keys = [some for copy in range(copies) for some in in_order(len(source), 32, copy)]
         mine = keys[accelerator.process_index :: accelerator.num_processes]
         module = between(prefix.inputs[0], prefix.outputs[0]).eval()
@@ -165,10 +175,45 @@ def _compute(
                     f"Set cache_dtype='float32'."
                 )
             (first, copy), (last, _) = some[0], some[-1]
-            values[copy, first : last + 1] = found
+            assert found.shape == (last + 1 - first, *shape[2:])
+            with files.naming(path, OSError), temporary.open("rb+") as file:
+                file.seek(begin + (copy * shape[1] + first) * size)
+                file.write(np.ascontiguousarray(found.astype(dtype)).data)
             advance(len(some))
-        values.flush()
         accelerator.wait_for_everyone()
+        if is_main:
+            with files.naming(path, OSError), temporary.open("rb+") as file:
+                digest = hashlib.file_digest(file, "sha256").digest()
+                file.write(digest)
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether there are features at a path, as they were written; warns of damaged ones."""
+    if not path.exists():
+        return False
+    digest, left = hashlib.sha256(), path.stat().st_size - hashlib.sha256().digest_size
+    with path.open("rb") as file:
+        while left > 0:
+            block = file.read(min(left, 1 << 20))
+            digest.update(block)
+            left -= len(block) or left
+        whole = digest.digest() == file.read()
+    if not whole:
+        warnings.warn(f"{path} isn't as it was written, and is made anew.", stacklevel=2)
+    return whole
+
+
+def _clear(path: Path) -> None:
+    """Remove what killed runs have left half written, before it counts as used space."""
+    for left in path.parent.glob(".*-*.npy"):
+        name = left.name.split(".", 2)[2]
+        lock = FileLock(path.with_name(f"{name}.lock"), timeout=0)
+        # Another process may be writing the features of another network just now.
+        with (
+            contextlib.suppress(Timeout),
+            lock if name != path.name else contextlib.nullcontext(),
+        ):
+            left.unlink(missing_ok=True)
 
 
 def _feature_shape(prefix: keras.Model, source: Folder | DatasetSource) -> tuple[int, ...]:
