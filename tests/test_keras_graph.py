@@ -188,6 +188,16 @@ def check_seed_generators() -> None:
     assert torch.equal(generator.state.value, expected.state.value)
 
 
+def check_given_seed_generators() -> None:
+    layer = kl.Dropout(0.0)
+    assert not keras_graph.seed_generators(layer)
+    generator = keras.random.SeedGenerator(3)
+    keras_graph.give_seed_generator_(layer, "seed_generator", generator)
+    layer.rate = 0.5
+    assert list(keras_graph.seed_generators(layer)) == [generator]
+    assert 0 in layer(torch.ones(1, 100), training=True)
+
+
 def check_own_variables() -> None:
     inputs = keras.Input((4,))
     model = keras.Model(inputs, kl.BatchNormalization(name="norm")(inputs))
@@ -279,6 +289,7 @@ PARTS: dict[str, Callable[..., None]] = {
     "keras.src.ops.numpy": check_operation_kinds,
     "keras.src.ops.nn": check_operation_kinds,
     "_seed_generators": check_seed_generators,
+    "_tracker": check_given_seed_generators,
     "_initial_seed": check_seed_generators,
     "_initialize": check_seed_generators,
     "_trainable_variables": check_own_variables,

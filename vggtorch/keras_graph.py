@@ -46,13 +46,17 @@ __all__ = [
     "draws_at_random",
     "filled",
     "functional",
+    "give_seed_generator_",
     "graph_of",
     "has_mask",
     "in_stateless_scope",
     "input_structure",
     "is_plain_functional",
+    "keras_mask",
     "lambda_output_shape",
     "layers_as_given",
+    "mark_",
+    "marked",
     "model_class",
     "obtain_input_shape",
     "operation_copy",
@@ -87,6 +91,18 @@ __all__ = [
 # this file as soon as Keras has been imported: then keras.saving.load_model knows them.
 
 
+def mark_(layer: Any, config: DataConfig) -> None:
+    """Write on a layer what the weights of its model expect of an image."""
+    if config != marked(layer):
+        layer.vggtorch_data_config = config
+
+
+def marked(layer: Any) -> DataConfig:
+    """What was written on a layer; the defaults where nothing was."""
+    found = getattr(layer, "vggtorch_data_config", None)
+    return found if isinstance(found, DataConfig) else DataConfig()
+
+
 class _ImageModel(Functional):
     """A Functional model whose class remembers what it expects of an image.
 
@@ -96,6 +112,12 @@ class _ImageModel(Functional):
     """
 
     data_config = DataConfig()
+
+    def build(self, input_shape: Any) -> None:
+        """Write it on the layers too, for models that a user makes of them."""
+        super().build(input_shape)
+        for layer in self.layers:
+            mark_(layer, self.data_config)
 
     def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "data_config": self.data_config.as_dict()}
@@ -330,6 +352,11 @@ def training_context(operation: Any, training: bool) -> Iterator[None]:
         global_state.set_global_attribute("current_call_ctx", None)
 
 
+def keras_mask(tensor: KerasTensor) -> KerasTensor | None:
+    """The mask that a symbolic tensor carries to the layers that read it."""
+    return get_keras_mask(tensor)
+
+
 def has_mask(tensor: KerasTensor) -> bool:
     """Whether a symbolic tensor carries a mask, such as an Embedding's with mask_zero=True."""
     return get_keras_mask(tensor) is not None
@@ -361,6 +388,15 @@ def operation_kind(operation: Any) -> str | None:
 def draws_at_random(layer: keras.Layer) -> bool:
     """Whether a layer has a seed generator of its own."""
     return bool(layer._seed_generators)
+
+
+def give_seed_generator_(
+    layer: keras.Layer, attribute: str, generator: keras.random.SeedGenerator
+) -> None:
+    """Let a layer that is built have one more seed generator."""
+    layer._tracker.unlock()
+    setattr(layer, attribute, generator)
+    layer._tracker.lock()
 
 
 def seed_generators(layer: keras.Layer) -> Iterable[keras.random.SeedGenerator]:

@@ -61,6 +61,11 @@ def unnumbered(path):
     return re.sub(r"_\d+(?=/|$)", "", path)
 
 
+def from_layer(variable, layer):
+    """A variable's path from its layer's name on; a Sequential model's name stands before that."""
+    return unnumbered(variable.path[variable.path.find(f"{layer.name}/") :])
+
+
 def same_layer(old, new):
     """A kept layer has everything that the old one had, and shares nothing with it."""
     assert type(old) is type(new)
@@ -73,7 +78,7 @@ def same_layer(old, new):
     for u, v in zip(old.variables, new.variables, strict=True):
         a, b = raw_value(u), raw_value(v)
         assert u is not v
-        assert unnumbered(u.path) == unnumbered(v.path)
+        assert from_layer(u, old) == from_layer(v, new)
         assert (u.trainable, u.dtype) == (v.trainable, v.dtype)
         assert a.requires_grad == b.requires_grad
         assert a.stride() == b.stride()

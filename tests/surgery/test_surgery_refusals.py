@@ -5,7 +5,7 @@ from __future__ import annotations
 import keras
 import numpy as np
 import pytest
-from contract import identity, nested, same_snapshot, shared, snapshot, vgg
+from contract import identity, same_snapshot, shared, snapshot, vgg
 from keras import layers as kl
 
 from vggtorch.surgery import distill_, freeze_, insert, remove, replace, stack, truncate, unfreeze_
@@ -111,10 +111,6 @@ ERRORS = {
     "unknown start": (lambda m: truncate(m, "block2_pool", start="blck"), "no layer 'blck'"),
     "unknown in remove": (lambda m: remove(m, ["block1_conv1", "x"]), "no layer 'x'"),
     "unknown in freeze": (lambda m: freeze_(m, "block9"), "has no layer 'block9'"),
-    "name inside a nested model": (
-        lambda m: truncate(nested(), "bn"),
-        "'outer' has no layer 'bn'.*It is a layer of 'middle/inner', which.*: call truncate",
-    ),
     "a model on itself": (lambda m: stack(m, m), "'vgg16' has been called before and belongs to"),
     "no names": (lambda m: truncate(m, []), "truncate received no layer names"),
     "no names to remove": (lambda m: remove(m, []), "remove received no layer names"),

@@ -1,23 +1,55 @@
 """What a model remembers: its weight set, and how an image becomes what it expects.
 
 It stands in the model's class, which `keras_graph` makes, because a model's class is what Keras
-keeps when it clones a model and when it saves and loads one.
+keeps when it clones a model and when it saves and loads one. It is also written on the model's
+layers, for models that users make of them: keras.Model(vgg.input, ...).
 """
 
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import keras
 
-from vggtorch.keras_graph import model_class, remembers
+from vggtorch.keras_graph import (
+    calls,
+    functional,
+    graph_of,
+    mark_,
+    marked,
+    model_class,
+    operation_kind,
+    remembers,
+)
 from vggtorch.weight_sets import DataConfig
 
 PREPROCESSING_SUFFIX = "_preprocessing"  # of the name of the layer that preprocesses inside a model
 
+PASSING = (  # layers behind which an image is an image of the same colours
+    keras.layers.InputLayer,
+    keras.layers.Identity,
+    keras.layers.Dropout,
+    keras.layers.SpatialDropout2D,
+    keras.layers.GaussianDropout,
+    keras.layers.GaussianNoise,
+    keras.layers.ZeroPadding2D,
+    keras.layers.Cropping2D,
+    keras.layers.Resizing,
+    keras.layers.CenterCrop,
+    keras.layers.RandomCrop,
+    keras.layers.RandomFlip,
+    keras.layers.RandomRotation,
+    keras.layers.RandomTranslation,
+    keras.layers.RandomZoom,
+)
+
 
 def weight_set(model: keras.Model) -> str | None:
     """Name of the weight set whose preprocessing a model expects; None where it isn't known.
+
+    A model that has a network nested in it, or is made of a network's layers, expects what that
+    network expects, if nothing comes before it but layers that leave colours alone.
 
     Example:
         >>> import vggtorch as vt
@@ -29,9 +61,54 @@ def weight_set(model: keras.Model) -> str | None:
 
 
 def remembered(model: keras.Model) -> DataConfig:
-    """What a model remembers as it stands; the defaults where it remembers nothing."""
+    """What a model remembers as it stands; the defaults where it remembers nothing.
+
+    A model of no class that remembers goes by the one network that reads its images; its classes
+    aren't that network's.
+    """
     found = getattr(type(model), "data_config", None)
-    return found if isinstance(found, DataConfig) else DataConfig()
+    if isinstance(found, DataConfig):
+        return found
+    if functional(model) is None:
+        return DataConfig()
+    readers = image_readers(model)
+    configs = {marked(x) if functional(x) is None else remembered(x) for x in readers}
+    expected = configs.pop() if len(configs) == 1 else DataConfig()
+    return dataclasses.replace(expected, label_names=())
+
+
+def preprocesses(model: keras.Model) -> bool:
+    """Whether the preprocessing of a weight set is part of a model, or of one nested in it."""
+    if any(layer.name.endswith(PREPROCESSING_SUFFIX) for layer in model.layers):
+        return True
+    if functional(model) is None:
+        return False
+    nested = [x for x in image_readers(model, flips=False) if functional(x) is not None]
+    return bool(nested) and all(map(preprocesses, nested))
+
+
+def image_readers(model: keras.Model, *, flips: bool = True) -> list[Any]:
+    """The layers that read a model's images, perhaps through layers that leave colours alone.
+
+    With `flips`, also through the two operations of built-in preprocessing. Inputs that can't be
+    images aren't looked at, where there are some that can.
+    """
+    graph = graph_of(model, "preprocess")
+    inputs = [tensor for tensor in graph.inputs if len(tensor.shape) == 4] or graph.inputs
+    images = {id(tensor) for tensor in inputs}
+    readers: dict[Any, None] = {}
+    for node in calls(graph):
+        if node.is_input or not any(id(tensor) in images for tensor in node.input_tensors):
+            continue
+        operation = node.operation
+        built_in = operation_kind(operation) == "Flip" or operation.name.endswith(
+            PREPROCESSING_SUFFIX
+        )
+        if isinstance(operation, PASSING) or (flips and built_in):
+            images |= {id(tensor) for tensor in node.outputs}
+        else:
+            readers[operation] = None
+    return list(readers)
 
 
 def data_config(model: keras.Model) -> DataConfig:
@@ -49,7 +126,7 @@ def data_config(model: keras.Model) -> DataConfig:
         ((3, 64, 64), 'center', 0.875)
     """
     config = remembered(model)
-    if any(layer.name.endswith(PREPROCESSING_SUFFIX) for layer in model.layers):
+    if preprocesses(model):
         config = dataclasses.replace(config, preprocessing_inside=True)
     size = _input_size(model)
     return config if size is None else dataclasses.replace(config, input_size=(3, *size))
@@ -80,4 +157,6 @@ def remember_(model: keras.Model, config: str | DataConfig | None) -> keras.Mode
                 remembered(model), weight_set=config, preprocessing_inside=False
             )
         model.__class__ = model_class(config)
+        for layer in model.layers:
+            mark_(layer, config)
     return model

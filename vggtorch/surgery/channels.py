@@ -17,7 +17,8 @@ import torch
 from vggtorch.keras_graph import Functional, raw_value
 from vggtorch.surgery.channel_flow import Channels, Flow, Following, Ids
 from vggtorch.surgery.channel_rules import rule_of
-from vggtorch.surgery.rebuild import changed_copy, rebuilt
+from vggtorch.surgery.rebuild import rebuilt
+from vggtorch.surgery.remaking import changed_copy
 from vggtorch.surgery.wiring import Wiring, layer_names
 
 _VERB = "delete_channels"

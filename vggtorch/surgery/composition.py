@@ -13,7 +13,7 @@ from math import ceil, prod
 import keras
 import numpy as np
 
-from vggtorch.keras_graph import calls_of, same_padding, scale_and_shift
+from vggtorch.keras_graph import calls_of, operation_kind, same_padding, scale_and_shift
 
 SKIPPED = (  # layers that pass their input on at inference
     keras.layers.InputLayer,
@@ -111,6 +111,8 @@ def _batch_norm(layer: keras.layers.BatchNormalization) -> _Linear:
 
 def _linear_parts(layer: keras.Layer, channels: int) -> list[_Linear]:
     """The linear operations of a layer, its activation left out; `channels` enter it."""
+    if operation_kind(layer) == "Flip" and layer.axis in (-1, 3):  # RGB to BGR, channels last
+        return [_Linear(np.eye(channels)[None, None, ::-1], np.zeros(channels))]
     match layer:
         case keras.layers.SeparableConv2D():
             pointwise = _array(layer.pointwise_kernel)

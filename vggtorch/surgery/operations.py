@@ -22,11 +22,12 @@ import torch
 from keras import KerasTensor as Tensor
 from keras.layers import Layer, TorchModuleWrapper
 
-from vggtorch.keras_graph import Functional, calls_of, operation_kind, producing_call
-from vggtorch.models import PREPROCESSING_SUFFIX
+from vggtorch.keras_graph import Functional, calls_of, producing_call
+from vggtorch.surgery.built_in import forget_preprocessing_, refuse_half, with_flips
 from vggtorch.surgery.composition import compose_
 from vggtorch.surgery.distillation import distill_
-from vggtorch.surgery.rebuild import rebuilt, splice
+from vggtorch.surgery.masks import reads
+from vggtorch.surgery.rebuild import rebuilt, splice, splice_all
 from vggtorch.surgery.wiring import Wiring, distinct, layer_names, owner
 
 New: TypeAlias = Layer | torch.nn.Module | Sequence[Layer | torch.nn.Module]
@@ -54,14 +55,15 @@ def truncate(
     """
     wiring = Wiring(model, "truncate")
     names = layer_names(layers, "truncate")
-    outputs = [wiring.only_output(name) for name in names]
+    outputs = [wiring.output_of(name) for name in names]
     for name, tensor in zip(names, outputs, strict=True):
         if producing_call(tensor).is_input:
             raise ValueError(f"truncate at {name!r} leaves no layer: {name!r} is an input.")
     if start is None:
         inputs = wiring.inputs_of(outputs)
     else:
-        inputs = wiring.only_output(start)
+        inputs = wiring.output_of(start)
+        refuse_half(wiring, inputs)
         wiring.check_cut(inputs, names, outputs)
     return rebuilt(wiring, inputs, outputs[0] if isinstance(layers, str) else outputs)
 
@@ -109,8 +111,9 @@ def insert(model: keras.Model, after: str, layers: New) -> Functional:
         ValueError: what follows can't take the new layers' output.
     """
     wiring = Wiring(model, "insert")
-    tensors = wiring.outputs_of(after)
-    return splice(wiring, [(t, t) for t in tensors], _new_layers(wiring, layers))
+    place, name = wiring.find(after)
+    pairs = [(t, t) for t in place.outputs_of(name)]
+    return splice(wiring, pairs, _new_layers(wiring, layers), place)
 
 
 def remove(model: keras.Model, layers: str | Iterable[str]) -> Functional:
@@ -129,32 +132,35 @@ def remove(model: keras.Model, layers: str | Iterable[str]) -> Functional:
             tensor that it would now get.
     """
     wiring = Wiring(model, "remove")
-    names = layer_names(layers, "remove")
-    nodes = wiring.nodes_of(names)
-    # The preprocessing inside a model may begin by turning RGB into BGR: an operation that has no
-    # name of the user's, and that means nothing without the layer that follows.
-    for node in nodes:
-        if node.operation.name.endswith(PREPROCESSING_SUFFIX):
-            before = producing_call(node.input_tensors[0])
-            if operation_kind(before.operation) == "Flip" and before not in nodes:
-                nodes = [before, *nodes]
+    named: dict[int, tuple[Wiring, list[str]]] = {}
+    for name in layer_names(layers, "remove"):
+        place, own = wiring.find(name)
+        named.setdefault(id(place.model), (place, []))[1].append(own)
+    return splice_all(
+        wiring, [(place, _bypasses(place, names), ()) for place, names in named.values()]
+    )
+
+
+def _bypasses(place: Wiring, names: Sequence[str]) -> list[tuple[Tensor, Tensor]]:
+    """What each layer of one graph puts out, with what is read instead once it is gone."""
+    nodes = [node for group in with_flips(place, place.nodes_of(names)) for node in group]
     bypass: dict[int, Tensor] = {}
     pairs = []
     for node in nodes:
-        sources = distinct(bypass.get(id(t), t) for t in node.input_tensors)
+        sources = distinct(bypass.get(id(t), t) for t in reads(node))
         if len(sources) != 1:
             joined = ", ".join(repr(owner(t)) for t in sources)
             raise ValueError(
-                f"remove can't take out {node.operation.name!r}: it joins {len(sources)} tensors "
-                f"(from {joined}), and what follows could read only one. Remove the whole block "
-                f"with one way in, or replace it."
+                f"remove can't take out {place.prefix + node.operation.name!r}: it joins "
+                f"{len(sources)} tensors (from {joined}), and what follows could read only one. "
+                f"Remove the whole block with one way in, or replace it."
             )
         for tensor in node.outputs:
             bypass[id(tensor)] = sources[0]
             pairs.append((tensor, sources[0]))
-    if all(producing_call(bypass.get(id(t), t)).is_input for t in wiring.outputs):
-        raise ValueError(f"remove would leave no layer of {model.name!r} but its inputs.")
-    return splice(wiring, pairs, [])
+    if all(producing_call(bypass.get(id(t), t)).is_input for t in place.outputs):
+        raise ValueError(f"remove would leave no layer of {place.model.name!r} but its inputs.")
+    return pairs
 
 
 def replace(
@@ -197,21 +203,22 @@ def replace(
             f"{'without' if images is None else 'with'} images."
         )
     wiring = Wiring(model, "replace")
-    names = layer_names(layers, "replace")
-    nodes = wiring.nodes_of(names)
-    if len(names) == 1:
-        pairs = [wiring.way_through([node]) for node in nodes]
-    else:
-        pairs = [wiring.way_through(nodes)]
+    place, names = wiring.find_all(layer_names(layers, "replace"))
+    groups = with_flips(place, place.nodes_of(names))
+    if len(names) > 1:
+        groups = [[node for group in groups for node in group]]
+    pairs = [place.way_through(group) for group in groups]
+    replaced = list(dict.fromkeys(node.operation for group in groups for node in group))
     added = _new_layers(wiring, new)
     if init == "compose" and len(added) != 1:
         raise ValueError(
             f"replace with init='compose' needs one new layer, received {len(added)}: what one "
             f"chain composes to can't be shared out among several."
         )
-    result = splice(wiring, pairs, added)
+    result = splice(wiring, pairs, added, place)
+    forget_preprocessing_(result, place, replaced)
     if init == "compose":
-        composition = compose_(list(dict.fromkeys(node.operation for node in nodes)), added[0])
+        composition = compose_(replaced, added[0])
         if composition.lost_bias:
             warnings.warn(
                 f"replace with init='compose' has lost a part: "

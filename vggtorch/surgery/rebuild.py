@@ -3,17 +3,14 @@
 A surgery that changes a graph is a splice: whoever read tensor A now reads tensor B, after some new
 layers. One that cuts it names the tensors where the new model begins and ends. Both come down to
 `rebuilt`, which walks the old graph once, copies each layer with its weights at its first call, and
-calls the copies as the old layers were called.
+calls the copies as the old layers were called. A nested model is a layer whose copy is made by the
+same walk. What is shared between models stays shared, because all walks have one set of copies.
 """
 
 from __future__ import annotations
 
-import contextlib
-import copy
 import dataclasses
-import re
-from collections.abc import Mapping, Sequence
-from types import BuiltinFunctionType, FunctionType
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -24,42 +21,66 @@ from keras.layers import Layer, TorchModuleWrapper
 from vggtorch.keras_graph import (
     Functional,
     Node,
-    all_layers,
+    calls,
     filled,
     functional,
     is_plain_functional,
-    lambda_output_shape,
     layers_as_given,
     operation_copy,
     producer,
+    producing_call,
     raw_value,
-    safe_mode_off,
-    set_value_,
-    to_snake_case,
+    reads_training,
     torch_dtype,
     track_variables_,
 )
 from vggtorch.models import remember_, remembered
-from vggtorch.surgery.wiring import Wiring, needed, owner
+from vggtorch.surgery.masks import automatic_masks, carried_masks, reads
+from vggtorch.surgery.naming import settle_names_
+from vggtorch.surgery.remaking import carry_, check_state, on, remade, state, where
+from vggtorch.surgery.wiring import Wiring, call_inputs, holds, needed, owner
+
+Change = tuple[Wiring, Sequence[tuple[Tensor, Tensor]], Sequence[Layer]]
+Adapt = Callable[[Layer, Layer], dict[int, torch.Tensor] | None]
 
 
 def splice(
-    wiring: Wiring, pairs: Sequence[tuple[Tensor, Tensor]], new: Sequence[Layer]
+    wiring: Wiring,
+    pairs: Sequence[tuple[Tensor, Tensor]],
+    new: Sequence[Layer],
+    place: Wiring | None = None,
 ) -> Functional:
     """A new model in which whoever read one tensor of a pair reads `new` applied to the other.
+
+    The tensors are those of `place`, a model nested in `wiring`'s, where it isn't that model
+    itself.
+    """
+    return splice_all(wiring, [(place or wiring, pairs, new)])
+
+
+def splice_all(wiring: Wiring, changes: Sequence[Change]) -> Functional:
+    """A new model with several splices: (where its tensors are, its pairs, its new layers).
 
     The new layers are built only once the whole graph has been seen to fit, with copies of them
     in their place.
     """
-    instead = {id(before): now for before, now in pairs}
+    instead: Instead = {}
+    for _, pairs, new in changes:
+        instead.update({id(before): (now, new) for before, now in pairs})
+    for place, _, new in changes:
+        inputs = place.functional.inputs
+        kept = needed([*place.outputs, *inputs], {key: now for key, (now, _) in instead.items()})
+        settle_names_(new, {node.operation.name for node in kept})
     inputs, outputs = wiring.functional.input, wiring.functional.output
-    kept = needed([*wiring.outputs, *wiring.functional.inputs], instead)
-    _settle_names_(new, {node.operation.name for node in kept})
-    if new:
-        copies = {id(layer): _copy(layer, weights=False) for layer in new}
-        trial = [copies[id(layer)] for layer in new]
-        rebuilt(wiring, inputs, outputs, instead, trial, weights=False)
-    return rebuilt(wiring, inputs, outputs, instead, new)
+    new_layers = {id(layer): layer for _, _, new in changes for layer in new}
+    if new_layers:
+        trial = Rebuild(wiring, weights=False)
+        copies = {key: trial.copy(layer, wiring) for key, layer in new_layers.items()}
+        trial.instead = {
+            key: (now, [copies[id(layer)] for layer in new]) for key, (now, new) in instead.items()
+        }
+        trial.model(wiring, inputs, outputs)
+    return Rebuild(wiring, instead).model(wiring, inputs, outputs)
 
 
 def rebuilt(
@@ -74,57 +95,346 @@ def rebuilt(
 ) -> Functional:
     """A new model from `inputs` to `outputs`, both structures of the old graph's tensors.
 
-    `instead` maps the id of an old tensor to the one that is read in its place, through the new
-    layers. Without `weights` the result has no values: it only shows that everything fits.
+    They may be tensors of nested models that are called once, which are then cut to what is needed
+    of them. `instead` maps the id of an old tensor to the one that is read in its place, through
+    the new layers. Without `weights` the result has no values: it only shows that everything fits.
     `changed` maps the id of an old layer, in nested models too, to the `changed_copy` that is
     called in its place.
     """
-    instead, changed = instead or {}, changed or {}
-    device = next((raw_value(v).device for v in wiring.model.variables), None)
-    made = {id(t): _copy_input(t, changed) for t in keras.tree.flatten(inputs)}  # old -> new
-    read: dict[int, Tensor] = {}  # old tensor -> what is read in its place, where `instead` says so
-    copies: dict[int, Any] = {}  # old operation -> new one
+    changes = {key: (now, new_layers) for key, now in (instead or {}).items()}
+    rebuild = Rebuild(wiring, changes, weights=weights)
+    rebuild.change(changed or {})
+    ends = keras.tree.flatten(outputs)
+    rebuild.starts = [t for t in keras.tree.flatten(inputs) if not _made_in(wiring, t)]
+    rebuild.ends = [t for t in ends if not _made_in(wiring, t)]
+    return rebuild.model(wiring, inputs, outputs)
 
-    def reading(tensor: Tensor) -> Tensor:
-        if id(tensor) not in instead:
-            return made[id(tensor)]
-        if id(tensor) not in read:
-            source = instead[id(tensor)]
-            x = made[id(tensor)] if source is tensor else reading(source)
-            for layer in new_layers:
-                with _on(device if weights else "meta"):
-                    x = _call_new(layer, x)
-            read[id(tensor)] = x
-        return read[id(tensor)]
 
-    for node in needed(keras.tree.flatten(outputs), instead, set(made)):
+def _made_in(wiring: Wiring, tensor: Tensor) -> bool:
+    return producing_call(tensor) in wiring.nodes
+
+
+Instead = dict[int, tuple[Tensor, Sequence[Layer]]]
+
+
+class Rebuild:
+    """One new model in the making, with the models that are nested in it.
+
+    Attributes:
+        instead: by the id of an old tensor, the one read in its place and the layers between.
+        weights: whether the new layers get the values of the old ones.
+        names: by the id of a layer or operation, the name that its copy gets.
+        dissolves: whether nested models are dissolved into the graph around them.
+        new_input: makes the input that stands for an old tensor, where that is to be another.
+        adapt: gives the values for weights whose shapes have changed, by the old weights' ids.
+        starts, ends: tensors of nested models at which the new model begins and ends.
+    """
+
+    def __init__(
+        self,
+        wiring: Wiring,
+        instead: Instead | None = None,
+        *,
+        weights: bool = True,
+        names: Mapping[int, str] | None = None,
+        dissolves: bool = False,
+        new_input: Callable[[Tensor], Tensor | None] | None = None,
+        adapt: Adapt | None = None,
+    ):
+        self.instead = dict(instead or {})
+        self.weights, self.names, self.dissolves = weights, dict(names or {}), dissolves
+        self.new_input, self.adapt = new_input, adapt
+        self.starts: Sequence[Tensor] = ()
+        self.ends: Sequence[Tensor] = ()
+        self.device = next((raw_value(v).device for v in wiring.model.variables), None)
+        self.copies: dict[int, Any] = {}  # id of an old operation -> its copy
+        self._settled: set[int] = set()  # ids of old layers whose copies have their values
+        self._values: dict[int, keras.Variable] = {}  # id of an old variable -> the new one
+        self._shapes: dict[int, Any] = {}  # id of an input of a nested model -> its new shape
+
+    def change(self, changed: Mapping[int, Layer]) -> None:
+        """Let these layers, by the ids of the old ones, be called in the place of copies."""
+        self.copies.update(changed)
+        self._settled.update(changed)
+
+    # Models
+
+    def model(self, wiring: Wiring, inputs: Any, outputs: Any) -> Functional:
+        """The new model from `inputs` to `outputs`, structures of tensors of `wiring`'s model."""
+        made = {id(t): self._input(t) for t in keras.tree.flatten(inputs)}  # old tensor -> new one
+        read = self._walk(wiring, keras.tree.flatten(outputs), made)
+        model = wiring.model
+        result = (type(model) if is_plain_functional(model) else Functional)(
+            inputs=keras.tree.map_structure(lambda t: made[id(t)], inputs),
+            outputs=keras.tree.map_structure(read, outputs),
+            name=self.names.get(id(model), model.name),
+            trainable=model.trainable,
+        )
+        result.dtype_policy = model.dtype_policy
+        kept = [id(t) for t in keras.tree.flatten(outputs) if id(t) not in self.instead]
+        if kept != [id(t) for t in wiring.functional.outputs]:
+            # Other outputs than those that the labels are the names of.
+            remember_(result, dataclasses.replace(remembered(result), label_names=()))
+        return result
+
+    def _walk(
+        self,
+        wiring: Wiring,
+        outputs: Sequence[Tensor],
+        made: dict[int, Tensor],
+        training: bool | None = None,
+    ) -> Callable[[Tensor], Tensor]:
+        """Make all that `outputs` need; returns what says which new tensor is read for an old one.
+
+        `made` has the new tensors of the inputs, by the old ones' ids, and gets all others.
+        """
+        read: dict[int, Tensor] = {}  # old tensor -> what `instead` has read in its place
+
+        def reading(tensor: Tensor) -> Tensor:
+            if id(tensor) not in self.instead:
+                return made[id(tensor)]
+            if id(tensor) not in read:
+                source, new_layers = self.instead[id(tensor)]
+                x = made[id(tensor)] if source is tensor else reading(source)
+                for layer in new_layers:
+                    with on(self.device if self.weights else "meta"):
+                        x = _call_new(layer, x)
+                read[id(tensor)] = x
+            return read[id(tensor)]
+
+        def inputs_of(node: Node) -> list[Tensor]:
+            entered = any(holds(node.operation, t) for t in self.starts)
+            return [] if entered else reads(node)
+
+        sources = {key: now for key, (now, _) in self.instead.items()}
+        nodes = needed(outputs, sources, set(made), wiring.origin, inputs_of)
+        used = {id(t) for node in nodes for t in inputs_of(node)} | {id(t) for t in outputs}
+        for node in nodes:
+            if self.dissolves and functional(node.operation) is not None:
+                results = self._dissolved(wiring, node, reading, training)
+            elif any(holds(node.operation, t) for t in (*self.starts, *self.ends)):
+                results = self._cut(wiring, node, reading, made, used)
+            else:
+                results = self._called(wiring, node, reading, training)
+            made.update(results)
+        return reading
+
+    def _called(
+        self,
+        wiring: Wiring,
+        node: Node,
+        reading: Callable[[Tensor], Tensor],
+        training: bool | None,
+    ) -> dict[int, Tensor]:
+        """Call the copy of a layer as the layer was called; new tensors by the old ones' ids."""
         old = node.operation
-        first_call = id(old) not in copies
-        if first_call:
-            copies[id(old)] = changed.get(id(old)) or _copy(old, weights, changed)
-        new = copies[id(old)]
-        args, kwargs = filled(node, {id(t): reading(t) for t in node.input_tensors})
-        with _on(_where(old)):
-            results = _call_kept(new, args, kwargs, node)
-        if first_call and isinstance(old, Layer) and not _has_graph(old) and id(old) not in changed:
-            _check_state(old, new, node, args, kwargs)
-            if weights:
-                _carry_(old, new)
-        made.update({id(t): result for t, result in zip(node.outputs, results, strict=True)})
+        automatic = automatic_masks(node)
+        args, kwargs = filled(node, {id(t): reading(t) for t in reads(node)})
+        kwargs = {key: value for key, value in kwargs.items() if key not in automatic}
+        masks = {name: carried_masks(old, name, args, kwargs) for name in automatic}
+        kwargs |= {
+            name: m
+            for name, m in masks.items()
+            if any(t is not None for t in keras.tree.flatten(m))
+        }
+        if training is not None and reads_training(old):
+            kwargs["training"] = training
+        graph = functional(old)
+        if self.new_input is not None and graph is not None:
+            self._follow(graph, node, reading)
+        new = self.copy(old, wiring)
+        try:
+            if isinstance(new, TorchModuleWrapper) and args[0].shape != node.input_tensors[0].shape:
+                new.output_shape = _torch_output_shape(new.module, *args)
+            with on(where(old)):
+                results = keras.tree.flatten(new(*args, **kwargs))
+        except Exception as error:
+            raise _misfit(wiring, node, args, kwargs, str(error)) from error
+        if isinstance(old, Layer) and not self._copied_by_graph(old):
+            differing = self._settle_(old, new)
+            if differing:
+                raise _misfit(wiring, node, args, kwargs, differing)
+        for name, mask in masks.items():
+            before = node.arguments.kwargs[name]
+            for a, b in zip(keras.tree.flatten(before), keras.tree.flatten(mask), strict=False):
+                self._name_mask_(a, b)
+        return {id(t): result for t, result in zip(node.outputs, results, strict=True)}
 
-    model = wiring.model
-    result = (type(model) if is_plain_functional(model) else Functional)(
-        inputs=keras.tree.map_structure(lambda t: made[id(t)], inputs),
-        outputs=keras.tree.map_structure(reading, outputs),
-        name=model.name,
-        trainable=model.trainable,
-    )
-    result.dtype_policy = model.dtype_policy
-    kept = [id(t) for t in keras.tree.flatten(outputs) if id(t) not in instead]
-    if kept != [id(t) for t in wiring.functional.outputs]:
-        # Other outputs than those that the labels are the names of.
-        remember_(result, dataclasses.replace(remembered(result), label_names=()))
-    return result
+    def _cut(
+        self,
+        wiring: Wiring,
+        node: Node,
+        reading: Callable[[Tensor], Tensor],
+        made: dict[int, Tensor],
+        used: Collection[int],
+    ) -> dict[int, Tensor]:
+        """Call a nested model that is cut to what is needed of it."""
+        nested = wiring.inside(node.operation.name)
+        starts = [t for t in self.starts if holds(node.operation, t)]
+        pairs = zip(nested.outputs, node.outputs, strict=True)
+        outputs = {id(outer): inner for inner, outer in pairs if id(outer) in used}
+        outputs |= {id(t): t for t in self.ends if holds(node.operation, t)}
+        flat = list(outputs.values())
+        inputs = starts[0] if starts else nested.functional.input
+        cut = self.model(nested, inputs, flat if len(flat) > 1 else flat[0])
+        if starts:
+            results = cut(made[id(starts[0])])
+        else:
+            args, kwargs = filled(node, {id(t): reading(t) for t in reads(node)})
+            results = cut(*args, **kwargs)
+        return dict(zip(outputs, keras.tree.flatten(results), strict=True))
+
+    def _dissolved(
+        self,
+        wiring: Wiring,
+        node: Node,
+        reading: Callable[[Tensor], Tensor],
+        training: bool | None,
+    ) -> dict[int, Tensor]:
+        """The outputs of a nested model whose layers are called right here."""
+        nested = wiring.inside(node.operation.name)
+        automatic = automatic_masks(node)
+        kwargs = {k: v for k, v in node.arguments.kwargs.items() if k not in ("inputs", *automatic)}
+        if training is None:
+            training = kwargs.pop("training", None)
+        if any(value is not None for key, value in kwargs.items() if key != "training"):
+            raise ValueError(
+                f"{wiring.verb} can't dissolve {wiring.prefix + node.operation.name!r}: it is "
+                f"called with {', '.join(kwargs)}, which layers outside of a model can't be."
+            )
+        made = {}
+        for inner, outer in zip(
+            nested.functional.inputs, call_inputs(nested.functional, node), strict=True
+        ):
+            x = reading(outer)
+            if len(x.shape) != len(inner.shape):
+                raise ValueError(
+                    f"{wiring.verb} can't dissolve {wiring.prefix + node.operation.name!r}: its "
+                    f"input has the shape {inner.shape} and it is called with {x.shape}."
+                )
+            made[id(inner)] = x if x.dtype == inner.dtype else keras.ops.cast(x, inner.dtype)
+        read = self._walk(nested, nested.outputs, made, training)
+        pairs = zip(nested.outputs, node.outputs, strict=True)
+        return {id(outer): read(inner) for inner, outer in pairs}
+
+    # Layers
+
+    def copy(self, old: Any, wiring: Wiring) -> Any:
+        """The one copy of a layer or operation of `wiring`'s model."""
+        if id(old) not in self.copies:
+            self.copies[id(old)] = self._copy(old, wiring)
+        return self.copies[id(old)]
+
+    def _copy(self, old: Any, wiring: Wiring) -> Any:
+        name = self.names.get(id(old), old.name)
+        if not isinstance(old, Layer):  # a stateless operation, such as keras.ops.add
+            copied = operation_copy(old)
+            copied.name = name
+            return copied
+        if not self._copied_by_graph(old):
+            return remade(old, name)
+        inner = Wiring(old, wiring.verb, f"{wiring.prefix}{old.name}/")
+        plain = type(old) is keras.Sequential and self.new_input is None
+        if plain and not self._changed(functional(old)):
+            return self._sequential(old, inner, name)
+        return self.model(inner, inner.functional.input, inner.functional.output)
+
+    def _sequential(self, old: keras.Sequential, inner: Wiring, name: str) -> keras.Sequential:
+        """A Sequential model whose own row of layers stays as it is."""
+        layers = [self.copy(layer, inner) for layer in layers_as_given(old)]
+        with on(where(old)):
+            new = type(old)(layers, name=name, trainable=old.trainable)
+        for layer in old.layers:
+            if not self._copied_by_graph(layer):
+                differing = self._settle_(layer, self.copies[id(layer)])
+                assert differing is None, differing
+        if self.weights:
+            track_variables_(new)
+            track_variables_(functional(new))
+        return new
+
+    def _copied_by_graph(self, layer: Any) -> bool:
+        """Whether a layer is a model that is copied by walking its graph, not by its config."""
+        graph = functional(layer)
+        if graph is None:
+            return False
+        if is_plain_functional(layer) or type(layer) is keras.Sequential:
+            return True
+        return self.new_input is not None or self._changed(graph, deep=True)
+
+    def _changed(self, graph: Functional, deep: bool = False) -> bool:
+        """Whether something is to be other in a graph itself, or deep inside of it."""
+        tensors = {*self.instead, *(id(t) for t in (*self.starts, *self.ends))}
+        return any(
+            any(id(t) in tensors for t in node.outputs)
+            or (deep and id(node.operation) in self.names)
+            or (
+                deep
+                and (inner := functional(node.operation)) is not None
+                and self._changed(inner, deep)
+            )
+            for node in calls(graph)
+        )
+
+    def _settle_(self, old: Layer, new: Layer) -> str | None:
+        """Give a copy that has just been built its values, once; says which shapes differ, if any.
+
+        A variable that two layers hold, other than by being one layer, would become two: refused.
+        """
+        if id(old) in self._settled:
+            return None
+        self._settled.add(id(old))
+        differing = check_state(old, new)
+        values = self.adapt(old, new) if differing and self.adapt else None
+        if differing and values is None:
+            return differing
+        for before, after in zip(state(old), state(new), strict=True):
+            if self._values.setdefault(id(before), after) is not after:
+                raise ValueError(
+                    f"The weights {before.path!r} are held by two layers, one of them "
+                    f"{old.name!r} ({type(old).__name__}), and would be two weights in the result. "
+                    f"Surgery keeps what is shared only where it is one layer in the graph."
+                )
+        if self.weights:
+            carry_(old, new, values)
+        return None
+
+    def _input(self, tensor: Tensor) -> Tensor:
+        """A new input that stands for `tensor`, which may come from the middle of the graph."""
+        new = self.new_input(tensor) if self.new_input is not None else None
+        if new is not None:
+            return new
+        old = producer(tensor)
+        old = self.copies.get(id(old), old) if id(old) in self._settled else old
+        if not isinstance(old, keras.layers.InputLayer):
+            name = f"{old.name}_output"
+            return keras.Input(batch_shape=tensor.shape, dtype=tensor.dtype, name=name)
+        config = {**old.get_config(), "name": self.names.get(id(old), old.name)}
+        if id(tensor) in self._shapes:
+            config["batch_shape"] = self._shapes[id(tensor)]
+        made = type(old).from_config(config)
+        made.trainable, made.dtype_policy = old.trainable, old.dtype_policy
+        self.copies[id(old)] = made
+        return made.output
+
+    def _follow(self, graph: Functional, node: Node, reading: Callable[[Tensor], Tensor]) -> None:
+        """Let the inputs of a nested model have the shapes of what it is now called with."""
+        for inner, outer in zip(graph.inputs, call_inputs(graph, node), strict=True):
+            if reading(outer).shape != outer.shape:
+                self._shapes[id(inner)] = reading(outer).shape
+
+    def _name_mask_(self, old: Any, new: Any) -> None:
+        """Give the operations that compute a mask the names of those that computed it before."""
+        if not (isinstance(old, Tensor) and isinstance(new, Tensor)):
+            return
+        before, now = producing_call(old), producing_call(new)
+        kept = {id(copied) for copied in self.copies.values()}
+        if type(before.operation) is not type(now.operation) or id(now.operation) in kept:
+            return
+        now.operation.name = before.operation.name
+        self.copies.setdefault(id(before.operation), now.operation)
+        for a, b in zip(before.input_tensors, now.input_tensors, strict=False):
+            self._name_mask_(a, b)
 
 
 def _call_new(layer: Layer, x: Tensor) -> Tensor:
@@ -145,19 +455,10 @@ def _call_new(layer: Layer, x: Tensor) -> Tensor:
     return y
 
 
-def _call_kept(new: Any, args: Any, kwargs: Any, node: Node) -> list[Tensor]:
-    try:
-        if isinstance(new, TorchModuleWrapper) and args[0].shape != node.input_tensors[0].shape:
-            new.output_shape = _torch_output_shape(new.module, *args)
-        return keras.tree.flatten(new(*args, **kwargs))
-    except Exception as error:
-        raise _misfit(node, args, kwargs, str(error)) from error
-
-
 def _torch_output_shape(module: torch.nn.Module, x: Tensor) -> tuple[int | None, ...]:
     """The shape that a torch module puts out for `x`, which Keras doesn't find out."""
-    state = [*module.named_parameters(), *module.named_buffers()]
-    meta = {name: torch.empty_like(tensor, device="meta") for name, tensor in state}
+    tensors = [*module.named_parameters(), *module.named_buffers()]
+    meta = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors}
 
     def run(size: int) -> torch.Size:
         shape = [size if n is None else n for n in x.shape]
@@ -168,14 +469,14 @@ def _torch_output_shape(module: torch.nn.Module, x: Tensor) -> tuple[int | None,
     return tuple(a if a == b else None for a, b in zip(run(83), run(89), strict=True))
 
 
-def _misfit(node: Node, args: Any, kwargs: Any, reason: str) -> ValueError:
+def _misfit(wiring: Wiring, node: Node, args: Any, kwargs: Any, reason: str) -> ValueError:
     """The error for a kept layer that can't take what it would now get."""
-    before = [t.shape for t in node.input_tensors]
+    before = [t.shape for t in reads(node)]
     now = [t.shape for t in keras.tree.flatten((args, kwargs)) if isinstance(t, Tensor)]
-    what = f"{node.operation.name!r} ({type(node.operation).__name__})"
+    what = f"{wiring.prefix + node.operation.name!r} ({type(node.operation).__name__})"
     if now == before:
         return ValueError(f"The layer {what} can't be called again as it was: {reason}")
-    sources = ", ".join(repr(owner(t)) for t in node.input_tensors)
+    sources = ", ".join(repr(owner(t)) for t in reads(node))
     return ValueError(
         f"The layer {what} expects {_shapes(before)} (from {sources}) and would now get "
         f"{_shapes(now)}. Surgery keeps the layers that follow as they are: put something in "
@@ -185,189 +486,3 @@ def _misfit(node: Node, args: Any, kwargs: Any, reason: str) -> ValueError:
 
 def _shapes(shapes: Sequence[tuple[int | None, ...]]) -> str:
     return str(shapes[0]) if len(shapes) == 1 else f"[{', '.join(map(str, shapes))}]"
-
-
-# New layers
-
-
-def _settle_names_(layers: Sequence[Layer], taken: set[str]) -> None:
-    """Rename new layers whose automatic name is taken; refuse a chosen one that is."""
-    taken = set(taken)
-    for layer in {id(layer): layer for layer in layers}.values():
-        if layer.name in taken:
-            base = to_snake_case(type(layer).__name__)
-            if not re.fullmatch(rf"{re.escape(base)}(_\d+)?", layer.name):
-                raise ValueError(
-                    f"The name {layer.name!r} of a new layer is taken. Give it another name."
-                )
-            layer.name = next(
-                name for n in range(1, len(taken) + 2) if (name := f"{base}_{n}") not in taken
-            )
-        taken.add(layer.name)
-
-
-# Copies of layers
-
-
-def changed_copy(
-    old: Layer,
-    settings: Mapping[str, Any],
-    input_shape: tuple[int | None, ...],
-    values: Sequence[torch.Tensor],
-) -> Layer:
-    """A built copy of a layer with other settings, and with `values` for its variables."""
-    new = _from_config(old, settings)
-    if values:
-        with _on(_where(old)):
-            new.build(input_shape)
-    _carry_(old, new, values)
-    return new
-
-
-def _copy_input(tensor: Tensor, changed: Mapping[int, Layer]) -> Tensor:
-    """A new input that stands for `tensor`, which may come from the middle of the graph."""
-    old = changed.get(id(producer(tensor)), producer(tensor))
-    if not isinstance(old, keras.layers.InputLayer):
-        return keras.Input(batch_shape=tensor.shape, dtype=tensor.dtype, name=f"{old.name}_output")
-    new = type(old).from_config(old.get_config())
-    new.trainable, new.dtype_policy = old.trainable, old.dtype_policy
-    return new.output
-
-
-def _copy(old: Any, weights: bool, changed: Mapping[int, Layer] | None = None) -> Any:
-    """A layer like `old` that hasn't been called; models come with their weights, if wanted."""
-    if not isinstance(old, Layer):  # a stateless operation, such as keras.ops.add
-        return operation_copy(old)
-    if isinstance(old, Functional) and _has_graph(old):
-        wiring = Wiring(old, "surgery")
-        return rebuilt(wiring, old.input, old.output, weights=weights, changed=changed)
-    if _has_graph(old):
-        return _copy_sequential(old, weights, changed or {})
-    try:
-        with safe_mode_off():
-            return _from_config(old)
-    except Exception as error:
-        raise ValueError(
-            f"The layer {old.name!r} ({type(old).__name__}) can't be made again from its config, "
-            f"which saving needs too: {error}"
-        ) from error
-
-
-def _from_config(old: Layer, settings: Mapping[str, Any] | None = None) -> Layer:
-    base = {"name": old.name, "trainable": old.trainable, "dtype": old.dtype_policy}
-    # Two kinds of layers hold what a config can't carry: torch modules and code.
-    if isinstance(old, TorchModuleWrapper):
-        return type(old)(copy.deepcopy(old.module), output_shape=old.output_shape, **base)
-    if isinstance(old, keras.layers.Lambda):
-        return type(old)(
-            old.function,
-            output_shape=lambda_output_shape(old),
-            mask=old.mask,
-            arguments=old.arguments,
-            **base,
-        )
-    config = {**old.get_config(), **(settings or {})}
-    for key, value in config.items():  # a config can't name a function that Keras doesn't know
-        live = getattr(old, key, None)
-        if isinstance(live, FunctionType | BuiltinFunctionType) and not isinstance(value, str):
-            config[key] = live
-    # A regulariser's factor may be a tensor. Made on the meta device it would have no value.
-    device = _where(old)
-    with _on(None if device == "meta" else device):
-        new = type(old).from_config(config)
-    if old.built and type(old).build_from_config is not Layer.build_from_config:
-        with _on(device):
-            new.build_from_config(old.get_build_config())  # which makes a state of another kind
-    return new
-
-
-def _copy_sequential(
-    old: keras.Sequential, weights: bool, changed: Mapping[int, Layer]
-) -> keras.Sequential:
-    copies = {
-        id(layer): changed.get(id(layer)) or _copy(layer, weights, changed)
-        for layer in layers_as_given(old)
-    }
-    with _on(_where(old)):
-        new = type(old)(
-            [copies[id(layer)] for layer in layers_as_given(old)],
-            name=old.name,
-            trainable=old.trainable,
-        )
-    for layer in old.layers:
-        if weights and not _has_graph(layer) and id(layer) not in changed:
-            _carry_(layer, copies[id(layer)])
-    if weights:
-        track_variables_(new)
-        track_variables_(functional(new))
-    return new
-
-
-def _has_graph(layer: Layer) -> bool:
-    """Whether a layer is a model that is copied by walking its graph, not by its config."""
-    made_from_its_graph = is_plain_functional(layer) or type(layer) is keras.Sequential
-    return made_from_its_graph and functional(layer) is not None
-
-
-def _where(layer: Any) -> str | None:
-    """The device to build a copy of a layer on; None where Keras's default will do.
-
-    Keras's own layers are built on the meta device, without values: all that they hold is replaced
-    by the old layer's. Others may keep tensors anywhere, and are built for real.
-    """
-    if not isinstance(layer, Layer):
-        return None
-    if all(
-        type(sub).__module__.startswith("keras.") and not isinstance(sub, TorchModuleWrapper)
-        for sub in all_layers(layer)
-    ):
-        return "meta"
-    return next((str(raw_value(v).device) for v in layer.variables), None)
-
-
-def _on(device: torch.device | str | None) -> contextlib.AbstractContextManager:
-    return contextlib.nullcontext() if device is None else keras.device(str(device))
-
-
-def _check_state(old: Layer, new: Layer, node: Node, args: Any, kwargs: Any) -> None:
-    """Raise unless `new`, just built, has the variables that `old` has."""
-    before = [tuple(v.shape) for v in old.variables]
-    now = [tuple(v.shape) for v in new.variables]
-    if len(before) != len(now) or len(all_layers(old)) != len(all_layers(new)):
-        raise ValueError(
-            f"The layer {old.name!r} ({type(old).__name__}) has {len(before)} variables, but made "
-            f"again from its config it has {len(now)}: its get_config() doesn't say all."
-        )
-    if before != now:
-        raise _misfit(node, args, kwargs, f"its weights have shapes {before}, now {now}")
-
-
-def _carry_(old: Layer, new: Layer, values: Sequence[torch.Tensor] | None = None) -> None:
-    """Give `new` the values, trainable flags and other tensors of `old`, each copied once.
-
-    With `values`, its variables get these instead.
-    """
-    layers = list(zip(all_layers(old), all_layers(new), strict=True))
-    for source, target in layers:
-        # Parents come first, because setting the flag of one sets those of its children.
-        target.trainable = source.trainable
-        for name, tensor in vars(source).items():
-            if isinstance(tensor, torch.Tensor):  # such as Normalization's mean
-                setattr(target, name, tensor.detach().clone())
-        for name, parameter in source.named_parameters(recurse=False):
-            target.get_parameter(name).data = parameter.detach().clone()
-    buffers = dict(new.named_buffers())
-    for name, buffer in old.named_buffers():
-        buffers[name].data = buffer.detach().clone()
-    if values is None:  # clone() keeps the memory format
-        values = [raw_value(variable).detach().clone() for variable in old.variables]
-    for source, target, value in zip(old.variables, new.variables, values, strict=True):
-        target.trainable = source.trainable
-        old_value, new_value = raw_value(source), raw_value(target)
-        if new_value.is_meta and not value.is_meta:
-            set_value_(target, value, old_value.requires_grad)
-        else:  # keep the Parameter itself, which a torch module may hold too
-            new_value.data = value
-            new_value.requires_grad = old_value.requires_grad
-    for _, target in layers:
-        track_variables_(target)

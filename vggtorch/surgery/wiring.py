@@ -7,13 +7,23 @@ that no layer has, a path that goes around a cut, a set of layers with two ways 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from typing import Any
 
 import keras
 from keras import KerasTensor as Tensor
 
-from vggtorch.keras_graph import Node, calls, functional, graph_of, producer, producing_call
+from vggtorch.keras_graph import (
+    Functional,
+    Node,
+    calls,
+    functional,
+    graph_of,
+    input_structure,
+    producer,
+    producing_call,
+)
+from vggtorch.surgery.masks import reads
 
 
 class Wiring:
@@ -32,9 +42,10 @@ class Wiring:
         self.functional = graph_of(model, verb)
         self.outputs: list[Tensor] = self.functional.outputs
         self.nodes = calls(self.functional)
+        self._own = set(self.nodes)
         self.readers: dict[int, list[Node]] = {}
         for node in self.nodes:
-            for tensor in distinct(node.input_tensors):
+            for tensor in distinct(reads(node)):
                 self.readers.setdefault(id(tensor), []).append(node)
 
     @property
@@ -46,29 +57,79 @@ class Wiring:
         """The wiring of a nested model."""
         return Wiring(self.operations[name], self.verb, f"{self.prefix}{name}/")
 
-    def paths(self) -> list[str]:
-        """The names of all layers, those of nested models among them as "vgg16/block1_conv1"."""
-        found = []
+    def nested(self) -> dict[str, Wiring]:
+        """The wirings of the models that are nested in this one, by name."""
+        names = (name for name, x in self.operations.items() if functional(x) is not None)
+        return {name: self.inside(name) for name in names}
+
+    def layers_by_path(self) -> dict[str, keras.Operation]:
+        """All layers, those of nested models among them as "vgg16/block1_conv1"."""
+        found: dict[str, keras.Operation] = {}
+        nested = self.nested()
         for name, operation in self.operations.items():
-            found.append(name)
-            if functional(operation) is not None:
-                found += [f"{name}/{path}" for path in self.inside(name).paths()]
+            found[name] = operation
+            if name in nested:
+                inner = nested[name].layers_by_path()
+                found.update({f"{name}/{path}": x for path, x in inner.items()})
         return found
 
     def route(self, name: str) -> list[str]:
         """The names of the nested models that lead to a layer, from the outside, and its own."""
         if name in self.operations:
             return [name]
-        paths = self.paths()
-        found = [name] if name in paths else [p for p in paths if p.endswith(f"/{name}")]
-        if len(found) > 1:
+        layers = self.layers_by_path()
+        found = [name] if name in layers else [p for p in layers if p.endswith(f"/{name}")]
+        if len({id(layers[path]) for path in found}) > 1:
             raise ValueError(
                 f"{self.verb} received {name!r}, which stands in {len(found)} nested models of "
                 f"{self.model.name!r}. Pass its full name: {' or '.join(map(repr, found))}."
             )
         if not found:
-            raise self._no_such_layer(name, paths)
+            raise self._no_such_layer(name, list(layers))
         return found[0].split("/")
+
+    def find(self, name: str) -> tuple[Wiring, str]:
+        """The graph that a layer stands in, this one or that of a nested model, and its own name.
+
+        `name` is a full name such as "vgg16/block5_conv3", or the layer's own where it is clear.
+        """
+        wiring, (*nested, own) = self, self.route(name)
+        for step in nested:
+            wiring = wiring.inside(step)
+        return wiring, own
+
+    def find_all(self, names: Sequence[str]) -> tuple[Wiring, list[str]]:
+        """The one graph that several layers stand in, and their own names."""
+        found = [self.find(name) for name in names]
+        if len({id(wiring.model) for wiring, _ in found}) > 1:
+            pairs = zip(names, found, strict=True)
+            places = ", ".join(f"{name!r} in {w.model.name!r}" for name, (w, _) in pairs)
+            raise ValueError(
+                f"{self.verb} received layers of several models: {places}. Name layers of one, or "
+                f"make one graph of them first: vt.flatten(model)."
+            )
+        return found[0][0], [own for _, own in found]
+
+    def origin(self, tensor: Tensor) -> Node:
+        """The call in this graph that makes a tensor, or that calls the nested model it is in."""
+        call = producing_call(tensor)
+        if call in self._own:
+            return call
+        return next(node for node in self.nodes if holds(node.operation, tensor))
+
+    def output_of(self, name: str) -> Tensor:
+        """The one output of a layer at any depth, which is computed once."""
+        wiring, route = self, self.route(name)
+        for step in route[:-1]:
+            times = len(wiring.nodes_named(step))
+            if times != 1:
+                raise ValueError(
+                    f"{self.verb} needs a layer with one output; {name!r} is shared, because "
+                    f"{wiring.prefix + step!r} is called {times} times, and so has {times}. Name a "
+                    f"layer before or after it, or one of {self.model.name!r} itself."
+                )
+            wiring = wiring.inside(step)
+        return wiring.only_output(route[-1])
 
     def _no_such_layer(self, name: str, paths: Sequence[str]) -> ValueError:
         near = difflib.get_close_matches(name, paths, n=3)
@@ -87,13 +148,7 @@ class Wiring:
         """The nodes of one layer of this very graph: one for each call."""
         nodes = [node for node in self.nodes if node.operation.name == name]
         if not nodes:
-            *nested, _ = self.route(name)  # refuses a name that is nowhere, or in several places
-            steps = "".join(f".get_layer({step!r})" for step in nested)
-            raise ValueError(
-                f"{self.model.name!r} has no layer {name!r} of its own. It is a layer of "
-                f"{'/'.join(nested)!r}, which is nested in it: call {self.verb} on that model, "
-                f"model{steps}."
-            )
+            raise self._no_such_layer(name, list(self.layers_by_path()))
         return nodes
 
     def nodes_of(self, names: Sequence[str]) -> list[Node]:
@@ -114,7 +169,8 @@ class Wiring:
         for node in nodes:
             if len(node.outputs) != 1:
                 raise ValueError(
-                    f"{self.verb} needs a layer with one output; {name!r} has {len(node.outputs)}."
+                    f"{self.verb} needs a layer with one output; {self.prefix + name!r} has "
+                    f"{len(node.outputs)}."
                 )
         return [node.outputs[0] for node in nodes]
 
@@ -138,7 +194,7 @@ class Wiring:
 
     def inputs_of(self, outputs: Sequence[Tensor]) -> Any:
         """The model's inputs, less those that `outputs` don't depend on."""
-        used = set(needed(outputs))
+        used = set(needed(outputs, origin=self.origin))
         struct = self.functional.input
         if all(producing_call(t) in used for t in self.functional.inputs):
             return struct
@@ -148,17 +204,27 @@ class Wiring:
         return kept[0] if len(kept) == 1 else kept
 
     def check_cut(self, start: Tensor, names: Sequence[str], outputs: Sequence[Tensor]) -> None:
-        """Raise unless every path from the inputs to `outputs` goes through `start`."""
-        behind = self.readers_of([producing_call(start)])
-        for name, tensor in zip(names, outputs, strict=True):
-            if tensor is start or producing_call(tensor) not in behind:
+        """Raise unless every path from the inputs to `outputs` goes through `start`.
+
+        All of these may be tensors of nested models.
+        """
+        first = self.origin(start)
+        inside = first not in {producing_call(start)}  # in a model that is nested in this one
+        behind = self.readers_of([first])
+        ends = dict(zip(names, outputs, strict=True))
+        for name, tensor in ends.items():
+            node = self.origin(tensor)
+            if tensor is start or node not in behind or (node is first and not inside):
                 raise ValueError(
                     f"{self.verb} can't start at {owner(start)!r} and end at {name!r}: {name!r} "
                     f"doesn't come after it."
                 )
+        cut = {id(t) for t in first.outputs} if inside else {id(start)}
+        within = {name: t for name, t in ends.items() if inside and self.origin(t) is first}
+        path = needed((t for n, t in ends.items() if n not in within), cut=cut, origin=self.origin)
         around = [
-            f"{owner(t)!r} -> {node.operation.name!r}"
-            for node in needed(outputs, cut={id(start)})
+            f"{owner(t)!r} -> {self.prefix + node.operation.name!r}"
+            for node in path
             for t in distinct(node.input_tensors)
             if node in behind and producing_call(t) not in behind
         ]
@@ -167,6 +233,14 @@ class Wiring:
                 f"A model that starts at {owner(start)!r} would be open: "
                 f"{', '.join(around)} goes around it. Start where all paths meet."
             )
+        if inside:  # what goes around `start` may also do so inside of the nested model
+            read = {id(t) for node in path for t in node.input_tensors} | {id(t) for t in outputs}
+            nested = self.inside(first.operation.name)
+            pairs = zip(nested.outputs, first.outputs, strict=True)
+            made = {id(outer): inner for inner, outer in pairs if id(outer) in read}
+            within = {name: made.get(id(t), t) for name, t in within.items()}
+            within = {owner(t): t for t in made.values()} | within
+            nested.check_cut(start, list(within), list(within.values()))
 
     def way_through(self, nodes: Sequence[Node]) -> tuple[Tensor, Tensor]:
         """(way out, way in) of a set of nodes; raises if there is more than one of either."""
@@ -182,7 +256,7 @@ class Wiring:
         ways_in = [
             (t, node)
             for node in nodes
-            for t in distinct(node.input_tensors)
+            for t in distinct(reads(node))
             if producing_call(t) not in inside
         ]
         ways_out: list[tuple[Tensor, str]] = []
@@ -207,11 +281,14 @@ def needed(
     outputs: Iterable[Tensor],
     read_instead: Mapping[int, Tensor] | None = None,
     cut: Set[int] = frozenset(),
+    origin: Callable[[Tensor], Node] = producing_call,
+    reading: Callable[[Node], Sequence[Tensor]] = reads,
 ) -> list[Node]:
     """The calls that `outputs` depend on, each after those whose results it takes.
 
     `read_instead` says, by the ids of tensors, which ones are read in their place; nothing is
-    needed for a tensor whose id is in `cut`.
+    needed for a tensor whose id is in `cut`. `origin` says which call a tensor comes from, and
+    `reading` what a call reads.
     """
     instead = read_instead or {}
 
@@ -221,19 +298,40 @@ def needed(
             while instead.get(id(t), t) is not t:
                 t = instead[id(t)]
             if id(t) not in cut:
-                nodes.append(producing_call(t))
+                nodes.append(origin(t))
         return nodes
 
     order: dict[Node, None] = {}
     todo = origins(outputs)[::-1]
     while todo:  # a recursion would run out of Python's stack on deep graphs
         node = todo[-1]
-        waiting = [n for n in origins(node.input_tensors) if n not in order]
+        waiting = [n for n in origins(reading(node)) if n not in order]
         if waiting and node not in order:
             todo.extend(reversed(waiting))
         else:
             order[todo.pop()] = None
     return list(order)
+
+
+def holds(operation: Any, tensor: Tensor) -> bool:
+    """Whether a tensor is made inside of a model, or of one nested in it."""
+    graph = functional(operation)
+    if graph is None:
+        return False
+    nodes = calls(graph)
+    return producing_call(tensor) in nodes or any(holds(n.operation, tensor) for n in nodes)
+
+
+def call_inputs(graph: Functional, node: Node) -> list[Tensor]:
+    """What a nested model is called with, in the order of its inputs."""
+    given = (*node.arguments.args, node.arguments.kwargs.get("inputs"))[0]
+    expected = input_structure(graph)
+    if isinstance(given, dict):
+        names = expected if isinstance(expected, dict) else [t.name for t in graph.inputs]
+        given = {name: given[name] for name in names}
+        if not isinstance(expected, dict):
+            return list(given.values())
+    return list(keras.tree.flatten(given))
 
 
 def owner(tensor: Tensor) -> str:
