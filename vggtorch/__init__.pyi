@@ -30,6 +30,7 @@ from .surgery import freeze_ as freeze_
 from .surgery import insert as insert
 from .surgery import remove as remove
 from .surgery import replace as replace
+from .surgery import replace_where as replace_where
 from .surgery import stack as stack
 from .surgery import truncate as truncate
 from .surgery import unfreeze_ as unfreeze_

@@ -63,7 +63,7 @@ def test_replace_with_distillation_comes_closer_than_without():
 @pytest.mark.parametrize(
     ("new", "options", "message"),
     [
-        (1, {"init": "copy"}, "expects init=None, 'compose' or 'distill', received 'copy'"),
+        (1, {"init": "fit"}, "expects init=None, 'compose', 'copy' or 'distill', received 'fit'"),
         (
             1,
             {"init": "distill"},

@@ -5,16 +5,16 @@ be asked of it by name), `masks` (what goes with a tensor by itself), `rebuild` 
 makes a new model from an old one), `remaking` (one layer made again), `naming` (names of layers),
 `built_in` (preprocessing inside a model) and `freezing`. `channels` deletes channels, which
 `channel_flow` follows through the graph by the `channel_rules` of the layers. How new layers get
-weights with which the network goes on working: `composition` (exact algebra of linear layers) and
-`distillation` (training on images without labels), with `region` (where the new layers sit) and
-`coordinates` (in which they are trained).
+weights with which the network goes on working: `copying` (the same under other settings),
+`composition` (exact algebra of linear layers) and `distillation` (training on images without
+labels), with `region` (where the new layers sit) and `coordinates` (in which they are trained).
 """
 
 from vggtorch.surgery.channels import deletable_channels, delete_channels
 from vggtorch.surgery.composition import Composition, compose_
 from vggtorch.surgery.distillation import Distillation, Loss, distill_, relative_error
 from vggtorch.surgery.freezing import freeze_, unfreeze_
-from vggtorch.surgery.operations import insert, remove, replace, stack, truncate
+from vggtorch.surgery.operations import insert, remove, replace, replace_where, stack, truncate
 
 __all__ = [
     "Composition",
@@ -29,6 +29,7 @@ __all__ = [
     "relative_error",
     "remove",
     "replace",
+    "replace_where",
     "stack",
     "truncate",
     "unfreeze_",

@@ -24,7 +24,8 @@ from vggtorch.keras_graph import (
     raw_value,
     seed_generators,
 )
-from vggtorch.surgery.wiring import Wiring, owner
+from vggtorch.surgery.masks import reads
+from vggtorch.surgery.wiring import Wiring, call_inputs, owner
 
 Ids: TypeAlias = np.ndarray
 Sized: TypeAlias = tuple[tuple[int | None, ...], int, Ids]
@@ -75,11 +76,13 @@ class Call:
     Attributes:
         node: the call in the graph.
         path: the full name of the layer.
-        entering: the channels of each tensor that it takes; None where nobody made any.
+        tensors: what it takes, less the masks that Keras hands on by itself.
+        entering: the channels of each of these tensors; None where nobody made any.
     """
 
     node: Node
     path: str
+    tensors: list[keras.KerasTensor]
     entering: list[Channels | None]
 
     @property
@@ -90,7 +93,7 @@ class Call:
     @property
     def shape(self) -> tuple[int | None, ...]:
         """The shape of the first tensor that enters."""
-        return tuple(self.node.input_tensors[0].shape)
+        return tuple(self.tensors[0].shape)
 
     @property
     def what(self) -> str:
@@ -155,7 +158,9 @@ class Flow:
                     sized = {"batch_shape": (shape, channels.axis, channels.ids)}
                     self.follow(Following(node.operation, path, shape, channels, settings=sized))
                 continue
-            call = Call(node, path, [now[id(t)] for t in node.input_tensors])
+            inner = functional(node.operation)
+            tensors = reads(node) if inner is None else call_inputs(inner, node)
+            call = Call(node, path, tensors, [now[id(t)] for t in tensors])
             results = self._call(call, wiring)
             for tensor, channels in zip(node.outputs, results, strict=True):
                 now[id(tensor)] = channels
@@ -165,12 +170,8 @@ class Flow:
 
     def _call(self, call: Call, wiring: Wiring) -> Sequence[Channels | None]:
         nothing = [None] * len(call.node.outputs)
-        inner = functional(call.layer)
-        if inner is not None:
-            if len(inner.inputs) == len(call.entering):
-                return self._walk(wiring.inside(call.layer.name), call.entering)
-            self.hold(call, "is a model that is called with a mask")
-            return nothing
+        if functional(call.layer) is not None:
+            return self._walk(wiring.inside(call.layer.name), call.entering)
         rule = self._rule_of(call.layer)
         if rule is None:
             self.hold(call, "may mix them: it is none of the layers whose channels are known")
@@ -248,7 +249,7 @@ class Flow:
 
     def along(self, call: Call, axis: int, place: int = 0) -> Ids:
         """The ids along an axis of what enters a call, where new ones are held that nobody made."""
-        channels, tensor = call.entering[place], call.node.input_tensors[place]
+        channels, tensor = call.entering[place], call.tensors[place]
         if channels is not None and channels.axis == axis:
             return channels.ids
         ids = self.new(tensor.shape[axis])

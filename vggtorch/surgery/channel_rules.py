@@ -240,7 +240,7 @@ def _repeat_vector(flow: Flow, call: Call) -> Channels | None:
 def _common_axis(flow: Flow, call: Call) -> int | None:
     """The axis of the channels of all tensors that enter; None where they have none in common."""
     axes = {channels.axis for channels in call.entering if channels is not None}
-    ranks = {len(tensor.shape) for tensor in call.node.input_tensors}
+    ranks = {len(tensor.shape) for tensor in call.tensors}
     if len(axes) == 1 and len(ranks) == 1:
         return axes.pop()
     flow.hold(call, "they stand along other axes of what it joins them with")
@@ -252,7 +252,7 @@ def _merge(flow: Flow, call: Call) -> Channels | None:
     axis = _common_axis(flow, call)
     if axis is None:
         return None
-    sizes = [tensor.shape[axis] for tensor in call.node.input_tensors]
+    sizes = [tensor.shape[axis] for tensor in call.tensors]
     if None in sizes:
         flow.hold(call, "joins them with a tensor whose size along their axis is open")
         return None
@@ -260,7 +260,7 @@ def _merge(flow: Flow, call: Call) -> Channels | None:
     if any(np.ndim(value) for value in _constants(call)):
         flow.hold(call, "joins them with an array of numbers")
         return None
-    rows = {id(call.node.input_tensors[place]): flow.along(call, axis, place) for place in wide}
+    rows = {id(call.tensors[place]): flow.along(call, axis, place) for place in wide}
     return Channels(axis, flow.join(list(rows.values()), call.what))
 
 

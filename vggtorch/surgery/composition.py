@@ -151,8 +151,8 @@ def _linear_parts(layer: keras.Layer, channels: int) -> list[_Linear]:
         f"Layer {layer.name!r} ({type(layer).__name__}) is not a linear layer that can be "
         f"composed: composable are Conv2D, DepthwiseConv2D, SeparableConv2D, Dense, "
         f"BatchNormalization, Rescaling, ZeroPadding2D and AveragePooling2D with padding='valid', "
-        f"with activations and dropout between them. Use init='distill', or leave this layer "
-        f"out of those to replace."
+        f"with activations and dropout between them. Use init='distill', init='copy' if the new "
+        f"layers have weights of the same shapes, or leave this layer out of those to replace."
     )
 
 
@@ -347,14 +347,16 @@ def _laid_into(
             f"A chain can be composed into one Conv2D (groups=1, dilation_rate=1) or Dense layer, "
             f"but {new.name!r} is {type(new).__name__} with "
             f"groups={getattr(new, 'groups', None)}, "
-            f"dilation_rate={getattr(new, 'dilation_rate', None)}. Use init='distill'."
+            f"dilation_rate={getattr(new, 'dilation_rate', None)}. If only such settings change "
+            f"and the shapes of the weights stay, use init='copy'; else init='distill'."
         )
     else:
         shape = new.kernel.shape
         if new.strides != strides:
             raise ValueError(
                 f"The chain has strides {strides} in all, {new.name!r} has {new.strides}: "
-                f"give it strides={strides}."
+                f"give it strides={strides}, or, if it is to have the same weights under other "
+                f"strides, use init='copy'."
             )
     if kernel.shape[2:] != tuple(shape[2:]):
         raise ValueError(

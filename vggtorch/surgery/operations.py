@@ -14,7 +14,7 @@ automatic name is taken is renamed; one whose chosen name is taken is an error.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, TypeAlias
 
 import keras
@@ -25,9 +25,10 @@ from keras.layers import Layer, TorchModuleWrapper
 from vggtorch.keras_graph import Functional, calls_of, producing_call
 from vggtorch.surgery.built_in import forget_preprocessing_, refuse_half, with_flips
 from vggtorch.surgery.composition import compose_
+from vggtorch.surgery.copying import copy_
 from vggtorch.surgery.distillation import distill_
 from vggtorch.surgery.masks import reads
-from vggtorch.surgery.rebuild import rebuilt, splice, splice_all
+from vggtorch.surgery.rebuild import Change, rebuilt, splice, splice_all
 from vggtorch.surgery.wiring import Wiring, distinct, layer_names, owner
 
 New: TypeAlias = Layer | torch.nn.Module | Sequence[Layer | torch.nn.Module]
@@ -168,7 +169,7 @@ def replace(
     layers: str | Iterable[str],
     new: New,
     *,
-    init: Literal["compose", "distill"] | None = None,
+    init: Literal["compose", "copy", "distill"] | None = None,
     images: Any = None,
 ) -> Functional:
     """`model` with `new` in place of `layers`, all other weights kept.
@@ -177,8 +178,11 @@ def replace(
     them included, if all their layers are named). Where one layer is called several times, `new`
     replaces each call and is shared as it was.
 
-    With `init=None`, `new` keeps the weights it has, or its random ones. "compose" gives a single
-    new layer the product of the linear layers that it replaces. "distill" then trains the new
+    With `init=None`, `new` keeps the weights it has, or its random ones. "copy" gives
+    the new layers the weights of the replaced ones, in their order and by equal shapes: for other
+    strides, dilation, padding or activation, for layers without weights between them, and for
+    Flatten and Dense as convolutions, or back. "compose" gives a single new layer the product of
+    the linear layers that it replaces. "distill" then trains the new
     layers alone, on a few hundred preprocessed `images` (N, H, W, C) without labels, until the
     layers behind them see what they saw before: `distill_` with its defaults, two minutes at most.
     To learn how well the result matches, call `compose_` or `distill_` on what `init=None` gives:
@@ -193,10 +197,13 @@ def replace(
 
     Raises:
         ValueError: the set has more than one way in or out (the message names the edges), or what
-            follows can't take what `new` puts out (it gives both shapes).
+            follows can't take what `new` puts out (it gives both shapes); "compose" or "copy" and
+            weights that don't fit.
     """
-    if init not in (None, "compose", "distill"):
-        raise ValueError(f"replace expects init=None, 'compose' or 'distill', received {init!r}.")
+    if init not in (None, "compose", "copy", "distill"):
+        raise ValueError(
+            f"replace expects init=None, 'compose', 'copy' or 'distill', received {init!r}."
+        )
     if (images is not None) != (init == "distill"):
         raise ValueError(
             f"replace expects images with init='distill' and only there; received init={init!r} "
@@ -217,7 +224,9 @@ def replace(
         )
     result = splice(wiring, pairs, added, place)
     forget_preprocessing_(result, place, replaced)
-    if init == "compose":
+    if init == "copy":
+        copy_(replaced, added)
+    elif init == "compose":
         composition = compose_(replaced, added[0])
         if composition.lost_bias:
             warnings.warn(
@@ -231,11 +240,96 @@ def replace(
     return result
 
 
-def _new_layers(wiring: Wiring, new: New) -> list[Layer]:
+def replace_where(
+    model: keras.Model,
+    where: type[Layer] | tuple[type[Layer], ...] | Callable[[Layer], bool],
+    make: Callable[[Layer], New],
+    *,
+    init: Literal["copy"] | None = None,
+) -> Functional:
+    """`model` with new layers in place of every layer that matches, in one rebuild.
+
+    Layers of nested models match too. A layer that is called several times is made once, and the
+    new ones are shared as it was. What `make` returns may have the old layer's name.
+
+    >>> import keras, vggtorch as vt
+    >>> vgg = vt.VGG16(weights=None, include_top=False, input_shape=(32, 32, 3))
+    >>> def average(pool):
+    ...     return keras.layers.AveragePooling2D(pool.pool_size, name=pool.name)
+    >>> result = vt.replace_where(vgg, keras.layers.MaxPooling2D, average)
+    >>> type(result.get_layer("block3_pool")).__name__
+    'AveragePooling2D'
+
+    Args:
+        model: a Functional or Sequential model; it stays as it was.
+        where: a class of layers, several of them, or a function that says whether a layer matches.
+        make: gives, for a layer that matches, the new layer or layers in its place, as `replace`
+            takes them.
+        init: "copy" gives the new layers the weights of the one that they replace, as in
+            `replace`; with None they keep those they have.
+
+    Raises:
+        ValueError: nothing matches, or one of the layers can't be replaced by what `make` gave.
+    """
+    if init not in (None, "copy"):
+        raise ValueError(f"replace_where expects init=None or 'copy', received {init!r}.")
+    wiring = Wiring(model, "replace_where")
+    matches, what = _matching(where)
+    changes: list[Change] = []
+    replaced: dict[str, Layer] = {}
+    for path, layer in wiring.layers_by_path().items():
+        if not isinstance(layer, Layer) or isinstance(layer, keras.layers.InputLayer):
+            continue
+        # A shared layer has several paths, and one in a model that goes as a whole goes with it.
+        known = layer in replaced.values() or any(path.startswith(f"{x}/") for x in replaced)
+        if known or not matches(layer):
+            continue
+        place, name = wiring.find(path)
+        groups = with_flips(place, place.nodes_of([name]))
+        added = _new_layers(wiring, make(layer), f" for {path!r}")
+        earlier = [layer for _, _, others in changes for layer in others]
+        if twice := [layer for layer in added if any(layer is other for other in earlier)]:
+            raise ValueError(
+                f"replace_where received a function that returned the layer {twice[0].name!r} for "
+                f"several layers, which would share it. Let it make a new one for each."
+            )
+        changes.append((place, [place.way_through(group) for group in groups], added))
+        replaced[path] = layer
+    if not changes:
+        names = list(wiring.operations)
+        listed = ", ".join(names if len(names) <= 40 else [*names[:40], "..."])
+        raise ValueError(
+            f"replace_where finds no {what} in {model.name!r}: nothing to replace. Its layers are "
+            f"{listed}."
+        )
+    result = splice_all(wiring, changes)
+    for (place, _, new), old in zip(changes, replaced.values(), strict=True):
+        forget_preprocessing_(result, place, [old])
+        if init == "copy":
+            copy_([old], new)
+    return result
+
+
+def _matching(where: Any) -> tuple[Callable[[Layer], bool], str]:
+    """A condition on layers as a function, and what it looks for in words."""
+    classes = where if isinstance(where, tuple) else (where,)
+    if classes and all(isinstance(c, type) and issubclass(c, Layer) for c in classes):
+        names = " or ".join(c.__name__ for c in classes)
+        return lambda layer: isinstance(layer, classes), f"{names} layer"
+    if isinstance(where, type) or not callable(where):
+        raise ValueError(
+            f"replace_where expects a class of layers, a tuple of classes, or a function that says "
+            f"whether a layer matches; received {where!r}. To replace layers by name: vt.replace."
+        )
+    name = getattr(where, "__name__", repr(where))
+    return lambda layer: bool(where(layer)), f"layer that {name} is true of"
+
+
+def _new_layers(wiring: Wiring, new: New, purpose: str = "") -> list[Layer]:
     """The new layers as a list, each checked to be fresh."""
     layers = list(new) if isinstance(new, (list, tuple)) else [new]
     if not layers:
-        raise ValueError(f"{wiring.verb} received no layers.")
+        raise ValueError(f"{wiring.verb} received no layers{purpose}.")
     made = []
     for layer in layers:
         if isinstance(layer, torch.nn.Module) and not isinstance(layer, Layer):

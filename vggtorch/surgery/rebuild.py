@@ -67,10 +67,14 @@ def splice_all(wiring: Wiring, changes: Sequence[Change]) -> Functional:
     instead: Instead = {}
     for _, pairs, new in changes:
         instead.update({id(before): (now, new) for before, now in pairs})
+    taken: dict[int, set[str]] = {}  # by the id of a model, the names that its layers have
     for place, _, new in changes:
-        inputs = place.functional.inputs
-        kept = needed([*place.outputs, *inputs], {key: now for key, (now, _) in instead.items()})
-        settle_names_(new, {node.operation.name for node in kept})
+        if id(place.model) not in taken:
+            ends = [*place.outputs, *place.functional.inputs]
+            kept = needed(ends, {key: now for key, (now, _) in instead.items()})
+            taken[id(place.model)] = {node.operation.name for node in kept}
+        settle_names_(new, taken[id(place.model)])
+        taken[id(place.model)] |= {layer.name for layer in new}
     inputs, outputs = wiring.functional.input, wiring.functional.output
     new_layers = {id(layer): layer for _, _, new in changes for layer in new}
     if new_layers:
