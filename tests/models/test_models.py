@@ -266,10 +266,19 @@ def test_a_nested_network_is_pointed_out(small, tmp_path):
         vt.load_weights(nested, path)
 
 
-def test_layers_that_torchvision_has_no_keys_for_are_refused(small, tmp_path):
-    model = vt.stack(small, keras.layers.Dense(3, name="mine"))
-    with pytest.raises(ValueError, match="Unexpected: mine/bias, mine/kernel"):
-        vt.save_weights(model, tmp_path / "x.pth")
+def test_what_a_file_cannot_hold_is_refused(small, tmp_path):
+    for name in ("module", "_orig_mod", "0", "head"):
+        inner = keras.layers.Dense(3, name="fc")
+        layer = keras.Sequential([keras.Input((1, 1, 512)), inner], name=name)
+        image = keras.Input((32, 32, 3))
+        x = image
+        for each in small.layers[1:]:
+            x = each(x)
+        model = keras.Model(image, layer(x))
+        if name == "0":
+            model = keras.Model(image, keras.layers.Dense(3, name=name)(x))
+        with pytest.raises(ValueError, match=f"'{name}.*would be taken for another.*Rename it"):
+            vt.save_weights(model, tmp_path / "x.pth")
     with pytest.raises(ValueError, match=r"ends in \.safetensors"):
         vt.save_weights(small, tmp_path / "x.npz")
     assert not list(tmp_path.iterdir())

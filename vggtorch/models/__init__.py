@@ -1,16 +1,23 @@
 """VGG11 to VGG19 as Keras models, their weights in and out, and what they expect of an image.
 
 Read `vgg` first (the constructors), then `filling` (a model's variables by name, and how they get
-the tensors of a checkpoint), `loading` (`load_weights`, `save_weights`, `convert`), `memory` (how a
-model remembers what it expects of an image), `images` (files and PIL images as upright RGB),
-`fitting` (those at the model's size) and `preprocessing` (images into what a weight set expects,
-and probabilities into names).
+values), `torch_form` (a model's weights as torch has them), `matching` (which tensor belongs to
+which weight), `leftovers` (whether what belongs nowhere may be), `loading` (`load_weights`,
+`save_weights`, `convert`), `memory` (how a model remembers what it expects of an image), `images`
+(files and PIL images as upright RGB), `fitting` (those at the model's size) and `preprocessing`
+(images into what a weight set expects, and probabilities into names).
 """
 
 from vggtorch.models.filling import fill_, named_variables
 from vggtorch.models.fitting import fitted, fitted_arrays, recipe
 from vggtorch.models.images import SUFFIXES, PixelGate, read_image, to_rgb
-from vggtorch.models.loading import convert, load_weights, model_from_name, save_weights
+from vggtorch.models.loading import (
+    PartialLoad,
+    convert,
+    load_weights,
+    model_from_name,
+    save_weights,
+)
 from vggtorch.models.memory import (
     PREPROCESSING_SUFFIX,
     data_config,
@@ -32,6 +39,7 @@ __all__ = [
     "VGG13",
     "VGG16",
     "VGG19",
+    "PartialLoad",
     "PixelGate",
     "as_layers",
     "constructor",

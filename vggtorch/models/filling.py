@@ -1,7 +1,8 @@
 """A model's variables by name, the tensors that belong to them, and how they get them.
 
 Both `vgg`, which builds models around a checkpoint, and `loading`, which loads into models that
-exist, go this way: `tensors_of` a weight set or a file, `check_fit`, then values.
+exist, go this way: `path_of` a weight set or a file, what of it belongs to the model (`matching`),
+then values.
 """
 
 from __future__ import annotations
@@ -81,14 +82,6 @@ def fill_(model: keras.Model, tensors: Mapping[str, torch.Tensor]) -> keras.Mode
     return model
 
 
-def tensors_of(
-    source: str | PathLike, candidates: list[Architecture], *, include_top: bool = False
-) -> tuple[dict[str, torch.Tensor], str | None]:
-    """The Keras-named tensors of a weight set or a file, and which weight set they are."""
-    checkpoint = weights.converted(path_of(source, candidates, include_top=include_top))
-    return checkpoint.tensors, checkpoint.weight_set
-
-
 def path_of(
     source: str | PathLike, candidates: list[Architecture], *, include_top: bool = False
 ) -> Path:
@@ -102,57 +95,15 @@ def path_of(
                 f"several files. Give the model the name of its network, or pass a path."
             )
         return weights.find(source, published[0].name, include_top=include_top)
+    if not isinstance(source, str | PathLike):
+        raise ValueError(
+            f"Received weights of type {type(source).__name__}; expected the name of a weight set, "
+            f"a path, or None. A dict of tensors goes into a model that is there "
+            f"(vt.load_weights(model, tensors))."
+        )
     if not Path(source).exists():
         raise ValueError(
             f"Received weights={str(source)!r}; expected one of {', '.join(WEIGHT_SETS)} or "
             f"the path of an existing file."
         )
     return Path(source)
-
-
-def check_fit(
-    variables: Mapping[str, keras.Variable],
-    tensors: Mapping[str, torch.Tensor],
-    source: str | PathLike,
-) -> None:
-    """Check that `tensors` are the weights of `variables`, or raise ValueError with the lists.
-
-    A published VGG checkpoint may go beyond a model that was cut out of its network, and knows
-    nothing of layers that the user added; apart from that every name must be on both sides.
-    """
-    in_file = list(dict.fromkeys(key.rsplit("/", 1)[0] for key in tensors))
-    in_model = {key.rsplit("/", 1)[0] for key in variables}
-    shared = [i for i, layer in enumerate(in_file) if layer in in_model]
-    if not shared:
-        raise ValueError(
-            f"No layer of the model is in {str(source)!r}. The file has "
-            f"{weights.shortened(in_file)}; the model has {weights.shortened(in_model)}. "
-            f"If the network is nested in the model, load it by itself: "
-            f"load_weights(model.get_layer(name), ...)."
-        )
-    beyond = {*in_file[: shared[0]], *in_file[shared[-1] + 1 :]} & VGG_LAYERS
-    published = VGG_LAYERS.issuperset(in_file)
-    missing = [
-        key
-        for key in variables
-        if key not in tensors and not (published and key.rsplit("/", 1)[0] not in VGG_LAYERS)
-    ]
-    unexpected = [
-        key for key in tensors if key not in variables and key.rsplit("/", 1)[0] not in beyond
-    ]
-    differing = [
-        f"{key} has {tuple(tensors[key].shape)}, expected {tuple(variables[key].shape)}"
-        for key in variables
-        if key in tensors and tuple(tensors[key].shape) != tuple(variables[key].shape)
-    ]
-    if not (missing or unexpected or differing):
-        return
-    advice = ""
-    if missing and all(key.split("/")[0] in ("fc1", "fc2", "predictions") for key in missing):
-        advice = " It has no classifier: build the model with include_top=False."
-    raise ValueError(
-        f"{str(source)!r} does not fit the model. "
-        f"Missing in the file: {weights.shortened(missing) or 'none'}. "
-        f"Unexpected in the file: {weights.shortened(unexpected) or 'none'}. "
-        f"Shapes that differ: {weights.shortened(differing) or 'none'}.{advice}"
-    )

@@ -2,48 +2,101 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from math import isqrt
 from os import PathLike
 from pathlib import Path
+from typing import Any, Literal, overload
 
 import keras
 import torch
 
 from vggtorch import files, weights
 from vggtorch.architectures import ARCHITECTURES, CLASSES, GRID, WIDTHS, architecture_named
-from vggtorch.models.filling import (
-    VGG_LAYERS,
-    check_fit,
-    fill_,
-    named_variables,
-    path_of,
-    tensors_of,
-)
+from vggtorch.models.filling import VGG_LAYERS, fill_, named_variables, path_of
+from vggtorch.models.leftovers import check, tell, values_for
+from vggtorch.models.matching import match
 from vggtorch.models.memory import remember_, weight_set
+from vggtorch.models.torch_form import in_torch_form
 from vggtorch.models.vgg import constructor
 from vggtorch.weights import Shape
 
+Source = str | PathLike | Mapping[str, Any]
 
-def load_weights(model: keras.Model, source: str | PathLike) -> keras.Model:
+
+@dataclass(frozen=True)
+class PartialLoad:
+    """What `load_weights(..., partial=True)` did.
+
+    Attributes:
+        model: the model, in which the weights are.
+        loaded: names of the model's weights that were loaded.
+        left: names in the file that no weight of the model was loaded from.
+        kept: names of the model's weights that kept the values that they had.
+        differing: of weights on both sides whose shapes differ, the name and both shapes; they are
+            among `left` and `kept` too.
+    """
+
+    model: keras.Model
+    loaded: tuple[str, ...]
+    left: tuple[str, ...]
+    kept: tuple[str, ...]
+    differing: tuple[str, ...]
+
+    def __str__(self) -> str:
+        total = len(self.loaded) + len(self.kept)
+        parts = [f"{len(self.loaded)} of {total} weights loaded"]
+        named = {
+            "left in the file": self.left,
+            "kept as they were": self.kept,
+            "shapes that differ": self.differing,
+        }
+        parts += [f"{text}: {weights.shortened(names)}" for text, names in named.items() if names]
+        return "; ".join(parts)
+
+
+@overload
+def load_weights(
+    model: keras.Model, source: Source, *, partial: Literal[False] = False
+) -> keras.Model: ...
+
+
+@overload
+def load_weights(model: keras.Model, source: Source, *, partial: Literal[True]) -> PartialLoad: ...
+
+
+def load_weights(
+    model: keras.Model, source: Source, *, partial: bool = False
+) -> keras.Model | PartialLoad:
     """Load weights into a model by layer name, in place; also into keras.applications' own.
 
     A model that was cut takes its part of a published checkpoint, and layers that were added to it
     keep their values. Nothing is changed unless everything fits.
 
+    Names that wrappers and trainers of torch add are taken off. Where Keras's automatic names
+    differ (`dense` was saved, the model has `dense_1`), layers are matched by their order if all
+    shapes agree, with a warning.
+
     Args:
         model: any Keras model with VGG's layers, or the one that a file was saved from.
-        source: `imagenet`, `features`, `oxford`, or the path of a checkpoint.
+        source: `imagenet`, `features`, `oxford`, the path of a checkpoint of any form (Keras's
+            .weights.h5, .keras and .h5, .safetensors, PyTorch's), or a state_dict: a dict of
+            tensors by torchvision's names, those of `to_torch`, or Keras's.
+        partial: load whatever names and shapes agree for, and say what was left.
 
     Returns:
-        The model, which from now on remembers the weight set.
+        The model, which from now on remembers the weight set; with `partial`, a report that has
+        `model`, `loaded`, `left`, `kept` and `differing`.
 
     Raises:
-        ValueError: names or shapes that differ (with both lists), or a damaged file.
+        ValueError: names or shapes that differ (with both lists), or a damaged file; with
+            `partial`, nothing that fits.
         OSError: the checkpoint can't be had.
 
     Example:
-        >>> import tempfile
+        >>> import keras, tempfile, torch
         >>> import vggtorch as vt
         >>> first, second = (vt.VGG11(weights=None, include_top=False) for _ in range(2))
         >>> part = vt.truncate(second, "block1_pool")
@@ -52,6 +105,10 @@ def load_weights(model: keras.Model, source: str | PathLike) -> keras.Model:
         ...     part = vt.load_weights(part, f"{folder}/two.safetensors")  # takes what it has
         >>> bool((part.get_weights()[0] == first.get_weights()[0]).all())
         True
+        >>> model = vt.stack(part, keras.layers.Conv2D(8, 1, name="mine"))
+        >>> mine = {"mine.bias": torch.ones(8), "mine.weight": torch.ones(8, 64, 1, 1)}
+        >>> print(vt.load_weights(model, mine, partial=True))
+        2 of 4 weights loaded; kept as they were: block1_conv1/kernel, block1_conv1/bias
     """
     variables = named_variables(model)
     shapes = {
@@ -62,55 +119,83 @@ def load_weights(model: keras.Model, source: str | PathLike) -> keras.Model:
     candidates = weights.identify(shapes) or list(ARCHITECTURES.values())
     candidates = [a for a in candidates if a.name == model.name] or candidates
     include_top = any(key.startswith(("fc1/", "fc2/", "predictions/")) for key in shapes)
-    tensors, weight_set = tensors_of(source, candidates, include_top=include_top)
-    check_fit(variables, tensors, source)
-    for key, variable in variables.items():
-        if key in tensors:
-            variable.assign(tensors[key])
-    remember_(model, weight_set)
-    return model
+    if isinstance(source, Mapping):
+        checkpoint = weights.converted(source)
+    else:
+        checkpoint = weights.converted(path_of(source, candidates, include_top=include_top))
+    found = match(model, variables, checkpoint)
+    tell(checkpoint, found, check(found, source, partial=partial))
+    for key, value in found.values.items():
+        variables[key].assign(value)
+    # The layer that sees the image decides what the model expects of one.
+    if not partial or next(iter(variables)) in found.values:
+        _remember_anew(model, checkpoint.weight_set)
+    if not partial:
+        return model
+    return PartialLoad(
+        model,
+        loaded=tuple(key for key in variables if key in found.values),
+        left=(*found.left, *(name for key, name in found.names.items() if key not in found.values)),
+        kept=tuple(key for key in variables if key not in found.values),
+        differing=tuple(found.differing),
+    )
+
+
+def _remember_anew(model: keras.Model, name: str | None) -> None:
+    """Let a model remember the weight set of what it has loaded, and say where that isn't known."""
+    before = weight_set(model)
+    remember_(model, name)
+    if name is None and before is not None:
+        warnings.warn(
+            f"The file does not say which weight set its weights belong to, so {model.name!r} no "
+            f"longer remembers {before!r}: name it, preprocess(images, {before!r}), if they do.",
+            stacklevel=3,
+        )
 
 
 def save_weights(model: keras.Model, path: str | PathLike) -> None:
-    """Save a model's weights; the ending chooses the form.
+    """Save a model's weights and its weight set; the ending chooses the form.
 
     Args:
-        model: any Keras model; for .pth and .bin, VGG layers only.
-        path: `.safetensors` (Keras names, weight set kept), `.weights.h5` (Keras 3's own form),
-            `.pth` (torchvision's keys and layout) or `.bin` (timm's).
+        model: any Keras model.
+        path: `.safetensors` (Keras's names), `.weights.h5` (Keras 3's own form), `.pth` (for VGG's
+            layers torchvision's keys and layout, for others those of `to_torch`) or `.bin` (the
+            same with timm's).
 
     Raises:
-        ValueError: another ending, or layers that torchvision has no keys for.
+        ValueError: another ending, or a layer whose name can't stand in a file of torch's form.
         OSError: the file can't be written; one that stood there before is then still whole.
 
     Example:
-        >>> import tempfile, torch
+        >>> import keras, tempfile, torch
         >>> import vggtorch as vt
         >>> model = vt.truncate(vt.VGG11(weights=None, include_top=False), "block1_pool")
+        >>> model = vt.stack(model, keras.layers.Conv2D(8, 1, name="mine"))
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     vt.save_weights(model, f"{folder}/block1.pth")
-        ...     list(torch.load(f"{folder}/block1.pth"))  # torchvision's names
-        ['features.0.weight', 'features.0.bias']
+        ...     vt.save_weights(model, f"{folder}/mine.pth")
+        ...     list(torch.load(f"{folder}/mine.pth"))  # torchvision's names where it has them
+        ['features.0.weight', 'features.0.bias', 'mine.weight', 'mine.bias']
     """
     if str(path).endswith(".weights.h5"):
+        import h5py
+
         with files.atomic(path) as temporary:
             model.save_weights(temporary)
+            if name := weight_set(model):
+                with h5py.File(temporary, "r+") as file:  # Keras looks at no attribute of the root
+                    file.attrs["vggtorch_weight_set"] = name
+    elif str(path).endswith((".pth", ".bin")):
+        tensors = in_torch_form(model, timm=str(path).endswith(".bin"))
+        weights.write(path, tensors, weight_set(model))
     else:
         tensors = {key: variable.value for key, variable in named_variables(model).items()}
-        _write(path, tensors, weight_set(model))
-
-
-def _write(
-    path: str | PathLike, tensors: Mapping[str, torch.Tensor], weight_set: str | None
-) -> None:
-    """Write Keras-named tensors by the names that the ending asks for."""
-    weights.write(path, _renamed(path, tensors), weight_set)
+        weights.write(path, tensors, weight_set(model))
 
 
 def _renamed(
     path: str | PathLike, tensors: Mapping[str, torch.Tensor]
 ) -> Mapping[str, torch.Tensor]:
-    """Keras-named tensors as they are, or as torchvision's (.pth) or timm's (.bin)."""
+    """VGG's Keras-named tensors as they are, or as torchvision's (.pth) or timm's (.bin)."""
     if str(path).endswith(".pth"):
         return weights.keras_to_torchvision(tensors)
     if str(path).endswith(".bin"):
@@ -152,15 +237,16 @@ def convert(
             model = constructor(network.name)(
                 weights=None, include_top=top, classes=classes, input_shape=(size, size, 3)
             )
-        check_fit(named_variables(model), tensors, source)
-        remember_(fill_(model, tensors), checkpoint.weight_set)
+        keras_named = replace(checkpoint, form="keras", tensors=tensors)
+        values = values_for(model, keras_named, source, backbone=False)
+        remember_(fill_(model, values), checkpoint.weight_set)
         if str(target).endswith(".weights.h5"):
             save_weights(model, target)
         else:
             with files.atomic(target) as temporary:
                 model.save(temporary)
     else:
-        _write(target, tensors, checkpoint.weight_set)
+        weights.write(target, _renamed(target, tensors), checkpoint.weight_set)
     before = weights.traced(
         checkpoint.tensors, lambda read: weights.to_keras(read, checkpoint.form)
     )

@@ -7,15 +7,16 @@ from functools import partial
 from os import PathLike
 
 import keras
-import torch
 from keras import layers
 
 from vggtorch.architectures import ARCHITECTURES, CLASSES, Architecture, architecture_named
 from vggtorch.keras_graph import device, obtain_input_shape
-from vggtorch.models.filling import check_fit, fill_, named_variables, tensors_of
+from vggtorch.models.filling import fill_, path_of
+from vggtorch.models.leftovers import values_for
 from vggtorch.models.memory import remember_
 from vggtorch.models.preprocessing import as_layers
 from vggtorch.weight_sets import WEIGHT_SETS
+from vggtorch.weights import converted
 
 # torchvision's and the papers' values for batch norm; Keras's own defaults are 1e-3 and 0.99.
 BATCH_NORM = {"epsilon": 1e-5, "momentum": 0.9}
@@ -93,10 +94,10 @@ def _build(
             f"expected 'softmax', or None for logits."
         )
     # The checkpoint first: what can't be had should cost no time.
-    tensors: dict[str, torch.Tensor] = {}
-    weight_set = None
+    checkpoint = weight_set = None
     if weights is not None:
-        tensors, weight_set = tensors_of(weights, [architecture], include_top=include_top)
+        checkpoint = converted(path_of(weights, [architecture], include_top=include_top))
+        weight_set = checkpoint.weight_set
     if include_preprocessing and weights is not None and weight_set is None:
         raise ValueError(
             f"include_preprocessing=True needs to know the preprocessing, and {weights!r} does not "
@@ -112,7 +113,7 @@ def _build(
         weights="imagenet" if published else None,
     )
     # Random values that the checkpoint would replace are never made: the model is built without.
-    with keras.device("meta") if tensors else keras.device(device()):
+    with keras.device("meta") if checkpoint else keras.device(device()):
         if input_tensor is None:
             inputs = image = layers.Input(shape=input_shape)
         elif keras.backend.is_keras_tensor(input_tensor):
@@ -134,9 +135,8 @@ def _build(
             dropout=dropout,
         )
         model = keras.Model(inputs, outputs, name=name)
-    if weights is not None:
-        check_fit(named_variables(model), tensors, weights)
-        fill_(model, tensors)
+    if weights is not None and checkpoint is not None:
+        fill_(model, values_for(model, checkpoint, weights, backbone=not include_top))
     return remember_(model, weight_set)
 
 

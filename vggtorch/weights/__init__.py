@@ -10,6 +10,7 @@ every later load). Nothing here knows Keras.
 """
 
 from vggtorch.weights.conversion import (
+    Rule,
     Shape,
     architecture_of,
     identify,
@@ -24,19 +25,21 @@ from vggtorch.weights.conversion import (
 from vggtorch.weights.copies import converted, verify
 from vggtorch.weights.pickles import unpickled
 from vggtorch.weights.published import PUBLISHED, Published, publications
-from vggtorch.weights.sources import Checkpoint, fetch, find, from_memory, local_copies, read, write
+from vggtorch.weights.sources import Checkpoint, fetch, find, local_copies, read, write
+from vggtorch.weights.state_dicts import is_plain_name
 
 __all__ = [
     "PUBLISHED",
     "Checkpoint",
     "Published",
+    "Rule",
     "Shape",
     "architecture_of",
     "converted",
     "fetch",
     "find",
-    "from_memory",
     "identify",
+    "is_plain_name",
     "keras_to_timm",
     "keras_to_torchvision",
     "local_copies",

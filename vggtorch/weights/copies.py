@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import os
 import warnings
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -29,19 +30,25 @@ _LAYOUT = "keras, output channels first, fc1 unflattened, other layers under the
 _UNTOUCHED = 315532800  # 1980-01-01 in seconds, exact on every file system
 
 
-def converted(path: str | os.PathLike) -> Checkpoint:
+def converted(source: str | os.PathLike | Mapping[str, Any]) -> Checkpoint:
     """A checkpoint's Keras tensors, mapped from a copy that is made at the first load.
 
-    Without room for a copy the tensors are in memory, and every load converts anew.
+    Without room for a copy the tensors are in memory, and every load converts anew. Tensors of
+    layers that aren't VGG's keep the names and axes that they have in torch.
 
     Args:
-        path: any file that `sources.read` reads.
+        source: any file that `sources.read` reads, or a state_dict in memory, of which there is no
+            copy.
 
     Raises:
         ValueError: the file is no checkpoint, damaged, or fits no VGG network.
         OSError: the file can't be read.
     """
-    path = Path(path).resolve()
+    if isinstance(source, Mapping):
+        checkpoint = sources.from_memory(source)
+        tensors = conversion.to_keras(checkpoint.tensors, checkpoint.form)
+        return replace(checkpoint, form="keras", tensors=tensors)
+    path = Path(source).resolve()
     copy = _place(path)
     if found := _read_copy(copy):
         return found
@@ -87,8 +94,8 @@ def _read_copy(copy: Path) -> Checkpoint | None:
         origin: Any = metadata["form"]
         if origin != "keras":  # there fc1 may be a convolution of the user's
             tensors = conversion.flattened(tensors)
-        unnamed, note = "unnamed" in metadata, metadata.get("note")
-        return Checkpoint(tensors, "keras", metadata.get("weight_set"), copy, origin, unnamed, note)
+        weight_set, said = metadata.get("weight_set"), sources.said_of(metadata)
+        return Checkpoint(tensors, "keras", weight_set, copy, origin, **said)
     return None
 
 
@@ -110,6 +117,7 @@ def _make_copy(source: Path, copy: Path) -> Checkpoint:
     said = {
         "weight_set": checkpoint.weight_set,
         "note": checkpoint.note,
+        "ordered": "yes" if checkpoint.ordered else None,
         "unnamed": "yes" if checkpoint.unnamed else None,
     }
     metadata |= {name: text for name, text in said.items() if text}

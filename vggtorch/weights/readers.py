@@ -137,6 +137,7 @@ def _h5_tensors(path: Path, start: int) -> tuple[Tensors, dict[str, str]]:
     said = _remembered(json.loads(found["config"])) if found["config"] else {}
     if found["weight_set"]:
         said["weight_set"] = found["weight_set"]
+    said["ordered"] = "yes"
     if found["unnamed"]:
         said["unnamed"] = "yes"
     return tensors, said
@@ -145,14 +146,19 @@ def _h5_tensors(path: Path, start: int) -> tuple[Tensors, dict[str, str]]:
 def _remembered(config: object) -> dict[str, str]:
     """The weight set that a model's configuration tells of, its nested models' included.
 
-    A model remembers it in its class, such as vggtorch>OxfordModel.
+    It stands in a model's `data_config` or, as earlier versions wrote it, in the name of its class,
+    such as vggtorch>OxfordModel.
     """
-    kinds = {f"vggtorch>{name.capitalize()}Model": name for name in WEIGHT_SETS}
+    kinds = {f"{name.capitalize()}Model": name for name in WEIGHT_SETS}
+    kinds |= {name: name for name in WEIGHT_SETS}
     found, left = set(), [config]
     while left:
         value = left.pop()
         if isinstance(value, dict):
-            found.add(kinds.get(str(value.get("registered_name"))))
+            said = value.get("data_config")
+            names = [value.get("registered_name"), value.get("class_name")]
+            names.append(said.get("weight_set") if isinstance(said, dict) else None)
+            found |= {kinds.get(str(name).rpartition(">")[2]) for name in names}
             left += value.values()
         elif isinstance(value, list):
             left += value

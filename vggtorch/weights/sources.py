@@ -43,6 +43,7 @@ class Checkpoint:
         weight_set: whose preprocessing they expect, where the file or its hash tells.
         path: the file; of tensors in memory, what messages call them.
         origin: the form that the tensors had before they were converted.
+        ordered: the weights of a layer stand in Keras's order, and some names of them are made up.
         unnamed: its layers have the places that they had in their model for names, as Keras 2 wrote
             them: "conv2d_1/kernel".
         note: what a user should hear of the file, such as which part of it was not taken.
@@ -53,6 +54,7 @@ class Checkpoint:
     weight_set: str | None
     path: Path
     origin: Form
+    ordered: bool = False
     unnamed: bool = False
     note: str | None = None
 
@@ -196,8 +198,16 @@ def read(path: str | os.PathLike) -> Checkpoint:
         except ValueError as error:
             raise ValueError(f"{path} is damaged: {error}") from error
     form = "onnx" if reader is onnx.read else _form(tensors)
-    unnamed, note = "unnamed" in metadata, metadata.get("note")
-    return Checkpoint(tensors, form, weight_set, path, form, unnamed, note)
+    return Checkpoint(tensors, form, weight_set, path, form, **said_of(metadata))
+
+
+def said_of(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """What a reader, or the metadata of a converted copy, says of a checkpoint."""
+    return {
+        "ordered": "ordered" in metadata,
+        "unnamed": "unnamed" in metadata,
+        "note": metadata.get("note"),
+    }
 
 
 def from_memory(state: Mapping[str, Any]) -> Checkpoint:

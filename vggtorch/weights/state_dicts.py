@@ -195,3 +195,15 @@ def _lifted(tensors: Tensors, before: set[str], to: str) -> Tensors:
             raise ValueError(f"a name stands in it with and without '{prefix}': {name}")
         lifted[name] = tensor
     return lifted
+
+
+def is_plain_name(name: str, torchvision: set[str]) -> bool:
+    """Whether `plain_names` leaves a name as it is and nobody takes it for torchvision's or timm's.
+
+    Args:
+        name: of a tensor in a state_dict.
+        torchvision: the names of torchvision's, or timm's, layers beside it.
+    """
+    parts = name.split(".")
+    taken = _NUMBERED.match(name) or name.startswith(("pre_logits.", "head.fc."))
+    return not (taken or name in torchvision or set(parts) & _WRAPPERS)

@@ -1,0 +1,156 @@
+"""Whether a checkpoint fits a model, after `matching` has found what belongs together.
+
+A model takes all weights of a file, with two exceptions that are no mistake: it was cut out of a
+larger network, or it is the convolutions alone and leaves the file's head. Anything else is refused
+with both lists, and the message names the ways on.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping
+from os import PathLike
+
+import keras
+import torch
+
+from vggtorch import weights
+from vggtorch.architectures import ARCHITECTURES
+from vggtorch.keras_graph import raw_value
+from vggtorch.models.filling import VGG_LAYERS, named_variables
+from vggtorch.models.matching import Match, match
+from vggtorch.models.torch_form import FEATURE_LAYERS
+from vggtorch.weights import Checkpoint
+
+# VGG's layers in network order; those of the smaller networks are among the largest one's.
+_LARGEST = ARCHITECTURES["vgg19_bn"]
+_ORDER = [layer.name for layer in (*_LARGEST.features(), *_LARGEST.classifier())]
+
+
+def check(
+    found: Match, source: object, *, backbone: bool = False, partial: bool = False
+) -> list[str]:
+    """See that what is left over on both sides may be, or raise ValueError with the lists.
+
+    A published VGG checkpoint may go beyond a model that was cut out of its network, and knows
+    nothing of layers that the user added; apart from that every name must be on both sides.
+
+    Args:
+        found: what `match` has given.
+        source: the file, or a dict of tensors.
+        backbone: the model is VGG's convolutions, and the file's other layers are its head.
+        partial: whatever belongs together is enough.
+
+    Returns:
+        Names in the checkpoint that were left and that a user would not expect to be.
+    """
+    title = "The state_dict" if isinstance(source, Mapping) else repr(str(source))
+    in_file = [*(layer for layer, _ in found.left.values()), *map(_layer, found.names)]
+    in_file, in_model = _once(in_file), _once(map(_layer, [*found.missing, *found.names]))
+    if not found.names or (partial and not found.values):
+        raise ValueError(
+            f"No layer of the model is in {title}. The file has "
+            f"{weights.shortened(in_file)}; the model has {weights.shortened(in_model)}. "
+            f"If the network is nested in the model, load it by itself: "
+            f"load_weights(model.get_layer(name), ...)."
+        )
+    if partial:
+        return []
+    left, missing = _unexpected(found, backbone), found.missing
+    if backbone or VGG_LAYERS.issuperset(in_file):
+        missing = [key for key in missing if _layer(key) in VGG_LAYERS]
+    if missing or left or found.differing:
+        raise ValueError(
+            f"{title} does not fit the model. "
+            f"Missing in the file: {weights.shortened(missing) or 'none'}. "
+            f"Unexpected in the file: {weights.shortened(left) or 'none'}. "
+            f"Shapes that differ: {weights.shortened(found.differing) or 'none'}."
+            f"{_advice(missing, in_file, found)}"
+        )
+    return [key for key in found.left if not _is_expected(key, found)]
+
+
+def _unexpected(found: Match, backbone: bool) -> list[str]:
+    """What is in the file and neither in the model nor in a larger network that it was cut from."""
+    shared = [_ORDER.index(name) for key in found.names if (name := _layer(key)) in _ORDER]
+    beyond: set[str] = set()
+    if shared:
+        beyond = {*_ORDER[: min(shared)], *_ORDER[max(shared) + 1 :]}
+    if backbone:
+        return [key for key, (layer, _) in found.left.items() if layer in FEATURE_LAYERS]
+    return [key for key, (layer, _) in found.left.items() if layer not in beyond]
+
+
+def _is_expected(key: str, found: Match) -> bool:
+    """Whether a tensor was left that one expects to be: VGG's own classifier, and Dense layers."""
+    layer, _ = found.left[key]
+    shapes = [shape for other, shape in found.left.values() if other == layer]
+    ranks = sorted(len(shape) for shape in shapes)
+    return layer in VGG_LAYERS or ranks in ([2], [1, 2])
+
+
+def _layer(key: str) -> str:
+    return key.rpartition("/")[0]
+
+
+def _once(names: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(names))
+
+
+def _advice(missing: list[str], in_file: list[str], found: Match) -> str:
+    """What to do instead."""
+    top = {"fc1", "fc2", "predictions"}
+    lacking = {_layer(key) for key in missing}
+    if missing and lacking <= top and not found.left and not found.differing:
+        if lacking == {"predictions"}:
+            return (
+                " It ends at fc2: load it into a model that does too (vt.load_weights(vt.truncate("
+                "model, 'fc2'), path)), or build the model with include_top=False."
+            )
+        if not top & set(in_file):
+            return " It has no classifier: build the model with include_top=False."
+    return (
+        " Built with include_top=False, a model takes the convolutions of a file with any head"
+        " (and vt.load_weights(model, path, partial=True) takes what fits, and says what it left)."
+    )
+
+
+def values_for(
+    model: keras.Model, checkpoint: Checkpoint, source: str | PathLike, *, backbone: bool
+) -> dict[str, torch.Tensor]:
+    """The tensors of a checkpoint for a model that was built on the meta device, by their names.
+
+    Args:
+        model: layers that have values keep them.
+        checkpoint: what `weights.converted` gave of the source.
+        source: the user's words for it.
+        backbone: the model is VGG's convolutions: the file may have any head, which is left.
+
+    Raises:
+        ValueError: names or shapes that differ, with both lists.
+    """
+    named = named_variables(model)
+    variables = {key: v for key, v in named.items() if raw_value(v).is_meta}
+    found = match(model, variables, checkpoint)
+    left = check(found, source, backbone=backbone)
+    tell(checkpoint, found, left)
+    return found.values
+
+
+def tell(checkpoint: Checkpoint, found: Match, left: list[str]) -> None:
+    """Warn of what a user may not expect."""
+    if checkpoint.note:
+        warnings.warn(checkpoint.note, stacklevel=4)
+    if found.renamed:
+        warnings.warn(
+            f"Automatic names differ and were matched by their order, since all shapes agree: "
+            f"{weights.shortened(found.renamed)}.",
+            stacklevel=4,
+        )
+    if left:
+        warnings.warn(
+            f"These layers of the file are not Dense layers of a head, and were left: "
+            f"{weights.shortened(_once(found.left[key][0] for key in left))}. If one of them "
+            f"stands between the convolutions, those compute something else without it.",
+            stacklevel=4,
+        )

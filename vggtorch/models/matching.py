@@ -1,0 +1,312 @@
+"""Which tensor of a checkpoint belongs to which weight of a model.
+
+Names decide. Where a checkpoint names the same layers otherwise, they are matched by what is sure
+all the same, in this order:
+
+- what stands before all names of the network, such as the name of the model that it was nested in;
+- Keras's automatic names, where `dense` became `dense_1`: by their order, if all shapes agree;
+- weights without names, as Keras's own files have them: by their order in the layer.
+
+Whether what is left over may be, `leftovers` says.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import keras
+import torch
+
+from vggtorch.keras_graph import Functional, state_of, to_snake_case
+from vggtorch.models.torch_form import torch_rules
+from vggtorch.weights import Checkpoint, Rule, Shape
+
+Path = tuple[str, ...]
+Slot = tuple[str, Rule | None]  # a weight of the model, and how torch's axes become Keras's
+
+# Two of these names mean two things; a layer's other names may stand for one another.
+_KNOWN = frozenset({"kernel", "bias", "gamma", "beta", "moving_mean", "moving_variance"})
+
+
+@dataclass
+class Match:
+    """What belongs together, and what is left on either side.
+
+    Attributes:
+        values: name of a model's weight -> its tensor, in Keras's layout.
+        names: name of a model's weight -> the tensor's name in the checkpoint.
+        left: what no weight of the model has: a tensor's name in the checkpoint -> the layer that
+            it belongs to, by the names of the network itself, and its shape.
+        missing: names of the model's weights that the checkpoint doesn't have.
+        differing: of weights whose shapes differ, the name and both shapes.
+        renamed: layers whose automatic names differ, "dense is dense_1".
+    """
+
+    values: dict[str, torch.Tensor] = field(default_factory=dict)
+    names: dict[str, str] = field(default_factory=dict)
+    left: dict[str, tuple[str, Shape]] = field(default_factory=dict)
+    missing: list[str] = field(default_factory=list)
+    differing: list[str] = field(default_factory=list)
+    renamed: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """One tensor of a checkpoint: its layer, its variable, and whether it has torch's axes."""
+
+    key: str
+    kind: Literal["keras", "torch"]
+    path: Path
+    name: str
+
+    @classmethod
+    def of(cls, key: str) -> _Entry:
+        """An entry by its name: `layer/kernel` is Keras's, `layer.weight` torch's."""
+        kind: Literal["keras", "torch"] = "keras" if "/" in key else "torch"
+        *path, name = key.split("/" if kind == "keras" else ".")
+        return cls(key, kind, tuple(path), name)
+
+
+def match(
+    model: keras.Model, variables: Mapping[str, keras.Variable], checkpoint: Checkpoint
+) -> Match:
+    """Find the tensor of each of a model's weights.
+
+    Args:
+        model: any Keras model.
+        variables: those of `named_variables(model)` that shall get values.
+        checkpoint: with Keras's names where they are known, as `weights.converted` gives it.
+
+    Raises:
+        ValueError: several networks in the checkpoint could be the model's.
+    """
+    tensors = checkpoint.tensors
+    slots = _slots(model, variables, checkpoint)
+    entries = _without_prefix([_Entry.of(key) for key in tensors], slots)
+    entries, renamed = _in_order(entries, slots, _automatic(model, ()), variables, tensors)
+    found = Match(renamed=renamed)
+    for entry in entries:
+        slot = slots.get((entry.kind, (*entry.path, entry.name)))
+        if slot is None and entry.kind == "torch" and entry.path:
+            # A name that torch's modules have already, such as `add`, ends in an underscore there.
+            path = (*entry.path[:-1], entry.path[-1].rstrip("_"))
+            slot = slots.get((entry.kind, (*path, entry.name)))
+        if slot is not None:
+            found.names[slot[0]] = entry.key
+    if checkpoint.ordered:
+        _by_place(model, variables, tensors, entries, found)
+    rules = {slot[0]: slot[1] for (kind, _), slot in slots.items() if kind == "torch"}
+    for key, name in found.names.items():
+        tensor = tensors[name]
+        rule = rules.get(key) if "/" not in name else None
+        expected = tuple(variables[key].shape) if rule is None else rule.torch_shape
+        if tuple(tensor.shape) != expected:
+            found.differing.append(f"{key} has {tuple(tensor.shape)}, expected {expected}")
+        elif rule is None:
+            found.values[key] = tensor
+        else:
+            found.values[key] = rule.to_view(tensor).reshape(rule.keras_shape)
+    taken = set(found.names.values())
+    found.left = {
+        e.key: ("/".join(e.path), tuple(tensors[e.key].shape))
+        for e in entries
+        if e.key not in taken
+    }
+    found.missing = [key for key in variables if key not in found.names]
+    return found
+
+
+def _slots(
+    model: keras.Model, variables: Mapping[str, keras.Variable], checkpoint: Checkpoint
+) -> dict[tuple[str, Path], Slot]:
+    """The places that a model has for tensors of Keras's names and for those of torch's."""
+    places = _by_class(model, (), ()) if checkpoint.unnamed else {}
+    slots: dict[tuple[str, Path], Slot] = {}
+    for key in variables:
+        *path, name = key.split("/")
+        slots["keras", (*places.get(tuple(path), tuple(path)), name)] = key, None
+    torchvision = checkpoint.origin in ("torchvision", "timm")
+    for rule in torch_rules(model, torchvision=torchvision):
+        if rule.keras_key in variables:
+            slots["torch", tuple(rule.torch_key.split("."))] = rule.keras_key, rule
+    return slots
+
+
+def _by_class(model: keras.Model, path: Path, place: Path) -> dict[Path, Path]:
+    """A layer's full name -> its place as Keras 2 wrote it: by its class, `conv2d_1`."""
+    places: dict[Path, Path] = {}
+    counts: dict[str, int] = {}
+    for layer in model.layers:
+        kind = "Functional" if isinstance(layer, Functional) else type(layer).__name__
+        kind = to_snake_case(kind)
+        count = counts[kind] = counts.get(kind, -1) + 1
+        inner = (*place, f"{kind}_{count}" if count else kind)
+        places[(*path, layer.name)] = inner
+        if isinstance(layer, keras.Model):
+            places |= _by_class(layer, (*path, layer.name), inner)
+    return places
+
+
+# What stands before the names
+
+
+def _without_prefix(entries: list[_Entry], slots: Mapping[tuple[str, Path], Slot]) -> list[_Entry]:
+    """The entries without the name of the model around the network, or of a wrapper's attribute.
+
+    Raises:
+        ValueError: several networks in the checkpoint fit as well.
+    """
+
+    def stripped(entry: _Entry, prefix: Path) -> _Entry:
+        if entry.path[: len(prefix)] != prefix:
+            return entry
+        return _Entry(entry.key, entry.kind, entry.path[len(prefix) :], entry.name)
+
+    places = {(kind, path[:-1]) for kind, path in slots}
+    prefixes = {entry.path[:n] for entry in entries for n in range(len(entry.path))}
+    found: dict[Path, int] = {}
+    for prefix in sorted(prefixes | {()}, key=lambda p: (len(p), p)):
+        under = [stripped(entry, prefix) for entry in entries]
+        found[prefix] = len({(e.kind, e.path) for e in under} & places)
+    most = max(found.values())
+    best = [prefix for prefix, count in found.items() if count == most]
+    if () in best or not most:
+        return entries
+    if len(best) > 1:
+        listed = " and ".join(repr("/".join(prefix)) for prefix in best)
+        raise ValueError(
+            f"The checkpoint holds several networks that fit the model: {listed}. Load one of them "
+            f"by itself (vt.load_weights(model, {{name: tensor}}) takes a dict)."
+        )
+    return [stripped(entry, best[0]) for entry in entries]
+
+
+# Automatic names
+
+
+def _automatic(model: keras.Model, path: Path) -> dict[Path, str]:
+    """The layers whose names Keras made up, `dense_1`, and what they are made of, `dense`."""
+    found: dict[Path, str] = {}
+    for layer in model.layers:
+        kind = "Functional" if isinstance(layer, Functional) else type(layer).__name__
+        base = to_snake_case(kind)
+        if _is_numbered(layer.name, base):
+            found[(*path, layer.name)] = base
+        if isinstance(layer, keras.Model):
+            found |= _automatic(layer, (*path, layer.name))
+    return found
+
+
+def _is_numbered(name: str, base: str) -> bool:
+    return re.fullmatch(rf"{re.escape(base)}(_\d+)?", name) is not None
+
+
+def _number(name: str) -> int:
+    return int(name.rpartition("_")[2]) if name[-1].isdigit() and "_" in name else 0
+
+
+def _in_order(
+    entries: list[_Entry],
+    slots: Mapping[tuple[str, Path], Slot],
+    automatic: Mapping[Path, str],
+    variables: Mapping[str, keras.Variable],
+    tensors: Mapping[str, torch.Tensor],
+) -> tuple[list[_Entry], list[str]]:
+    """The entries with the model's automatic names in the place of the checkpoint's.
+
+    Nothing is renamed unless there are as many on both sides and all their shapes agree.
+    """
+    names: dict[Path, str] = {}
+    for kind in ("keras", "torch"):
+        theirs = {entry.path for entry in entries if entry.kind == kind}
+        ours = {path[:-1] for of, path in slots if of == kind}
+        names |= _renaming(theirs, ours, automatic, (), ())
+    if not names:
+        return entries, []
+
+    def renamed(path: Path) -> Path:
+        return tuple(names.get(path[: n + 1], path[n]) for n in range(len(path)))
+
+    after = []
+    for entry in entries:
+        path = renamed(entry.path)
+        if path != entry.path:
+            slot = slots.get((entry.kind, (*path, entry.name)))
+            if slot is None:
+                return entries, []
+            key, rule = slot
+            expected = tuple(variables[key].shape) if rule is None else rule.torch_shape
+            if tuple(tensors[entry.key].shape) != expected:
+                return entries, []
+        after.append(_Entry(entry.key, entry.kind, path, entry.name))
+    return after, [f"{'/'.join(old)} is {'/'.join(renamed(old))}" for old in names]
+
+
+def _renaming(
+    theirs: set[Path], ours: set[Path], automatic: Mapping[Path, str], before: Path, above: Path
+) -> dict[Path, str]:
+    """The checkpoint's full name of a layer or model -> its own name in the model.
+
+    `before` is where the checkpoint's names stand, and `above` where the model's do.
+    """
+    our_names = {path[0] for path in ours if path}
+    their_names = {path[0] for path in theirs if path}
+    own: dict[str, str] = {}
+    for base in sorted({automatic[(*above, n)] for n in our_names if (*above, n) in automatic}):
+        new = sorted((n for n in our_names if automatic.get((*above, n)) == base), key=_number)
+        old = sorted((n for n in their_names if _is_numbered(n, base)), key=_number)
+        if len(old) == len(new):
+            own |= {a: b for a, b in zip(old, new, strict=True) if a != b}
+    names = {(*before, old): new for old, new in own.items()}
+    for name in their_names:
+        inside = {path[1:] for path in theirs if path[:1] == (name,)}
+        new_name = own.get(name, name)
+        within = {path[1:] for path in ours if path[:1] == (new_name,)}
+        if within:
+            names |= _renaming(inside, within, automatic, (*before, name), (*above, new_name))
+    return names
+
+
+# Places
+
+
+def _by_place(
+    model: keras.Model,
+    variables: Mapping[str, keras.Variable],
+    tensors: Mapping[str, torch.Tensor],
+    entries: Iterable[_Entry],
+    found: Match,
+) -> None:
+    """Pair the weights of a layer, or of a nested model, in order where names say nothing.
+
+    That is how Keras itself loads its files. A pair whose names are known to mean two things is
+    none, so that an order which differs is seen.
+    """
+    of_keras = [entry for entry in entries if entry.kind == "keras"]
+    fixed = {id(variable) for layer in model.layers for variable in state_of(layer)}
+    for depth in (None, 1):  # a layer by itself, then a layer with all that is inside
+        cut = slice(0, depth)
+        for path in {tuple(key.split("/")[:-1])[cut] for key in variables}:
+            ours = [k for k in variables if tuple(k.split("/")[:-1])[cut] == path]
+            theirs = [entry for entry in of_keras if entry.path[cut] == path]
+            if len(ours) != len(theirs) or all(key in found.names for key in ours):
+                continue
+            orders = (
+                ours,
+                sorted(ours, key=lambda key: not variables[key].trainable),
+                sorted(ours, key=lambda key: id(variables[key]) in fixed),
+            )
+            for order in orders:
+                pairs = list(zip(order, theirs, strict=True))
+                if all(_may_be(variables[k], k, tensors[e.key], e.name) for k, e in pairs):
+                    found.names |= {key: entry.key for key, entry in pairs}
+                    break
+
+
+def _may_be(variable: keras.Variable, key: str, tensor: torch.Tensor, name: str) -> bool:
+    ours = key.rpartition("/")[2]
+    other = ours != name and ours in _KNOWN and name in _KNOWN
+    return not other and tuple(variable.shape) == tuple(tensor.shape)
