@@ -19,7 +19,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from vggtorch.lowering import lower
+from vggtorch.lowering import to_torch
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 
@@ -116,15 +116,12 @@ def build(five: bool, dtype: torch.dtype, device: torch.device) -> dict[str, Any
     twin = keras.models.clone_model(keras_vgg)
     twin.set_weights(keras_vgg.get_weights())
     eager = torch_vgg16(keras_vgg, five).to(device, dtype)
-    models = {
-        "vggtorch": lower(twin).eval(),
+    return {
+        "vggtorch": to_torch(twin).eval(),
         "torchvision": eager,
         "torchvision, channels-last": copy.deepcopy(eager).to(memory_format=torch.channels_last),
         "Keras on torch": keras_vgg,
     }
-    if device.type == "cuda":
-        models["vggtorch, CUDA graphs"] = lower(twin, cuda_graphs=True).eval()
-    return models
 
 
 def calls(models: dict[str, Any], x: Tensor, dtype: torch.dtype) -> dict[str, Callable[[], Tensor]]:

@@ -107,7 +107,8 @@ def preprocessed(images: np.ndarray) -> np.ndarray:
 
 
 def maps(model: keras.Model, images: np.ndarray, names: list[str]) -> list[torch.Tensor]:
-    module = vt.lower(keras.Model(model.inputs, [model.get_layer(n).output for n in names])).eval()
+    part = keras.Model(model.inputs, [model.get_layer(n).output for n in names])
+    module = vt.to_torch(part).eval()
     device = next(module.parameters()).device
     with torch.no_grad():
         parts = [module(x.to(device)) for x in torch.from_numpy(images).split(16)]
@@ -300,7 +301,7 @@ def speed(original: keras.Model, images: np.ndarray, repeats: int) -> None:
         "original": original,
         "one 5x5": replaced(original, "5x5", "compose"),
     }
-    modules = {name: vt.lower(network).eval() for name, network in networks.items()}
+    modules = {name: vt.to_torch(network).eval() for name, network in networks.items()}
     x = torch.from_numpy(images).to(next(modules["original"].parameters()).device)
 
     def run(module: torch.nn.Module) -> torch.Tensor:

@@ -26,7 +26,7 @@ from forward import torch_vgg16
 from keras import layers
 from torch import Tensor, nn
 
-from vggtorch.lowering import accelerate_, lower
+from vggtorch.lowering import accelerate_, to_torch
 
 LR, MOMENTUM = 1e-3, 0.9
 # Of the loss and of what a step changes. Rounded to bfloat16 many maxima of a pool are equal, and
@@ -165,8 +165,10 @@ def candidates(
     last = copy.deepcopy(plain).to(memory_format=torch.channels_last)
     nchw = x.permute(0, 3, 1, 2)
     return {
-        "vggtorch": torch_step(lower(twin(model)), x, y, nll, dtype),
-        "vggtorch, checkpointed": torch_step(lower(twin(model), checkpoint=True), x, y, nll, dtype),
+        "vggtorch": torch_step(to_torch(twin(model)), x, y, nll, dtype),
+        "vggtorch, checkpointed": torch_step(
+            to_torch(twin(model), checkpoint=True), x, y, nll, dtype
+        ),
         "vggtorch, train_on_batch": keras_step(accelerate_(twin(mixed)), x, y),
         "Keras, train_on_batch": keras_step(twin(mixed), x, y),
         "torchvision": torch_step(plain, nchw.contiguous(), y, F.cross_entropy, dtype),
@@ -180,7 +182,7 @@ def compiled(
     """Ours and torchvision's through torch.compile, where that can be done here."""
     model, x, y = task(job, batch, device)
     last = hand_written(job, model).to(device).to(memory_format=torch.channels_last)
-    ours: Any = torch.compile(lower(twin(model)))
+    ours: Any = torch.compile(to_torch(twin(model)))
     theirs: Any = torch.compile(last)
     nchw = x.permute(0, 3, 1, 2)
     torch.compiler.reset()

@@ -52,7 +52,7 @@ def test_bench_prints_every_way_to_run(tmp_path, capsys):
     tiny.network().save(path)
     assert main(["bench", str(path), "--batch", "2", "--repeats", "1"]) == 0
     printed = capsys.readouterr().out
-    assert printed.startswith("batch 2\n") and "\ngradients, lowered, bfloat16 " in printed
+    assert printed.startswith("batch 2\n") and "\ngradients, vggtorch, bfloat16 " in printed
 
 
 @pytest.mark.slow

@@ -182,7 +182,7 @@ def bench(
     size: Annotated[int, typer.Option(help="Pixels, where MODEL leaves them open.")] = 224,
     repeats: Annotated[int, typer.Option(help="Measurements, of which the median counts.")] = 5,
 ) -> None:
-    """How fast a network runs on this machine: by Keras, and lowered to torch."""
+    """How fast a network runs on this machine: by Keras, and by vggtorch."""
     from vggtorch.models import model_from_name
 
     print(vt.bench(model_from_name(model), batch, size=size, repeats=repeats))

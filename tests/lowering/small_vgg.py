@@ -10,6 +10,17 @@ import torch
 import torch.multiprocessing
 from keras import layers
 
+from vggtorch import keras_graph
+from vggtorch.lowering import OnKeras
+
+
+def on_keras(
+    model: keras.Model, data_format: str | None = None, *, checkpoint: bool = False
+) -> OnKeras:
+    """The torch network of a model on the model's own Parameters, so that gradients are Keras's."""
+    graph = keras_graph.graph_of(model, "on_keras")
+    return OnKeras(graph, model.name, data_format=data_format, checkpoint=checkpoint)
+
 
 def randomise(model: keras.Model) -> keras.Model:
     """Give batch norms and biases values that a mistake would show in."""

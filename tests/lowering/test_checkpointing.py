@@ -9,10 +9,8 @@ import pytest
 import torch
 import torch.multiprocessing
 from keras import layers
-from small_vgg import assert_close, dropout_vgg, images, step
+from small_vgg import assert_close, dropout_vgg, images, on_keras, step
 from torch import nn
-
-from vggtorch.lowering import lower
 
 
 def kept(run: Any, x: torch.Tensor) -> int:
@@ -35,7 +33,7 @@ def test_checkpointing_keeps_less_and_changes_nothing() -> None:
     found, memory = [], []
     for checkpoint in (False, True):
         model = dropout_vgg()
-        lowered = lower(model, checkpoint=checkpoint).train()
+        lowered = on_keras(model, checkpoint=checkpoint).train()
         torch.manual_seed(5)
         output, left = step(model, lowered)
         found.append([output, *left])
@@ -56,7 +54,7 @@ def test_checkpointing_leaves_keras_layers_alone() -> None:
         x = layers.SpatialDropout2D(0.5, seed=3)(layers.Conv2D(8, 3)(image))
         x = layers.GlobalAveragePooling2D()(layers.Conv2D(8, 3)(x))
         model = keras.Model(image, x)
-        output, _ = step(model, lower(model, checkpoint=checkpoint).train())
+        output, _ = step(model, on_keras(model, checkpoint=checkpoint).train())
         grads = [v.value.grad for v in model.trainable_variables]
         found.append([output, *grads])
     for actual, expected in zip(*found, strict=True):

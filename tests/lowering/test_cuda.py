@@ -1,18 +1,15 @@
-"""On a GPU, where there is one; and what is replayed there."""
+"""On a GPU, where there is one; and on which device everything would run."""
 
 from __future__ import annotations
 
-import copy
-from types import SimpleNamespace
-from typing import Any
-
-import keras
 import pytest
 import torch
 import torch.multiprocessing
-from small_vgg import DEVICE, assert_close, images, small_vgg
+from small_vgg import DEVICE, assert_close, images, on_keras, small_vgg
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from vggtorch.lowering import Lowered, graphs, lower
+from vggtorch.lowering import TorchNetwork, to_torch
 
 needs_gpu = pytest.mark.gpu
 
@@ -24,7 +21,7 @@ def test_cuda_equals_keras(training: bool) -> None:
     twin = small_vgg()
     x = images(model).to(DEVICE)
     with torch.set_grad_enabled(training):
-        lowered = lower(model).train(training)
+        lowered = on_keras(model).train(training)
         assert_close(lowered(x), twin(x, training=training), 1e-3)
     assert {p.device.type for p in lowered.parameters()} == {DEVICE}
 
@@ -38,7 +35,7 @@ def test_cuda_trains_as_keras(frozen: bool, dtype: torch.dtype) -> None:
     for network in (model, twin):
         network.get_layer("block1_conv1").trainable = not frozen
     x = images(model).to(DEVICE)
-    lowered = lower(model).to("cpu").to(DEVICE)
+    lowered = on_keras(model).to("cpu").to(DEVICE)
     assert {id(p) for p in lowered.state_dict(keep_vars=True).values()} == {
         id(v.value) for v in model.variables
     }
@@ -56,65 +53,23 @@ def test_cuda_trains_as_keras(frozen: bool, dtype: torch.dtype) -> None:
             assert (variable.value.grad - exact).norm() < tolerance * exact.norm()
 
 
-def follows_inputs_and_parameters(model: keras.Model, lowered: Lowered, run: Any) -> None:
-    """Whether replays give what Keras gives: other images, other shapes, other weights."""
-    kernel = model.get_layer("block1_conv1").kernel.value
-    x, few = images(model).to(kernel.device), images(model, 2).to(kernel.device)
-    with torch.inference_mode():
-        run(x)
-    with torch.no_grad():
-        first = run(x)
-        expected = model(x, training=False)
-        for given in (x, few, x * 2):
-            assert_close(run(given), model(given, training=False), 1e-3)
-        assert_close(first, expected, 1e-3)  # no replay has written over it
-        for change in (lambda: kernel.mul_(1.5), lambda: setattr(kernel, "data", kernel * 0.5)):
-            change()
-            assert not torch.allclose(run(x), expected)
-            assert_close(run(x), model(x, training=False), 1e-3)
-    assert len(lowered._captured) == 1  # what was captured of other weights is gone
-    assert not copy.deepcopy(lowered)._captured
+def without_numbers(network: TorchNetwork) -> TorchNetwork:
+    """The network with tensors on "cuda" that have no numbers."""
+    for module in network.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is not None:
+                    fake = torch.empty(tensor.shape, dtype=tensor.dtype, device="cuda")
+                    tensors[name] = nn.Parameter(fake) if name in module._parameters else fake  # type: ignore[assignment]
+    return network
 
 
-def test_replays_follow_inputs_and_parameters() -> None:
-    """Where there is no GPU, with a function that stands for the graph."""
-    model = small_vgg()
-    lowered: Any = lower(model, cuda_graphs=True).eval()
-
-    def capture(inputs: list[torch.Tensor]) -> Any:
-        static = [x.clone() for x in inputs]
-        outputs = graphs.Graph.forward(lowered, *static)
-
-        def replay() -> None:
-            for mine, new in zip(outputs, graphs.Graph.forward(lowered, *static), strict=True):
-                mine.copy_(new)
-
-        return SimpleNamespace(replay=replay), static, outputs
-
-    lowered._capture = capture
-    follows_inputs_and_parameters(
-        model, lowered, lambda x: lowered._replay([x.permute(0, 3, 1, 2)])[0]
-    )
-    lowered._captured.clear()
-    with torch.no_grad():  # as it is, it doesn't try on a CPU
-        assert_close(lowered(images(model)), model(images(model), training=False))
-    assert not lowered._captured
-
-
-def test_what_is_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
-    lowered = lower(small_vgg(), cuda_graphs=True).eval()
-    on_gpu: list[Any] = [SimpleNamespace(is_cuda=True)]
-    assert not lowered._replays(on_gpu)  # there may be gradients to come
-    with torch.no_grad():
-        assert lowered._replays(on_gpu)
-        assert not lowered._replays([torch.ones(1)])
-        monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: device == "cuda")
-        assert not lowered._replays(on_gpu)
-
-
-@needs_gpu
-def test_cuda_graphs() -> None:
-    model = small_vgg()
-    lowered = lower(model, cuda_graphs=True).eval()
-    follows_inputs_and_parameters(model, lowered, lowered)
-    lowered.train()(images(model).cuda()).sum().backward()  # as without graphs
+@pytest.mark.parametrize("given", ["channels_last", "channels_first"])
+@pytest.mark.parametrize("training", [False, True])
+def test_devices_without_a_gpu(training: bool, given: str) -> None:
+    """On tensors without numbers torch says on which device each operation would run."""
+    network = to_torch(small_vgg(), data_format=given, share=False).train(training)
+    shape = (4, 16, 16, 3) if given == "channels_last" else (4, 3, 16, 16)
+    with FakeTensorMode():
+        output = without_numbers(network)(torch.empty(shape, device="cuda"))
+    assert output.device.type == "cuda" and output.shape == (4, 10)

@@ -1,7 +1,9 @@
-"""What torch's tools change in a lowered network takes effect, or is refused."""
+"""The fast plan can't be told from running the modules one by one, whatever tools change."""
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -9,236 +11,268 @@ import keras
 import pytest
 import torch
 from keras import layers
-from small_vgg import assert_close, images, small_vgg
+from small_vgg import FUSED, assert_close, images, on_keras, operations, small_vgg
 from torch import nn
 from torch.nn.utils import parametrize, prune
 from torch.optim.swa_utils import AveragedModel
 
-from vggtorch.lowering import lower
+from vggtorch.lowering import TorchNetwork, kernels, to_torch
+from vggtorch.lowering.plan import Plan
 
 
-def assign(lowered: Any) -> None:
-    lowered.fc1 = nn.Linear(256, 4)
+def one_by_one(network: Any, *inputs: Any) -> Any:
+    """What the modules give, run one after the other."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Plan, "takes", lambda self, inputs: False)
+        return network(*inputs)
 
 
-def assign_by_name(lowered: Any) -> None:
-    setattr(lowered, "block1_pool", nn.AvgPool2d(2))  # noqa: B010
-
-
-def add_module(lowered: Any) -> None:
-    lowered.add_module("fc1", nn.Linear(256, 4))
-    lowered(images(small_vgg()))
-
-
-def write_modules(lowered: Any) -> None:
-    lowered._modules["fc1"] = nn.Linear(256, 4)
-    lowered(images(small_vgg()))
-
-
-def delete(lowered: Any) -> None:
-    del lowered.fc1
-    lowered(images(small_vgg()))
-
-
-def replace_in_nested(lowered: Any) -> None:
-    lowered.nested.fc1 = nn.Linear(256, 4)
-
-
-@pytest.mark.parametrize("edit", [assign, assign_by_name, add_module, write_modules, delete])
-def test_other_children_are_refused(edit: Callable[[Any], None]) -> None:
-    with pytest.raises(ValueError, match=r"place of '(fc1|block1_pool)'.*vt\.to_torch\(model\)"):
-        edit(lower(small_vgg()).eval())
-
-
-def test_other_children_of_a_nested_model_are_refused() -> None:
-    image = keras.Input((16, 16, 3))
-    nested = small_vgg()
-    nested.name = "nested"
-    with pytest.raises(ValueError, match=r"vt\.to_torch\(model\)"):
-        replace_in_nested(lower(keras.Model(image, nested(image))))
+def gradients(network: nn.Module, run: Callable[[Any], Any], x: torch.Tensor) -> list[torch.Tensor]:
+    parameters = [p for p in network.parameters() if p.requires_grad]
+    loss = run(x).square().sum()
+    found = torch.autograd.grad(loss, parameters, allow_unused=True) if parameters else ()
+    return [torch.zeros(()) if g is None else g for g in found]
 
 
 class Adapter(nn.Module):
-    """Adds something to a kernel, as LoRA does."""
+    """Adds something to a weight, as LoRA does."""
 
     def __init__(self, shape: torch.Size) -> None:
         super().__init__()
-        self.delta = nn.Parameter(torch.zeros(shape))
+        self.delta = nn.Parameter(torch.full(shape, 0.05))
 
-    def forward(self, kernel: torch.Tensor) -> torch.Tensor:
-        return kernel + self.delta
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight + self.delta
 
 
-@pytest.mark.parametrize("name", ["block1_conv1", "block2_conv1", "fc1"])
-def test_parametrizations_take_effect(name: str) -> None:
-    model = small_vgg()
-    model.trainable = False
-    lowered: Any = lower(model).eval()
-    x = images(model)
+def adapter(network: Any, name: str) -> None:
+    network.requires_grad_(False)
+    module = getattr(network, name)
+    parametrize.register_parametrization(module, "weight", Adapter(module.weight.shape))
+
+
+def setting(name: str, attribute: str, value: Any) -> Callable[[Any], None]:
+    return lambda network: setattr(getattr(network, name), attribute, value)
+
+
+def swap(name: str, module: Callable[[], nn.Module]) -> Callable[[Any], None]:
+    return lambda network: setattr(network, name, module())
+
+
+def double_forward(network: Any) -> None:
+    forward = network.block2_conv1.forward
+    network.block2_conv1.forward = lambda x: 2 * forward(x)
+
+
+def graph_edit(network: Any) -> None:
+    for node in network.graph.nodes:
+        if node.target == "block1_conv1_relu":
+            node.target = "block2_relu1"
+    network.block2_relu1 = nn.Tanh()
+    network.recompile()
+
+
+def no_statistics(network: Any) -> None:
+    network.block2_bn1.running_mean = network.block2_bn1.running_var = None
+
+
+def weight_outside(network: Any) -> None:
+    """As torch's older weight norm leaves it."""
+    weight = network.block2_conv1._parameters.pop("weight")
+    network.block2_conv1.weight = 2 * weight.detach()
+
+
+EDITS: dict[str, Callable[[Any], Any]] = {
+    "nothing": lambda network: None,
+    "another classifier": swap("predictions", lambda: nn.Linear(32, 4)),
+    "another pool": swap("block1_pool", lambda: nn.AvgPool2d(2)),
+    "another convolution": swap("block2_conv1", lambda: nn.Conv2d(8, 16, 5, padding="same")),
+    "circular padding": setting("block2_conv1", "padding_mode", "circular"),
+    "padding by name": setting("block2_conv1", "padding", "same"),
+    "another activation": swap("block1_conv1_relu", nn.GELU),
+    "an activation in place": swap("block2_relu1", lambda: nn.ReLU(inplace=True)),
+    "torch's own batch norm": swap("block2_bn1", lambda: nn.BatchNorm2d(16)),
+    "one batch norm in eval": lambda network: network.block2_bn1.eval(),
+    "no statistics": no_statistics,
+    "a module around one": lambda network: setattr(
+        network, "fc1", nn.Sequential(network.fc1, nn.Tanh())
+    ),
+    "nothing in a place": swap("block2_relu1", nn.Identity),
+    "overlapping pools": lambda network: vars(network.block1_pool).update(kernel_size=3, padding=1),
+    "rounding up": setting("block2_pool", "ceil_mode", True),
+    "a stronger epsilon": setting("block2_bn1", "eps", 0.5),
+    "a softmax over the batch": setting("predictions_softmax", "dim", 0),
+    "another forward": double_forward,
+    "another graph": graph_edit,
+    "weights outside": weight_outside,
+    "adapter of a convolution": lambda network: adapter(network, "block1_conv1"),
+    "adapter of the last": lambda network: adapter(network, "block2_conv1"),
+    "adapter of a product": lambda network: adapter(network, "fc1"),
+    "pruned": lambda network: prune.ln_structured(network.block2_conv1, "weight", 0.5, n=1, dim=0),
+    "pruned for good": lambda network: prune.remove(
+        prune.l1_unstructured(network.block2_conv1, "weight", 0.5), "weight"
+    ),
+    "weight norm": lambda network: nn.utils.parametrizations.weight_norm(network.block2_conv1),
+    "a frozen start": lambda network: network.block1_conv1.requires_grad_(False),
+    "all frozen": lambda network: network.requires_grad_(False),
+    "a double": lambda network: network.double(),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*stand alone")
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("edit", EDITS.values(), ids=EDITS)
+def test_edits_take_effect(edit: Callable[[Any], Any], training: bool) -> None:
+    """In what comes out, in gradients and in what stays behind; before the edit and after it."""
+    found = []
+    for fast in (True, False):
+        torch.manual_seed(0)
+        network = to_torch(small_vgg(), share=False).train(training)
+        x = images(small_vgg()).permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
+        run = network if fast else lambda x, network=network: one_by_one(network, x)
+        with torch.no_grad():
+            run(x)  # leaves prepared weights
+        edit(network)
+        network.train(training)
+        if edit is EDITS["one batch norm in eval"]:
+            edit(network)
+        dtype = next(network.parameters()).dtype
+        x = x.to(dtype)
+        of = gradients(network, run, x)
+        with torch.no_grad():
+            found.append([run(x), *of, *(b.clone() for b in network.buffers())])
+    for actual, expected in zip(*found, strict=True):
+        assert_close(actual.float(), expected.float(), 1e-3)
+
+
+def test_a_replaced_child_leaves_the_rest_fast() -> None:
+    network: Any = to_torch(small_vgg()).eval()
+    network.predictions = nn.Linear(32, 4)
+    x = images(small_vgg())
     with torch.no_grad():
-        lowered(x)  # leaves prepared weights
-    kernel = model.get_layer(name).kernel
-    adapter = Adapter(kernel.shape)
-    parametrize.register_parametrization(getattr(lowered, name), "kernel", adapter)
-    lowered.train()(x).square().sum().backward()
-    assert adapter.delta.grad is not None and adapter.delta.grad.any()
-    change = torch.randn(kernel.shape) / 10
-    with torch.no_grad():
-        adapter.delta.copy_(change)
-        found = lowered.eval()(x)
-    kernel.assign(kernel + change)
-    assert_close(found, model(x, training=False).detach())
+        assert network(x).shape == (4, 4)
+        assert (FUSED in operations(network, x)) == kernels.has_fused_ops(x, x.dtype)
 
 
-def test_pruning_takes_effect() -> None:
-    model = small_vgg()
-    lowered: Any = lower(model).eval()
-    x = images(model)
-    prune.ln_structured(lowered.block2_conv1, "kernel", amount=0.5, n=1, dim=3)
-    with torch.no_grad():
-        found = lowered(x)
-        kernel = model.get_layer("block2_conv1").kernel
-        kernel.assign(lowered.block2_conv1.kernel)
-        assert (kernel.numpy() == 0).mean() == 0.5
-        assert_close(found, model(x, training=False))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_other_dtypes_are_refused_as_torch_refuses_them(dtype: torch.dtype) -> None:
+    network = to_torch(small_vgg(), share=False).eval()
+    if dtype == torch.bfloat16:
+        network = network.bfloat16()
+    x = images(small_vgg()).double()
+    with torch.no_grad(), pytest.raises(RuntimeError) as plain:
+        one_by_one(network, x)
+    with torch.no_grad(), pytest.raises(RuntimeError) as fast:
+        network(x)
+    assert str(fast.value) == str(plain.value)
 
 
-def test_a_module_inside_of_a_layer_may_be_another() -> None:
-    model = small_vgg()
-    lowered: Any = lower(model).eval()
-    x = images(model)
-    with torch.no_grad():
-        lowered(x)
-        lowered.block1_conv1.activation = nn.GELU()
-        found = lowered(x)
-        model.get_layer("block1_conv1").activation = keras.activations.gelu
-        expected = model(x, training=False)
-    assert_close(found, expected, 1e-3)
+def test_wrong_shapes_are_refused_as_torch_refuses_them() -> None:
+    network = to_torch(small_vgg()).eval()
+    for shape in ((2, 16, 16, 4), (16, 16, 3), (2, 16, 16)):
+        messages = []
+        for run in (network, lambda x: one_by_one(network, x)):
+            with torch.no_grad(), pytest.raises(Exception) as refusal:
+                run(torch.zeros(shape))
+            messages.append(str(refusal.value))
+        assert messages[0] == messages[1]
 
 
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("name", ["block1_conv1", "block2_conv1", "block2_bn1", "block2_relu1"])
 def test_what_a_hook_keeps_stays_what_it_is(name: str, training: bool) -> None:
-    lowered: Any = lower(small_vgg()).train(training)
+    network: Any = to_torch(small_vgg()).train(training)
     kept: list[torch.Tensor] = []
-    getattr(lowered, name).register_forward_hook(lambda _, __, y: kept.extend((y, y.clone())))
+    getattr(network, name).register_forward_hook(lambda _, __, y: kept.extend((y, y.clone())))
     with torch.set_grad_enabled(training):
-        lowered(images(small_vgg()))
+        network(images(small_vgg()))
     assert torch.equal(*kept)
 
 
-@pytest.mark.parametrize("training", [False, True])
-def test_full_backward_hooks_on_every_module(training: bool) -> None:
-    lowered = lower(small_vgg()).train(training)
-    expected = torch.autograd.grad(lowered(images(small_vgg())).square().sum(), lowered.fc1.kernel)  # type: ignore
-    seen = set()
-    for name, module in list(lowered.named_modules())[1:]:
-        module.register_full_backward_hook(lambda _, __, ___, name=name: seen.add(name))
-    x = images(small_vgg()).requires_grad_()
-    found = torch.autograd.grad(lowered(x).square().sum(), (lowered.fc1.kernel, x))  # type: ignore
-    assert_close(found[0], expected[0], 1e-4)
-    assert seen == {name for name, _ in lowered.named_modules()} - {""}
-
-
 def test_global_hooks_see_every_module() -> None:
-    model = small_vgg()
-    lowered = lower(model).eval()
+    network, x = to_torch(small_vgg()).eval(), images(small_vgg())
     seen: list[nn.Module] = []
     hook = nn.modules.module.register_module_forward_hook(lambda m, _, __: seen.append(m))
     try:
         with torch.no_grad():
-            lowered(images(model))
+            network(x)
     finally:
         hook.remove()
-    assert {*lowered.modules()} == {*seen}
+    assert {*network.modules()} == {*seen}
 
 
-def test_a_forward_that_was_replaced_runs() -> None:
-    """As tools that wrap the forward of a module do."""
-    lowered: Any = lower(small_vgg()).eval()
-    real, called = lowered.block1_conv1.forward, []
+def test_a_class_that_a_library_changed() -> None:
+    """As some attribution libraries exchange the forward of all ReLUs."""
+    network = to_torch(small_vgg()).eval()
+    x = images(small_vgg())
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+        before = network(x)
+        patch.setattr(nn.ReLU, "forward", lambda self, x: x)
+        assert not torch.allclose(network(x), before)
 
-    def counted(x: Any) -> Any:
-        called.append(len(x))
-        return real(x)
 
-    lowered.block1_conv1.forward = counted
-    with torch.no_grad():
-        lowered(images(small_vgg()))
-    assert called == [4]
+def test_modes_that_see_each_function() -> None:
+    class Names(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, f: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            names.append(getattr(f, "__name__", ""))
+            return f(*args, **(kwargs or {}))
+
+    names: list[str] = []
+    network, x = to_torch(small_vgg()).eval(), images(small_vgg())
+    with torch.no_grad(), Names():
+        network(x)
+    assert {"conv2d", "linear", "relu", "batch_norm"} <= {*names}
 
 
 def test_moving_statistics_are_buffers() -> None:
     model = small_vgg()
-    lowered = lower(model).train()
-    averaged = AveragedModel(lowered)
+    network = to_torch(model).train()
+    averaged = AveragedModel(network)
     for factor in (1.0, 2.0, 3.0):
         model.get_layer("block2_bn1").moving_mean.assign([factor] * 16)
-        averaged.update_parameters(lowered)
-    mean = dict(averaged.module.named_buffers())["block2_bn1.moving_mean"]
+        averaged.update_parameters(network)
+    mean = dict(averaged.module.named_buffers())["block2_bn1.running_mean"]
     assert torch.equal(mean, torch.full((16,), 3.0))  # the last, as of torch's own batch norm
-    for p in lowered.parameters():
+    for p in network.parameters():
         p.requires_grad = True
-    assert lowered.eval()(images(model)).requires_grad
+    assert network.eval()(images(model)).requires_grad
     assert not model.get_layer("block2_bn1").moving_mean.value.requires_grad
-
-
-def test_functional_call_of_layers_that_run_as_keras_runs_them() -> None:
-    keras.utils.set_random_seed(0)
-    image = keras.Input((6, 4))
-    model = keras.Model(image, layers.PReLU()(layers.LSTM(3)(image)))
-    lowered = lower(model).eval()
-    x = torch.randn(2, 6, 4)
-    parameters = {name: p.detach() * 2 for name, p in lowered.named_parameters()}
-    found = torch.func.functional_call(lowered, parameters, (x,)).detach()
-    before = model(x).detach()
-    assert not torch.allclose(found, before)
-    for variable in model.trainable_variables:
-        variable.assign(variable * 2)
-    assert_close(found, model(x).detach())
-
-
-def test_init_functions_reach_the_kernel() -> None:
-    """An init function for every module whose class name has Conv in it, as DCGAN's."""
-    model = small_vgg()
-    lowered = lower(model)
-
-    def init(module: nn.Module) -> None:
-        if "Conv" in type(module).__name__:
-            nn.init.constant_(module.weight.data, 0.25)  # type: ignore[union-attr, arg-type]
-
-    lowered.apply(init)
-    assert (model.get_layer("block1_conv1").kernel.numpy() == 0.25).all()
-
-
-@pytest.mark.parametrize(
-    "convert", [lambda lowered: lowered.double(), lambda lowered: lowered.half()]
-)
-def test_conversions_name_what_can_convert(convert: Callable[[Any], Any]) -> None:
-    with pytest.raises(ValueError, match=r"vt\.to_torch\(model\), whose parameters can part"):
-        convert(lower(small_vgg()))
-
-
-def test_tracers_are_sent_to_the_network_of_torch_modules() -> None:
-    with pytest.raises(ValueError, match=r"Take vt\.to_torch\(model\)"):
-        torch.fx.symbolic_trace(lower(small_vgg()))
 
 
 @pytest.mark.slow
 def test_writing_through_data_is_noticed_everywhere() -> None:
-    """Any number of any tensor; nothing but its value says that it changed."""
+    """Any number of any tensor, on either side; nothing but its value says that it changed."""
     model = small_vgg()
-    lowered = lower(model).eval()
+    network = to_torch(model).eval()
     x = images(model)
+    tensors = [p for p in (*network.parameters(), *network.buffers()) if p.is_floating_point()]
     with torch.no_grad():
-        before = lowered(x)
-        for variable in model.variables:
-            variable.value.data.flatten()  # reading changes nothing
-            variable.value.data[(-1,) * variable.value.ndim] += 1.0
-            found = lowered(x)
-            assert not torch.equal(found, before), variable.path
+        before = network(x)
+        for tensor in [v.value for v in model.variables] + tensors:
+            tensor.data.flatten()  # reading changes nothing
+            tensor.data[(-1,) * tensor.ndim] += 1.0
+            found = network(x)
+            assert not torch.equal(found, before)
             assert_close(found, model(x, training=False))
             before = found
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda n: pickle.loads(pickle.dumps(n))])
+def test_copies_are_as_fast(copied: Callable[[Any], Any]) -> None:
+    network, x = to_torch(small_vgg()).eval(), images(small_vgg())
+    with torch.no_grad():
+        expected = network(x)
+        twin = copied(network)
+        assert isinstance(twin, TorchNetwork)
+        assert torch.equal(twin(x), expected)
+        assert (FUSED in operations(twin, x)) == kernels.has_fused_ops(x, x.dtype)
+
+
+def test_inputs_by_name() -> None:
+    image = keras.Input((8, 8, 3), name="image")
+    network = to_torch(keras.Model(image, layers.Conv2D(2, 3)(image)))
+    x = torch.rand(2, 8, 8, 3)
+    assert torch.equal(network(image=x), network(x))
 
 
 def test_checkpoints_take_two_backwards() -> None:
@@ -246,11 +280,11 @@ def test_checkpoints_take_two_backwards() -> None:
     found = []
     for checkpoint in (False, True):
         model = small_vgg()
-        lowered: Any = lower(model, checkpoint=checkpoint).train()
-        output = lowered(images(model))
-        kernel = lowered.block1_conv1.kernel
+        module = on_keras(model, checkpoint=checkpoint).train()
+        output = module(images(model))
+        kernel = model.get_layer("block1_conv1").kernel.value
         one = torch.autograd.grad(output[:, 0].sum(), kernel, retain_graph=True)[0]
         two = torch.autograd.grad(output[:, 1].sum(), kernel)[0]
-        found.append((one, two, lowered.block2_bn1.moving_mean.clone()))
+        found.append((one, two, module.network.block2_bn1.running_mean.clone()))
     for actual, expected in zip(*found, strict=True):
         assert_close(actual, expected, 1e-4)

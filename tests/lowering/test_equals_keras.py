@@ -8,23 +8,25 @@ import pytest
 import torch
 import torch.multiprocessing
 from keras import layers
-from small_vgg import assert_close, images, operations, randomise, small_vgg, step
+from small_vgg import assert_close, images, on_keras, randomise, small_vgg, step
 
-from vggtorch.lowering import between, lower
-from vggtorch.lowering.as_keras import KerasLayer
+from vggtorch.lowering import between, to_torch
+from vggtorch.lowering.layer_modules import KerasLayer
 
-APPLICATIONS = {  # name: image size, operations of it that run as Keras runs them
+APPLICATIONS: dict[
+    str, tuple[int, set[str]]
+] = {  # name: image size, operations of it that run as Keras runs them
     "VGG16": (32, set()),
     "ResNet50": (32, set()),
     "ResNet50V2": (32, set()),
     "MobileNet": (32, set()),
     "MobileNetV2": (32, set()),
-    "MobileNetV3Small": (32, {"Add", "Multiply"}),  # of keras.ops
+    "MobileNetV3Small": (32, set()),
     "DenseNet121": (32, set()),
-    "EfficientNetB0": (32, {"Dropout"}),  # of whole images
+    "EfficientNetB0": (32, set()),
     "InceptionV3": (75, set()),
     "Xception": (71, set()),
-    "ConvNeXtTiny": (32, {"Add", "Dense", "LayerScale"}),  # Dense at each position
+    "ConvNeXtTiny": (32, set()),
 }
 
 
@@ -43,7 +45,7 @@ def test_outputs_and_gradients_equal_keras(name: str) -> None:
     size, as_keras = APPLICATIONS[name]
     model = application(name, size)
     x = images(model)
-    lowered = lower(model).eval()
+    lowered = on_keras(model).eval()
     found = []
     for run in (lowered, lambda x: model(x, training=False)):
         output = run(x)
@@ -55,7 +57,11 @@ def test_outputs_and_gradients_equal_keras(name: str) -> None:
         assert_close(actual, expected)
     with torch.no_grad():  # in which all is fused
         assert_close(lowered(x), output.detach())
-    kept = {type(m.operation[0]).__name__ for m in lowered.modules() if isinstance(m, KerasLayer)}
+    kept = {
+        type(m.operation[0]).__name__
+        for m in lowered.network.modules()
+        if isinstance(m, KerasLayer)
+    }
     assert kept == as_keras
 
 
@@ -64,7 +70,7 @@ def test_vgg_without_batch_norm_is_bit_identical() -> None:
     x = images(model, 3)
     with torch.no_grad():
         expected = model(x, training=False)
-        assert torch.equal(lower(model).eval()(x), expected)
+        assert torch.equal(on_keras(model).eval()(x), expected)
 
 
 @pytest.mark.slow
@@ -82,7 +88,7 @@ def test_training_equals_keras(dtype: str, tolerance: float) -> None:
         model = small_vgg()
     twin = keras.models.clone_model(model)
     twin.set_weights(model.get_weights())
-    output, left = step(model, lower(model).train())
+    output, left = step(model, on_keras(model).train())
     expected, keras_left = step(twin, lambda x: twin(x, training=True))
     assert_close(output, expected, tolerance)
     for actual, value in zip(left, keras_left, strict=True):
@@ -91,7 +97,7 @@ def test_training_equals_keras(dtype: str, tolerance: float) -> None:
 
 def test_a_batch_without_images() -> None:
     model = small_vgg()
-    lowered = lower(model).train()
+    lowered = on_keras(model).train()
     model.get_layer("block2_bn1").trainable = False
     lowered(torch.zeros(0, 16, 16, 3)).sum().backward()
     assert not model.get_layer("fc1").kernel.value.grad.any()
@@ -109,7 +115,7 @@ def test_layouts(data_format: str, given: str) -> None:
     # Flatten of a channels_first model puts channels last, so that fc1 is the same.
     expected = twin(nhwc, training=False).detach()
     x = nhwc if given == "channels_last" else nhwc.permute(0, 3, 1, 2)
-    lowered = lower(model, data_format=given).eval()
+    lowered = on_keras(model, data_format=given).eval()
     assert_close(lowered(x).detach(), expected)
     with torch.no_grad():
         assert_close(lowered(x), expected)
@@ -120,8 +126,8 @@ def test_feature_maps_come_out_in_the_layout_asked_for() -> None:
     model = keras.Model(vgg.input, vgg.get_layer("block1_pool").output)
     x = images(model)
     expected = model(x).detach()
-    assert_close(lower(model)(x).detach(), expected)
-    first = lower(model, data_format="channels_first")(x.permute(0, 3, 1, 2)).detach()
+    assert_close(on_keras(model)(x).detach(), expected)
+    first = on_keras(model, data_format="channels_first")(x.permute(0, 3, 1, 2)).detach()
     assert_close(first, expected.permute(0, 3, 1, 2))
 
 
@@ -140,13 +146,13 @@ def test_graphs_of_any_shape() -> None:
     model = keras.Model({"a": a, "b": b}, {"score": score, "map": both, "pooled": pooled})
     inputs = {"a": torch.randn(2, 8, 8, 3), "b": torch.randn(2, 8, 8, 3)}
     expected = model(inputs, training=False)
-    lowered = lower(model)
+    lowered = on_keras(model)
     for mode in (lowered.train(), lowered.eval()):
-        outputs = mode(inputs)
+        outputs = mode(*inputs.values())
         for key in expected:
             assert_close(outputs[key].detach(), expected[key].detach())
     with torch.no_grad():
-        for key, output in lowered(inputs).items():
+        for key, output in lowered(*inputs.values()).items():
             assert_close(output, expected[key].detach())
 
 
@@ -158,14 +164,14 @@ def test_one_activation_after_several_convolutions() -> None:
     model = keras.Model(image, relu(layers.Conv2D(4, 3)(x)))
     x = images(model)
     with torch.no_grad():
-        assert_close(lower(model).eval()(x), model(x))
+        assert_close(on_keras(model).eval()(x), model(x))
 
 
 def test_dropout_follows_train_and_eval() -> None:
     image = keras.Input((1000,))
     model = keras.Model(image, layers.Dropout(0.25)(image))
     x = torch.ones(20, 1000)
-    lowered = lower(model)
+    lowered = on_keras(model)
     assert torch.equal(lowered.eval()(x), x)
     y = lowered.train()(x)
     assert set(y.unique().tolist()) == {0.0, torch.tensor(1 / 0.75).item()}
@@ -180,14 +186,14 @@ def test_seeded_dropout_is_kerass_own() -> None:
     image = keras.Input((100,))
     models = [keras.Model(image, layers.Dropout(0.5, seed=7)(image)) for _ in range(2)]
     x = torch.ones(4, 100)
-    assert torch.equal(lower(models[0]).train()(x), models[1](x, training=True))
+    assert torch.equal(on_keras(models[0]).train()(x), models[1](x, training=True))
 
 
 def test_batch_norm_that_is_not_trainable_stays_frozen() -> None:
     model = small_vgg()
     norm = model.get_layer("block2_bn1")
     x = images(model)
-    lowered = lower(model).train()
+    lowered = on_keras(model).train()
     norm.trainable = False  # after lowering
     before = [v.numpy().copy() for v in norm.variables]
     assert_close(lowered(x).detach(), model(x, training=True).detach())
@@ -204,7 +210,7 @@ def test_batch_norm_of_one_value() -> None:
     twin = keras.models.clone_model(model)
     twin.set_weights(model.get_weights())
     x = torch.randn(1, 3)
-    assert_close(lower(model).train()(x).detach(), twin(x, training=True).detach(), 1e-4)
+    assert_close(on_keras(model).train()(x).detach(), twin(x, training=True).detach(), 1e-4)
     for mine, theirs in zip(model.variables, twin.variables, strict=True):
         assert_close(mine.value.detach(), theirs.value.detach(), 1e-5)
 
@@ -225,8 +231,6 @@ def test_parts_of_a_model() -> None:
         assert first(torch.zeros(1, 20, 24, 3)).shape == (1, 10, 12, 8)  # another size
     assert {id(p) for p in rest.parameters()} <= {id(v.value) for v in model.variables}
     assert [len(layer._inbound_nodes) for layer in model.layers][:-2] == calls[:-2]
-    with pytest.raises(ValueError, match="shape .4, 16, 16, 3.; expected .None, None, None, 8."):
-        rest(x)
     with pytest.raises(ValueError, match="data_format='NCHW'"):
         between(model.input, middle, data_format="NCHW")
     image = keras.Input((8, 8, 3))
@@ -237,16 +241,20 @@ def test_parts_of_a_model() -> None:
 
 
 def test_convolution_copies_no_activation() -> None:
-    lowered = lower(small_vgg()).train()
+    module = on_keras(small_vgg()).train()
     x = torch.randn(2, 16, 16, 3)
-    lowered(x)  # copies one image, to see how many fit in a group
-    assert not operations(lowered, x) & {"aten::contiguous", "aten::clone"}
+    module(x)  # copies one image, to see how many fit in a group
+    with torch.profiler.profile(record_shapes=True) as profile:
+        module(x)
+    copies = {"aten::contiguous", "aten::clone"}
+    shapes = [event.input_shapes[0] for event in profile.events() if event.name in copies]
+    assert [2, 8, 16, 16] not in shapes and [1, 8, 16, 16] not in shapes
 
 
 def test_plain_operations_where_onednn_is_off() -> None:
     model = small_vgg()
     x = images(model)
-    lowered = lower(model).eval()
+    lowered = on_keras(model).eval()
     with torch.no_grad():
         expected = lowered(x)
         with torch.backends.mkldnn.flags(enabled=False):
@@ -259,26 +267,17 @@ def test_refusals() -> None:
         def call(self, x: torch.Tensor) -> torch.Tensor:
             return x
 
-    with pytest.raises(ValueError, match="is a subclassed model .Own.*lower needs a Functional"):
-        lower(Own())
-    with pytest.raises(ValueError, match="has no graph yet, which lower needs"):
-        lower(keras.Sequential([layers.Dense(2)]))
+    with pytest.raises(ValueError, match="is a subclassed model .Own.*to_torch needs a Functional"):
+        to_torch(Own())
+    with pytest.raises(ValueError, match="has no graph yet, which to_torch needs"):
+        to_torch(keras.Sequential([layers.Dense(2)]))
     with pytest.raises(ValueError, match="data_format='NCHW'; expected 'channels_last'"):
-        lower(small_vgg(), data_format="NCHW")
-    with pytest.raises(ValueError, match=r"dtype=torch.int8; expected torch.float32"):
-        lower(small_vgg(), dtype=torch.int8)
-    lowered = lower(small_vgg())
-    with pytest.raises(ValueError, match=r"shape \(2, 3, 16, 16\); expected \(None, 16, 16, 3\)"):
-        lowered(torch.zeros(2, 3, 16, 16))
-    with pytest.raises(ValueError, match=r"from torch\.float32 to torch\.bfloat16"):
-        lowered.to(torch.bfloat16)
-    with pytest.raises(ValueError, match="Received 2 inputs; this model takes 1"):
-        lowered([torch.zeros(2, 16, 16, 3)] * 2)
+        to_torch(small_vgg(), data_format="NCHW")
 
 
 def test_what_goes_into_a_pool_is_not_kept() -> None:
     model = small_vgg()
-    lowered = lower(model).train()
+    lowered = on_keras(model).train()
     shapes: list[torch.Size] = []
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:

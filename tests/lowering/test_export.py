@@ -49,7 +49,7 @@ def run_onnx(path, *inputs):
 def run_pt2(path, *inputs):
     values = [torch.from_numpy(x) for x in inputs]
     with torch.no_grad():
-        found = torch.export.load(path).module()(values if len(values) > 1 else values[0])
+        found = torch.export.load(path).module()(*values)
     return [y.numpy() for y in (found if isinstance(found, list | tuple) else [found])]
 
 
@@ -188,17 +188,18 @@ def test_a_file_that_takes_one_batch_only_is_refused(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def numbers_of_another_dtype(image):
-    return image * 2.0 - 1
-
-
-def in_bfloat16(image):
-    return layers.Dense(3, dtype="bfloat16")(image)
-
-
-@pytest.mark.parametrize("build", [numbers_of_another_dtype, in_bfloat16])
-def test_what_onnx_runtime_refuses_is_refused(tmp_path, build):
+@pytest.mark.parametrize("ending", RUN)
+def test_whole_numbers_beside_tensors(tmp_path, ending):
     image = keras.Input((4,))
+    model, x = keras.Model(image, 1 - (image * 2.0 - 1)), images(3, 4)
+    vt.export(model, tmp_path / f"model{ending}")
+    (found,) = RUN[ending](tmp_path / f"model{ending}", x)
+    torch.testing.assert_close(torch.as_tensor(found), model(x))
+
+
+def test_what_onnx_runtime_refuses_is_refused(tmp_path):
+    image = keras.Input((4,))
+    dense = layers.Dense(3, dtype="bfloat16")
     with pytest.raises(ValueError, match=r"ONNX Runtime refuses this model: .*float32.*\.pt2"):
-        vt.export(keras.Model(image, build(image)), tmp_path / "model.onnx")
+        vt.export(keras.Model(image, dense(image)), tmp_path / "model.onnx")
     assert not list(tmp_path.iterdir())

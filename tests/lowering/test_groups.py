@@ -11,9 +11,9 @@ import torch
 import vggtorch as vt  # isort: skip  (first: it selects Keras's torch backend)
 import keras
 from keras import layers
-from small_vgg import assert_close, images, small_vgg, step
+from small_vgg import assert_close, images, on_keras, small_vgg, step
 
-from vggtorch.lowering import lower, running
+from vggtorch.lowering import kernels, running
 
 
 def both_train(
@@ -24,7 +24,7 @@ def both_train(
     for lowered in (True, False):
         keras.utils.set_random_seed(0)
         model = make()
-        run: Any = vt.lower(model, **options).train() if lowered else model
+        run: Any = on_keras(model, **options).train() if lowered else model
         output = run(x) if lowered else run(x, training=True)
         output.square().sum().backward()
         # Behind a batch norm a bias changes nothing: what is left as its gradient is rounding.
@@ -111,7 +111,7 @@ def test_what_stands_where_groups_begin(build: Callable[[Any], Any], checkpoint:
     both_train(make, x, checkpoint=checkpoint)
     model = make()
     with torch.no_grad():
-        torch.testing.assert_close(vt.lower(model).eval()(x), model(x, training=False))
+        torch.testing.assert_close(on_keras(model).eval()(x), model(x, training=False))
     assert torch.equal(x, before)
 
 
@@ -121,22 +121,22 @@ def test_images_in_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     x = images(model)
     expected, expected_left = step(twin, lambda x: twin(x, training=True))
     monkeypatch.setattr(running, "GROUP_BYTES", 1)
-    lowered: Any = lower(model).train()
+    module = on_keras(model).train()
     entered: list[int] = []
-    convolve = lowered.block1_conv1.convolve
+    convolve = kernels.Convolution.apply
 
-    def spy(x: torch.Tensor) -> torch.Tensor:
+    def spy(x: torch.Tensor, *args: Any) -> torch.Tensor:
         entered.append(len(x))
-        return convolve(x)
+        return convolve(x, *args)
 
-    monkeypatch.setattr(lowered.block1_conv1, "convolve", spy)
+    monkeypatch.setattr(kernels.Convolution, "apply", spy)
     with torch.profiler.profile() as profile:
-        output, left = step(model, lowered)
-    assert entered == [1] * 5  # the first to see how many fit
+        output, left = step(model, module)
+    assert entered[:5] == [1] * 5  # the first to see how many fit
     # Each would fill and add up a tensor as large as the batch's.
     assert "aten::slice_backward" not in {event.key for event in profile.key_averages()}
     assert_close(output, expected, 1e-4)
     for actual, value in zip(left, expected_left, strict=True):
         assert_close(actual, value, 1e-4)
     with torch.no_grad():
-        assert_close(lowered.eval()(x), model(x, training=False))
+        assert_close(module.eval()(x), model(x, training=False))

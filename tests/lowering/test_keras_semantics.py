@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 from keras import layers
-from small_vgg import assert_close
+from small_vgg import assert_close, on_keras
 
-from vggtorch.lowering import accelerate_, lower
+from vggtorch.lowering import accelerate_
 
 
 class Dropping(layers.Layer):
@@ -33,7 +33,7 @@ def test_layers_inside_of_a_layer_know_whether_it_trains() -> None:
     image = keras.Input((1000,))
     model = keras.Model(image, Dropping()(image))
     x = torch.ones(4, 1000)
-    lowered = lower(model)
+    lowered = on_keras(model)
     assert zeros(lowered.eval()(x)) == 0
     assert 0.4 < zeros(lowered.train()(x)) < 0.6
     assert zeros(lowered.eval()(x)) == 0
@@ -48,8 +48,8 @@ def test_nested_models_know_whether_they_train() -> None:
     image = keras.Input((1000,))
     model = keras.Model(image, nested(image))
     x = torch.ones(4, 1000)
-    assert 0.4 < zeros(lower(model).train()(x)) < 0.6
-    assert zeros(lower(model).eval()(x)) == 0
+    assert 0.4 < zeros(on_keras(model).train()(x)) < 0.6
+    assert zeros(on_keras(model).eval()(x)) == 0
 
 
 def test_training_that_was_fixed_when_the_model_was_built() -> None:
@@ -100,9 +100,9 @@ def test_masks_reach_whoever_uses_them(build: Any) -> None:
     model = keras.Model(tokens, build(x))
     ids = torch.tensor([[1, 2, 0, 0, 0], [3, 4, 5, 0, 0], [1, 2, 3, 4, 5]])
     expected = model(ids, training=False).detach()
-    assert_close(lower(model).eval()(ids).detach(), expected)
+    assert_close(on_keras(model).eval()(ids).detach(), expected)
     with torch.no_grad():
-        assert_close(lower(model).eval()(ids), expected)
+        assert_close(on_keras(model).eval()(ids), expected)
         assert_close(accelerate_(model)(ids), expected)
 
 
@@ -114,7 +114,7 @@ def test_masks_of_maps() -> None:
     frames = torch.randn(2, 3, 4, 5)
     frames[0, 2] = 0
     expected = model(frames, training=False)
-    found = lower(model).eval()(frames)
+    found = on_keras(model).eval()(frames)
     assert_close(found.detach(), expected.detach())
     for y in (found, accelerate_(model)(frames)):
         assert torch.equal(y._keras_mask, expected._keras_mask)
@@ -149,9 +149,9 @@ def test_functions_that_mix_images_see_all_of_them(place: str) -> None:
     model = keras.Model(image, layers.Conv2D(4, 3)(x))
     x = torch.randn(6, 16, 16, 3) * torch.arange(1.0, 7.0).view(6, 1, 1, 1)
     expected = model(x).detach()
-    assert_close(lower(model).train()(x).detach(), expected)
+    assert_close(on_keras(model).train()(x).detach(), expected)
     with torch.no_grad():
-        assert_close(lower(model).eval()(x), expected)
+        assert_close(on_keras(model).eval()(x), expected)
 
 
 @pytest.mark.parametrize("name", ["gelu", "leaky_relu", "softmax", "selu", "relu6", "sparsemax"])
@@ -160,9 +160,9 @@ def test_kerass_own_activations(name: str) -> None:
     model = keras.Model(image, layers.Conv2D(4, 3)(layers.Conv2D(8, 3, activation=name)(image)))
     x = torch.randn(6, 16, 16, 3)
     expected = model(x).detach()
-    assert_close(lower(model).train()(x).detach(), expected)
+    assert_close(on_keras(model).train()(x).detach(), expected)
     with torch.no_grad():
-        assert_close(lower(model).eval()(x), expected)
+        assert_close(on_keras(model).eval()(x), expected)
 
 
 def test_a_batch_size_that_the_model_was_built_with_does_not_bind() -> None:
@@ -174,4 +174,4 @@ def test_a_batch_size_that_the_model_was_built_with_does_not_bind() -> None:
     np.testing.assert_allclose(model.predict(x, batch_size=4, verbose=0), expected, rtol=1e-5)
     model.compile("sgd", "mse")
     assert np.isfinite(model.fit(x, expected, batch_size=4, verbose=0).history["loss"][0])
-    assert lower(model)(torch.zeros(3, 4)).shape == (3, 2)
+    assert on_keras(model)(torch.zeros(3, 4)).shape == (3, 2)

@@ -9,20 +9,22 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from small_vgg import on_keras
 from torch import Tensor, nn
 
 import vggtorch  # noqa: F401  # isort: skip  (first: it selects Keras's torch backend)
 import keras
 from keras import layers
 
-from vggtorch.lowering import Lowered, kernels, lower
+from vggtorch.lowering import OnKeras, kernels
+from vggtorch.lowering.fused import TrainedLinear
 from vggtorch.lowering.kernels import Convolution, MaxPoolReLU, Product, ReusedMemory
 
 ONE: Any = (1, 1), (1, 1), (1, 1), 1  # stride, padding, dilation and groups
 
 
-def product(x: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
-    return Product.apply(x, kernel, bias, ReusedMemory())
+def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return Product.apply(x, weight, bias, ReusedMemory())
 
 
 def same_to_the_second_order(ours: Any, torchs: Any, inputs: list[Tensor]) -> None:
@@ -44,16 +46,10 @@ def test_product_has_torchs_gradients(large: int, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(kernels, "LARGE_BYTES", large)
     monkeypatch.setattr(kernels, "PIECE_BYTES", 3 * 20 * 4)  # three rows of seven
     x = torch.randn(5, 20, requires_grad=True)
-    kernel = torch.randn(7, 20).t().requires_grad_()
+    weight = torch.randn(7, 20, requires_grad=True)
     bias = torch.randn(7, requires_grad=True)
-    same_to_the_second_order(
-        product, lambda x, kernel, bias: F.linear(x, kernel.t(), bias), [x, kernel, bias]
-    )
-    same_to_the_second_order(
-        lambda x, kernel: product(x, kernel, None),
-        lambda x, kernel: F.linear(x, kernel.t()),
-        [x, kernel],
-    )
+    same_to_the_second_order(product, F.linear, [x, weight, bias])
+    same_to_the_second_order(lambda x, weight: product(x, weight, None), F.linear, [x, weight])
 
 
 @pytest.mark.parametrize(
@@ -121,7 +117,7 @@ def test_memory_is_lent_to_one_tensor_at_a_time() -> None:
         assert other is not None and other.data_ptr() != larger.data_ptr()
 
 
-def dense(dtype: str = "float32") -> tuple[Lowered, nn.Parameter, Tensor]:
+def dense(dtype: str = "float32") -> tuple[OnKeras, nn.Parameter, Tensor]:
     """Small whole numbers, so that float32 is exact in whatever order it adds them."""
     keras.utils.set_random_seed(0)
     image = keras.Input((40,))
@@ -129,10 +125,10 @@ def dense(dtype: str = "float32") -> tuple[Lowered, nn.Parameter, Tensor]:
     kernel = model.get_layer("fc").kernel.value
     with torch.no_grad():
         kernel.mul_(10).round_()
-    return lower(model).train(), kernel, torch.randint(-3, 4, (6, 40)).float()
+    return on_keras(model).train(), kernel, torch.randint(-3, 4, (6, 40)).float()
 
 
-def gradient(lowered: Lowered, kernel: nn.Parameter, x: Tensor) -> Tensor:
+def gradient(lowered: OnKeras, kernel: nn.Parameter, x: Tensor) -> Tensor:
     lowered(x).float().square().sum().backward()
     assert isinstance(kernel.grad, Tensor)
     return kernel.grad
@@ -185,27 +181,30 @@ def values_of(x: Tensor) -> Tensor:
 
 def test_evaluation_lets_go_of_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "LARGE_BYTES", 0)
-    lowered, kernel, x = dense()
-    gradient(lowered, kernel, x)
-    module: Any = lowered.fc
-    assert module.gradients.memory is not None
-    lowered.eval()
-    assert module.gradients.memory is None
+    module, kernel, x = dense()
+    gradient(module, kernel, x)
+    plan = module.network._plan
+    assert plan is not None
+    (step,) = (run for run in plan.plans.fused.values() if isinstance(run, TrainedLinear))
+    assert step.gradients.memory is not None
+    with torch.no_grad():
+        module.eval()(x)
+    assert step.gradients.memory is None
     assert kernel.grad is not None and kernel.grad.any()
 
 
 def test_gradients_under_vmap(monkeypatch: pytest.MonkeyPatch) -> None:
     """A Jacobian's rows at once, and gradients image by image."""
     monkeypatch.setattr(kernels, "LARGE_BYTES", 0)
-    memory, kernel = ReusedMemory(), torch.randn(7, 20).t().requires_grad_()
+    memory, weight = ReusedMemory(), torch.randn(7, 20, requires_grad=True)
     x = torch.randn(5, 20)
-    y = Product.apply(x, kernel, None, memory)
+    y = Product.apply(x, weight, None, memory)
     rows = torch.randn(3, 5, 7)
-    (batch,) = torch.autograd.grad(y, kernel, rows, is_grads_batched=True)
-    torch.testing.assert_close(batch, x.t() @ rows)
+    (batch,) = torch.autograd.grad(y, weight, rows, is_grads_batched=True)
+    torch.testing.assert_close(batch, rows.mT @ x)
 
-    def loss(kernel: Tensor, image: Tensor) -> Tensor:
-        return Product.apply(image.unsqueeze(0), kernel, None, memory).sum()
+    def loss(weight: Tensor, image: Tensor) -> Tensor:
+        return Product.apply(image.unsqueeze(0), weight, None, memory).sum()
 
     pooled = MaxPoolReLU.apply(image := torch.randn(2, 3, 4, 4).requires_grad_(), 2, 2, 0)[0]
     rows = torch.randn(5, *pooled.shape)
@@ -214,5 +213,5 @@ def test_gradients_under_vmap(monkeypatch: pytest.MonkeyPatch) -> None:
         batch, torch.stack([torch.autograd.grad(pooled, image, row, True)[0] for row in rows])
     )
 
-    each = torch.func.vmap(torch.func.grad(loss), (None, 0))(kernel.detach(), x)
-    torch.testing.assert_close(each, x.unsqueeze(2).expand(5, 20, 7))
+    each = torch.func.vmap(torch.func.grad(loss), (None, 0))(weight.detach(), x)
+    torch.testing.assert_close(each, x.unsqueeze(1).expand(5, 7, 20))

@@ -10,10 +10,9 @@ import pytest
 import torch
 import torch.multiprocessing
 from keras import layers
-from small_vgg import assert_close, images, randomise
+from small_vgg import assert_close, images, on_keras, randomise
 
-from vggtorch.lowering import lower
-from vggtorch.lowering.as_keras import KerasLayer
+from vggtorch.lowering.layer_modules import KerasLayer
 
 
 @pytest.mark.parametrize("size", [15, 16])
@@ -29,9 +28,9 @@ def test_same_padding(kind: type, kernel: int, stride: int, dilation: int, size:
     model = randomise(keras.Model(image, y))
     x = images(model)
     expected = model(x).detach()
-    assert_close(lower(model)(x).detach(), expected)
+    assert_close(on_keras(model)(x).detach(), expected)
     with torch.no_grad():
-        assert_close(lower(model).eval()(x), expected)
+        assert_close(on_keras(model).eval()(x), expected)
 
 
 @pytest.mark.parametrize("padding", ["same", "valid"])
@@ -40,7 +39,7 @@ def test_pooling(layer: type, padding: str) -> None:
     image = keras.Input((15, 14, 4))
     model = keras.Model(image, [layer(3, 2, padding)(image), layer(2, 2, padding)(image)])
     x = images(model)
-    for actual, expected in zip(lower(model)(x), model(x), strict=True):
+    for actual, expected in zip(on_keras(model)(x), model(x), strict=True):
         assert torch.equal(actual, expected)
 
 
@@ -49,16 +48,16 @@ def test_a_layer_without_handler_gets_training_and_keeps_its_parameters() -> Non
     noisy = layers.GaussianNoise(1.0)(layers.UnitNormalization()(image))
     model = keras.Model(image, layers.PReLU(name="prelu")(noisy))
     x = images(model)
-    lowered: Any = lower(model)
+    lowered: Any = on_keras(model)
     assert torch.equal(lowered.eval()(x), model(x, training=False))
     assert not torch.allclose(lowered.train()(x), lowered.eval()(x))
-    assert lowered.prelu.alpha is model.get_layer("prelu").alpha.value
+    assert lowered.network.prelu.alpha is model.get_layer("prelu").alpha.value
 
 
 def as_torch(model: keras.Model, x: torch.Tensor) -> torch.Tensor:
     """What the lowered model gives, in which no layer may run as Keras runs it."""
-    lowered = lower(model).train()
-    assert not any(isinstance(m, KerasLayer) for m in lowered.modules())
+    lowered = on_keras(model).train()
+    assert not any(isinstance(m, KerasLayer) for m in lowered.network.modules())
     output = lowered(x).detach()
     with torch.no_grad():
         assert_close(lowered.eval()(x), output)
@@ -121,7 +120,7 @@ def test_layers_set_to_what_only_keras_does() -> None:
     ]
     model = keras.Model(image, outputs)
     x = images(model)
-    for actual, expected in zip(lower(model)(x), model(x), strict=True):
+    for actual, expected in zip(on_keras(model)(x), model(x), strict=True):
         assert_close(actual.detach(), expected.detach())
 
 
@@ -132,10 +131,10 @@ def test_layers_of_any_name() -> None:
     for name in names:
         x = layers.Dense(4, name=name)(x)
     model = keras.Model(image, x)
-    lowered = lower(model)
+    lowered = on_keras(model)
     assert_close(lowered(torch.ones(2, 4)).detach(), model(torch.ones(2, 4)).detach())
-    found = [name for name, _ in lowered.named_modules()][1:]
-    assert found == ["steps", "forward_", "data_format_", "training_", "outputs"]
+    found = [name for name, _ in lowered.network.named_modules()][1:]
+    assert found == ["steps", "forward_", "data_format", "training_", "outputs"]
 
 
 def test_masks_are_kept() -> None:
@@ -143,4 +142,4 @@ def test_masks_are_kept() -> None:
     x = layers.Embedding(7, 4, mask_zero=True)(tokens)
     model = keras.Model(tokens, layers.LSTM(3)(layers.BatchNormalization()(layers.Dense(4)(x))))
     ids = torch.tensor([[1, 2, 0, 0, 0], [3, 4, 5, 0, 0]])
-    assert_close(lower(model).eval()(ids).detach(), model(ids).detach())
+    assert_close(on_keras(model).eval()(ids).detach(), model(ids).detach())

@@ -9,17 +9,17 @@ import numpy as np
 import pytest
 import torch
 from keras import layers
-from small_vgg import FUSED, images, operations, small_vgg
+from small_vgg import FUSED, images, on_keras, operations, small_vgg
 
-from vggtorch.lowering import accelerate_, has_fused_ops, lower
+from vggtorch.lowering import accelerate_, has_fused_ops
 
 
 def same_as_keras(model: keras.Model, x: torch.Tensor) -> np.ndarray:
     """What Keras computes, which both ways to run the lowered network must give too."""
     with torch.no_grad():
         expected = model(x, training=False).numpy()
-        found = lower(model).eval()(x).numpy()
-    plain = lower(model).eval()(x).detach().numpy()
+        found = on_keras(model).eval()(x).numpy()
+    plain = on_keras(model).eval()(x).detach().numpy()
     for actual in (found, plain):
         np.testing.assert_array_equal(np.isnan(actual), np.isnan(expected))
         np.testing.assert_allclose(actual, expected, rtol=1e-4)
@@ -105,7 +105,7 @@ def test_finite_networks_run_fused() -> None:
     model = small_vgg()
     x = images(model)
     with torch.no_grad():
-        ran = operations(lower(model).eval(), x)
+        ran = operations(on_keras(model).eval(), x)
     assert (FUSED in ran) == has_fused_ops(x, x.dtype)
     assert not has_fused_ops(x, x.dtype) or "aten::relu" not in ran
 

@@ -8,10 +8,10 @@ import keras
 import pytest
 import torch
 import torch.multiprocessing
-from small_vgg import assert_close, images, small_vgg
+from small_vgg import assert_close, images, on_keras, small_vgg
 from torch.utils.flop_counter import FlopCounterMode
 
-from vggtorch.lowering import lower, running
+from vggtorch.lowering import running, to_torch
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -24,8 +24,10 @@ def test_hooks_see_what_each_layer_gives(
     model = small_vgg()
     x = images(model)
     names = ["block1_conv1", "block2_relu1", "block2_pool", "fc1"]
+    last = ["block1_conv1_relu", "block2_relu1", "block2_pool", "fc1_relu"]
     parts = keras.Model(model.input, [model.get_layer(name).output for name in names])
-    lowered: Any = lower(model, checkpoint=checkpoint).train(training)
+    lowered = on_keras(model, checkpoint=checkpoint).train(training)
+    network: Any = lowered.network
     expected = parts(x, training=training)
     seen: dict[str, torch.Tensor] = {}
 
@@ -33,8 +35,8 @@ def test_hooks_see_what_each_layer_gives(
         seen[name] = y.detach().permute(0, 2, 3, 1) if y.ndim == 4 else y.detach()
 
     hooks = [
-        getattr(lowered, name).register_forward_hook(lambda _, __, y, name=name: see(name, y))
-        for name in names
+        getattr(network, child).register_forward_hook(lambda _, __, y, name=name: see(name, y))
+        for name, child in zip(names, last, strict=True)
     ]
     with torch.set_grad_enabled(training):
         lowered(x)
@@ -50,9 +52,10 @@ def test_hooks_see_what_each_layer_gives(
 def test_gradients_of_a_hooked_map() -> None:
     """As Grad-CAM takes them."""
     model = small_vgg()
-    lowered: Any = lower(model).eval()
+    lowered = on_keras(model).eval()
     found: list[torch.Tensor] = []
-    lowered.block1_conv1.register_full_backward_hook(lambda _, __, of_y: found.append(of_y[0]))
+    conv: Any = lowered.network.block1_conv1
+    conv.register_full_backward_hook(lambda _, __, of_y: found.append(of_y[0]))
     lowered(images(model))[:, 0].sum().backward()
     assert found[0].shape == (4, 8, 16, 16) and found[0].any()
 
@@ -61,38 +64,36 @@ def test_gradients_of_a_hooked_map() -> None:
 def test_operations_are_counted(training: bool) -> None:
     """A count of floating-point operations must not miss fused ones."""
     model = small_vgg()
-    lowered = lower(model).train(training)
+    lowered = on_keras(model).train(training)
     with torch.set_grad_enabled(training), FlopCounterMode(display=False) as counter:
         lowered(images(model))
     convolutions = 16 * 16 * 9 * 3 * 8 + 8 * 8 * 9 * 8 * 16
     assert counter.get_total_flops() == 2 * 4 * (convolutions + 4 * 4 * 16 * 32 + 32 * 10)
 
 
-def exchanged(model: keras.Model, lowered: torch.nn.Module, factor: float) -> tuple[Any, Any]:
-    """Other parameters, by name, and what Keras gives with them."""
-    names = [name for name, _ in lowered.named_parameters()]
+def exchanged(factor: float) -> tuple[dict[str, torch.Tensor], keras.Model]:
+    """Other parameters, by name, and a Keras model that has them."""
     twin = small_vgg()
     for kernel in twin.trainable_variables:
         kernel.assign(kernel * factor)
-    parameters = dict(zip(names, (p.detach() for p in lower(twin).parameters()), strict=True))
-    return parameters, twin
+    return {name: p.detach() for name, p in to_torch(twin).named_parameters()}, twin
 
 
 @pytest.mark.parametrize("training", [False, True])
 def test_parameters_of_one_call(training: bool) -> None:
     """functional_call, as averaged weights or ensembles are evaluated."""
     model = small_vgg()
-    lowered = lower(model).train(training)
+    network = to_torch(model).train(training)
     x = images(model)
     with torch.set_grad_enabled(training):
         expected = [model(x, training=training)]
-        found = [lowered(x)]
+        found = [network(x)]
         for factor in (1.5, 0.5):
-            parameters, twin = exchanged(model, lowered, factor)
-            found.append(torch.func.functional_call(lowered, parameters, (x,)))
+            parameters, twin = exchanged(factor)
+            found.append(torch.func.functional_call(network, parameters, (x,)))
             expected.append(twin(x, training=training))
             del parameters  # so that the next may stand where these stood
-        found.append(lowered(x))
+        found.append(network(x))
     for actual, value in zip(found, [*expected, expected[0]], strict=True):
         assert_close(actual.detach(), value.detach(), 1e-4)
 
@@ -101,7 +102,7 @@ def test_transforms() -> None:
     """Derivatives in forward mode, and one gradient for each image."""
     model = small_vgg()
     model.get_layer("block2_bn1").trainable = False  # or images would depend on each other
-    lowered = lower(model).train()
+    lowered = to_torch(model).train()
     x, of_x = images(model), images(model).flip(0)
     of_y = torch.func.jvp(lowered, (x,), (of_x,))[1].detach()
     weights = torch.randn(of_y.shape)

@@ -6,77 +6,44 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import keras
 import numpy as np
 import pytest
 import torch
 import torch.multiprocessing
 import torch.nn.functional as F
-
-import vggtorch  # isort: skip  (first: it selects Keras's torch backend)
-import keras
-from keras import layers
 from small_vgg import (
     FUSED,
     assert_close,
     dropout_vgg,
     images,
+    on_keras,
     operations,
-    randomise,
     small_vgg,
     step,
 )
 
-from vggtorch.lowering import kernels, lower
+from vggtorch.lowering import kernels
 
 
 def test_the_parameters_are_the_keras_models_own() -> None:
     model = small_vgg()
     values = model.get_weights()
-    lowered: Any = lower(model)
-    ours = {id(p) for p in (*lowered.parameters(), *lowered.buffers())}
+    module = on_keras(model)
+    ours = {id(p) for p in (*module.parameters(), *module.buffers())}
     assert ours == {id(v.value) for v in model.variables}
-    assert lowered.block1_conv1.kernel is model.get_layer("block1_conv1").kernel.value
-    assert {"block1_conv1", "block2_bn1", "fc1"} <= {name for name, _ in lowered.named_modules()}
-    assert "block1_conv1.kernel" in lowered.state_dict()
+    assert "block1_conv1/kernel" in module.state_dict()
     for value, expected in zip(model.get_weights(), values, strict=True):
         np.testing.assert_array_equal(value, expected)
     for name in ("block1_conv1", "block2_conv1"):
-        kernel = model.get_layer(name).kernel.value
-        assert kernel.permute(3, 2, 0, 1).is_contiguous(memory_format=torch.channels_last)
+        assert model.get_layer(name).kernel.value.permute(3, 2, 0, 1).is_contiguous()
     assert model.get_layer("fc1").kernel.value.t().is_contiguous()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("batch_norm", [False, True])
-def test_torchvision_takes_our_state_dict(batch_norm: bool) -> None:
-    torchvision = pytest.importorskip("torchvision")
-    model = randomise(vggtorch.VGG11(weights=None, classes=10, batch_norm=batch_norm,
-                                     classifier_activation=None))  # fmt: skip
-    lowered = lower(model, data_format="channels_first").eval()
-    name = "vgg11_bn" if batch_norm else "vgg11"
-    theirs = getattr(torchvision.models, name)(num_classes=10).eval()
-    state = lowered.torchvision_state_dict()
-    assert list(state) == list(theirs.state_dict())
-    theirs.load_state_dict(state, strict=True)
-    x = torch.randn(1, 3, 224, 224)
-    with torch.no_grad():
-        assert_close(lowered(x), theirs(x))
-    kernel = model.get_layer("block1_conv1").kernel.value
-    assert state["features.0.weight"].data_ptr() == kernel.data_ptr()
-
-
-def test_torchvision_has_no_keys_for_other_layers() -> None:
-    image = keras.Input((8, 8, 3))
-    x = layers.Conv2D(64, 3, padding="same", name="block1_conv1")(image)
-    lowered = lower(keras.Model(image, layers.Conv2D(5, 1, name="head")(x)))
-    with pytest.raises(ValueError, match="Unexpected: head/bias, head/kernel"):
-        lowered.torchvision_state_dict()
 
 
 def test_trained_from_either_side() -> None:
     model = small_vgg()
     x, y = images(model), torch.tensor([0, 1, 2, 3])
-    lowered = lower(model).train()
+    lowered = on_keras(model).train()
     optimizer = torch.optim.SGD([p for p in lowered.parameters() if p.requires_grad], lr=0.01)
     F.nll_loss(lowered(x).log(), y).backward()
     optimizer.step()
@@ -102,9 +69,14 @@ def test_trained_from_either_side() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_was_prepared_follows_the_parameters(change: Any, dtype: torch.dtype) -> None:
     model = small_vgg()
-    lowered = lower(model, dtype=dtype).eval()
+    module = on_keras(model).eval()
     x = images(model)
     tolerance = 1e-5 if dtype == torch.float32 else 3e-2
+
+    def lowered(x: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            return module(x)
+
     with torch.no_grad():
         before = lowered(x)
         for name in ("block1_conv1", "block2_conv1", "fc1"):
@@ -120,14 +92,14 @@ def test_what_was_prepared_follows_the_parameters(change: Any, dtype: torch.dtyp
 def test_saved_loaded_moved_and_copied(tmp_path: Path) -> None:
     model = small_vgg()
     x = images(model)
-    lowered = lower(model).eval()
+    lowered = on_keras(model).eval()
     expected = lowered(x).detach()
     path = f"{tmp_path}/weights.weights.h5"
     model.save_weights(path)
     state = copy.deepcopy(lowered.state_dict())
     with torch.no_grad():
         lowered(x)  # leaves prepared weights, which copies must do without
-    twin = copy.deepcopy(lowered)
+    twin = copy.deepcopy(lowered.network)
 
     def zero() -> None:
         for p in lowered.parameters():
@@ -161,7 +133,7 @@ def test_a_frozen_prefix_keeps_nothing_for_backward() -> None:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        lower(model).train()(x).sum().backward()
+        on_keras(model).train()(x).sum().backward()
     assert not [shape for shape in saved if len(shape) == 4]
     assert model.get_layer("fc1").kernel.value.grad is not None
 
@@ -176,7 +148,7 @@ def test_frozen_layers_train_as_keras(until: str, checkpoint: bool) -> None:
             layer.trainable = False
             if layer.name == until:
                 break
-    lowered = lower(model, checkpoint=checkpoint).train()
+    lowered = on_keras(model, checkpoint=checkpoint).train()
     x = images(model)
     assert (FUSED in operations(lowered, x)) == kernels.has_fused_ops(x, x.dtype)
     output, left = step(model, lowered)
@@ -190,7 +162,7 @@ def test_frozen_layers_train_as_keras(until: str, checkpoint: bool) -> None:
 def test_layers_that_thaw_or_freeze_are_noticed() -> None:
     model = small_vgg()
     x, kernel = images(model), model.get_layer("block1_conv1").kernel.value
-    lowered = lower(model).train()
+    lowered = on_keras(model).train()
     for trainable in (False, True, False):
         model.trainable = trainable
         kernel.grad = None
@@ -208,7 +180,7 @@ def test_gradients_of_the_input_go_through_frozen_layers() -> None:
     model = small_vgg()
     model.trainable = False
     found = []
-    for run in (lower(model).train(), lower(model).eval(), lambda x: model(x, training=True)):
+    for run in (on_keras(model).train(), on_keras(model).eval(), lambda x: model(x, training=True)):
         x = images(model).requires_grad_()
         run(x).square().sum().backward()
         assert x.grad is not None
@@ -220,7 +192,7 @@ def test_gradients_of_the_input_go_through_frozen_layers() -> None:
 def test_frozen_dropout_still_drops() -> None:
     model = dropout_vgg()
     model.trainable = False
-    lowered = lower(model).train()
+    lowered = on_keras(model).train()
     x = images(model)
     assert not torch.equal(lowered(x), lowered(x))
     with torch.no_grad():
@@ -231,7 +203,7 @@ def test_evaluation_sees_weights_that_were_written_through_data() -> None:
     """As averages of weights are often put in place; here where no sample of them is taken."""
     model = small_vgg()
     kernel = model.get_layer("block2_conv1").kernel.value
-    lowered = lower(model).eval()
+    lowered = on_keras(model).eval()
     x = images(model)
     with torch.no_grad():
         before = lowered(x)

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 from typing import Any
 
+import keras
 import pytest
 import torch
 import torch.multiprocessing
 import torch.nn.functional as F
-from small_vgg import assert_close, images, small_vgg
+from small_vgg import assert_close, images, on_keras, small_vgg
 
-from vggtorch.lowering import kernels, lower, modules
+from vggtorch.lowering import fused, kernels
 
 
 @pytest.mark.parametrize("policy", ["mixed_bfloat16", "bfloat16"])
 def test_dtype_policies(policy: str) -> None:
     model = small_vgg(dtype=policy)
     x = images(model)
-    lowered = lower(model)
+    lowered = on_keras(model)
     expected = model(x, training=False).detach()
     assert_close(lowered.eval()(x).detach(), expected, 3e-2)
     with torch.no_grad():
@@ -29,16 +30,17 @@ def test_dtype_policies(policy: str) -> None:
         assert variable.value.grad.dtype == variable.value.dtype
 
 
-def test_dtype_computes_as_the_mixed_policy_does() -> None:
+def test_autocast_computes_as_the_mixed_policy_does() -> None:
     model, mixed = small_vgg(), small_vgg(dtype="mixed_bfloat16")
     mixed.set_weights(model.get_weights())
     x = images(model)
-    lowered = lower(model, dtype=torch.bfloat16).eval()
-    expected = mixed(x, training=False).detach()
-    assert_close(lowered(x).detach(), expected, 3e-2)
-    with torch.no_grad():
-        assert_close(lowered(x), expected, 3e-2)
-    assert {p.dtype for p in lowered.parameters()} == {torch.float32}
+    module = on_keras(model).eval()
+    expected = mixed(x, training=False).detach().float()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_close(module(x).detach().float(), expected, 3e-2)
+        with torch.no_grad():
+            assert_close(module(x).float(), expected, 3e-2)
+    assert {p.dtype for p in module.parameters()} == {torch.float32}
 
 
 @pytest.mark.parametrize("frozen", [False, True])
@@ -48,9 +50,10 @@ def test_autocast_computes_in_bfloat16(frozen: bool) -> None:
     if frozen:
         model.get_layer("block1_conv1").trainable = False
     x = images(model)
-    lowered: Any = lower(model).train()
+    lowered = on_keras(model).train()
     seen: list[torch.dtype] = []
-    hook = lowered.block2_bn1.register_forward_pre_hook(lambda _, args: seen.append(args[0].dtype))
+    norm: Any = lowered.network.block2_bn1
+    hook = norm.register_forward_pre_hook(lambda _, args: seen.append(args[0].dtype))
     with torch.autocast("cpu", torch.bfloat16):
         lowered(x)
         hook.remove()
@@ -76,19 +79,21 @@ def test_autocast_computes_in_bfloat16(frozen: bool) -> None:
 
 
 def test_a_large_batch_of_mixed_precision_is_cast(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Dense computes small batches in its kernel's own dtype, which is exact, and large in bf16."""
+    """A product computes small batches in its weight's own dtype, exactly, and large in bf16."""
     for many_rows in (1, 100):
-        monkeypatch.setattr(modules, "MANY_ROWS", many_rows)
-        model = small_vgg()
-        lowered: Any = lower(model, dtype=torch.bfloat16).train()
-        fc1 = model.get_layer("fc1")
-        x = torch.randn(4, 4 * 4 * 16).bfloat16()
-        y = lowered.fc1(x)
+        monkeypatch.setattr(fused, "MANY_ROWS", many_rows)
+        keras.utils.set_random_seed(0)
+        image = keras.Input((256,))
+        model = keras.Model(image, keras.layers.Dense(32, name="fc")(image))
+        module, fc = on_keras(model).train(), model.get_layer("fc")
+        x = torch.randn(4, 256).bfloat16().float()
+        with torch.autocast("cpu", torch.bfloat16):
+            y = module(x)
         assert y.dtype == torch.bfloat16
-        exact = F.linear(x.float(), fc1.kernel.value.t(), fc1.bias.value).relu().bfloat16()
+        exact = F.linear(x, fc.kernel.value.t(), fc.bias.value).bfloat16()
         assert torch.equal(y, exact) == (
             many_rows == 100 and kernels.has_fused_ops(x, torch.float32)
         )
         assert_close(y.detach(), exact.detach(), 2e-2)
         y.float().sum().backward()
-        assert fc1.kernel.value.grad.dtype == torch.float32
+        assert fc.kernel.value.grad.dtype == torch.float32

@@ -10,10 +10,8 @@ import numpy as np
 import pytest
 import torch
 import torch.multiprocessing
-from small_vgg import assert_close, images, small_vgg
+from small_vgg import assert_close, images, on_keras, small_vgg
 from torch import nn
-
-from vggtorch.lowering import lower
 
 pytestmark = pytest.mark.slow
 
@@ -22,14 +20,14 @@ pytestmark = pytest.mark.slow
 def test_no_graph_breaks(training: bool) -> None:
     model = small_vgg()
     x = images(model)
-    lowered = lower(model).train(training)
+    lowered = on_keras(model).train(training)
     torch._dynamo.reset()
     with torch.set_grad_enabled(training):
         assert torch._dynamo.explain(lowered)(x).graph_break_count == 0
         compiled = torch.compile(
-            lower(small_vgg()).train(training), backend="aot_eager", fullgraph=True
+            on_keras(small_vgg()).train(training), backend="aot_eager", fullgraph=True
         )
-        assert_close(compiled(x).detach(), lower(small_vgg()).train(training)(x).detach())
+        assert_close(compiled(x).detach(), on_keras(small_vgg()).train(training)(x).detach())
 
 
 def _gradients(rank: int, port: int, out: object) -> None:
@@ -40,7 +38,7 @@ def _gradients(rank: int, port: int, out: object) -> None:
     for checkpoint in (False, True):
         model = small_vgg()
         model.get_layer("block2_bn1").trainable = False
-        module = lower(model, checkpoint=checkpoint).train()
+        module = on_keras(model, checkpoint=checkpoint).train()
         parallel = nn.parallel.DistributedDataParallel(module)
         half = images(model)[rank * 2 : rank * 2 + 2]
         parallel(half).square().sum(1).mean().backward()
@@ -58,7 +56,7 @@ def test_two_processes_have_the_gradients_of_one(tmp_path: Path) -> None:
     torch.multiprocessing.spawn(_gradients, (port, out), nprocs=2)
     model = small_vgg()
     model.get_layer("block2_bn1").trainable = False
-    lower(model).train()(images(model)).square().sum(1).mean().backward()
+    on_keras(model).train()(images(model)).square().sum(1).mean().backward()
     variables = model.trainable_variables * 2  # without checkpointing, and with it
     for variable, grad in zip(variables, np.load(out).values(), strict=True):
         np.testing.assert_allclose(variable.value.grad.numpy(), grad, rtol=1e-4, atol=1e-6)

@@ -18,10 +18,10 @@ def test_every_way_to_run_a_model_is_compared_with_keras() -> None:
     before = model.get_weights()
     found = bench(model, 4, repeats=3)
     for results in (found.inference, found.gradients):
-        assert [r.name for r in results][:3] == ["Keras", "lowered", "lowered, bfloat16"]
-        keras_, lowered, rounded = results[:3]
+        assert [r.name for r in results][:3] == ["Keras", "vggtorch", "vggtorch, bfloat16"]
+        keras_, ours, rounded = results[:3]
         assert (keras_.speed, keras_.difference) == (1.0, 0.0)
-        assert 0 < lowered.difference < 1e-4 < rounded.difference < 0.5
+        assert 0 < ours.difference < 1e-4 < rounded.difference < 0.5
         assert all(len(r.seconds) == 3 and min(r.seconds) > 0 for r in results)
     for value, old in zip(model.get_weights(), before, strict=True):
         np.testing.assert_array_equal(value, old)
@@ -51,15 +51,15 @@ def test_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
     model.trainable = False
     seconds = {
         "Keras": [0.2, 0.4, 0.9],
-        "lowered": [0.1, 0.1, 0.3],
-        "lowered, bfloat16": [0.2, 0.1, 0.6],
+        "vggtorch": [0.1, 0.1, 0.3],
+        "vggtorch, bfloat16": [0.2, 0.1, 0.6],
     }
     monkeypatch.setattr(timing, "in_turns", lambda *_, **__: seconds)
     lines = str(bench(model, 2)).splitlines()
     assert lines[0] == "batch 2"
     rows = [" ".join(line.split()) for line in lines[2:]]
     assert rows[0] == "inference, Keras 400.0 ms 200.0 ms 900.0 ms 1.00 0e+00"
-    assert rows[1].startswith("inference, lowered 100.0 ms 100.0 ms 300.0 ms 3.00 ")
+    assert rows[1].startswith("inference, vggtorch 100.0 ms 100.0 ms 300.0 ms 3.00 ")
     assert len(lines) == 5  # nothing trains
 
 

@@ -13,6 +13,8 @@ from sklearn.datasets import load_sample_images
 import vggtorch as vt
 from vggtorch import models
 from vggtorch.architectures import ARCHITECTURES
+from vggtorch.keras_graph import graph_of
+from vggtorch.lowering import OnKeras
 from vggtorch.weights import conversion, sources
 
 pytestmark = pytest.mark.slow
@@ -145,7 +147,7 @@ def test_a_saved_pth_is_what_torchvision_loads(oxford, tmp_path):
         assert_close(oxford(images), expected.movedim(1, -1), "block5_pool")
 
 
-# The lowered module against the Keras model it was made of: outputs and gradients
+# The torch network against the Keras model it was made of: outputs and gradients
 
 
 def outputs_and_gradients(model, run):
@@ -163,12 +165,12 @@ def outputs_and_gradients(model, run):
     return [y.detach() for y in outputs], left
 
 
-def assert_lowered_equals_keras(model, training):
+def assert_torch_equals_keras(model, training):
     twin = keras.models.clone_model(model)
     twin.set_weights(model.get_weights())
-    lowered = vt.lower(model).train(training)
+    module = OnKeras(graph_of(model, "test"), model.name).train(training)
     expected, keras_left = outputs_and_gradients(twin, lambda x: twin(x, training=training))
-    outputs, left = outputs_and_gradients(model, lowered)
+    outputs, left = outputs_and_gradients(model, module)
     for received, theirs in zip(outputs, expected, strict=True):
         assert_close(received, theirs, "output")
     for variable, received, theirs in zip(model.variables, left, keras_left, strict=True):
@@ -177,7 +179,7 @@ def assert_lowered_equals_keras(model, training):
         assert error <= 1e-2, f"{variable.path}: {error:.2e}"
     with torch.no_grad():
         x = torch.from_numpy(vt.preprocess(PHOTOS, "imagenet", size=32))
-        fused = keras.tree.flatten(lowered.eval()(x))
+        fused = keras.tree.flatten(module.eval()(x))
         for received, theirs in zip(fused, keras.tree.flatten(twin(x)), strict=True):
             assert_close(received, theirs, "output of inference")
 
@@ -202,12 +204,12 @@ def small(name):
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 @pytest.mark.parametrize("until", [None, "block3_pool"])
-def test_lowered_networks_equal_keras(name, until):
+def test_torch_networks_equal_keras(name, until):
     model = small(name)
     if until is not None:
         vt.freeze_(model, until=until)
     # Batch norm over two images would let rounding grow.
-    assert_lowered_equals_keras(model, training=not name.endswith("_bn"))
+    assert_torch_equals_keras(model, training=not name.endswith("_bn"))
 
 
 def block3(model):
@@ -239,6 +241,6 @@ SURGERIES = {
 
 @pytest.mark.parametrize("surgery", SURGERIES)
 @pytest.mark.parametrize("name", ["vgg11_bn", "vgg16"])
-def test_lowered_surgeries_equal_keras(name, surgery):
+def test_torch_surgeries_equal_keras(name, surgery):
     result = SURGERIES[surgery](small(name))
-    assert_lowered_equals_keras(result, training=name == "vgg16")
+    assert_torch_equals_keras(result, training=name == "vgg16")

@@ -19,7 +19,7 @@ from contract import (
 from keras import layers as kl
 
 from vggtorch.keras_graph import functional
-from vggtorch.lowering import lower
+from vggtorch.lowering import to_torch
 from vggtorch.surgery import freeze_, insert, remove, replace, stack, truncate, unfreeze_
 from vggtorch.surgery.wiring import Wiring
 
@@ -128,8 +128,8 @@ def test_replace_and_compose_in_a_nested_model(case):
     result = replace(model, names, new, init="compose")
     check_nested(model, result, new=["tower/deep/new"], gone=names)
     torch.testing.assert_close(run(result, x), y, rtol=1e-4, atol=1e-5)
-    lowered = lower(result).eval()
-    torch.testing.assert_close(lowered(x), run(result, x), rtol=1e-4, atol=1e-5)
+    network = to_torch(result).eval()
+    torch.testing.assert_close(network(x), run(result, x), rtol=1e-4, atol=1e-5)
 
 
 def test_remove_takes_layers_of_several_models_at_once(case):

@@ -1,35 +1,31 @@
-"""A Keras model as a torch network on the same memory, run the fast way; and its export.
+"""A Keras model as a network of torch's own modules on the same memory, run fast; and its export.
 
-Read in this order: `conventions` (layouts, dtypes, padding), `kernels` (what torch computes faster
-than its public functions do), `modules` (each Keras layer as a torch module), `as_keras` (layers
-that run as Keras runs them), `handlers` (which layer becomes which module), `fused` (steps that do
-the work of several modules), `steps` (a network as a list of steps, and the passes that make it
-faster), `running` (how steps run: in groups, and again in backward), `graphs` (all of it as one
-module), `lowered` (`lower` and `between`), `accelerating` (the Keras model itself runs it) and
-`exporting`.
-
-Beside it stands the same network for torch's own tools: `ties` (Keras variables and torch
-parameters on one memory), `layer_modules` (what torch.nn has no module for), `converters` (Keras
-layers as torch.nn's modules) and `network` (`to_torch`, which writes the graph down).
+Read in this order: `ties` (Keras variables and torch parameters on one memory), `batch_norm` and
+`layer_modules` (what torch.nn has no exact module for), `sites`, `products` and `converters` (Keras
+layers as torch.nn's modules), `kernels` (what torch computes faster than its public functions do),
+`fused` (steps that do the work of several modules), `steps` (a torch.fx graph as a list of steps,
+and what makes it faster), `running` (how steps run: in groups, and again in backward), `plan` (all
+of it, and when it may run), `network` (the torch network), `writing` (`to_torch`, which writes the
+graph down), `on_keras` (the network on Keras's own variables), `accelerating` (the Keras model
+itself runs it) and `exporting`.
 """
 
 from vggtorch.lowering.accelerating import accelerate_
+from vggtorch.lowering.batch_norm import synchronize_
 from vggtorch.lowering.exporting import export
 from vggtorch.lowering.kernels import has_fused_ops
-from vggtorch.lowering.lowered import Lowered, between, lower
-from vggtorch.lowering.modules import BatchNorm, Conv2D, Dense
-from vggtorch.lowering.network import TorchNetwork, to_torch
+from vggtorch.lowering.network import TorchNetwork
+from vggtorch.lowering.on_keras import OnKeras, Product, between
+from vggtorch.lowering.writing import to_torch
 
 __all__ = [
-    "BatchNorm",
-    "Conv2D",
-    "Dense",
-    "Lowered",
+    "OnKeras",
+    "Product",
     "TorchNetwork",
     "accelerate_",
     "between",
     "export",
     "has_fused_ops",
-    "lower",
+    "synchronize_",
     "to_torch",
 ]

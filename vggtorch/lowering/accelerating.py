@@ -1,4 +1,4 @@
-"""The Keras model itself, run by its lowered module."""
+"""The Keras model itself, run by its torch network."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ import keras
 import torch
 
 from vggtorch import keras_graph
-from vggtorch.lowering.conventions import lay_out_
-from vggtorch.lowering.lowered import Lowered, lower
+from vggtorch.lowering.on_keras import OnKeras
 
 
 def accelerate_(model: keras.Model, compile: bool = False, enabled: bool = True) -> keras.Model:
-    """Make a Keras model run its lowered module in fit, evaluate, predict and calls, in place.
+    """Make a Keras model run its torch network in fit, evaluate, predict and calls, in place.
 
-    Results, callbacks, metrics, saving and surgery stay what they are; neither a saved model nor a
-    clone of this one is accelerated. Call it again after layers were changed otherwise than by
-    training or by their `trainable` flags. Returns the model.
+    The network is that of `to_torch`, with its fast plan. Results, callbacks, metrics, saving and
+    surgery stay what they are; neither a saved model nor a clone of this one is accelerated. Call
+    it again after layers were changed otherwise than by training or by their `trainable` flags.
+    Returns the model.
 
     Args:
-        model: what `lower` takes.
-        compile: run the module through torch.compile.
+        model: what `to_torch` takes.
+        compile: run the network through torch.compile.
         enabled: False gives the model its own `call` back.
 
     Raises:
-        ValueError: what `lower` raises.
+        ValueError: what `to_torch` raises.
 
     Example:
         >>> import keras, numpy as np, vggtorch as vt
@@ -39,8 +39,8 @@ def accelerate_(model: keras.Model, compile: bool = False, enabled: bool = True)
         keras_graph.override_call_(model, None)
         return model
     graph = keras_graph.graph_of(model, "accelerate_")
-    lowered = lower(model)
-    run = torch.compile(lowered) if compile else lowered
+    module = OnKeras(graph, model.name)
+    run = torch.compile(module) if compile else module
     fixes_training = any(
         call.arguments.kwargs.get("training") is not None for call in keras_graph.calls(graph)
     )
@@ -55,22 +55,24 @@ def accelerate_(model: keras.Model, compile: bool = False, enabled: bool = True)
         values = keras_graph.standardize_inputs(graph, inputs)
         if any(x is None or x.is_meta or keras_graph.has_mask(x) for x in values):
             return type(model).call(model, inputs, training=training, mask=mask)
-        if lowered.training != bool(training):
-            lowered.train(bool(training))
+        if module.training != bool(training):
+            module.train(bool(training))
         nonlocal laid_out
         optimizer = getattr(model, "optimizer", None)  # None before compile()
         if training and optimizer is not laid_out and optimizer and optimizer.built:
-            _lay_out_slots_(optimizer, lowered)
+            _lay_out_slots_(optimizer, model)
             laid_out = optimizer
-        return run(values)
+        return run(*values)
 
     keras_graph.override_call_(model, call)
     return model
 
 
-def _lay_out_slots_(optimizer: keras.Optimizer, lowered: Lowered) -> None:
+def _lay_out_slots_(optimizer: keras.Optimizer, model: keras.Model) -> None:
     """Give momentum and the like the layout of their kernels; mixed layouts make updates slow."""
-    shapes = {p.shape for p in lowered.parameters() if not p.is_contiguous()}
+    values = (keras_graph.raw_value(v) for v in model.trainable_variables)
+    kernels = {p.shape: p for p in values if not p.is_contiguous()}
     for variable in optimizer.variables:
-        if variable.value.shape in shapes:
-            lay_out_(variable.value)
+        value = keras_graph.raw_value(variable)
+        if value.shape in kernels:
+            value.data = torch.empty_like(kernels[value.shape]).copy_(value)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,10 @@ import keras
 import torch
 from torch import Tensor
 
-from vggtorch import files
-from vggtorch.lowering.as_keras import KerasLayer
-from vggtorch.lowering.lowered import Lowered, lower
+from vggtorch import files, keras_graph
+from vggtorch.lowering.layer_modules import KerasLayer
+from vggtorch.lowering.network import TorchNetwork
+from vggtorch.lowering.writing import check_data_format, network_of
 from vggtorch.models import data_config
 
 # Height and width, in pixels, for models that take any: to trace with, and to check with.
@@ -32,7 +33,7 @@ def export(model: keras.Model, path: str | PathLike, *, data_format: str | None 
     take images so small that they end as one pixel.)
 
     Args:
-        model: what `lower` takes; its inputs keep their names, shapes and dtypes.
+        model: what `to_torch` takes; its inputs keep their names, shapes and dtypes.
         path: ends in `.onnx`, or in `.pt2`, which `torch.export.load(path).module()` reads. What
             the model expects of an image, and its classes, go with it as JSON: in the metadata
             `data_config` of the one, in the extra file `data_config.json` of the other.
@@ -40,7 +41,7 @@ def export(model: keras.Model, path: str | PathLike, *, data_format: str | None 
             "channels_first" (N, C, H, W); the Keras model's own by default.
 
     Raises:
-        ValueError: another ending, what `lower` raises, or a model of which the file would not
+        ValueError: another ending, what `to_torch` raises, or a model of which the file would not
             compute the same for all batches and sizes; nothing is written then.
         ImportError: `.onnx` without the packages onnx and onnxscript.
         OSError: the file can't be written; one that stood there before is then still whole.
@@ -63,65 +64,79 @@ def export(model: keras.Model, path: str | PathLike, *, data_format: str | None 
             "Writing ONNX needs the packages onnx and onnxscript. "
             "Install them with: pip install 'vggtorch[onnx]'"
         )
-    lowered = lower(model, data_format=data_format).eval()
+    check_data_format(data_format)
+    graph = keras_graph.graph_of(model, "export")
+    network = network_of(graph, model.name, data_format=data_format).eval()
+    inputs = [_Input.of(tensor, graph, data_format) for tensor in graph.inputs]
+    device = next((p.device for p in network.parameters()), torch.device("cpu"))
     # Two images, because torch.export takes a batch of one for a constant.
-    images = _inputs(lowered, 2, TRACED)
-    dynamic = [
-        {i: torch.export.Dim.AUTO for i, n in enumerate(shape) if n is None}
-        for shape in lowered.input_shapes
-    ]
+    images = tuple(x.example(2, TRACED).to(device) for x in inputs)
+    dynamic = tuple(
+        {i: torch.export.Dim.AUTO for i, n in enumerate(x.shape) if n is None} for x in inputs
+    )
     with torch.no_grad():
-        program = torch.export.export(
-            lowered,
-            (_as_given(images),),
-            dynamic_shapes=(dynamic if len(images) > 1 else dynamic[0],),
-        )
-    module = program.module()
-    _check(lowered, lambda inputs: module(_as_given(inputs)))
+        program = torch.export.export(network, images, dynamic_shapes=dynamic)
+    other = tuple(x.example(3, CHECKED).to(device) for x in inputs)
+    _check(network, program.module(), other)
     config = data_config(model)
     described = json.dumps(config.as_dict())
     with files.atomic(path) as temporary:
         if path.suffix == ".pt2":
-            with warnings.catch_warnings():
-                # The kernels' storage is in another order than their axes, which it keeps whole.
-                warnings.filterwarnings("ignore", message="No complete tensor found")
-                torch.export.save(program, temporary, extra_files={DATA_CONFIG: described})
+            torch.export.save(program, temporary, extra_files={DATA_CONFIG: described})
             return
-        names = [tensor.name for tensor in model.inputs]
-        graph = torch.onnx.export(program, input_names=names, dynamo=True, verbose=False)
-        assert graph is not None
-        graph.model.metadata_props["data_config"] = described
+        names = [x.name for x in inputs]
+        written = torch.onnx.export(program, input_names=names, dynamo=True, verbose=False)
+        assert written is not None
+        written.model.metadata_props["data_config"] = described
         if name := config.weight_set:
-            graph.model.metadata_props["weight_set"] = name
-        graph.save(temporary, external_data=False)
+            written.model.metadata_props["weight_set"] = name
+        written.save(temporary, external_data=False)
         if importlib.util.find_spec("onnxruntime"):
-            _check(lowered, _onnx_runtime(lowered, temporary))
+            _check(network, _onnx_runtime(network, temporary), other)
 
 
-def _inputs(lowered: Lowered, batch: int, size: tuple[int, int]) -> list[Tensor]:
-    """Inputs of this batch and image size wherever the model leaves them open."""
-    device = next((p.device for p in lowered.parameters()), torch.device("cpu"))
-    generator = torch.Generator().manual_seed(0)
-    inputs = []
-    for shape, dtype in zip(lowered.input_shapes, lowered.input_dtypes, strict=True):
-        first = 2 if lowered.data_format == "channels_first" else 1
-        given = {0: batch, first: size[0], first + 1: size[1]}
-        whole = [given.get(i, size[0]) if n is None else n for i, n in enumerate(shape)]
+@dataclass(frozen=True)
+class _Input:
+    """An input of the exported network.
+
+    Attributes:
+        name: the Keras model's.
+        shape: None where the model leaves it open.
+        dtype: torch's.
+        spatial: which axes are height and width, or the like.
+    """
+
+    name: str
+    shape: tuple[int | None, ...]
+    dtype: torch.dtype
+    spatial: range
+
+    @classmethod
+    def of(
+        cls, tensor: keras.KerasTensor, graph: keras.Function, data_format: str | None
+    ) -> _Input:
+        """An input of the graph, its axes in the order of `data_format`."""
+        own, shape = keras_graph.data_format(graph), tuple(tensor.shape)
+        rank = len(shape)
+        if rank > 2 and data_format not in (None, own):
+            batch, *rest = shape
+            rest = [rest[-1], *rest[:-1]] if own == "channels_last" else [*rest[1:], rest[0]]
+            shape = (batch, *rest)
+        first = 2 if (data_format or own) == "channels_first" else 1
+        dtype = keras_graph.torch_dtype(tensor.dtype)
+        return cls(tensor.name, shape, dtype, range(first, first + rank - 2))
+
+    def example(self, batch: int, size: tuple[int, int]) -> Tensor:
+        """An input of this batch and size wherever the model leaves them open."""
+        given = dict(zip(self.spatial, size, strict=False)) | {0: batch}
+        whole = [given.get(i, size[0]) if n is None else n for i, n in enumerate(self.shape)]
         # Random whole numbers would run out of an embedding's table.
-        x = (
-            torch.rand(whole, generator=generator)
-            if dtype.is_floating_point
-            else torch.zeros(whole)
-        )
-        inputs.append(x.to(dtype).to(device))
-    return inputs
+        if not self.dtype.is_floating_point:
+            return torch.zeros(whole, dtype=self.dtype)
+        return torch.rand(whole, generator=torch.Generator().manual_seed(0)).to(self.dtype)
 
 
-def _as_given(inputs: list[Tensor]) -> Any:
-    return inputs if len(inputs) > 1 else inputs[0]
-
-
-def _onnx_runtime(lowered: Lowered, path: Path) -> Callable[[list[Tensor]], Any]:
+def _onnx_runtime(network: TorchNetwork, path: Path) -> Callable[..., Any]:
     """The written file as a function of tensors."""
     import onnxruntime
 
@@ -129,37 +144,36 @@ def _onnx_runtime(lowered: Lowered, path: Path) -> Callable[[list[Tensor]], Any]
     try:
         session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     except Exception as error:
-        kinds = sorted({str(m.dtype) for m in lowered.modules() if hasattr(m, "dtype")})
+        kinds = sorted({str(p.dtype) for p in network.parameters()})
         raise ValueError(
-            f"ONNX Runtime refuses this model: {_first_line(error)} Its layers compute in "
-            f"{', '.join(kinds) or 'what their inputs are'}{_as_keras(lowered)}. Build it in "
+            f"ONNX Runtime refuses this model: {_first_line(error)} Its weights are "
+            f"{', '.join(kinds) or 'none'}{_as_keras(network)}. Build it in "
             f"float32, with numbers of the same dtype as the tensors that they meet, or export "
             f"to .pt2."
         ) from error
     names = [x.name for x in session.get_inputs()]
 
-    def run(inputs: list[Tensor]) -> list[Tensor]:
+    def run(*inputs: Tensor) -> list[Tensor]:
         arrays = {name: x.cpu().numpy() for name, x in zip(names, inputs, strict=True)}
         return [torch.from_numpy(y) for y in session.run(None, arrays)]
 
     return run
 
 
-def _check(lowered: Lowered, run: Callable[[list[Tensor]], Any]) -> None:
+def _check(network: TorchNetwork, run: Callable[..., Any], inputs: Sequence[Tensor]) -> None:
     """See that what was exported gives at another batch and size what the model gives."""
-    inputs = _inputs(lowered, 3, CHECKED)
     shapes = ", ".join(str(tuple(x.shape)) for x in inputs)
     hint = (
-        f"The model is{_as_keras(lowered) or ' traced'}, and what is written holds for one batch "
+        f"The model is{_as_keras(network) or ' traced'}, and what is written holds for one batch "
         f"and image size only. Give the model fixed ones: keras.Input(shape, batch_size=n)."
     )
     with torch.no_grad():
         try:
-            expected = keras.tree.flatten(lowered(_as_given(inputs)))
+            expected = keras.tree.flatten(network(*inputs))
         except Exception:  # the model itself takes images of certain sizes only
             return
         try:
-            found = keras.tree.flatten(run(inputs))
+            found = keras.tree.flatten(run(*inputs))
         except Exception as error:
             raise ValueError(
                 f"The exported model fails at inputs of shape {shapes}: {_first_line(error)} {hint}"
@@ -173,11 +187,11 @@ def _check(lowered: Lowered, run: Callable[[list[Tensor]], Any]) -> None:
             )
 
 
-def _as_keras(lowered: Lowered) -> str:
+def _as_keras(network: TorchNetwork) -> str:
     """Which layers run as Keras runs them, and are traced with the numbers that Keras sees."""
     names = [
         f"{m.operation[0].name!r} ({type(m.operation[0]).__name__})"
-        for m in lowered.modules()
+        for m in network.modules()
         if isinstance(m, KerasLayer)
     ]
     return f" traced through the Keras code of {', '.join(names[:5])}" if names else ""

@@ -1,14 +1,13 @@
 """Steps that do the work of several modules at once, or of one in another way.
 
-In inference a convolution, its batch norm and its activation are one kernel, for which the weights
-are prepared once and anew when a parameter changes. In training a ReLU overwrites what it gets, or
+In inference a convolution, its batch norm and its ReLU are one kernel, for which the weights are
+prepared once and anew when a parameter changes. In training a ReLU overwrites what it gets, or
 follows the max pool behind it instead of going before it.
 """
 
 # ruff: noqa: D102  (calling one does what its class says)
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -18,15 +17,35 @@ from torch import Tensor, nn
 
 from vggtorch.keras_graph import scale_and_shift
 from vggtorch.lowering import kernels
-from vggtorch.lowering.conventions import cast, product_dtype, to_nhwc
-from vggtorch.lowering.kernels import MaxPoolReLU
-from vggtorch.lowering.modules import Activate, BatchNorm, Conv2D, Dense, Pool2D
+from vggtorch.lowering.batch_norm import BatchNorm2d
+from vggtorch.lowering.kernels import Convolution, MaxPoolReLU, Product, ReusedMemory
 
 # No sum of a convolution may come near the largest float32 (3.4e38), or its products could add up
 # to infinities of both signs, which make NaN.
 SAFE = 1e37
 # Random numbers that the rows of a kernel are multiplied by to see whether it has changed.
 PROBE = torch.randn(4096, generator=torch.Generator().manual_seed(0))
+# On a CPU a product of mixed precision trains in its weight's own dtype with fewer rows than this:
+# reading a large weight takes longer than its product, and casting it and its gradient most.
+MANY_ROWS = 128
+
+
+def product_dtype(x: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """What a convolution or product of x computes in: torch.autocast's choice, or its own dtype."""
+    device = x.device.type
+    if dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return dtype
+    return torch.get_autocast_dtype(device)
+
+
+def _is_rows(x: Tensor, linear: nn.Linear, mixed: bool) -> bool:
+    """Whether x is rows that torch's product takes too."""
+    return x.ndim == 2 and x.shape[1] == linear.weight.shape[1] and _fits(x, linear, mixed)
+
+
+def _fits(x: Tensor, module: nn.Conv2d | nn.Linear, mixed: bool) -> bool:
+    """Whether torch takes the dtype of x: that of the weight, unless something casts."""
+    return mixed or x.dtype == module.weight.dtype or torch.is_autocast_enabled(x.device.type)
 
 
 def parameter_versions(tensors: Iterable[Tensor]) -> list[tuple[int, int]]:
@@ -39,105 +58,118 @@ class ParameterCache:
 
     A version says that a tensor was written to, an address that its storage was replaced, and
     torch.func.functional_call puts another tensor in its place for one call. Writing through
-    `.data` shows in none of them, so fingerprints of the values are compared, once for each call of
-    the network, which sets `is_checked` to False.
+    `.data` shows in none of them, so the values themselves are compared with what was kept of them,
+    once for each call of the network, which sets `is_checked` to False.
     """
 
-    def __init__(self, modules: list[nn.Module], make: Callable[..., Any]) -> None:
-        self.modules, self.make = modules, make
+    def __init__(self, make: Callable[..., Any]) -> None:
+        self.make = make
         self.key: Any = None
-        self.known: list[weakref.ref[Tensor]] = []
-        self.fingerprints: list[Tensor] = []
+        self.kept: list[Tensor] = []
         self.made: Any = None
         self.is_checked = False
 
     @torch.no_grad()
-    def __call__(self, dtype: torch.dtype, *args: Any) -> Any:
-        """What was made in this dtype of the tensors as they are now."""
-        if self.is_checked and self.key is not None and self.key[0] == dtype:
+    def __call__(self, tensors: list[Tensor], settings: Any, *args: Any) -> Any:
+        """What was made with these settings of the tensors as they are now."""
+        if self.is_checked and self.key is not None and self.key[0] == settings:
             return self.made
-        tensors = [
-            tensor.detach()
-            for module in self.modules
-            for tensor in (*module._parameters.values(), *module._buffers.values())
-            if tensor is not None
-        ]
-        key = (dtype, parameter_versions(tensors))
+        tensors = [tensor.detach() for tensor in tensors]
+        key = (settings, parameter_versions(tensors))
         with torch.autocast("cpu", enabled=False):  # whose bfloat16 would round small changes away
-            fingerprints = [_fingerprint(tensor) for tensor in tensors]
-        if key != self.key or not all(map(torch.equal, fingerprints, self.fingerprints)):
-            self.made = self.make(dtype, *args)
-            self.key, self.fingerprints = key, fingerprints
+            same = key == self.key and all(map(_is_same, tensors, self.kept))
+            if not same:
+                self.made = self.make(*args)
+                self.key, self.kept = key, [_kept(tensor) for tensor in tensors]
         self.is_checked = True
         return self.made
 
-    def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {
-            "key": None,
-            "made": None,
-            "fingerprints": [],
-        }  # oneDNN's can't be copied
+
+def _flat(tensor: Tensor) -> Tensor:
+    """All numbers in the order of their memory, where it has no gaps."""
+    if torch.ops.aten.is_non_overlapping_and_dense(tensor):
+        return tensor.as_strided((tensor.numel(),), (1,))
+    return tensor.flatten()
 
 
-def _fingerprint(tensor: Tensor) -> Tensor:
-    """What differs when the values do: their bits, or of a large kernel its rows times a probe.
+def _kept(tensor: Tensor) -> Tensor:
+    """What differs when the values do: a copy, or of a large kernel its rows times a probe.
 
     The product reads the kernel once, which a comparison with a copy would have to do twice. A
     change so small that it is lost in the product's rounding is lost in that of the convolution
     too. A kernel with a NaN is never equal, and so is prepared at each call.
     """
-    flat = tensor.as_strided((tensor.numel(),), (1,))  # in the order of its memory
+    flat = _flat(tensor)
     if tensor.dtype != torch.float32 or len(flat) < 16 * len(PROBE):
-        return flat.clone().view(torch.int8)
+        return flat.clone()
     rows = len(flat) // len(PROBE)
     products = flat[: rows * len(PROBE)].view(rows, len(PROBE)) @ PROBE
     return torch.cat([products, flat[rows * len(PROBE) :]])
 
 
-class FusedConv2D:
-    """Conv2D, the BatchNorm that follows it and the activation after that as one step.
+def _is_same(tensor: Tensor, kept: Tensor) -> bool:
+    """Whether a tensor still has the values that `_kept` was made of."""
+    flat = _flat(tensor)
+    if len(kept) != len(flat):
+        return torch.equal(_kept(tensor), kept)
+    return torch.equal(flat.view(torch.int8), kept.view(torch.int8))  # by bits, for NaN
 
-    oneDNN's ReLU is max(x, 0), which makes 0 of NaN, where Keras and torch keep NaN. So the fused
-    step runs only where no NaN can come up: its input is finite, and so small that not even the
-    largest sum of weights times it, before or after the batch norm, overflows. Otherwise the
-    modules run one by one, and give what they give.
+
+class FusedConv2d:
+    """A convolution, the batch norm that follows it and the ReLU or ReLU6 after that as one step.
+
+    oneDNN's ReLU is max(x, 0), which makes 0 of NaN, where torch keeps NaN. So the fused step runs
+    only where no NaN can come up: its input is finite, and so small that not even the largest sum
+    of weights times it, before or after the batch norm, overflows. Otherwise the modules run one by
+    one, and give what they give.
     """
 
-    def __init__(self, conv: Conv2D, norm: BatchNorm | None, activation: Activate | None) -> None:
-        self.conv, self.norm, self.activation = conv, norm, activation
-        modules: list[Any] = [conv] if norm is None else [conv, norm]
-        self.constants = ParameterCache(modules, self._constants)
+    def __init__(
+        self, conv: nn.Conv2d, norm: BatchNorm2d | None, activation: nn.Module | None, mixed: bool
+    ) -> None:
+        self.conv, self.norm, self.activation, self.mixed = conv, norm, activation, mixed
+        self.constants = ParameterCache(self._constants)
+        self.kind = {nn.ReLU: "relu", nn.ReLU6: "relu6", type(None): "none"}[type(activation)]
 
     def __call__(self, x: Tensor, bound: float | None) -> tuple[Tensor, float | None]:
         """The output and a bound of its magnitude, from the input and the bound that is known."""
         conv = self.conv
-        dtype = product_dtype(x, conv.dtype)
-        if len(x) == 0 or not kernels.has_fused_ops(x, dtype):
+        dtype = product_dtype(x, x.dtype if self.mixed else conv.weight.dtype)
+        if not (_is_usual(x, conv, self.mixed) and kernels.has_fused_ops(x, dtype)):
             return self._one_by_one(x), None
-        x, padding = conv.pad(x.to(dtype).contiguous(memory_format=torch.channels_last))
-        weight, bias, groups, gain, offset = self.constants(dtype, x, padding)
+        x = x.to(dtype).contiguous(memory_format=torch.channels_last)
+        options: tuple[Any, ...] = conv.stride, conv.padding, conv.dilation, conv.groups
+        tensors = [conv.weight] if conv.bias is None else [conv.weight, conv.bias]
+        eps = None
+        if self.norm is not None:
+            norm, eps = self.norm, self.norm.eps
+            if norm.running_mean is None or norm.running_var is None:
+                return self._one_by_one(x), None
+            state = norm.running_mean, norm.running_var, norm.weight, norm.bias
+            tensors += [t for t in state if t is not None]
+        made = self.constants(tensors, (dtype, options, eps), dtype, x, options)
+        weight, bias, gain, offset = made
+        known = bound is not None
         if bound is None:
-            low, high = torch.aminmax(to_nhwc(x))  # NHWC, in the order of its memory
-            bound = float(torch.maximum(-low, high))
-        bound = bound * gain + offset
-        if not bound < SAFE:  # also where it is NaN
+            bound = _magnitude(x)
+        out = bound * gain + offset
+        if known and not out < SAFE:  # the bounds of many layers multiply up
+            out = _magnitude(x) * gain + offset
+        if not out < SAFE:  # also where it is NaN
             return self._one_by_one(x), None
-        is_relu = self.activation is not None and self.activation.is_relu
-        options = conv.stride, padding, conv.dilation, groups
-        y = kernels.conv2d(x, weight, bias, *options, "relu" if is_relu else "none")
-        if self.activation is None or is_relu:
-            return y, bound
-        return self.activation(y), None
+        stride, padding, dilation, groups = options
+        y = kernels.conv2d(x, weight, bias, stride, padding, dilation, groups, self.kind)
+        return y, out
 
     def _one_by_one(self, x: Tensor) -> Tensor:
-        y = self.conv.convolve(x)
+        y: Tensor = self.conv(x)
         y = y if self.norm is None else self.norm(y)
         return y if self.activation is None else self.activation(y)
 
     def _constants(
-        self, dtype: torch.dtype, x: Tensor, padding: tuple[int, int]
-    ) -> tuple[Tensor, Tensor | None, int, float, float]:
-        """Weight (O, I, H, W), bias and groups; batch norm is a scale of one and a shift.
+        self, dtype: torch.dtype, x: Tensor, options: tuple[Any, ...]
+    ) -> tuple[Tensor, Tensor | None, float, float]:
+        """Weight (O, I, H, W) and bias, in which batch norm is a scale of one and a shift.
 
         And how much an output can be: at most the first number times the largest input, plus the
         second, of the convolution itself and behind the batch norm.
@@ -145,20 +177,37 @@ class FusedConv2D:
         conv, norm = self.conv, self.norm
         weight = conv.weight.detach()
         bias: Tensor | None = conv.bias
-        groups = x.shape[1] // weight.shape[1]
         gain, offset = _gain(weight), _largest(bias)
         if norm is not None:
-            mean = norm.moving_mean if bias is None else norm.moving_mean - bias
+            mean, variance = norm.running_mean, norm.running_var
+            assert mean is not None and variance is not None
             scale, bias = scale_and_shift(
-                mean, norm.moving_variance, norm.epsilon, norm.gamma, norm.beta
+                mean if bias is None else mean - bias, variance, norm.eps, norm.weight, norm.bias
             )
             weight = weight * scale.reshape(-1, 1, 1, 1)
             gain, offset = gain + _gain(weight), offset + _largest(bias)
         weight = weight.to(dtype)
         bias = None if bias is None else bias.detach().to(dtype)
-        options = conv.stride, padding, conv.dilation, groups
         prepared = kernels.prepared_weight(weight, x.shape, *options)
-        return prepared, bias, groups, gain, offset
+        return prepared, bias, gain, offset
+
+
+def _is_usual(x: Tensor, conv: nn.Conv2d, mixed: bool) -> bool:
+    """Whether a convolution of x is one that our kernels compute as the module does."""
+    return (
+        x.ndim == 4
+        and len(x) > 0
+        and x.shape[1] == conv.weight.shape[1] * conv.groups
+        and conv.padding_mode == "zeros"
+        and not isinstance(conv.padding, str)
+        and _fits(x, conv, mixed)
+    )
+
+
+def _magnitude(x: Tensor) -> float:
+    """The largest magnitude in x (N, C, H, W), NaN if there is one."""
+    low, high = torch.aminmax(x.permute(0, 2, 3, 1))  # NHWC, in the order of its memory
+    return float(torch.maximum(-low, high))
 
 
 def _gain(weight: Tensor) -> float:
@@ -170,51 +219,81 @@ def _largest(bias: Tensor | None) -> float:
     return 0.0 if bias is None else float(bias.abs().max())
 
 
-class FusedDense:
-    """Dense as a step of inference; its ReLU overwrites the product."""
+class FusedLinear:
+    """A product as a step of inference; its ReLU overwrites what was computed."""
 
-    def __init__(self, dense: Dense) -> None:
-        self.dense, self.activation = dense, dense.activation
+    def __init__(self, linear: nn.Linear, activation: nn.Module | None, mixed: bool) -> None:
+        self.linear, self.activation, self.mixed = linear, activation, mixed
 
     @torch.no_grad()
     def __call__(self, x: Tensor) -> Tensor:
-        dense, activation = self.dense, self.activation
-        dtype = product_dtype(x, dense.dtype)
-        x, weight = x.to(dtype), dense.kernel.detach().t().to(dtype)  # (out, in)
-        bias = None if dense.bias is None else dense.bias.detach().to(dtype)
-        y = (kernels.linear if kernels.has_fused_ops(x, dtype) else F.linear)(x, weight, bias)
-        if activation is not None and activation.is_relu:
-            return F.relu_(y)
-        return y if activation is None else activation(y)
+        linear = self.linear
+        dtype = product_dtype(x, x.dtype if self.mixed else linear.weight.dtype)
+        if _is_rows(x, linear, self.mixed) and kernels.has_fused_ops(x, dtype):
+            bias = None if linear.bias is None else linear.bias.to(dtype)
+            y = kernels.linear(x.to(dtype), linear.weight.to(dtype), bias)
+        else:
+            y = linear(x)
+        if self.activation is None:
+            return y
+        return F.relu_(y) if type(self.activation) is nn.ReLU else self.activation(y)
 
 
-class Convolve:
-    """A Conv2D without its activation, or with a ReLU that overwrites what was computed."""
+class TrainedConv2d:
+    """A convolution that learns, by the gradients of kernels.py."""
 
-    def __init__(self, conv: Conv2D, relu: bool) -> None:
-        self.conv, self.relu = conv, relu
+    def __init__(self, conv: nn.Conv2d, mixed: bool) -> None:
+        self.conv, self.mixed = conv, mixed
 
     def __call__(self, x: Tensor) -> Tensor:
-        y = self.conv.convolve(x)
-        return F.relu_(y) if self.relu else y
+        conv = self.conv
+        dtype = product_dtype(x, x.dtype if self.mixed else conv.weight.dtype)
+        usual = _is_usual(x, conv, self.mixed) and kernels.supports_training(x, dtype)
+        if conv.bias is None or not usual:
+            y: Tensor = conv(x)
+            return y
+        options = conv.stride, conv.padding, conv.dilation, conv.groups
+        x = x.to(dtype).contiguous(memory_format=torch.channels_last)
+        return Convolution.apply(x, conv.weight.to(dtype), conv.bias.to(dtype), *options)
+
+
+class TrainedLinear:
+    """A product that learns, by the gradients of kernels.py."""
+
+    def __init__(self, linear: nn.Linear, mixed: bool) -> None:
+        self.linear, self.mixed = linear, mixed
+        self.gradients = ReusedMemory()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        linear, own = self.linear, self.linear.weight.dtype
+        dtype = product_dtype(x, x.dtype if self.mixed else own)
+        rows = _is_rows(x, linear, self.mixed)
+        few = rows and len(x) < MANY_ROWS and kernels.supports_training(x, own)
+        inside = own if few else dtype
+        if not (rows and kernels.supports_training(x, inside)):
+            y: Tensor = linear(x)
+            return y
+        bias = None if linear.bias is None else linear.bias.to(inside)
+        weight = linear.weight.to(inside)
+        return Product.apply(x.to(inside), weight, bias, self.gradients).to(dtype)
 
 
 class OverwritingReLU:
     """A ReLU that overwrites its input, which nobody else needs."""
 
-    def __init__(self, activation: Activate) -> None:
-        self.activation = activation
-
     def __call__(self, x: Tensor) -> Tensor:
-        return F.relu_(cast(x, self.activation.dtype))
+        return F.relu_(x)
 
 
-class ReLUPool2D:
+class ReLUPool2d:
     """A ReLU and the max pool after it, pooled first; x is (N, C, H, W)."""
 
-    def __init__(self, pool: Pool2D) -> None:
-        self.pool = pool
+    def __init__(self, relu: nn.ReLU, pool: nn.MaxPool2d) -> None:
+        self.relu, self.pool = relu, pool
 
     def __call__(self, x: Tensor) -> Tensor:
-        x, padding = self.pool.pad(cast(x, self.pool.dtype))
-        return MaxPoolReLU.apply(x, self.pool.size, self.pool.stride, padding)[0]
+        pool = self.pool
+        if x.ndim != 4 or pool.return_indices or pool.ceil_mode or pool.dilation not in (1, (1, 1)):
+            y: Tensor = pool(self.relu(x))
+            return y
+        return MaxPoolReLU.apply(x, pool.kernel_size, pool.stride, pool.padding)[0]

@@ -26,11 +26,12 @@ PIECE_BYTES = 8 << 20
 
 
 def is_intercepted() -> bool:
-    """Whether a compiler, a dispatch mode or a functorch transform is active."""
+    """Whether a compiler, a mode that sees each function or a functorch transform is active."""
     return (
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()
         or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._len_torch_function_stack() > 0
         or torch._C._functorch.maybe_current_level() is not None  # torch.func
         or forward_ad._current_level >= 0
     )
@@ -81,6 +82,14 @@ def prepared_weight(
     )
 
 
+# Activations as oneDNN knows them: a name and its numbers.
+_ACTIVATIONS: dict[str, tuple[str, list[float]]] = {
+    "none": ("none", []),
+    "relu": ("relu", []),
+    "relu6": ("hardtanh", [0.0, 6.0]),
+}
+
+
 def conv2d(
     x: Tensor,
     weight: Tensor,
@@ -91,9 +100,9 @@ def conv2d(
     groups: int,
     activation: str = "none",
 ) -> Tensor:
-    """Convolution, bias and activation ("none" or "relu") in one; no gradients."""
+    """Convolution, bias and activation ("none", "relu" or "relu6") in one; no gradients."""
     return torch.ops.mkldnn._convolution_pointwise(
-        x, weight, bias, padding, stride, dilation, groups, activation, [], ""
+        x, weight, bias, padding, stride, dilation, groups, *_ACTIVATIONS[activation], ""
     )
 
 
@@ -200,21 +209,26 @@ class ReusedMemory:
                 return None
             return torch.from_numpy(self.memory).view(dtype).view(shape)
 
+    def release(self) -> None:
+        """Let go of the memory, until it is asked for again."""
+        with self.lock:
+            self.memory = None
+
     def __reduce__(self) -> tuple[Any, ...]:
         return ReusedMemory, ()  # a copy has memory of its own, when it needs it
 
 
 class Product(torch.autograd.Function):
-    """x (N, in) times kernel (in, out) plus bias by oneDNN, which is faster than torch's product.
+    """x (N, in) times weight (out, in) plus bias by oneDNN, which is faster than torch's product.
 
-    The kernel is a view of (out, in) memory, and so is its gradient, which `memory` is for.
+    `memory` is for the weight's gradient.
     """
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, kernel: Tensor, bias: Tensor | None, memory: ReusedMemory) -> Tensor:
-        return linear(x, kernel.t(), bias)
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, memory: ReusedMemory) -> Tensor:
+        return linear(x, weight, bias)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -223,21 +237,20 @@ class Product(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, kernel = ctx.saved_tensors
-        of_x, of_kernel, of_bias = ctx.needs_input_grad[:3]
+        x, weight = ctx.saved_tensors
+        of_x, of_weight, of_bias = ctx.needs_input_grad[:3]
         # oneDNN's product has no gradient of its own, which create_graph=True would need.
         once = not torch.is_grad_enabled()
         product = _matmul if once else torch.matmul
-        kernel_grad = None
-        if of_kernel:
-            if once and kernel.nbytes >= LARGE_BYTES:
-                kernel_grad = _in_memory(ctx.memory, grad.t(), x)
-            if kernel_grad is None:
-                kernel_grad = product(grad.t(), x)
-            kernel_grad = kernel_grad.t()
+        weight_grad = None
+        if of_weight:
+            if once and weight.nbytes >= LARGE_BYTES:
+                weight_grad = _in_memory(ctx.memory, grad.t(), x)
+            if weight_grad is None:
+                weight_grad = product(grad.t(), x)
         return (
-            product(grad, kernel.t()) if of_x else None,
-            kernel_grad,
+            product(grad, weight) if of_x else None,
+            weight_grad,
             grad.sum(0) if of_bias else None,
             None,
         )

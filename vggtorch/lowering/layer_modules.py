@@ -21,68 +21,68 @@ from vggtorch import keras_graph
 from vggtorch.lowering.ties import warn_parted
 
 
-def train_batch_norm(
-    x: Tensor,
-    mean: Tensor,
-    variance: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    step: float,
-    eps: float,
-) -> Tensor:
-    """Normalise by the batch's own moments, and let `mean` and `variance` go a step towards them.
+class _Mixed(nn.Module):
+    """A product that computes in its input's dtype, with weights in another one.
 
-    torch would keep the unbiased variance; it is asked for the batch's own, and that is undone.
-    """
-    n = x.numel() // x.shape[1]
-    batch_mean, batch_variance = torch.zeros_like(mean), torch.zeros_like(variance)
-    # Not F.batch_norm, which refuses one value for each channel; Keras takes it.
-    y = torch.batch_norm(
-        x, weight, bias, batch_mean, batch_variance, True, 1.0, eps, torch.backends.cudnn.enabled
-    )
-    with torch.no_grad():
-        biased = batch_variance * ((n - 1) / n) if n > 1 else torch.zeros_like(batch_variance)
-        mean.lerp_(batch_mean, step)
-        variance.lerp_(biased, step)
-    return y
-
-
-torch.fx.wrap("train_batch_norm")  # a tracer records the call, which depends on the batch's size
-
-
-class _KerasRules(nn.modules.batchnorm._BatchNorm):
-    """Batch norm by Keras's rules: a biased moving variance, and inference while it is frozen.
-
-    `frozen` follows the Keras layer's `trainable`.
+    Keras's mixed dtype policies do so. `torch.nn` has it by autocast alone.
     """
 
-    frozen = False
+    weight: Any
+    bias: Any
+
+    def cast(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias in the dtype of x."""
+        return self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype)
+
+
+class MixedConv1d(_Mixed, nn.Conv1d):
+    """nn.Conv1d that computes in its input's dtype; x is (N, C, L)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        mean, variance = self.running_mean, self.running_var
-        if mean is None or variance is None:  # somebody made it track nothing
-            return super().forward(x)
-        if not self.training or self.frozen:
-            return F.batch_norm(x, mean, variance, self.weight, self.bias, False, 0.0, self.eps)
-        if self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(1)
-        if self.momentum is not None:
-            step = self.momentum
-        else:  # a plain mean over all batches, which update_bn asks for
-            step = 1.0 / float(self.num_batches_tracked or 1)
-        return train_batch_norm(x, mean, variance, self.weight, self.bias, step, self.eps)
+        return self._conv_forward(x, *self.cast(x))
 
 
-class BatchNorm1d(_KerasRules, nn.BatchNorm1d):
-    """nn.BatchNorm1d by Keras's rules; x is (N, C) or (N, C, L)."""
+class MixedConv2d(_Mixed, nn.Conv2d):
+    """nn.Conv2d that computes in its input's dtype; x is (N, C, H, W)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._conv_forward(x, *self.cast(x))
 
 
-class BatchNorm2d(_KerasRules, nn.BatchNorm2d):
-    """nn.BatchNorm2d by Keras's rules; x is (N, C, H, W)."""
+class MixedConv3d(_Mixed, nn.Conv3d):
+    """nn.Conv3d that computes in its input's dtype; x is (N, C, D, H, W)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._conv_forward(x, *self.cast(x))
 
 
-class BatchNorm3d(_KerasRules, nn.BatchNorm3d):
-    """nn.BatchNorm3d by Keras's rules; x is (N, C, D, H, W)."""
+class MixedLinear(_Mixed, nn.Linear):
+    """nn.Linear that computes in its input's dtype; x is (..., in)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, *self.cast(x))
+
+
+class WideLayerNorm(nn.LayerNorm):
+    """nn.LayerNorm that computes in float32 and puts out its input's dtype, as Keras does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = (p if p is None else p.float() for p in (self.weight, self.bias))
+        return F.layer_norm(x.float(), self.normalized_shape, weight, bias, self.eps).to(x.dtype)
+
+
+class GlobalMaxPool(nn.Module):
+    """The maximum of each map; x is (N, C, ...).
+
+    Where several pixels have it, each gets its share of the gradient, as in Keras.
+    """
+
+    def __init__(self, keepdims: bool) -> None:
+        super().__init__()
+        self.keepdims = keepdims
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.amax(x, tuple(range(2, x.ndim)), self.keepdims)
 
 
 def pad_same(
@@ -158,19 +158,25 @@ torch.fx.wrap("avg_pool_same")
 
 
 class Normalize(nn.Module):
-    """(x - mean) / deviation, on Keras's layout."""
+    """(x - mean) / deviation, on Keras's layout.
+
+    Attributes:
+        shape: in which mean and variance meet x.
+        least: the smallest deviation.
+    """
 
     mean: Tensor
     variance: Tensor
 
-    def __init__(self, mean: Tensor, variance: Tensor, least: float) -> None:
+    def __init__(self, mean: Tensor, variance: Tensor, shape: Sequence[int], least: float) -> None:
         super().__init__()
-        self.least = least  # of the deviation
+        self.shape, self.least = tuple(shape), least
         self.register_buffer("mean", mean)
         self.register_buffer("variance", variance)
 
     def forward(self, x: Tensor) -> Tensor:
-        return (x - self.mean) / self.variance.sqrt().clamp(min=self.least)
+        mean, variance = (t.view(self.shape).to(x.dtype) for t in (self.mean, self.variance))
+        return (x - mean) / variance.sqrt().clamp(min=self.least)
 
 
 class Scale(nn.Module):
@@ -211,12 +217,20 @@ class Rescale(nn.Module):
         return x * self.scale + self.offset
 
 
+# What Keras itself offers as an activation looks at one image at a time.
+_BUILT_IN = {id(getattr(keras.activations, name)) for name in dir(keras.activations)}
+
+
 class KerasFunction(nn.Module):
-    """An activation function of Keras or of the user, on Keras's layout."""
+    """An activation function of Keras or of the user, on Keras's layout.
+
+    `is_by_image`: what one image becomes doesn't depend on the others.
+    """
 
     def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
         self.function = function
+        self.is_by_image = id(function) in _BUILT_IN
 
     def forward(self, x: Tensor) -> Tensor:
         return self.function(x)

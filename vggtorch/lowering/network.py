@@ -1,28 +1,15 @@
-"""`to_torch`: a Keras model as a network of torch's own modules, on the Keras model's memory.
-
-The Keras graph is walked once and written down as a torch.fx graph, so the result is what torch's
-tools take for a network: its children are torch.nn's classes, its forward is plain code, and it
-can be traced, quantised, pruned, exported and compiled as any other.
-"""
+"""The torch network of a Keras model, which keeps in step with it and runs the fast way."""
 
 from __future__ import annotations
 
-import keyword
-import operator
-import warnings
+import copy
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
-from functools import reduce
 from typing import TYPE_CHECKING, Any
 
-import keras
 import torch
-from keras import layers
 from torch import Tensor, nn
 
-from vggtorch import keras_graph
-from vggtorch.lowering.converters import Axes, Piece, Site, convert
-from vggtorch.lowering.layer_modules import KerasLayer
+from vggtorch.lowering.plan import Plan
 from vggtorch.lowering.ties import Ties
 
 
@@ -33,20 +20,57 @@ class TorchNetwork(torch.fx.GraphModule):
     """
 
     _ties = Ties()
+    _written: torch.fx.Graph  # the graph as the code of `forward` has it
+    _plan: Plan | None = None
 
     if TYPE_CHECKING:  # the children are known only when the network is built
 
         def __getattr__(self, name: str) -> Any: ...
 
-    def _sync(self) -> None:
-        """Carry over what was replaced on either side; a tracer must not see that."""
-        if not (torch.compiler.is_compiling() or torch.jit.is_tracing()):
-            self._ties.sync()
+    def _sync(self) -> bool:
+        """Carry over what was replaced on either side; not under a tracer, which must not see it.
+
+        Returns:
+            Whether it was done.
+        """
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+            return False
+        self._ties.sync()
+        return True
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the network, once what was replaced on either side has been carried over."""
-        self._sync()
+        """Run the network, once what was replaced on either side has been carried over.
+
+        The fast plan runs it where nobody can tell; else torch runs it as any other module.
+        """
+        if self._sync():
+            plan = self._current_plan()
+            inputs = args if plan is None else plan.in_order(args, kwargs)
+            if plan is not None and plan.takes(inputs):
+                return plan(inputs)
         return super().__call__(*args, **kwargs)
+
+    def recompile(self) -> Any:
+        """As torch.fx.GraphModule has it: make `forward` anew from the graph as it is now."""
+        code = super().recompile()
+        self._written, self._plan = copy.deepcopy(self.graph), None
+        return code
+
+    def _current_plan(self) -> Plan | None:
+        """The plan for the code and the modules as they are now; None where there is none."""
+        if self._plan is None or not self._plan.is_current():
+            try:
+                self._plan = Plan(self._written, self, self.meta.get("checkpoint", False))
+            except NotImplementedError:
+                return None
+        return self._plan
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """As torch.fx.GraphModule has it: the code is pickled, and the graph traced from it."""
+        make, (state, *rest) = super().__reduce__()
+        state = {k: v for k, v in state.items() if k not in ("_written", "_plan", "_ties")}
+        ranks = [n.meta.get("rank") for n in self._written.nodes if n.op == "placeholder"]
+        return _unpickled, (make, (state, *rest), ranks, self.meta.get("checkpoint", False))
 
     def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
         """As torch.nn.Module has it, with requires_grad as Keras's `trainable` flags are now."""
@@ -73,348 +97,16 @@ class TorchNetwork(torch.fx.GraphModule):
         return result
 
 
-def to_torch(
-    model: keras.Model, *, data_format: str | None = None, share: bool = True
+def _unpickled(
+    make: Callable[..., torch.fx.GraphModule],
+    arguments: tuple[Any, ...],
+    ranks: list[int | None],
+    checkpoint: bool,
 ) -> TorchNetwork:
-    """Return a Keras model as a torch network of torch's own modules.
-
-    Its children have the layers' names and are torch's own classes: `block1_conv1` is an nn.Conv2d
-    and `block1_conv1_relu` the nn.ReLU behind it. Weights are (O, I, H, W) and (out, in). A batch
-    norm is an nn.BatchNorm2d with Keras's rules, its moving statistics buffers. A layer that torch
-    has no exact module for runs inside a module as Keras runs it; so do layers of a mixed dtype
-    policy, and those behind a mask.
-
-    **One memory.** Each weight stands on the memory of its Keras variable: an optimizer's step,
-    `load_state_dict` or `set_weights` on either side is seen by both, and a saved Keras model has
-    what torch has learned. Gradients are each side's own. `.to(device)` moves both; freezing a
-    Keras layer freezes its weights here, from the next call or the next look at `parameters()`;
-    `requires_grad` set here is torch's own affair. Replacing a child, or converting to another
-    dtype (with a warning), leaves the Keras model with what it had. `copy.deepcopy` and pickles
-    stand alone. Kernels of the Keras model are views in another order from then on, so flatten
-    them (`parameters_to_vector`) on the torch side.
-
-    **What is read once.** Strides, activations, dropout rates: changes of a layer other than of its
-    weights and of `trainable` need another `to_torch`. Penalties of Keras's regularizers are no
-    part of what the network returns; a model that has them is warned of.
-
-    **Modes.** `train()` and `eval()` are Keras's `training=True` and `training=False`, and the
-    network starts in the first, as every torch module does.
-
-    Args:
-        model: a Functional or Sequential model, with any layers.
-        data_format: layout of inputs and outputs with three axes or more, "channels_last"
-            (N, H, W, C) or "channels_first" (N, C, H, W); the Keras model's own by default.
-        share: False gives the network a memory of its own.
-
-    Returns:
-        The network. It takes the model's inputs one by one, by position or by their names, and
-        returns what the model returns.
-
-    Raises:
-        ValueError: a model that isn't a graph of layers, or an unknown data_format.
-
-    Example:
-        >>> import torch, vggtorch as vt
-        >>> vgg = vt.VGG11(weights=None, include_top=False, input_shape=(32, 32, 3))
-        >>> network = vt.to_torch(vgg, data_format="channels_first").eval()
-        >>> network.block1_conv1
-        Conv2d(3, 64, kernel_size=(3, 3), stride=(1, 1), padding=(1, 1))
-        >>> network(torch.rand(2, 3, 32, 32)).shape
-        torch.Size([2, 512, 1, 1])
-    """
-    if data_format not in (None, "channels_last", "channels_first"):
-        raise ValueError(
-            f"Received data_format={data_format!r}; expected 'channels_last' or 'channels_first'."
-        )
-    graph = keras_graph.graph_of(model, "to_torch")
-    outer = "keras"
-    if data_format not in (None, keras_graph.data_format(graph)):
-        outer = "first" if data_format == "channels_first" else "last"
-    _warn_of_penalties(model)
-    common = _Common(share)
-    network = _Builder(graph, common, outer).build(model.name)
-    network._ties = common.ties if share else Ties()
+    """The network of a pickle, which holds its code and its modules."""
+    plain = make(*arguments)
+    for node, rank in zip(plain.graph.nodes, ranks, strict=False):  # the first are the inputs
+        node.meta["rank"] = rank
+    network = TorchNetwork(plain, plain.graph, class_name=type(plain).__name__)
+    network.meta["checkpoint"] = checkpoint
     return network
-
-
-def _warn_of_penalties(model: keras.Model) -> None:
-    """Say that a torch loop over the network leaves out what Keras's fit adds to the loss."""
-    penalised = [v.path for v in model.trainable_variables if v.regularizer is not None]
-    penalised += [
-        layer.name
-        for layer in keras_graph.all_layers(model)
-        if layer.activity_regularizer is not None
-    ]
-    if penalised:
-        warnings.warn(
-            f"{model.name!r} has regularizers ({penalised[0]!r} first, {len(penalised)} in all), "
-            f"whose penalties the torch network doesn't know: in a torch loop use the optimizer's "
-            f"weight_decay, or train by Keras's fit.",
-            stacklevel=3,
-        )
-
-
-_MERGES: dict[type, Callable[..., Any]] = {
-    layers.Add: torch.add,
-    layers.Multiply: torch.mul,
-    layers.Subtract: torch.sub,
-    layers.Maximum: torch.maximum,
-    layers.Minimum: torch.minimum,
-    layers.Average: torch.add,
-}
-_OPERATORS: dict[str, Callable[..., Any]] = {
-    "Add": torch.add,
-    "Subtract": torch.sub,
-    "Multiply": torch.mul,
-    "Divide": torch.div,
-    "TrueDivide": torch.div,
-    "Negative": torch.neg,
-}
-
-
-@dataclass
-class _Common:
-    """What the builders of a network and of the networks nested in it have in common.
-
-    Attributes:
-        share: whether torch's tensors are on the Keras variables' memory.
-        ties: the pairs of both.
-        pieces: the modules of each layer by its id and its input's rank; a layer that is called in
-            several networks is one module in all of them.
-        copies: what stands for the variables of layers that Keras runs, without `share`.
-    """
-
-    share: bool
-    ties: Ties = field(default_factory=Ties)
-    pieces: dict[tuple[int, int], list[Piece] | None] = field(default_factory=dict)
-    copies: dict[int, nn.Parameter] = field(default_factory=dict)
-
-
-class _Builder:
-    """Writes a Keras graph down as a torch.fx graph.
-
-    Each Keras tensor has a value here in one or two orders of axes: as Keras has it ("keras") and
-    with the channels moved from the end to axis 1 ("first"). A step takes the one that it needs,
-    which is made of the other by a permutation, a view, when it isn't there.
-    """
-
-    def __init__(self, model: keras.Function, common: _Common, outer: str = "keras") -> None:
-        self.model, self.common, self.outer = model, common, outer
-        self.root = nn.Module()
-        self.graph = torch.fx.Graph()
-        self.values: dict[int, dict[str, torch.fx.Node]] = {}  # by the id of a Keras tensor
-        self.names: dict[tuple[int, ...], list[tuple[str, str]] | None] = {}  # of layers' modules
-
-    def build(self, name: str) -> TorchNetwork:
-        inputs = {id(tensor): tensor for tensor in self.model.inputs}
-        for tensor in inputs.values():
-            node = self.graph.placeholder(_identifier(keras_graph.producer(tensor).name))
-            axes = "first" if self.outer == "first" and len(tensor.shape) > 2 else "keras"
-            if self.outer == "last" and len(tensor.shape) > 2:
-                node = self._permuted(node, len(tensor.shape), to_first=True)
-            self.values[id(tensor)] = {axes: node}
-        for call in keras_graph.calls(self.model):
-            if not call.is_input:
-                self._step(call)
-        outputs = {id(t): self._outgoing(t) for t in self.model.outputs}
-        structure = keras_graph.output_structure(self.model)
-        self.graph.output(keras.tree.map_structure(lambda t: outputs[id(t)], structure))
-        self.graph.lint()
-        return TorchNetwork(self.root, self.graph, class_name=_identifier(name))
-
-    # Values
-
-    def _permuted(self, node: torch.fx.Node, rank: int, *, to_first: bool) -> torch.fx.Node:
-        last, between = rank - 1, range(1, rank - 1)
-        order = (0, last, *between) if to_first else (0, *range(2, rank), 1)
-        return self.graph.call_method("permute", (node, *order))
-
-    def _outgoing(self, tensor: keras.KerasTensor) -> torch.fx.Node:
-        rank = len(tensor.shape)
-        if self.outer == "last" and rank > 2:
-            return self._permuted(self.value(tensor, "keras"), rank, to_first=False)
-        return self.value(tensor, "first" if self.outer == "first" else "keras")
-
-    def value(self, tensor: keras.KerasTensor, axes: str) -> torch.fx.Node:
-        """A Keras tensor's value with its axes in this order."""
-        known, rank = self.values[id(tensor)], len(tensor.shape)
-        if rank <= 2 or (axes == "any" and known):
-            return next(iter(known.values()))
-        if axes not in known:
-            known[axes] = self._permuted(next(iter(known.values())), rank, to_first=axes == "first")
-        return known[axes]
-
-    def _common(self, tensors: list[keras.KerasTensor]) -> str:
-        """The order of axes that needs the fewest permutations for all of these."""
-        first = sum("first" in self.values[id(t)] for t in tensors)
-        return "first" if 2 * first >= len(tensors) else "keras"
-
-    # Steps
-
-    def _step(self, call: keras_graph.Node) -> None:
-        masked = any(map(keras_graph.has_mask, call.input_tensors))
-        if masked or not (self._as_torch(call) or self._merge(call) or self._nested(call)):
-            self._by_keras(call)
-
-    def _set(self, tensor: keras.KerasTensor, axes: str, node: torch.fx.Node) -> None:
-        self.values[id(tensor)] = {axes: node}
-
-    def _as_torch(self, call: keras_graph.Node) -> bool:
-        """Write down a call of a layer that torch.nn has modules for."""
-        layer = call.operation
-        if not isinstance(layer, keras.Layer) or not _is_plain(call):
-            return False
-        if len(call.input_tensors) != 1 or len(call.outputs) != 1:
-            return False
-        (tensor,) = call.input_tensors
-        rank = len(tensor.shape)
-        key = (id(layer), rank)
-        if key not in self.names:
-            common = self.common
-            if key not in common.pieces:
-                site = Site(layer, call.input_tensors, common.ties, common.share)
-                common.pieces[key] = convert(site)
-            pieces = common.pieces[key]
-            self.names[key] = (
-                None
-                if pieces is None
-                else [
-                    (
-                        self._add(layer.name + piece.suffix, piece.module),
-                        self._axes(piece.axes, layer),
-                    )
-                    for piece in pieces
-                ]
-            )
-        modules = self.names[key]
-        if isinstance(layer, layers.Reshape | layers.Permute):
-            self._reshape(call)
-            return True
-        if not modules:
-            return False
-        axes = modules[0][1]
-        if axes == "any":
-            axes = self._common([tensor])
-        node = self.value(tensor, axes)
-        floats = "float" in tensor.dtype and "float" in layer.compute_dtype
-        if floats and tensor.dtype != layer.compute_dtype:  # Keras casts a layer's input
-            dtype = keras_graph.torch_dtype(layer.compute_dtype)
-            node = self.graph.call_method("to", (node, dtype))
-        for name, wanted in modules:
-            if wanted not in ("any", axes) and rank > 2:
-                node = self._permuted(node, rank, to_first=wanted == "first")
-                axes = wanted
-            node = self.graph.call_module(name, (node,))
-        self._set(call.outputs[0], axes, node)
-        return True
-
-    def _axes(self, axes: Axes, layer: Any) -> str:
-        """The order of axes that a module wants; in a channels_first layer both are the same."""
-        return "keras" if getattr(layer, "data_format", "") == "channels_first" else axes
-
-    def _reshape(self, call: keras_graph.Node) -> None:
-        layer, x = call.operation, self.value(call.input_tensors[0], "keras")
-        if isinstance(layer, layers.Permute):
-            node = self.graph.call_method("permute", (x, 0, *layer.dims))
-        else:
-            size = self.graph.call_method("size", (x, 0))
-            node = self.graph.call_method("reshape", (x, size, *layer.target_shape))
-        self._set(call.outputs[0], "keras", node)
-
-    def _merge(self, call: keras_graph.Node) -> bool:
-        """Write down a sum, product, concatenation, or an operator between tensors and numbers."""
-        operation, tensors = call.operation, list(call.input_tensors)
-        ranks = {len(t.shape) for t in tensors}
-        same = len(ranks) == 1 and len({t.dtype for t in (*tensors, *call.outputs)}) == 1
-        if not same or "int" in tensors[0].dtype or "bool" in tensors[0].dtype:
-            return False
-        kind = type(operation)
-        if isinstance(operation, keras.Layer):
-            known = kind in _MERGES or kind is layers.Concatenate
-            if not known or len(tensors) < 2 or operation.activity_regularizer is not None:
-                return False
-            if operation.compute_dtype != tensors[0].dtype or not _is_plain(call):
-                return False
-        elif (
-            keras_graph.operation_kind(operation) not in _OPERATORS
-            or call.arguments.kwargs
-            or any(not isinstance(a, keras.KerasTensor | int | float) for a in call.arguments.args)
-        ):
-            return False
-        axes = self._common(tensors)
-        nodes = {id(t): self.value(t, axes) for t in tensors}
-        values = [nodes[id(t)] for t in tensors]
-        if kind is layers.Concatenate:
-            (rank,) = ranks
-            axis = operation.axis % rank
-            if axes == "first" and axis > 0:
-                axis = 1 if axis == rank - 1 else axis + 1
-            node = self.graph.call_function(torch.cat, (values, axis))
-        elif kind in _MERGES:
-            node = reduce(lambda a, b: self.graph.call_function(_MERGES[kind], (a, b)), values)
-            if kind is layers.Average:
-                node = self.graph.call_function(torch.div, (node, len(values)))
-        else:
-            arguments = [
-                nodes[id(a)] if isinstance(a, keras.KerasTensor) else a for a in call.arguments.args
-            ]
-            function = _OPERATORS[str(keras_graph.operation_kind(operation))]
-            if not isinstance(arguments[0], torch.fx.Node):  # torch.sub(1, x) takes no number first
-                function = getattr(operator, _PLAIN[function])
-            node = self.graph.call_function(function, tuple(arguments))
-        self._set(call.outputs[0], axes, node)
-        return True
-
-    def _nested(self, call: keras_graph.Node) -> bool:
-        """Write down a call of a model as that of a network of its own."""
-        inner = keras_graph.functional(call.operation)
-        if inner is None or not _is_plain(call):
-            return False
-        key = (id(call.operation),)
-        if key not in self.names:
-            network = _Builder(inner, self.common).build(call.operation.name)
-            self.names[key] = [(self._add(call.operation.name, network), "keras")]
-        self._call_module(call, key)
-        return True
-
-    def _by_keras(self, call: keras_graph.Node) -> None:
-        """Write down a call that runs as Keras runs it."""
-        key = (id(call.operation), id(call))
-        module = KerasLayer(call, None if self.common.share else self.common.copies)
-        self.names[key] = [(self._add(call.operation.name, module), "keras")]
-        self._call_module(call, key)
-
-    def _call_module(self, call: keras_graph.Node, key: tuple[int, ...]) -> None:
-        modules = self.names[key]
-        assert modules is not None
-        arguments = tuple(self.value(t, "keras") for t in call.input_tensors)
-        node = self.graph.call_module(modules[0][0], arguments)
-        for i, tensor in enumerate(call.outputs):
-            several = len(call.outputs) > 1
-            part = self.graph.call_function(operator.getitem, (node, i)) if several else node
-            self._set(tensor, "keras", part)
-
-    def _add(self, name: str, module: nn.Module) -> str:
-        """Add a child under a name that is free and that torch allows; the name it got."""
-        name = name.replace(".", "_").replace("/", "_")
-        while keyword.iskeyword(name) or hasattr(self.root, name) or hasattr(TorchNetwork, name):
-            name += "_"
-        self.root.add_module(name, module)
-        return name
-
-
-_PLAIN = {torch.add: "add", torch.sub: "sub", torch.mul: "mul", torch.div: "truediv"}
-
-
-def _identifier(name: str) -> str:
-    """A name that Python takes for an argument or a class."""
-    name = "".join(c if c.isalnum() else "_" for c in name)
-    return name if name.isidentifier() and not keyword.iskeyword(name) else f"_{name}"
-
-
-def _is_plain(call: keras_graph.Node) -> bool:
-    """Whether a call has tensors, or a list of them, as its one argument, and no options."""
-    args, kwargs = call.arguments.args, call.arguments.kwargs
-    options = {name for name, value in kwargs.items() if value is not None} - {"training"}
-    flat = keras.tree.flatten(args)
-    return len(args) == 1 and not options and all(isinstance(x, keras.KerasTensor) for x in flat)

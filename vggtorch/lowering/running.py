@@ -6,46 +6,51 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from vggtorch.lowering.conventions import product_dtype
-from vggtorch.lowering.fused import FusedConv2D
-from vggtorch.lowering.modules import BatchNorm
-from vggtorch.lowering.steps import Segment, Step, modules_in
+from vggtorch.lowering.batch_norm import KerasBatchNorm
+from vggtorch.lowering.fused import FusedConv2d, product_dtype
+from vggtorch.lowering.layer_modules import SamePad
+from vggtorch.lowering.steps import Segment, Step, kind_of
 
 # While images run through the convolutions in groups, a group's largest activation has about this
 # many bytes for each thread, so that the next layer still finds it in the cache.
 GROUP_BYTES = 8 << 20
+# No number in what these put out is larger than the largest in what they get.
+_NOT_LARGER = (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.ReLU, nn.ZeroPad2d, SamePad)
 
 
-def run_segments(segments: list[Segment], values: dict[int, Tensor], images: Tensor) -> None:
+def run_segments(segments: list[Segment], values: dict[int, Any]) -> None:
     """Run all segments; `values` has the network's inputs and gets its outputs."""
     for segment in segments:
-        # An empty batch has no groups, and on a GPU they would gain nothing.
-        if segment.grouped and images.device.type == "cpu" and len(images) > 0:
+        if segment.grouped and len(values[segment.steps[0].inputs[0]]) > 0:
             _run_in_groups(segment, values)
         else:
             _run_segment(segment, values)
 
 
-def _run_in_groups(segment: Segment, values: dict[int, Tensor]) -> None:
+def _run_in_groups(segment: Segment, values: dict[int, Any]) -> None:
     """Run a segment that has one value in and one out for a few images after the other.
 
     What one layer writes is then still in the cache when the next reads it, and memory is
     used again instead of being taken from the system for each large activation.
     """
     (number,) = set(segment.steps[0].inputs)  # x * x takes its one value twice
-    (result,) = segment.steps[-1].outputs
+    result = segment.steps[-1].output
     x = values.pop(number)
     key = x.shape[1:], product_dtype(x, x.dtype)
     if key not in segment.group_sizes:
         # Before the first batch, so that the same batch always runs in the same groups: a
         # kernel's last bit depends on how many images it is given.
         sizes = [1]
-        with torch.no_grad():
-            # A copy, because the first step may be a ReLU that overwrites its input.
-            _run(segment.steps, {number: x[:1].clone()}, sizes)
+        try:
+            with torch.no_grad():
+                # A copy, because the first step may be a ReLU that overwrites its input.
+                _run(segment.steps, {number: x[:1].clone()}, sizes)
+        except Exception:  # the whole batch will tell its own shape
+            _run(segment.steps, values | {number: x})
+            raise
         segment.group_sizes[key] = max(1, GROUP_BYTES * torch.get_num_threads() // max(sizes))
     parts: list[Tensor] = []
     size = segment.group_sizes[key]
@@ -59,14 +64,13 @@ def _run_in_groups(segment: Segment, values: dict[int, Tensor]) -> None:
     values[result] = parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _run_segment(segment: Segment, values: dict[int, Tensor]) -> None:
+def _run_segment(segment: Segment, values: dict[int, Any]) -> None:
     """Run a segment's steps; `values` keeps what is needed later."""
-    # A compiler decides by itself what is computed again.
-    if not segment.checkpoint or torch.compiler.is_compiling() or not torch.is_grad_enabled():
+    if not segment.checkpoint or not torch.is_grad_enabled():
         _run(segment.steps, values)
         return
 
-    def run(*inputs: Tensor) -> dict[int, Tensor]:
+    def run(*inputs: Tensor) -> dict[int, Any]:
         inside = dict(zip(numbers, inputs, strict=True))
         _run(segment.steps, inside)
         return inside
@@ -87,33 +91,30 @@ class _Again(AbstractContextManager[None]):
     """
 
     def __init__(self, steps: list[Step]) -> None:
-        self.norms = list(modules_in(steps, BatchNorm))
+        self.norms = [step.run for step in steps if isinstance(step.run, KerasBatchNorm)]
 
     def __enter__(self) -> None:
         for norm in self.norms:
-            norm.again = True
+            norm.counted = True
 
     def __exit__(self, *_: object) -> None:
         for norm in self.norms:
-            norm.again = False
+            norm.counted = False
 
 
-def _run(steps: list[Step], values: dict[int, Tensor], sizes: list[int] | None = None) -> None:
+def _run(steps: list[Step], values: dict[int, Any], sizes: list[int] | None = None) -> None:
     """Run the steps; `values` keeps what is needed later, `sizes` gets the bytes of each result."""
     bounds: dict[int, float | None] = {}  # how large the numbers in a value can be
     for step in steps:
         inputs = [values[i] for i in step.inputs]
         for i in step.last_use:
             del values[i]
-        if isinstance(step.run, FusedConv2D):
-            outputs, bounds[step.outputs[0]] = step.run(inputs[0], bounds.get(step.inputs[0]))
-        elif step.arguments is not None:
-            outputs = step.run(step.arguments, *inputs)
+        if isinstance(step.run, FusedConv2d):
+            output, bounds[step.output] = step.run(inputs[0], bounds.get(step.inputs[0]))
         else:
-            outputs = step.run(*inputs)
-        if isinstance(outputs, Tensor):
-            values[step.outputs[0]] = outputs
-            if sizes is not None:
-                sizes.append(outputs.nbytes)
-        else:
-            values.update(zip(step.outputs, outputs, strict=True))
+            output = step.run(*inputs)
+            if kind_of(step) in _NOT_LARGER:
+                bounds[step.output] = bounds.get(step.inputs[0])
+        values[step.output] = output
+        if sizes is not None and isinstance(output, Tensor):
+            sizes.append(output.nbytes)

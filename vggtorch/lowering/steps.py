@@ -1,54 +1,90 @@
-"""A network as a list of steps, and what makes a faster list of it.
+"""A torch.fx graph as a list of steps, and what makes a faster list of it.
 
-A `Step` is one call of one module. The functions here are pure: they take steps and return others
+A `Step` is one node of the graph. The functions here are pure: they take steps and return others
 that compute the same. `cut` ends with segments, which running.py runs.
 """
 
 from __future__ import annotations
 
+import operator
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import nn
 
-from vggtorch.lowering.as_keras import KerasLayer
-from vggtorch.lowering.fused import Convolve, FusedConv2D, FusedDense, OverwritingReLU, ReLUPool2D
-from vggtorch.lowering.modules import (
-    Activate,
-    BatchNorm,
-    Conv2D,
-    Dense,
-    Dropout,
-    Flatten,
-    GlobalPool2D,
-    LayerNorm,
-    Merge,
+from vggtorch.lowering.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from vggtorch.lowering.fused import (
+    FusedConv2d,
+    FusedLinear,
+    OverwritingReLU,
+    ReLUPool2d,
+    TrainedConv2d,
+    TrainedLinear,
+)
+from vggtorch.lowering.layer_modules import (
+    GlobalMaxPool,
+    KerasFunction,
+    MixedConv2d,
+    MixedLinear,
     Normalize,
-    Pool2D,
     Rescale,
-    UpSample2D,
-    ZeroPadding2D,
+    SameAvgPool,
+    SamePad,
+    Scale,
+    WideLayerNorm,
 )
 
 
 @dataclass(frozen=True)
+class Place:
+    """Stands for the value number `index` in the recorded arguments of a node."""
+
+    index: int
+
+
+class Call:
+    """A node that runs as it stands in the graph: a function, a method, or a module's call."""
+
+    def __init__(self, target: Callable[..., Any], args: Any, kwargs: Any) -> None:
+        self.target, self.arguments = target, (args, kwargs)
+
+    def __call__(self, *inputs: Any) -> Any:
+        """Run it on the values at its places, in the order of their first use."""
+        args, kwargs = torch.fx.node.map_aggregate(
+            self.arguments, lambda x: inputs[x.index] if isinstance(x, Place) else x
+        )
+        return self.target(*args, **kwargs)
+
+
+class Method:
+    """A method of a value, called by its name."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __call__(self, value: Any, *args: Any, **kwargs: Any) -> Any:
+        """Call it."""
+        return getattr(value, self.name)(*args, **kwargs)
+
+
+@dataclass(frozen=True)
 class Step:
-    """One call of one module.
+    """One node of a graph, or several that run as one.
 
     Attributes:
-        run: the module, or what does its work: a class of fused.py.
-        inputs, outputs: numbers of the values that it takes and makes.
-        arguments: how Keras was called, for a KerasLayer.
+        run: a module, a `Call`, or what does the work of modules: a class of fused.py.
+        inputs: numbers of the values that it takes.
+        output: number of the value that it makes.
         by_image: what one image becomes doesn't depend on the others.
         last_use: inputs that nobody needs afterwards.
     """
 
     run: Any
     inputs: tuple[int, ...]
-    outputs: tuple[int, ...]
-    arguments: Any = None
+    output: int
     by_image: bool = False
     last_use: tuple[int, ...] = ()
 
@@ -69,16 +105,96 @@ class Segment:
     group_sizes: dict[Any, int] = field(default_factory=dict)
 
 
-# Backward doesn't need what these return, so that a ReLU may overwrite it.
-FRESH = (BatchNorm, Conv2D, Dense, Merge)
-POOLS = (Pool2D, GlobalPool2D, ReLUPool2D)
-CONVOLUTIONS = (Conv2D, Convolve, FusedConv2D)
-# Dense isn't here because it would read its large kernel once for each group.
-BY_IMAGE = (
-    Activate, Flatten, LayerNorm, Merge, Normalize, OverwritingReLU, Rescale, UpSample2D,
-    ZeroPadding2D, *CONVOLUTIONS, *POOLS,
+CONVOLUTIONS = (nn.Conv2d, MixedConv2d)
+LINEARS = (nn.Linear, MixedLinear)
+NORMS = (BatchNorm1d, BatchNorm2d, BatchNorm3d)
+DROPOUTS = (nn.Dropout, nn.Dropout2d)
+POOLS = (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, SameAvgPool, GlobalMaxPool, ReLUPool2d)
+# What looks at one image at a time and has no weights. Products aren't here because they would read
+# their large weights once for each group.
+ELEMENTWISE = (
+    nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish, nn.Sigmoid,
+    nn.Tanh, nn.Hardsigmoid, nn.Hardswish, nn.Softplus, nn.Softsign, nn.Identity,
 )  # fmt: skip
-BY_IMAGE_IN_INFERENCE = (*BY_IMAGE, BatchNorm, Dropout)
+BY_IMAGE = (
+    *ELEMENTWISE, *POOLS, *CONVOLUTIONS, nn.LayerNorm, WideLayerNorm, nn.Upsample, nn.ZeroPad2d,
+    Normalize, Rescale, SamePad, Scale, FusedConv2d, TrainedConv2d, OverwritingReLU,
+)  # fmt: skip
+BY_IMAGE_IN_INFERENCE = (*BY_IMAGE, *NORMS, *DROPOUTS)
+# What gives the same for the same input and parameters, in training too.
+STATELESS = (
+    *BY_IMAGE, *LINEARS, nn.Softmax, nn.LogSoftmax, nn.Flatten, nn.Embedding, KerasFunction,
+)  # fmt: skip
+FUNCTIONS_BY_IMAGE = (
+    torch.add, torch.sub, torch.mul, torch.div, torch.neg, torch.maximum, torch.minimum,
+    operator.add, operator.sub, operator.mul, operator.truediv,
+)  # fmt: skip
+# Backward doesn't need what these return, so that a ReLU may overwrite it.
+FRESH = (*CONVOLUTIONS, *LINEARS, *NORMS)
+FRESH_FUNCTIONS = (torch.add, torch.sub, torch.mul, torch.maximum, torch.minimum, torch.cat)
+
+
+def steps_of(graph: torch.fx.Graph, modules: dict[str, nn.Module]) -> tuple[list[Step], Any]:
+    """The graph's nodes as steps, and what it returns, with the places of the values.
+
+    The inputs are the values 0, 1, ... in the order of the graph's placeholders.
+    """
+    inputs = [node for node in graph.nodes if node.op == "placeholder"]
+    numbers = {node: i for i, node in enumerate(inputs)}
+    steps: list[Step] = []
+    outputs: Any = None
+    map_arg: Any = torch.fx.node.map_arg  # typed for nodes, and takes anything
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            continue
+        used = list(dict.fromkeys(node.all_input_nodes))
+        places = {value: Place(i) for i, value in enumerate(used)}
+        if node.op == "output":
+            outputs = map_arg(node.args[0], lambda n: Place(numbers[n]))
+            continue
+        numbers[node] = len(numbers)
+        args, kwargs = map_arg((node.args, node.kwargs), places.__getitem__)
+        run: Any
+        if node.op == "call_module":
+            run = modules[node.target]
+            if kwargs or list(node.args) != used:
+                run = Call(run, args, kwargs)
+        elif node.op == "call_method":
+            run = Call(Method(node.target), args, kwargs)
+        elif node.op == "call_function":
+            run = Call(node.target, args, kwargs)
+        else:  # get_attr, which only an edited graph has
+            raise NotImplementedError(node.op)
+        steps.append(Step(run, tuple(numbers[n] for n in used), numbers[node]))
+    return steps, outputs
+
+
+def kind_of(step: Step) -> Any:
+    """The class of a step's module, or of what does its work, exactly; the function of a call."""
+    if isinstance(step.run, Call):
+        return step.run.target
+    return type(step.run)
+
+
+def _is_by_image(step: Step, kinds: tuple[type, ...]) -> bool:
+    """Whether images don't meet in a step."""
+    if not isinstance(step.run, Call):
+        return type(step.run) in kinds or (type(step.run) is KerasFunction and step.run.is_by_image)
+    target, (args, kwargs) = step.run.target, step.run.arguments
+    if target is torch.cat:
+        return not kwargs and len(args) == 2 and args[1] != 0
+    if isinstance(target, Method):
+        if target.name == "permute":
+            return args[1] == 0
+        if target.name in ("flatten", "unflatten"):
+            return args[1] == 1
+        return target.name == "to"
+    return target in FUNCTIONS_BY_IMAGE
+
+
+def is_fresh(step: Step) -> bool:
+    """Whether nobody, backward included, needs what the step has computed but who takes it."""
+    return kind_of(step) in (FRESH_FUNCTIONS if isinstance(step.run, Call) else FRESH)
 
 
 @dataclass(frozen=True)
@@ -86,7 +202,7 @@ class Plans:
     """The steps of a network, and the segments for each way to run it.
 
     Attributes:
-        steps: one for each call, as Keras has them.
+        steps: one for each node.
         inputs, outputs: numbers of the network's values.
         checkpoint: backward computes activations again.
     """
@@ -98,113 +214,94 @@ class Plans:
     fused: dict[Any, Any] = field(default_factory=dict)  # by the modules that are in one
     made: dict[int, list[Segment]] = field(default_factory=dict)
 
-    def one_by_one(self) -> list[Segment]:
-        """Each module by itself, on the whole batch."""
-        segments = cut(self.steps, self.inputs, self.outputs, self.checkpoint)
-        return [replace(segment, grouped=False) for segment in segments]
-
-    def fast(self, frozen: int) -> list[Segment]:
+    def fast(self, settled: int) -> list[Segment]:
         """What runs where so many of the first steps run as in inference."""
-        if frozen not in self.made:
+        if settled not in self.made:
             uses = Counter(i for step in self.steps for i in step.inputs) + Counter(self.outputs)
             only_use = {i: step for step in self.steps for i in step.inputs if uses[i] == 1}
-            overwritten = {
-                step.outputs[0]
-                for step in self.steps
-                if isinstance(step.run, FRESH)
-                and getattr(step.run, "activation", None) is None
-                and uses[step.outputs[0]] == 1
-            }
-            head = _fuse(self.steps[:frozen], only_use, self.fused)
-            tail = _pool_first(self.steps[frozen:], only_use)
+            fresh = {s.output for s in self.steps if is_fresh(s) and uses[s.output] == 1}
+            head = self._for_inference(self.steps[:settled], only_use)
+            tail = self._for_training(self.steps[settled:], only_use)
             steps = [
-                *_marked(_overwrite(head, overwritten), BY_IMAGE_IN_INFERENCE),
-                *_marked(_overwrite(tail, overwritten), BY_IMAGE),
+                *_marked(_overwrite(head, fresh), BY_IMAGE_IN_INFERENCE),
+                *_marked(_overwrite(tail, fresh), BY_IMAGE),
             ]
             again = self.checkpoint and bool(tail)
-            self.made[frozen] = cut(steps, self.inputs, self.outputs, again)
-        return self.made[frozen]
+            self.made[settled] = cut(steps, self.inputs, self.outputs, again)
+        return self.made[settled]
 
+    def _once(self, kind: Callable[..., Any], *key: Any) -> Any:
+        """The same object for all plans, because it holds prepared weights or lent memory."""
+        if (kind, *key) not in self.fused:
+            self.fused[kind, *key] = kind(*key)
+        return self.fused[kind, *key]
 
-def _pool_first(steps: list[Step], only_use: dict[int, Step]) -> list[Step]:
-    """For training: a max pool takes over the ReLU before it."""
-    pools: dict[int, Step] = {}
-    result: list[Step] = []
-    here = {id(step) for step in steps}
-    for step in steps:
-        after = only_use.get(step.outputs[0])
-        conv = step.run if isinstance(step.run, Conv2D) else None
-        relu = conv.activation if conv is not None else step.run
-        is_relu = isinstance(relu, Activate) and relu.is_relu
-        pool = after.run if after is not None and id(after) in here else None
-        if is_relu and after is not None and isinstance(pool, Pool2D) and pool.maximum:
-            inputs = step.inputs if conv is None else step.outputs
-            pools[id(after)] = replace(after, run=ReLUPool2D(pool), inputs=inputs)
-            if conv is not None:
-                result.append(replace(step, run=Convolve(conv, relu=False)))
-        elif is_relu and conv is not None:
-            result.append(replace(step, run=Convolve(conv, relu=True)))
-        else:
-            result.append(pools.get(id(step), step))
-    return result
+    def _for_inference(self, steps: list[Step], only_use: dict[int, Step]) -> list[Step]:
+        """A convolution takes over the batch norm and the ReLU after it, a product its ReLU."""
+        here = {id(step) for step in steps}
+        result: list[Step] = []
+        absorbed = set()
 
+        def after(step: Step, *kinds: type) -> Step | None:
+            found = only_use.get(step.output)
+            fits = found is not None and id(found) in here and kind_of(found) in kinds
+            return found if fits else None
 
-def _fuse(steps: list[Step], only_use: dict[int, Step], fused: dict[Any, Any]) -> list[Step]:
-    """For inference: a convolution takes over the batch norm and activation after it.
-
-    `fused` keeps these steps, the same for all plans, because they hold prepared weights.
-    """
-    here = {id(step) for step in steps}
-    result: list[Step] = []
-    absorbed = set()
-
-    def once(kind: Callable[..., Any], *modules: nn.Module | None) -> Any:
-        if modules not in fused:
-            fused[modules] = kind(*modules)
-        return fused[modules]
-
-    def after(step: Step) -> Step | None:
-        found = only_use.get(step.outputs[0])
-        return found if found is not None and id(found) in here else None
-
-    for step in steps:
-        if id(step) in absorbed:
-            continue
-        if isinstance(step.run, Dense):
-            step = replace(step, run=once(FusedDense, step.run))
-        elif isinstance(step.run, Conv2D):
-            norm, activation, end = None, step.run.activation, step
-            if activation is None and (found := after(end)) and isinstance(found.run, BatchNorm):
+        for step in steps:
+            kind, norm, activation, end = kind_of(step), None, None, step
+            if id(step) in absorbed or kind not in (*CONVOLUTIONS, *LINEARS):
+                result += [] if id(step) in absorbed else [step]
+                continue
+            if kind in CONVOLUTIONS and (found := after(end, BatchNorm2d)):
                 norm, end = found.run, found
                 absorbed.add(id(end))
-            if activation is None and (found := after(end)) and isinstance(found.run, Activate):
+            if found := after(end, nn.ReLU, *((nn.ReLU6,) if kind in CONVOLUTIONS else ())):
                 activation, end = found.run, found
                 absorbed.add(id(end))
-            run = once(FusedConv2D, step.run, norm, activation)
-            step = replace(step, run=run, outputs=end.outputs)
-        result.append(step)
-    return result
+            if kind in CONVOLUTIONS:
+                run = self._once(FusedConv2d, step.run, norm, activation, kind is MixedConv2d)
+            else:
+                run = self._once(FusedLinear, step.run, activation, kind is MixedLinear)
+            result.append(replace(step, run=run, output=end.output))
+        return result
+
+    def _for_training(self, steps: list[Step], only_use: dict[int, Step]) -> list[Step]:
+        """Convolutions and products with gradients of our own; a max pool before its ReLU."""
+        here = {id(step) for step in steps}
+        pools: dict[int, Step] = {}
+        result: list[Step] = []
+        for step in steps:
+            kind, after = kind_of(step), only_use.get(step.output)
+            if kind in CONVOLUTIONS:
+                run = self._once(TrainedConv2d, step.run, kind is MixedConv2d)
+                step = replace(step, run=run)
+            elif kind in LINEARS:
+                step = replace(step, run=self._once(TrainedLinear, step.run, kind is MixedLinear))
+            elif (
+                kind is nn.ReLU
+                and after is not None
+                and kind_of(after) is nn.MaxPool2d
+                and id(after) in here
+            ):
+                run = ReLUPool2d(step.run, after.run)
+                pools[id(after)] = replace(after, run=run, inputs=step.inputs)
+                continue
+            result.append(pools.get(id(step), step))
+        return result
 
 
-def _overwrite(steps: list[Step], overwritten: set[int]) -> list[Step]:
+def _overwrite(steps: list[Step], fresh: set[int]) -> list[Step]:
     """Let a ReLU overwrite its input where that is nobody else's business."""
     return [
-        replace(step, run=OverwritingReLU(step.run))
-        if isinstance(step.run, Activate) and step.run.is_relu and step.inputs[0] in overwritten
+        replace(step, run=OverwritingReLU())
+        if kind_of(step) is nn.ReLU and step.inputs[0] in fresh
         else step
         for step in steps
     ]
 
 
 def _marked(steps: list[Step], by_image: tuple[type, ...]) -> list[Step]:
-    return [replace(step, by_image=_is_by_image(step.run, by_image)) for step in steps]
-
-
-def _is_by_image(run: Any, kinds: tuple[type, ...]) -> bool:
-    """Whether images don't meet: a function of the user's, as an activation, may mix them."""
-    activation = run if isinstance(run, Activate) else getattr(run, "activation", None)
-    mixes = isinstance(activation, Activate) and not activation.by_image
-    return isinstance(run, kinds) and not mixes
+    return [replace(step, by_image=_is_by_image(step, by_image)) for step in steps]
 
 
 def cut(
@@ -225,8 +322,8 @@ def cut(
                 one = grouped and len(live) == 1
                 segments.append(_segment(steps[start:i], one, checkpoint))
             start, grouped = i, False
-        live = (live | set(step.outputs)) - set(step.last_use)
-        if len(live) == 1 and (isinstance(step.run, POOLS) or not grouped):
+        live = (live | {step.output}) - set(step.last_use)
+        if len(live) == 1 and (kind_of(step) in POOLS or not grouped):
             segments.append(_segment(steps[start : i + 1], grouped, checkpoint))
             start, grouped = i + 1, True
     if start < len(steps):
@@ -235,19 +332,17 @@ def cut(
 
 
 def _segment(steps: list[Step], grouped: bool, checkpoint: bool) -> Segment:
-    learns = any(isinstance(step.run, Conv2D | Convolve) for step in steps)
-    convolves = any(isinstance(step.run, CONVOLUTIONS) for step in steps)
+    learns = any(kind_of(step) is TrainedConv2d for step in steps)
+    convolves = any(kind_of(step) in (FusedConv2d, TrainedConv2d) for step in steps)
     grouped &= convolves and all(step.by_image for step in steps)
-    # Keras's layers may draw random numbers, or count, in ways of their own.
-    again = checkpoint and learns and not any(modules_in(steps, KerasLayer))
+    # Other modules, Keras's layers among them, may draw random numbers, or count, in their own way.
+    known = (*BY_IMAGE_IN_INFERENCE, *STATELESS, TrainedLinear, FusedLinear)
+    again = (
+        checkpoint
+        and learns
+        and all(isinstance(step.run, Call) or kind_of(step) in known for step in steps)
+    )
     return Segment(steps, grouped, again)
-
-
-def modules_in(steps: list[Step], kind: type[nn.Module]) -> Iterable[Any]:
-    """The modules of a kind in the steps, also those inside of others."""
-    for step in steps:
-        if isinstance(step.run, nn.Module):
-            yield from (module for module in step.run.modules() if isinstance(module, kind))
 
 
 def _with_last_use(steps: list[Step], outputs: tuple[int, ...]) -> list[Step]:

@@ -58,7 +58,7 @@ class Tie:
         variable: Keras's.
         tensor: torch's Parameter, or its buffer where Keras's variable is state.
         layout: how torch's axes are Keras's.
-        module, name: where the torch tensor stands.
+        places: the modules that the torch tensor stands in, and its name there.
         addresses: where both stood when they were last made to share memory.
         trains: Keras's flag when it was last carried over to torch.
     """
@@ -66,8 +66,7 @@ class Tie:
     variable: keras.Variable
     tensor: Tensor
     layout: Layout
-    module: nn.Module
-    name: str
+    places: list[tuple[nn.Module, str]]
     trains: bool
     addresses: tuple[int, int] = (0, 0)
 
@@ -92,10 +91,15 @@ class Tie:
 
     def find(self) -> None:
         """Take the tensor that stands in the module now, where torch has put another one there."""
-        for tensors in (self.module._parameters, self.module._buffers):
-            tensor = tensors.get(self.name)
-            if tensor is not None:
-                self.tensor = tensor
+        for module, name in self.places:
+            for tensors in (module._parameters, module._buffers):
+                tensor = tensors.get(name)
+                if tensor is not None:
+                    self.tensor = tensor
+
+    def view(self) -> Tensor:
+        """The Keras variable in torch's shape: a view, so that its gradient is the variable's."""
+        return self.layout.to_torch(keras_graph.raw_value(self.variable))
 
     def can_hold(self) -> bool:
         """Whether the torch tensor still has the dtype and the shape to stand for the variable."""

@@ -1,4 +1,4 @@
-"""How fast a model runs on this machine: as Keras runs it, and lowered in each way there is."""
+"""How fast a model runs on this machine: as Keras runs it, and as vggtorch does."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vggtorch.keras_graph import graph_of
-from vggtorch.lowering import lower
+from vggtorch.lowering import OnKeras
 from vggtorch.measuring import timing
 from vggtorch.measuring.costs import example_of, table
 
@@ -21,7 +21,7 @@ class Result:
     """One way to run the model.
 
     Attributes:
-        name: "Keras" or how the model was lowered.
+        name: "Keras", "vggtorch" or "vggtorch, bfloat16".
         seconds: of each run.
         speed: how many times as fast as Keras, the median of all turns.
         difference: of its outputs or gradients from Keras's, relative to their length.
@@ -66,14 +66,14 @@ class Bench:
 def bench(model: keras.Model, batch: int = 8, *, size: int = 224, repeats: int = 5) -> Bench:
     """Time a Functional or Sequential model on random inputs, in turns of all ways to run it.
 
-    "lowered" is what `lower` returns and `accelerate_` runs; the others are options of `lower`.
-    Gradients are those of a step of training, of all trainable weights and without an optimizer.
-    The model is unchanged, but for the order of its kernels in memory.
+    "vggtorch" is what `accelerate_` runs, in float32 and under torch.autocast. Gradients are those
+    of a step of training, of all trainable weights and without an optimizer. The model is
+    unchanged, but for the order of its kernels in memory.
 
     >>> import vggtorch as vt
     >>> vgg = vt.VGG16(weights=None, include_top=False, input_shape=(32, 32, 3))
     >>> [way.name for way in vt.bench(vgg, batch=1, repeats=1).inference][:2]
-    ['Keras', 'lowered']
+    ['Keras', 'vggtorch']
 
     Args:
         model: built.
@@ -87,21 +87,27 @@ def bench(model: keras.Model, batch: int = 8, *, size: int = 224, repeats: int =
     if batch < 1 or repeats < 1:
         raise ValueError(f"Received batch={batch} and repeats={repeats}; expected 1 or more.")
     graph = graph_of(model, "bench")
-    lowered = {"lowered": lower(model), "lowered, bfloat16": lower(model, dtype=torch.bfloat16)}
+    module = OnKeras(graph, model.name)
     parameters = [v.value for v in model.trainable_variables]
     kept = [(v.value, v.value.detach().clone()) for v in model.non_trainable_variables]
-    device = next(lowered["lowered"].parameters(), torch.empty(0)).device
+    device = next(module.parameters(), torch.empty(0)).device
     x = example_of(graph, size, batch, device)
-    inference: dict[str, Callable[[], object]] = {"Keras": lambda: model(x, training=False)}
-    gradients: dict[str, Callable[[], object]] = {
-        "Keras": lambda: _gradients(model(x, training=True), parameters)
+    inputs = keras.tree.flatten(x)
+
+    def run(training: bool, mixed: bool) -> object:
+        with torch.autocast(device.type, torch.bfloat16, enabled=mixed):
+            return module.train(training)(*inputs)
+
+    inference: dict[str, Callable[[], object]] = {
+        "Keras": lambda: model(x, training=False),
+        "vggtorch": lambda: run(False, False),
+        "vggtorch, bfloat16": lambda: run(False, True),
     }
-    for name, module in lowered.items():
-        inference[name] = lambda module=module: module.eval()(x)  # type: ignore[misc]
-        gradients[name] = lambda module=module: _gradients(module.train()(x), parameters)  # type: ignore[misc]
-    if device.type == "cuda":
-        replayed = lower(model, cuda_graphs=True).eval()
-        inference["lowered, CUDA graphs"] = lambda: replayed(x)
+    gradients: dict[str, Callable[[], object]] = {
+        "Keras": lambda: _gradients(model(x, training=True), parameters),
+        "vggtorch": lambda: _gradients(run(True, False), parameters),
+        "vggtorch, bfloat16": lambda: _gradients(run(True, True), parameters),
+    }
     try:
         with torch.random.fork_rng():
             with torch.no_grad():

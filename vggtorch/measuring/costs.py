@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import keras
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from vggtorch.keras_graph import Functional, graph_of, input_structure, torch_dtype
-from vggtorch.lowering import lower
+from vggtorch.keras_graph import Functional, data_format, graph_of, input_structure, torch_dtype
+from vggtorch.lowering import OnKeras, TorchNetwork
 from vggtorch.measuring.timing import clock, in_turns
 
 
@@ -68,8 +67,8 @@ class Report:
 def inspect(model: keras.Model, *, size: int = 224, repeats: int = 5) -> Report:
     """Measure what each layer of a Functional or Sequential model costs for one image.
 
-    Layers run as `vggtorch.lower` runs them, in inference, on the device of the weights. The time
-    of a layer is that of the layer alone; the total's is that of the whole network, in which a
+    Layers run as `to_torch` runs them, in inference, on the device of the weights. The time of a
+    layer is that of the layer alone; the total's is that of the whole network, in which a
     convolution and what follows it may run as one. Multiply-adds are torch's own count.
 
     >>> import vggtorch as vt
@@ -87,23 +86,23 @@ def inspect(model: keras.Model, *, size: int = 224, repeats: int = 5) -> Report:
         ValueError: the model is not a graph of layers.
     """
     graph = graph_of(model, "inspect")
-    module = lower(model).eval()
-    device = next((p.device for p in module.parameters()), torch.device("cpu"))
-    example = example_of(graph, size, 1, device)
+    network = OnKeras(graph, model.name).eval().network
+    device = next((p.device for p in network.parameters()), torch.device("cpu"))
+    inputs = keras.tree.flatten(example_of(graph, size, 1, device))
 
     with torch.no_grad():
-        counts, shapes, outputs = _count(module, example)
-        times = _time_layers(module, example, repeats)
-        runs = in_turns({"": lambda: module(example)}, repeats, device)
+        last = data_format(graph) == "channels_last"
+        counts, shapes, outputs = _count(network, inputs, last)
+        times = _time_layers(network, inputs, repeats)
+        runs = in_turns({"": lambda: network(*inputs)}, repeats, device)
         seconds = statistics.median(runs[""])
-    layers = {layer.name.replace(".", "_"): layer for layer in model.layers}
+    operations = {operation.name: operation for operation in graph.operations}
     rows = []
-    for name, child in module.named_children():
-        layer = layers.get(name)  # None for an operation, such as keras.ops.add
-        kind = type(child if layer is None else layer).__name__
-        parameters = 0 if layer is None else layer.count_params()
+    for name in counts:
+        operation = operations[name]
+        parameters = operation.count_params() if isinstance(operation, keras.Layer) else 0
         costs = parameters, counts[name], outputs[name], times[name]
-        rows.append(Row(name, kind, shapes[name], *costs))
+        rows.append(Row(name, type(operation).__name__, shapes[name], *costs))
     # Weights that layers share count once, and the network's time is its own.
     total = replace(_sum("total", rows), parameters=model.count_params(), seconds=seconds)
     return Report(tuple(rows), total)
@@ -123,35 +122,40 @@ def example_of(graph: Functional, size: int, batch: int, device: torch.device) -
     return keras.tree.pack_sequence_as(input_structure(graph), inputs)
 
 
-@contextmanager
-def _watched(
-    module: nn.Module,
-    before: Callable[[str], None],
-    after: Callable[[str, Any], None],
-) -> Iterator[None]:
-    """Call `before(name)` and `after(name, output)` around the run of each child."""
-    hooks = []
-    for name, child in module.named_children():
+class _Watched(torch.fx.Interpreter):
+    """Runs a network node by node, with `before` and `after` around what belongs to a layer."""
 
-        def enter(_: nn.Module, __: Any, name: str = name) -> None:
-            before(name)
+    def __init__(
+        self,
+        network: TorchNetwork,
+        before: Callable[[str], None],
+        after: Callable[[str, torch.fx.Node, Any], None],
+    ) -> None:
+        super().__init__(network)
+        self.before, self.after = before, after
 
-        def leave(_: nn.Module, __: Any, output: Any, name: str = name) -> None:
-            after(name, output)
+    def run_node(self, n: torch.fx.Node) -> Any:
+        """Run a node."""
+        name = n.meta.get("layer")
+        if name is None:
+            return super().run_node(n)
+        self.before(name)
+        output = super().run_node(n)
+        self.after(name, n, output)
+        return output
 
-        hooks += [child.register_forward_pre_hook(enter), child.register_forward_hook(leave)]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
+
+def _names(network: TorchNetwork) -> list[str]:
+    """The layers and operations of a network, in its order."""
+    names = (node.meta.get("layer") for node in network.graph.nodes)
+    return list(dict.fromkeys(name for name in names if name is not None))
 
 
 def _count(
-    module: nn.Module, example: Any
+    network: TorchNetwork, inputs: list[Tensor], channels_last: bool
 ) -> tuple[dict[str, int], dict[str, tuple[int, ...]], dict[str, int]]:
-    """Multiply-adds, output shapes and output bytes of each child, by name."""
-    counts = {name: 0 for name, _ in module.named_children()}
+    """Multiply-adds, output shapes and output bytes of each layer, by name."""
+    counts = dict.fromkeys(_names(network), 0)
     shapes: dict[str, tuple[int, ...]] = dict.fromkeys(counts, ())
     sizes = dict(counts)
     counter = FlopCounterMode(display=False)
@@ -159,35 +163,34 @@ def _count(
     def before(name: str) -> None:
         counts[name] -= counter.get_total_flops() // 2
 
-    def after(name: str, output: Any) -> None:
+    def after(name: str, node: torch.fx.Node, output: Any) -> None:
         counts[name] += counter.get_total_flops() // 2
-        tensors: list[Tensor] = keras.tree.flatten(output)
-        sizes[name] += sum(t.nbytes for t in tensors)
-        # NCHW -> NHWC where the model's maps are NHWC
-        last = module.data_format == "channels_last" and tensors[0].ndim == 4
-        shapes[name] = tuple((tensors[0].movedim(1, -1) if last else tensors[0]).shape[1:])
+        if "axes" in node.meta:  # what the layer puts out, not something on the way
+            sizes[name] += output.nbytes
+            # NCHW -> NHWC where the model's maps are NHWC
+            last = channels_last and node.meta["axes"] == "first" and output.ndim > 2
+            shapes[name] = tuple((output.movedim(1, -1) if last else output).shape[1:])
 
-    with counter, _watched(module, before, after):
-        module(example)
+    with counter:
+        _Watched(network, before, after).run(*inputs)
     return counts, shapes, sizes
 
 
-def _time_layers(module: nn.Module, example: Any, repeats: int) -> dict[str, float]:
-    """Median seconds of each child, by name; the first run warms up."""
-    device = keras.tree.flatten(example)[0].device
-    spent: dict[str, list[float]] = {name: [] for name, _ in module.named_children()}
+def _time_layers(network: TorchNetwork, inputs: list[Tensor], repeats: int) -> dict[str, float]:
+    """Median seconds of each layer, by name; the first run warms up."""
+    device = inputs[0].device
+    spent: dict[str, list[float]] = {name: [] for name in _names(network)}
 
     def before(name: str) -> None:
         spent[name][-1] -= clock(device)
 
-    def after(name: str, _: Any) -> None:
+    def after(name: str, _: torch.fx.Node, __: Any) -> None:
         spent[name][-1] += clock(device)
 
-    with _watched(module, before, after):
-        for _ in range(repeats + 1):
-            for values in spent.values():
-                values.append(0.0)
-            module(example)
+    for _ in range(repeats + 1):
+        for values in spent.values():
+            values.append(0.0)
+        _Watched(network, before, after).run(*inputs)
     return {name: statistics.median(values[1:]) for name, values in spent.items()}
 
 

@@ -1,8 +1,7 @@
 """The weights of new layers in coordinates in which one size of step suits them all.
 
-This is also the one file of the room that knows how lowered modules hold their weights: `part` runs
-what lies between two tensors of a Keras graph, `linears` finds the products in it, and `Moments`,
-`least_squares_` and `Coordinates` read and write their kernels and biases.
+`part` runs what lies between two tensors of a Keras graph, `linears` finds the products in it, and
+`Moments`, `least_squares_` and `Coordinates` read and write their kernels and biases.
 """
 
 from __future__ import annotations
@@ -17,72 +16,66 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vggtorch import lowering
-from vggtorch.lowering import Conv2D, Dense
+from vggtorch.lowering import OnKeras, Product
 
 DAMPING = 1e-3  # of the mean variance of the inputs
-Linear = Conv2D | Dense
 
 
 # Parts of Keras graphs as torch modules
 
 
-def part(start: keras.KerasTensor, ends: Sequence[keras.KerasTensor]) -> nn.Module:
+def part(start: keras.KerasTensor, ends: Sequence[keras.KerasTensor]) -> OnKeras:
     """The layers between tensors of a model as a torch module; takes and returns NCHW."""
     return lowering.between(start, list(ends), data_format="channels_first").eval()
 
 
-def linears(graph: nn.Module, parameters: Sequence[Tensor]) -> list[Linear]:
-    """The modules of a graph that multiply with one of these parameters."""
-    return [
-        module
-        for module in graph.modules()
-        if isinstance(module, Linear) and any(module.kernel is p for p in parameters)
-    ]
+def linears(graph: OnKeras, parameters: Sequence[Tensor]) -> list[Product]:
+    """The products of a graph that multiply with one of these parameters."""
+    return [p for p in graph.products() if any(p.kernel is q for q in parameters)]
 
 
 # Kernels as matrices
 
 
-def _matrix(module: Linear, kernel: Tensor) -> Tensor:
+def _matrix(product: Product, kernel: Tensor) -> Tensor:
     """A kernel, or its gradient, as (inputs of one output, outputs); rows as in `_patches`."""
-    if isinstance(module, Dense):
+    if not product.convolves:
         return kernel
-    if module.depthwise:
+    if product.is_depthwise:
         return kernel.flatten(2).flatten(0, 1)  # HWCM -> (HW, CM)
     return kernel.permute(2, 0, 1, 3).flatten(0, 2)  # HWIO -> (IHW, O)
 
 
-def _kernel(module: Linear, matrix: Tensor) -> Tensor:
+def _kernel(product: Product, matrix: Tensor) -> Tensor:
     """The inverse of `_matrix`."""
-    if isinstance(module, Dense) or module.depthwise:
-        return matrix.reshape(module.kernel.shape)
-    height, width, inputs, outputs = module.kernel.shape
+    if not product.convolves or product.is_depthwise:
+        return matrix.reshape(product.kernel.shape)
+    height, width, inputs, outputs = product.kernel.shape
     return matrix.reshape(inputs, height, width, outputs).permute(1, 2, 0, 3)
 
 
-def _patches(module: Linear, x: Tensor) -> Tensor:
+def _patches(product: Product, x: Tensor) -> Tensor:
     """What meets the kernel at each position, and a one for the bias: (positions, inputs + 1)."""
-    if isinstance(module, Dense):
+    conv: Any = product.module
+    if not product.convolves:
         rows = x.flatten(0, -2)
     else:
-        x, padding = module.pad(x)
-        size = module.kernel.shape[:2]
-        columns = F.unfold(x, size, module.dilation, padding, module.stride)  # (N, IHW, positions)
-        if module.depthwise:
-            columns = columns.unflatten(1, (x.shape[1], -1)).flatten(0, 1)  # (NC, HW, positions)
-        elif module.kernel.shape[2] != x.shape[1]:
-            # The groups of a convolution share one average of what they meet.
-            columns = columns.unflatten(1, (x.shape[1] // module.kernel.shape[2], -1)).flatten(0, 1)
+        columns = F.unfold(  # (N, IHW, positions)
+            x, conv.kernel_size, conv.dilation, conv.padding, conv.stride
+        )
+        if conv.groups > 1:
+            # The groups share one average of what they meet, those of a depthwise kernel too.
+            columns = columns.unflatten(1, (conv.groups, -1)).flatten(0, 1)
         rows = columns.transpose(1, 2).flatten(0, 1)
     return torch.cat([rows, torch.ones_like(rows[:, :1])], 1)
 
 
-def _write_(module: Linear, stacked: Tensor) -> None:
+def _write_(product: Product, stacked: Tensor) -> None:
     """Write [kernel matrix; bias] into a layer."""
-    size = len(stacked) - (module.bias is not None)
-    module.kernel.copy_(_kernel(module, stacked[:size]))
-    if module.bias is not None:
-        module.bias.copy_(stacked[size])
+    size = len(stacked) - (product.bias is not None)
+    product.kernel.copy_(_kernel(product, stacked[:size]))
+    if product.bias is not None:
+        product.bias.copy_(stacked[size])
 
 
 # What meets the kernels on a sample of images
@@ -93,22 +86,22 @@ class Moments:
     """Sums over a sample of the positions at one layer, in float64.
 
     Attributes:
-        module: the layer.
+        product: the layer.
         patches: patch by patch, (D + 1, D + 1); the last row and column are the one's.
         targets: patch by wanted output, (D + 1, O); None where nothing is wanted.
         count: positions counted in.
     """
 
-    module: Linear
+    product: Product
     patches: Any = 0.0
     targets: Any = None
     count: int = 0
 
     def add(self, x: Tensor, target: Tensor | None, generator: torch.Generator) -> None:
         """Count in the maps (N, C, H, W) that enter the layer, and those that it should give."""
-        wanted = len(_matrix(self.module, self.module.kernel)) // 4 + 512
+        wanted = len(_matrix(self.product, self.product.kernel)) // 4 + 512
         for i in range(len(x)):  # patches overlap, so those of a whole batch take much memory
-            rows = _patches(self.module, x[i : i + 1])
+            rows = _patches(self.product, x[i : i + 1])
             kept = torch.randperm(len(rows), generator=generator)[:wanted].to(rows.device)
             rows = rows[kept].double()
             self.count += len(rows)
@@ -120,12 +113,12 @@ class Moments:
     @property
     def second(self) -> Tensor:
         """E[patch patch^T], without the one's row and column if the layer has no bias."""
-        size = len(self.patches) - (self.module.bias is None)
+        size = len(self.patches) - (self.product.bias is None)
         return self.patches[:size, :size] / self.count
 
 
 def measure_moments(
-    graph: nn.Module,
+    graph: OnKeras,
     trained: Sequence[Tensor],
     aimed: keras.Layer | None,
     target: nn.Module,
@@ -136,21 +129,21 @@ def measure_moments(
 
     At the last product of the layer `aimed`, also with what it should give: the target's output.
     """
-    moments = [Moments(module) for module in linears(graph, trained)]
+    moments = [Moments(product) for product in linears(graph, trained)]
     variables = [] if aimed is None else [v.value for v in aimed.variables]
-    last = next(reversed(linears(graph, variables)), None)
+    last = next((p.module for p in reversed(linears(graph, variables))), None)
     entered: dict[nn.Module, Tensor] = {}
 
     def keep(module: nn.Module, args: tuple[Tensor]) -> None:
         entered[module] = args[0].detach()
 
-    hooks = [m.module.register_forward_pre_hook(keep) for m in moments]
+    hooks = [m.product.module.register_forward_pre_hook(keep) for m in moments]
     for images in batches:
         graph(images)
         (y,) = target(images)
         for moment in moments:
-            wanted = y if moment.module is last else None
-            moment.add(entered[moment.module], wanted, generator)
+            wanted = y if moment.product.module is last else None
+            moment.add(entered[moment.product.module], wanted, generator)
     for hook in hooks:
         hook.remove()
     return moments
@@ -161,7 +154,7 @@ def least_squares_(moments: Moments) -> None:
     second = moments.second
     ridge = 1e-9 * second.diagonal().mean() * torch.eye(len(second), device=second.device)
     targets = moments.targets[: len(second)] / moments.count
-    _write_(moments.module, torch.linalg.solve(second + ridge.double(), targets).float())
+    _write_(moments.product, torch.linalg.solve(second + ridge.double(), targets).float())
 
 
 # The coordinates
@@ -177,8 +170,8 @@ class Coordinates:
     """
 
     def __init__(self, moments: Moments) -> None:
-        self.module, second = moments.module, moments.second
-        self.parameters = [p for p in (self.module.kernel, self.module.bias) if p is not None]
+        self.product, second = moments.product, moments.second
+        self.parameters = [p for p in (self.product.kernel, self.product.bias) if p is not None]
         # Inputs are measured in units of their own size, so that the constant one beside them is
         # neither large nor small.
         size = len(moments.patches) - 1
@@ -194,7 +187,7 @@ class Coordinates:
         self.theta = theta / self.scale
 
     def _stack(self, values: Sequence[Tensor]) -> Tensor:
-        return torch.cat([_matrix(self.module, values[0]), *(bias[None] for bias in values[1:])])
+        return torch.cat([_matrix(self.product, values[0]), *(bias[None] for bias in values[1:])])
 
     def take_(self, gradients: Sequence[Tensor]) -> None:
         """Turn the parameters' gradients into theta's."""
@@ -202,7 +195,7 @@ class Coordinates:
 
     def write_(self) -> None:
         """Give the layer the weights that theta stands for."""
-        _write_(self.module, self.inverse @ (self.theta * self.scale))
+        _write_(self.product, self.inverse @ (self.theta * self.scale))
 
 
 class Scaled:

@@ -3,8 +3,8 @@
 The model that comes in stays exactly as it was. The result stands alone: it has layers of its own
 (made from the old ones' configs), values of its own (each tensor copied once, in its memory
 layout), the old names, and one node for each call of a layer, so that it can be cut again, saved,
-cloned and lowered. It isn't compiled, whatever the input was. It keeps the input's class, and with
-it the weight set whose preprocessing it expects.
+cloned and run by torch. It isn't compiled, whatever the input was. It keeps the input's class, and
+with it the weight set whose preprocessing it expects.
 
 New layers are used as they are: after `replace(model, names, new)`, `new` is the layer in the
 result. They must therefore be fresh: a layer that was called before is refused. A new layer whose

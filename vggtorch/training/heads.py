@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import keras
-import torch
 from keras import layers
 
 from vggtorch import surgery
 from vggtorch.keras_graph import graph_of, producer, without_activation
-from vggtorch.lowering import between
+from vggtorch.lowering import OnKeras, between
 from vggtorch.models import remember_, remembered
 from vggtorch.training.config import TrainConfig
 from vggtorch.training.data import seeded
@@ -100,7 +99,7 @@ def class_names(model: keras.Model, classes: tuple[str, ...]) -> tuple[str, ...]
     return classes or tuple(map(str, range(shape[1])))
 
 
-def logits_network(model: keras.Model, start: keras.KerasTensor) -> torch.nn.Module:
+def logits_network(model: keras.Model, start: keras.KerasTensor) -> OnKeras:
     """What a model does from a tensor on, as a torch network that puts out logits.
 
     A softmax at the end is left out: the cross-entropy of logits keeps its gradient where a

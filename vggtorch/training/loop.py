@@ -19,7 +19,7 @@ import keras
 import torch
 
 from vggtorch.keras_graph import graph_of
-from vggtorch.lowering import BatchNorm
+from vggtorch.lowering import synchronize_
 from vggtorch.models import remember_
 from vggtorch.training import checkpoints
 from vggtorch.training.config import TrainConfig
@@ -315,11 +315,9 @@ def prepare(
     """The part of a model that trains as it is frozen now, and what goes into it."""
     end = frozen_end(model) if config.cache else model.inputs[0]
     module = logits_network(model, end)
-    for child in module.modules():
-        if isinstance(child, BatchNorm):
-            # In pieces, batch norm is of each piece, in one process and in several.
-            whole = config.gradient_accumulation_steps == 1
-            child.synchronized = accelerator.num_processes > 1 and whole
+    # In pieces, batch norm is of each piece, in one process and in several.
+    whole = config.gradient_accumulation_steps == 1
+    synchronize_(module.network, accelerator.num_processes > 1 and whole)
     if end is model.inputs[0]:
         return Stage(module, read.training, read.validation, is_cached=False)
     prefix = keras.Model(model.inputs, end)

@@ -1,0 +1,143 @@
+"""Batch norm by Keras's rules as subclasses of torch.nn's."""
+
+# ruff: noqa: D102  (forward does what its class says)
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def train_batch_norm(
+    x: Tensor,
+    mean: Tensor,
+    variance: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    step: float,
+    eps: float,
+) -> Tensor:
+    """Normalise by the batch's own moments, and let `mean` and `variance` go a step towards them.
+
+    torch would keep the unbiased variance; it is asked for the batch's own, and that is undone.
+    """
+    n = x.numel() // x.shape[1]
+    batch_mean, batch_variance = torch.zeros_like(mean), torch.zeros_like(variance)
+    # Not F.batch_norm, which refuses one value for each channel; Keras takes it.
+    y = torch.batch_norm(
+        x, weight, bias, batch_mean, batch_variance, True, 1.0, eps, torch.backends.cudnn.enabled
+    )
+    with torch.no_grad():
+        biased = batch_variance * ((n - 1) / n) if n > 1 else torch.zeros_like(batch_variance)
+        mean.lerp_(batch_mean, step)
+        variance.lerp_(biased, step)
+    return y
+
+
+torch.fx.wrap("train_batch_norm")  # a tracer records the call, which depends on the batch's size
+
+
+class _SumOverProcesses(torch.autograd.Function):
+    """The sum of a tensor over all processes; so is the gradient with respect to it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        total = x.clone()
+        torch.distributed.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        return _SumOverProcesses.forward(ctx, gradient)
+
+
+def train_over_processes(
+    x: Tensor,
+    mean: Tensor,
+    variance: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    step: float,
+    eps: float,
+) -> Tensor:
+    """`train_batch_norm` for a process's part of a batch, which may be empty.
+
+    The moments are those of all processes' images together; torch.nn.SyncBatchNorm does so on GPUs
+    only.
+    """
+    wide = x.float()
+    axes = [axis for axis in range(x.ndim) if axis != 1]
+    shape = [-1 if axis == 1 else 1 for axis in range(x.ndim)]
+    count = _SumOverProcesses.apply(wide.new_tensor(x.numel() // x.shape[1]))
+    batch_mean = _SumOverProcesses.apply(wide.sum(axes)) / count
+    centred = wide - batch_mean.view(shape)
+    batch_variance = _SumOverProcesses.apply(centred.square().sum(axes)) / count
+    scale = torch.rsqrt(batch_variance + eps)
+    if weight is not None:
+        scale = scale * weight
+    y = centred * scale.view(shape)
+    if bias is not None:
+        y = y + bias.view(shape)
+    with torch.no_grad():
+        mean.lerp_(batch_mean.to(mean.dtype), step)
+        variance.lerp_(batch_variance.to(variance.dtype), step)
+    return y.to(x.dtype)
+
+
+class KerasBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """Batch norm by Keras's rules: a biased moving variance, and inference while it is frozen.
+
+    Attributes:
+        frozen: follows the Keras layer's `trainable`, which False turns to inference.
+        synchronized: trains on the moments of all processes' images together.
+        counted: this batch is in the moving statistics already; checkpointing runs it again.
+    """
+
+    frozen = False
+    synchronized = False
+    counted = False
+
+    @property
+    def learns(self) -> bool:
+        """Whether it normalises by the batch's own moments, as it must where it has no others."""
+        return (self.training and not self.frozen) or self.running_mean is None
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean, variance = self.running_mean, self.running_var
+        if mean is None or variance is None:  # somebody made it track nothing
+            return super().forward(x)
+        if not self.learns:
+            return F.batch_norm(x, mean, variance, self.weight, self.bias, False, 0.0, self.eps)
+        if self.counted:
+            mean, variance, step = mean.clone(), variance.clone(), 0.0
+        else:
+            if self.num_batches_tracked is not None:
+                self.num_batches_tracked.add_(1)
+            if self.momentum is not None:
+                step = self.momentum
+            else:  # a plain mean over all batches, which update_bn asks for
+                step = 1.0 / float(self.num_batches_tracked or 1)
+        if self.synchronized:
+            return train_over_processes(x, mean, variance, self.weight, self.bias, step, self.eps)
+        return train_batch_norm(x, mean, variance, self.weight, self.bias, step, self.eps)
+
+
+class BatchNorm1d(KerasBatchNorm, nn.BatchNorm1d):
+    """nn.BatchNorm1d by Keras's rules; x is (N, C) or (N, C, L)."""
+
+
+class BatchNorm2d(KerasBatchNorm, nn.BatchNorm2d):
+    """nn.BatchNorm2d by Keras's rules; x is (N, C, H, W)."""
+
+
+class BatchNorm3d(KerasBatchNorm, nn.BatchNorm3d):
+    """nn.BatchNorm3d by Keras's rules; x is (N, C, D, H, W)."""
+
+
+def synchronize_(module: nn.Module, synchronized: bool) -> None:
+    """Let all batch norms inside train on all processes' images together, or on their own only."""
+    for child in module.modules():
+        if isinstance(child, KerasBatchNorm):
+            child.synchronized = synchronized

@@ -1,0 +1,197 @@
+"""The fast way to run a network, and when nobody can tell it from running its modules one by one.
+
+Steps before the first one that learns run as in inference, fused; in inference all of them do. The
+others use gradients of our own. Both go through the batch in groups of images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import keras
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+
+from vggtorch.lowering.fused import FusedConv2d, TrainedLinear
+from vggtorch.lowering.kernels import is_intercepted
+from vggtorch.lowering.layer_modules import KerasLayer, SharedDropout
+from vggtorch.lowering.running import run_segments
+from vggtorch.lowering.steps import (
+    CONVOLUTIONS,
+    DROPOUTS,
+    LINEARS,
+    NORMS,
+    STATELESS,
+    Call,
+    Place,
+    Plans,
+    Step,
+    steps_of,
+)
+
+# What a tracer, or a library that changes a class for all its modules, puts something else for.
+_CALL = nn.Module.__call__
+_WEIGHTED = (*CONVOLUTIONS, *LINEARS, *NORMS)
+_FORWARDS: dict[type, Any] = {
+    kind: kind.forward  # type: ignore[union-attr]
+    for kind in (*STATELESS, *NORMS, *DROPOUTS)
+    if issubclass(kind, nn.Module)
+}
+
+
+class Plan:
+    """The fast way to run a network whose graph and modules are what they were when it was made."""
+
+    def __init__(self, graph: torch.fx.Graph, root: nn.Module, checkpoint: bool) -> None:
+        inputs = [node for node in graph.nodes if node.op == "placeholder"]
+        self.names = [str(node.target) for node in inputs]
+        self.ranks = [node.meta.get("rank") for node in inputs]
+        self.children = [
+            (parent, name, child, type(child))
+            for parent in root.modules()
+            for name, child in parent._modules.items()
+        ]
+        self.modules = tuple(root.modules())
+        self.weighted = [m for m in self.modules if type(m) in _WEIGHTED]
+        kinds = {type(m) for m in self.modules}
+        self.forwards = [(kind, _FORWARDS[kind]) for kind in kinds if kind in _FORWARDS]
+        steps, self.structure = steps_of(graph, dict(root.named_modules(remove_duplicate=False)))
+        places = tuple(range(len(inputs)))
+        self.plans = Plans(steps, places, tuple(_places(self.structure)), checkpoint)
+
+    def __deepcopy__(self, memo: Any) -> None:
+        return None  # a copy of a network makes its own
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(None), ()
+
+    def is_current(self) -> bool:
+        """Whether every module is where it was, and what it was."""
+        return all(
+            parent._modules.get(name) is child and type(child) is kind
+            for parent, name, child, kind in self.children
+        )
+
+    def in_order(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Sequence[Any]:
+        """The inputs one after the other; none where they aren't what the network takes."""
+        if not kwargs:
+            return args
+        named = self.names[len(args) :]
+        return (*args, *map(kwargs.get, named)) if set(named) == set(kwargs) else ()
+
+    def takes(self, inputs: Sequence[Any]) -> bool:
+        """Whether these inputs run the fast way: plain tensors, while nobody looks on."""
+        if is_intercepted() or _has_global_hooks() or nn.Module.__call__ is not _CALL:
+            return False
+        if len(inputs) != len(self.ranks) or any(
+            not _is_plain(x) or x.ndim != rank for x, rank in zip(inputs, self.ranks, strict=True)
+        ):
+            return False
+        return (
+            all(kind.forward is forward for kind, forward in self.forwards)
+            and not any(map(_is_watched, self.modules))
+            and all(map(_has_plain_weights, self.weighted))
+        )
+
+    def __call__(self, inputs: Sequence[Tensor]) -> Any:
+        """Run the network."""
+        settled = self._settled(inputs)
+        for run in self.plans.fused.values():
+            if isinstance(run, FusedConv2d):
+                run.constants.is_checked = False
+            elif isinstance(run, TrainedLinear) and settled == len(self.plans.steps):
+                run.gradients.release()
+        values: dict[int, Any] = dict(enumerate(inputs))
+        run_segments(self.plans.fast(settled), values)
+        return _filled(self.structure, values)
+
+    def _settled(self, inputs: Sequence[Tensor]) -> int:
+        """How many of the leading steps do as in inference, with no gradient to come."""
+        grad = torch.is_grad_enabled()
+        if grad and any(x.requires_grad for x in inputs):
+            return 0
+        for i, step in enumerate(self.plans.steps):
+            if not _is_settled(step, grad):
+                return i
+        return len(self.plans.steps)
+
+
+def _is_settled(step: Step, grad: bool) -> bool:
+    """Whether a step does what it does in inference; `grad`: whether parameters may learn."""
+    run: Any = step.run.target if isinstance(step.run, Call) else step.run
+    if not isinstance(run, nn.Module):
+        return True
+    run, kind = cast(Any, run), type(run)
+    if kind in NORMS:
+        changes = run.learns
+    elif kind is KerasLayer:
+        changes = run.training and isinstance(run.operation[0], keras.Layer)
+    elif kind in DROPOUTS or kind is SharedDropout:
+        changes = run.training
+    elif kind in STATELESS:
+        changes = False
+    else:  # a module of the user's
+        changes = any(m.training for m in run.modules())
+    if changes or not grad:
+        return not changes
+    modules = (run,) if kind in STATELESS else run.modules()
+    return not any(
+        p is not None and p.requires_grad
+        for m in modules
+        for p in (*m._parameters.values(), *m._buffers.values())
+    )
+
+
+def _is_plain(x: Any) -> bool:
+    return type(x) in (Tensor, nn.Parameter) and x.device.type == "cpu"
+
+
+def _has_plain_weights(module: nn.Module) -> bool:
+    """Whether its weights are where its class puts them, and nothing but tensors on the CPU."""
+    tensors = (*module._parameters.values(), *module._buffers.values())
+    return "weight" in module._parameters and all(t is None or _is_plain(t) for t in tensors)
+
+
+def _is_watched(module: nn.Module) -> bool:
+    """Whether somebody wants to know when it runs, or has given it another forward."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in vars(module)
+    )
+
+
+def _has_global_hooks() -> bool:
+    """Whether torch calls hooks for every module that runs."""
+    return bool(
+        torch_module._global_forward_hooks
+        or torch_module._global_forward_pre_hooks
+        or torch_module._global_backward_hooks
+        or torch_module._global_backward_pre_hooks
+    )
+
+
+def _places(structure: Any) -> list[int]:
+    if isinstance(structure, Place):
+        return [structure.index]
+    if isinstance(structure, dict):
+        structure = structure.values()
+    elif not isinstance(structure, list | tuple):
+        return []
+    return [i for part in structure for i in _places(part)]
+
+
+def _filled(structure: Any, values: dict[int, Any]) -> Any:
+    """What the network returns: torch.fx's lists and dicts as Python's own."""
+    if isinstance(structure, Place):
+        return values[structure.index]
+    if isinstance(structure, dict):
+        return {key: _filled(part, values) for key, part in structure.items()}
+    if isinstance(structure, list | tuple):
+        parts = [_filled(part, values) for part in structure]
+        return tuple(parts) if isinstance(structure, tuple) else parts
+    return structure

@@ -1,0 +1,438 @@
+"""`to_torch`: a Keras model as a network of torch's own modules, on the Keras model's memory.
+
+The Keras graph is walked once and written down as a torch.fx graph, so the result is what torch's
+tools take for a network: its children are torch.nn's classes, its forward is plain code, and it
+can be traced, quantised, pruned, exported and compiled as any other.
+"""
+
+from __future__ import annotations
+
+import keyword
+import operator
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import reduce
+from typing import Any
+
+import keras
+import torch
+from keras import layers
+from torch import nn
+
+from vggtorch import keras_graph
+from vggtorch.lowering.converters import convert
+from vggtorch.lowering.layer_modules import KerasLayer
+from vggtorch.lowering.network import TorchNetwork
+from vggtorch.lowering.sites import Axes, Piece, Site
+from vggtorch.lowering.ties import Ties
+
+
+def to_torch(
+    model: keras.Model,
+    *,
+    data_format: str | None = None,
+    share: bool = True,
+    checkpoint: bool = False,
+) -> TorchNetwork:
+    """Return a Keras model as a torch network of torch's own modules.
+
+    Its children have the layers' names and are torch's own classes: `block1_conv1` is an nn.Conv2d
+    and `block1_conv1_relu` the nn.ReLU behind it. Weights are (O, I, H, W) and (out, in). A batch
+    norm is an nn.BatchNorm2d with Keras's rules, its moving statistics buffers. A layer that torch
+    has no exact module for runs inside a module as Keras runs it; so do layers of a mixed dtype
+    policy, and those behind a mask.
+
+    **One memory.** Each weight stands on the memory of its Keras variable: an optimizer's step,
+    `load_state_dict` or `set_weights` on either side is seen by both, and a saved Keras model has
+    what torch has learned. Gradients are each side's own. `.to(device)` moves both; freezing a
+    Keras layer freezes its weights here, from the next call or the next look at `parameters()`;
+    `requires_grad` set here is torch's own affair. Replacing a child, or converting to another
+    dtype (with a warning), leaves the Keras model with what it had. `copy.deepcopy` and pickles
+    stand alone. Kernels of the Keras model are views in another order from then on, so flatten
+    them (`parameters_to_vector`) on the torch side.
+
+    **Speed.** On a CPU a call runs faster than its modules one by one: convolutions with their
+    batch norm and ReLU in one, pools before ReLUs, a few images at a time, frozen leading layers as
+    in inference. Whatever looks on or changes something gets the modules one by one: hooks,
+    tracers, compilers, transforms, dispatch modes, modules with another forward. A module that you
+    put in the place of another runs as it is. On a GPU torch's own operations run; for small
+    batches there use `torch.compile(network, mode="reduce-overhead")`.
+
+    **What is read once.** Strides, activations, dropout rates: changes of a layer other than of its
+    weights and of `trainable` need another `to_torch`. Penalties of Keras's regularizers are no
+    part of what the network returns; a model that has them is warned of.
+
+    **Modes.** `train()` and `eval()` are Keras's `training=True` and `training=False`, and the
+    network starts in the first, as every torch module does.
+
+    Args:
+        model: a Functional or Sequential model, with any layers.
+        data_format: layout of inputs and outputs with three axes or more, "channels_last"
+            (N, H, W, C) or "channels_first" (N, C, H, W); the Keras model's own by default.
+        share: False gives the network a memory of its own.
+        checkpoint: in training, keep only what pools put out and compute the activations between
+            them again in backward: the same gradients from a fraction of the memory, in up to a
+            third more time. Blocks in which a layer runs as Keras runs it are kept whole.
+
+    Returns:
+        The network. It takes the model's inputs one by one, by position or by their names, and
+        returns what the model returns.
+
+    Raises:
+        ValueError: a model that isn't a graph of layers, or an unknown data_format.
+
+    Example:
+        >>> import torch, vggtorch as vt
+        >>> vgg = vt.VGG11(weights=None, include_top=False, input_shape=(32, 32, 3))
+        >>> network = vt.to_torch(vgg, data_format="channels_first").eval()
+        >>> network.block1_conv1
+        Conv2d(3, 64, kernel_size=(3, 3), stride=(1, 1), padding=(1, 1))
+        >>> network(torch.rand(2, 3, 32, 32)).shape
+        torch.Size([2, 512, 1, 1])
+    """
+    check_data_format(data_format)
+    graph = keras_graph.graph_of(model, "to_torch")
+    _warn_of_penalties(model)
+    return network_of(
+        graph, model.name, data_format=data_format, share=share, checkpoint=checkpoint
+    )
+
+
+def check_data_format(data_format: str | None) -> None:
+    """Raise the ValueError of an unknown data_format."""
+    if data_format not in (None, "channels_last", "channels_first"):
+        raise ValueError(
+            f"Received data_format={data_format!r}; expected 'channels_last' or 'channels_first'."
+        )
+
+
+def network_of(
+    graph: keras.Function,
+    name: str,
+    *,
+    data_format: str | None = None,
+    share: bool = True,
+    checkpoint: bool = False,
+) -> TorchNetwork:
+    """What `to_torch` returns, for any graph of Keras layers."""
+    outer = "keras"
+    if data_format not in (None, keras_graph.data_format(graph)):
+        outer = "first" if data_format == "channels_first" else "last"
+    common = _Common(share)
+    network = _Builder(graph, common, outer).build(name)
+    network._ties = common.ties if share else Ties()
+    if checkpoint:
+        network.meta["checkpoint"] = True
+    return network
+
+
+def _warn_of_penalties(model: keras.Model) -> None:
+    """Say that a torch loop over the network leaves out what Keras's fit adds to the loss."""
+    penalised = [v.path for v in model.trainable_variables if v.regularizer is not None]
+    penalised += [
+        layer.name
+        for layer in keras_graph.all_layers(model)
+        if layer.activity_regularizer is not None
+    ]
+    if penalised:
+        warnings.warn(
+            f"{model.name!r} has regularizers ({penalised[0]!r} first, {len(penalised)} in all), "
+            f"whose penalties the torch network doesn't know: in a torch loop use the optimizer's "
+            f"weight_decay, or train by Keras's fit.",
+            stacklevel=3,
+        )
+
+
+_MERGES: dict[type, Callable[..., Any]] = {
+    layers.Add: torch.add,
+    layers.Multiply: torch.mul,
+    layers.Subtract: torch.sub,
+    layers.Maximum: torch.maximum,
+    layers.Minimum: torch.minimum,
+    layers.Average: torch.add,
+}
+_OPERATORS: dict[str, Callable[..., Any]] = {
+    "Add": torch.add,
+    "Subtract": torch.sub,
+    "Multiply": torch.mul,
+    "Divide": torch.div,
+    "TrueDivide": torch.div,
+    "Negative": torch.neg,
+}
+
+
+@dataclass
+class _Common:
+    """What the builders of a network and of the networks nested in it have in common.
+
+    Attributes:
+        share: whether torch's tensors are on the Keras variables' memory.
+        ties: the pairs of both.
+        pieces: the modules of each layer by its id and its input's rank; a layer that is called in
+            several networks is one module in all of them.
+        copies: what stands for the variables of layers that Keras runs, without `share`.
+    """
+
+    share: bool
+    ties: Ties = field(default_factory=Ties)
+    pieces: dict[tuple[int, int], list[Piece] | None] = field(default_factory=dict)
+    copies: dict[int, nn.Parameter] = field(default_factory=dict)
+
+
+class _Builder:
+    """Writes a Keras graph down as a torch.fx graph.
+
+    Each Keras tensor has a value here in one or two orders of axes: as Keras has it ("keras") and
+    with the channels moved from the end to axis 1 ("first"). A step takes the one that it needs,
+    which is made of the other by a permutation, a view, when it isn't there.
+    """
+
+    def __init__(self, model: keras.Function, common: _Common, outer: str = "keras") -> None:
+        self.model, self.common, self.outer = model, common, outer
+        self.root = nn.Module()
+        self.graph = torch.fx.Graph()
+        self.values: dict[int, dict[str, torch.fx.Node]] = {}  # by the id of a Keras tensor
+        self.names: dict[tuple[int, ...], list[tuple[str, str]] | None] = {}  # of layers' modules
+        self.hidden: set[int] = set()  # tensors that may carry a mask which they don't show
+
+    def build(self, name: str) -> TorchNetwork:
+        inputs = {id(tensor): tensor for tensor in self.model.inputs}
+        for tensor in inputs.values():
+            node = self.graph.placeholder(_identifier(keras_graph.producer(tensor).name))
+            node.meta["rank"] = len(tensor.shape)
+            axes = "first" if self.outer == "first" and len(tensor.shape) > 2 else "keras"
+            if self.outer == "last" and len(tensor.shape) > 2:
+                node = self._permuted(node, len(tensor.shape), to_first=True)
+            self.values[id(tensor)] = {axes: node}
+        for call in keras_graph.calls(self.model):
+            if not call.is_input:
+                last = next(reversed(self.graph.nodes), None)
+                self._step(call)
+                for node in reversed(self.graph.nodes):
+                    if node is last:
+                        break
+                    node.meta["layer"] = call.operation.name
+        outputs = {id(t): self._outgoing(t) for t in self.model.outputs}
+        structure = keras_graph.output_structure(self.model)
+        self.graph.output(keras.tree.map_structure(lambda t: outputs[id(t)], structure))
+        self.graph.lint()
+        return TorchNetwork(self.root, self.graph, class_name=_identifier(name))
+
+    # Values
+
+    def _permuted(self, node: torch.fx.Node, rank: int, *, to_first: bool) -> torch.fx.Node:
+        last, between = rank - 1, range(1, rank - 1)
+        order = (0, last, *between) if to_first else (0, *range(2, rank), 1)
+        return self.graph.call_method("permute", (node, *order))
+
+    def _outgoing(self, tensor: keras.KerasTensor) -> torch.fx.Node:
+        rank = len(tensor.shape)
+        if self.outer == "last" and rank > 2:
+            return self._permuted(self.value(tensor, "keras"), rank, to_first=False)
+        return self.value(tensor, "first" if self.outer == "first" else "keras")
+
+    def value(self, tensor: keras.KerasTensor, axes: str) -> torch.fx.Node:
+        """A Keras tensor's value with its axes in this order."""
+        known, rank = self.values[id(tensor)], len(tensor.shape)
+        if rank <= 2 or (axes == "any" and known):
+            return next(iter(known.values()))
+        if axes not in known:
+            known[axes] = self._permuted(next(iter(known.values())), rank, to_first=axes == "first")
+        return known[axes]
+
+    def _common(self, tensors: list[keras.KerasTensor]) -> str:
+        """The order of axes that needs the fewest permutations for all of these."""
+        first = sum("first" in self.values[id(t)] for t in tensors)
+        return "first" if 2 * first >= len(tensors) else "keras"
+
+    # Steps
+
+    def _step(self, call: keras_graph.Node) -> None:
+        masked = any(map(keras_graph.has_mask, call.input_tensors))
+        # A mask that comes up inside of a nested model isn't shown on the model's output.
+        if _masks_inside(call.operation) or any(id(t) in self.hidden for t in call.input_tensors):
+            self.hidden |= {id(tensor) for tensor in call.outputs}
+            masked = True
+        if masked or not (self._as_torch(call) or self._merge(call) or self._nested(call)):
+            self._by_keras(call)
+
+    def _set(self, tensor: keras.KerasTensor, axes: str, node: torch.fx.Node) -> None:
+        self.values[id(tensor)] = {axes: node}
+        node.meta["axes"] = axes
+
+    def _as_torch(self, call: keras_graph.Node) -> bool:
+        """Write down a call of a layer that torch.nn has modules for."""
+        layer = call.operation
+        if not isinstance(layer, keras.Layer) or not _is_plain(call):
+            return False
+        if len(call.input_tensors) != 1 or len(call.outputs) != 1:
+            return False
+        (tensor,) = call.input_tensors
+        rank = len(tensor.shape)
+        key = (id(layer), rank)
+        if key not in self.names:
+            common = self.common
+            if key not in common.pieces:
+                site = Site(layer, call.input_tensors, common.ties, common.share)
+                common.pieces[key] = convert(site)
+            pieces = common.pieces[key]
+            self.names[key] = (
+                None
+                if pieces is None
+                else [
+                    (
+                        self._add(layer.name + piece.suffix, piece.module),
+                        self._axes(piece.axes, layer),
+                    )
+                    for piece in pieces
+                ]
+            )
+        modules = self.names[key]
+        if isinstance(layer, layers.Reshape | layers.Permute):
+            self._reshape(call)
+            return True
+        if not modules:
+            return False
+        axes = modules[0][1]
+        if axes == "any":
+            axes = self._common([tensor])
+        node = self.value(tensor, axes)
+        floats = "float" in tensor.dtype and "float" in layer.compute_dtype
+        if floats and tensor.dtype != layer.compute_dtype:  # Keras casts a layer's input
+            dtype = keras_graph.torch_dtype(layer.compute_dtype)
+            node = self.graph.call_method("to", (node, dtype))
+        for name, wanted in modules:
+            if wanted not in ("any", axes) and rank > 2:
+                node = self._permuted(node, rank, to_first=wanted == "first")
+                axes = wanted
+            node = self.graph.call_module(name, (node,))
+        self._set(call.outputs[0], axes, node)
+        return True
+
+    def _axes(self, axes: Axes, layer: Any) -> str:
+        """The order of axes that a module wants; in a channels_first layer both are the same."""
+        return "keras" if getattr(layer, "data_format", "") == "channels_first" else axes
+
+    def _reshape(self, call: keras_graph.Node) -> None:
+        layer, x = call.operation, self.value(call.input_tensors[0], "keras")
+        if isinstance(layer, layers.Permute):
+            node = self.graph.call_method("permute", (x, 0, *layer.dims))
+        else:
+            node = self._reshaped(x, len(call.input_tensors[0].shape), layer.target_shape)
+        self._set(call.outputs[0], "keras", node)
+
+    def _reshaped(self, x: torch.fx.Node, rank: int, shape: Sequence[int]) -> torch.fx.Node:
+        """All but the batch in another shape, not by the batch's size, which an export fixes."""
+        if rank > 2:
+            x = self.graph.call_method("flatten", (x, 1))
+        if rank == 1 or len(shape) == 0:
+            size = self.graph.call_method("size", (x, 0))
+            return self.graph.call_method("reshape", (x, size, *shape))
+        return self.graph.call_method("unflatten", (x, 1, tuple(shape))) if len(shape) > 1 else x
+
+    def _merge(self, call: keras_graph.Node) -> bool:
+        """Write down a sum, product, concatenation, or an operator between tensors and numbers."""
+        operation, tensors = call.operation, list(call.input_tensors)
+        ranks = {len(t.shape) for t in tensors}
+        same = len(ranks) == 1 and len({t.dtype for t in (*tensors, *call.outputs)}) == 1
+        if not same or "int" in tensors[0].dtype or "bool" in tensors[0].dtype:
+            return False
+        kind = type(operation)
+        if isinstance(operation, keras.Layer):
+            known = kind in _MERGES or kind is layers.Concatenate
+            if not known or len(tensors) < 2 or operation.activity_regularizer is not None:
+                return False
+            if operation.compute_dtype != tensors[0].dtype or not _is_plain(call):
+                return False
+        elif (
+            keras_graph.operation_kind(operation) not in _OPERATORS
+            or call.arguments.kwargs
+            or any(not isinstance(a, keras.KerasTensor | int | float) for a in call.arguments.args)
+        ):
+            return False
+        axes = self._common(tensors)
+        nodes = {id(t): self.value(t, axes) for t in tensors}
+        values = [nodes[id(t)] for t in tensors]
+        if kind is layers.Concatenate:
+            (rank,) = ranks
+            axis = operation.axis % rank
+            if axes == "first" and axis > 0:
+                axis = 1 if axis == rank - 1 else axis + 1
+            node = self.graph.call_function(torch.cat, (values, axis))
+        elif kind in _MERGES:
+            node = reduce(lambda a, b: self.graph.call_function(_MERGES[kind], (a, b)), values)
+            if kind is layers.Average:
+                node = self.graph.call_function(torch.div, (node, len(values)))
+        else:
+            arguments = [
+                nodes[id(a)] if isinstance(a, keras.KerasTensor) else a for a in call.arguments.args
+            ]
+            function = _OPERATORS[str(keras_graph.operation_kind(operation))]
+            if not isinstance(arguments[0], torch.fx.Node):  # torch.sub(1, x) takes no number first
+                function = getattr(operator, _PLAIN[function])
+            node = self.graph.call_function(function, tuple(arguments))
+        self._set(call.outputs[0], axes, node)
+        return True
+
+    def _nested(self, call: keras_graph.Node) -> bool:
+        """Write down a call of a model as that of a network of its own."""
+        inner = keras_graph.functional(call.operation)
+        if inner is None or not _is_plain(call):
+            return False
+        key = (id(call.operation),)
+        if key not in self.names:
+            network = _Builder(inner, self.common).build(call.operation.name)
+            self.names[key] = [(self._add(call.operation.name, network), "keras")]
+        self._call_module(call, key)
+        return True
+
+    def _by_keras(self, call: keras_graph.Node) -> None:
+        """Write down a call that runs as Keras runs it."""
+        key = (id(call.operation), id(call))
+        module = KerasLayer(call, None if self.common.share else self.common.copies)
+        self.names[key] = [(self._add(call.operation.name, module), "keras")]
+        self._call_module(call, key)
+
+    def _call_module(self, call: keras_graph.Node, key: tuple[int, ...]) -> None:
+        modules = self.names[key]
+        assert modules is not None
+        arguments = tuple(self.value(t, "keras") for t in call.input_tensors)
+        node = self.graph.call_module(modules[0][0], arguments)
+        for i, tensor in enumerate(call.outputs):
+            several = len(call.outputs) > 1
+            part = self.graph.call_function(operator.getitem, (node, i)) if several else node
+            self._set(tensor, "keras", part)
+
+    def _add(self, name: str, module: nn.Module) -> str:
+        """Add a child under a name that is free and that torch allows; the name it got."""
+        name = name.replace(".", "_").replace("/", "_")
+        while keyword.iskeyword(name) or hasattr(self.root, name) or hasattr(TorchNetwork, name):
+            name += "_"
+        self.root.add_module(name, module)
+        return name
+
+
+_PLAIN = {torch.add: "add", torch.sub: "sub", torch.mul: "mul", torch.div: "truediv"}
+
+
+def _identifier(name: str) -> str:
+    """A name that Python takes for an argument or a class."""
+    name = "".join(c if c.isalnum() else "_" for c in name)
+    return name if name.isidentifier() and not keyword.iskeyword(name) else f"_{name}"
+
+
+def _masks_inside(operation: Any) -> bool:
+    """Whether a layer inside of a layer makes masks, as an Embedding in a nested model does."""
+    if not isinstance(operation, keras.Layer):
+        return False
+    inside = keras_graph.all_layers(operation, include_self=False)
+    return any(isinstance(x, layers.Masking) or getattr(x, "mask_zero", False) for x in inside)
+
+
+def _is_plain(call: keras_graph.Node) -> bool:
+    """Whether a call has tensors, or a list of them, as its one argument, and no options."""
+    args, kwargs = call.arguments.args, call.arguments.kwargs
+    options = {name for name, value in kwargs.items() if value is not None} - {"training"}
+    flat = keras.tree.flatten(args)
+    return len(args) == 1 and not options and all(isinstance(x, keras.KerasTensor) for x in flat)
