@@ -13,7 +13,10 @@ import vggtorch as vt
 PACKAGE = Path(vt.__file__).parent
 GROUND = ("architectures", "weight_sets", "keras_graph", "files")
 # A room imports only from those before it, and measuring not from surgery.
-ROOMS = ("weights", "models", "lowering", "surgery", "features", "measuring", "training")
+ROOMS = (
+    *("weights", "models", "lowering", "surgery", "features", "measuring"),
+    *("compression", "training"),
+)
 ENTRANCES = ("demo", "options", "cli")  # what a user starts; they may import everything
 ORDER = (*GROUND, *ROOMS, *ENTRANCES)
 FILES = sorted(path for path in PACKAGE.rglob("*.py"))

@@ -1,5 +1,6 @@
 # The public names and where each comes from: __init__.py reads them here when they are first used.
 
+from .compression import compress as compress
 from .features import LPIPS as LPIPS
 from .features import FeatureExtractor as FeatureExtractor
 from .features import PerceptualLoss as PerceptualLoss

@@ -26,6 +26,7 @@ if TYPE_CHECKING:  # a type checker can't read choices that are made while the p
 else:
     ArchitectureName = Literal[tuple(ARCHITECTURES)]
 Similarity = Literal["similar", "different"]
+Cost = Literal["multiply-adds", "seconds"]
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="An architecture's name or a .keras file.")
 ]
@@ -173,6 +174,58 @@ def inspect(
     if draw:
         with files.atomic(draw) as temporary:
             temporary.write_text(vt.draw(network, original))
+
+
+@app.command(
+    epilog=_examples(
+        "compress run/model.keras photos --times 2 --out small.keras",
+        "compress vgg16 photos --weights oxford --no-top --times 3 --out small.keras",
+    )
+)
+def compress(
+    model: Model,
+    folder: Annotated[
+        Path, typer.Argument(metavar="FOLDER", help="Images, in folders at any depth, no labels.")
+    ],
+    times: Annotated[float, typer.Option(help="How many times less it is to cost.")],
+    out: Annotated[str, typer.Option(metavar="FILE", help="Where to write it; a .keras file.")],
+    by: Annotated[Cost, typer.Option(help="What is to be less.")] = "multiply-adds",
+    keep: Annotated[
+        list[str] | None, typer.Option(metavar="LAYER", help="A layer that stays as it is.")
+    ] = None,
+    images: Annotated[int, typer.Option(help="How many images to look at, at most.")] = 300,
+    seconds: Annotated[float, typer.Option(help="Time for all of it, at most.")] = 600.0,
+    seed: Annotated[int, typer.Option(help="Decides what is held out and drawn.")] = 0,
+    checkpoints: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Go on here after an interruption.")
+    ] = None,
+    weights: Weights = "imagenet",
+    top: Annotated[bool, typer.Option(help="An architecture with its classifier.")] = True,
+) -> None:
+    """A network that costs less and sees the same; writes it and a drawing, prints a table."""
+    from vggtorch.models import SUFFIXES, constructor, model_from_name
+
+    if not out.endswith(".keras"):
+        raise ValueError(f"Received out={out}; expected a name that ends in .keras.")
+    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES)
+    if not paths:
+        raise ValueError(f"{folder} holds no images.")
+    if model in ARCHITECTURES:
+        network = constructor(model)(weights=weights, include_top=top)
+    else:
+        network = model_from_name(model)
+    chosen = paths[:: max(1, len(paths) // images)][:images]  # from all folders alike
+    small, found = vt.compress(
+        network, times, vt.preprocess(chosen, network),
+        by=by, keep=keep or [], seconds=seconds, seed=seed, folder=checkpoints,
+    )  # fmt: skip
+    print(found)
+    drawing = Path(out).with_suffix(".svg")
+    with files.atomic(out) as temporary:
+        small.save(temporary)
+    with files.atomic(drawing) as temporary:
+        temporary.write_text(vt.draw(small, network))
+    print(f"Wrote {out} and {drawing}.")
 
 
 @app.command(epilog=_examples("bench vgg16", "bench run/model.keras --batch 1"))

@@ -56,9 +56,8 @@ _NO_OPTION = re.compile(  # hints that no option follows
     r"|include_top=False and stack a head of your own, or "
 )
 _STAGE = r"\((\d+), '([^']*)'\)"
-_ARGUMENT = re.compile(
-    rf"\b({_FIELDS}|weights|architecture)=('[^']*'|\((?:{_STAGE},? ?)+\)|[\w.+-]*\w)"
-)
+_NAMES = f"{_FIELDS}|weights|architecture|times|by|keep|out"
+_ARGUMENT = re.compile(rf"\b({_NAMES})=('[^']*'|\((?:{_STAGE},? ?)+\)|[\w.+-]*\w)")
 _LONG_NAME = re.compile(rf"(?<![-\w/.])({_FIELDS})(?![-\w/.=])")
 
 

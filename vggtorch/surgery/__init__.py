@@ -12,7 +12,13 @@ labels), with `region` (where the new layers sit) and `coordinates` (in which th
 
 from vggtorch.surgery.channels import deletable_channels, delete_channels
 from vggtorch.surgery.composition import Composition, compose_
-from vggtorch.surgery.distillation import Distillation, Loss, distill_, relative_error
+from vggtorch.surgery.distillation import (
+    Distillation,
+    Loss,
+    checked_images,
+    distill_,
+    relative_error,
+)
 from vggtorch.surgery.freezing import freeze_, unfreeze_
 from vggtorch.surgery.operations import insert, remove, replace, replace_where, stack, truncate
 
@@ -20,6 +26,7 @@ __all__ = [
     "Composition",
     "Distillation",
     "Loss",
+    "checked_images",
     "compose_",
     "deletable_channels",
     "delete_channels",

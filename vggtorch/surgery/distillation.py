@@ -165,12 +165,18 @@ def _only_trainable(trained: Sequence[Tensor], *models: keras.Model) -> Iterator
             p.requires_grad_(flag)
 
 
-def _checked(images: Any, original: keras.Model) -> np.ndarray:
+def checked_images(images: Any, original: keras.Model, fewest: int = 10) -> np.ndarray:
+    """Images that are to show a network what it sees, as one float32 array.
+
+    Raises:
+        ValueError: they are fewer than `fewest`, of several shapes or of another than the model
+            takes, or not finite; or the model has several inputs.
+    """
     if len(original.inputs) != 1:
         raise ValueError(f"Received a model with {len(original.inputs)} inputs; expected one.")
     arrays = [np.asarray(keras.ops.convert_to_numpy(image), np.float32) for image in images]
-    if len(arrays) < 10:
-        raise ValueError(f"Received {len(arrays)} images; expected 10 at least, better 100.")
+    if len(arrays) < fewest:
+        raise ValueError(f"Received {len(arrays)} images; expected {fewest} at least, better 100.")
     if len(shapes := sorted({array.shape for array in arrays})) > 1:
         raise ValueError(
             f"Received images of {len(shapes)} shapes, such as {shapes[0]} and {shapes[1]}; "
@@ -241,7 +247,7 @@ def distill_(
     begun = time.monotonic()
     new_layers = [new_layers] if isinstance(new_layers, str) else list(new_layers)
     graph_of(original, "distill_")
-    pixels = torch.from_numpy(_checked(images, original))
+    pixels = torch.from_numpy(checked_images(images, original))
     region = find_region(original, result, new_layers)
     names = _matched(region, match)
     layers = [result.get_layer(name) for name in new_layers]

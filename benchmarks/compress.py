@@ -1,0 +1,371 @@
+"""VGG16 compressed 2, 3 and 4 times: what it still sees, how fast it is, what the peers' ways give.
+
+    python benchmarks/compress.py match             compress; cosine to the original's maps by pool
+    python benchmarks/compress.py probe DATA        accuracy of linear probes on CIFAR-10
+    python benchmarks/compress.py speed             milliseconds at batch 1 and 8
+    python benchmarks/compress.py peers             other ways, same images, budget and training
+    python benchmarks/compress.py networks DATA     ResNet50 and MobileNetV2, shortly trained
+    python benchmarks/compress.py curves            a picture of what `match` and `speed` found
+
+`match` leaves the models and its figures in `--models`, where the others find them. Layers are
+fitted to 250 crops of `--photographs` (a folder, searched through); cosines are those of crops of
+the photographs in `--test`. By default both come out of the packages scikit-image and scikit-learn.
+DATA holds `train/<class>/*.jpg` and `test/<class>/*.jpg`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import vggtorch as vt  # isort: skip  (first: it selects Keras's torch backend)
+import harness
+import keras
+import numpy as np
+import torch
+import torch.nn.functional as F
+from replacement import POOLS, cifar10, maps, photographs, preprocessed, random_crops, row
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from vggtorch.compression.choice import Option
+from vggtorch.compression.factors import METHODS, Factors, Part, multiply_adds, ranks_for
+from vggtorch.compression.joint import descend_
+from vggtorch.compression.networks import networks_of
+from vggtorch.compression.photographs import split
+from vggtorch.compression.resuming import Notebook
+from vggtorch.compression.work import Work, open_progress
+
+HEADER = f"{'cosine after block':<34}" + "".join(f"{b:>8}" for b in range(1, 6))
+
+
+def match(args: argparse.Namespace, model: keras.Model, shown: Any, unseen: Any) -> None:
+    """Compress to each budget; the cosines are those of photographs that nothing has seen."""
+    args.models.mkdir(parents=True, exist_ok=True)
+    for times in args.times:
+        begun = time.monotonic()
+        small, found = vt.compress(
+            model, times, shown, by=args.by, seconds=args.seconds, seed=args.seed
+        )
+        took = time.monotonic() - begun
+        print(found)
+        cosines = _cosines(maps(model, unseen, POOLS), maps(small, unseen, POOLS))
+        print(HEADER)
+        row(f"{times:g} times, {found.times:.2f} in {args.by}", cosines, f"{took:.0f} s")
+        small.save(args.models / f"vgg16-{times:g}.keras")
+        figures = {"times": found.times, "cosines": cosines, "seconds": took, "steps": found.steps}
+        (args.models / f"vgg16-{times:g}.json").write_text(json.dumps(figures))
+
+
+def _cosines(before: list[torch.Tensor], after: list[torch.Tensor]) -> list[float]:
+    pairs = zip(before, after, strict=True)
+    return [float(F.cosine_similarity(a.flatten(1), b.flatten(1)).mean()) for a, b in pairs]
+
+
+def _results(args: argparse.Namespace) -> dict[str, keras.Model]:
+    """What `match` has left."""
+    paths = {f"{times:g} times": args.models / f"vgg16-{times:g}.keras" for times in args.times}
+    missing = [str(path) for path in paths.values() if not path.exists()]
+    if missing:
+        raise SystemExit(f"{missing} aren't there: run `match` with the same --models first.")
+    return {name: keras.saving.load_model(path) for name, path in paths.items()}
+
+
+def probe(args: argparse.Namespace, model: keras.Model) -> None:
+    """Logistic regression on the mean and maximum of the channels of blocks 4 and 5.
+
+    Five folds of the training images choose its regularisation, for each network and block anew.
+    """
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import GridSearchCV
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    (x, labels), (x_test, labels_test) = (
+        cifar10(args.data, part, n) for part, n in zip(("train", "test"), args.each, strict=True)
+    )
+    print(f"{len(labels)} images to train on, {len(labels_test)} to test on; +- standard error")
+    print(f"{'':<20}{'block':>6}{'accuracy':>16}{'less original':>18}")
+    right: dict[str, dict[str, np.ndarray]] = {}
+    for name, network in {"original": model, **_results(args)}.items():
+        blocks = ["block4_pool", "block5_pool"]
+        features = [
+            [
+                torch.cat([y.mean((1, 2)), y.amax((1, 2))], 1).numpy()
+                for y in maps(network, part, blocks)
+            ]
+            for part in (x, x_test)
+        ]
+        for block, train, test in zip(blocks, *features, strict=True):
+            search = GridSearchCV(
+                make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000)),
+                {"logisticregression__C": [1e-4, 1e-3, 1e-2, 1e-1]},
+                cv=5,
+            ).fit(train, labels)
+            found = search.predict(test) == labels_test
+            right.setdefault(block, {})[name] = found
+            less = found.astype(float) - right[block]["original"]
+            error = len(less) ** -0.5
+            print(
+                f"{name:<20}{block[5]:>6}{found.mean():>9.3f} +-{error * found.std():.3f}"
+                f"{less.mean():>+11.3f} +-{error * less.std():.3f}",
+                flush=True,
+            )
+
+
+def speed(args: argparse.Namespace, model: keras.Model, unseen: np.ndarray) -> None:
+    """All networks in turn, each first checked against Keras."""
+    networks = {"original": model, **_results(args)}
+    modules = {name: vt.to_torch(network).eval() for name, network in networks.items()}
+
+    def run(module: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            return module(x)
+
+    for batch in (1, 8):
+        images = np.resize(unseen, (batch, *unseen.shape[1:]))
+        x = torch.from_numpy(images).to(next(modules["original"].parameters()).device)
+        for name, module in modules.items():
+            expected = torch.as_tensor(networks[name].predict(images, verbose=0))
+            torch.testing.assert_close(run(module, x).cpu(), expected, rtol=1e-3, atol=1e-2)
+        calls = {name: partial(run, module, x) for name, module in modules.items()}
+        times = harness.in_turns(calls, args.repeats, x.device)
+        print(f"batch {batch} | median ms | quartiles | times the original's")
+        print("\n".join(harness.table(times, "original")))
+
+
+# Other ways
+
+
+def peers(args: argparse.Namespace, model: keras.Model, shown: Any, unseen: Any) -> None:
+    """Each way on the same images and budget, before and after the same training."""
+    pixels = torch.from_numpy(unseen).permute(0, 3, 1, 2)
+    ways: dict[str, Callable[[Work, float], nn.Module]] = {
+        "plain SVD, no images": plain_svd,
+        "low rank, uniform": partial(uniform, method="low rank"),
+        "separated, uniform": partial(uniform, method="separated"),
+        "compress": chosen,
+        "Torch-Pruning, magnitude": partial(pruned, importance="magnitude"),
+        "Torch-Pruning, Taylor": partial(pruned, importance="taylor"),
+    }
+    print(f"{'cosine at block5_pool':<42}{'closed form':>12}{'trained':>9}{'steps':>7}")
+    for times in args.times:
+        for name, way in ways.items():
+            images = split(model, shown, args.seed)
+            networks = networks_of(model, images, ())
+            with open_progress() as progress:
+                work = Work(networks, images, args.seed, Notebook(None, model, (), {}), progress)
+                begun = time.monotonic()
+                result = way(work, times)
+                cost = multiply_adds_of(result, pixels[:1])
+                before = last_cosine(networks.original, result, pixels)
+                ends = [
+                    p for p in result.parameters()
+                    if not any(p is q for q in networks.original.parameters())
+                ]  # fmt: skip
+                for p in ends:
+                    p.requires_grad_(True)
+                state = descend_(
+                    lambda x, result=result: list(result(x))[-1:],  # type: ignore
+                    ends,
+                    lambda x, networks=networks: networks.maps(x)[-1:],  # type: ignore
+                    images.crops,
+                    work.checked,
+                    steps=args.steps,
+                    seconds=args.seconds - (time.monotonic() - begun),
+                    seed=args.seed + 2,
+                )
+            after = last_cosine(networks.original, result, pixels)
+            label = f"{name}, {networks.total / cost:.2f} times"
+            print(f"{label:<42}{before:>12.4f}{after:>9.4f}{state.step:>7}", flush=True)
+
+
+def multiply_adds_of(network: nn.Module, x: torch.Tensor) -> int:
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        network(x)
+    return counter.get_total_flops() // 2
+
+
+def last_cosine(original: nn.Module, result: nn.Module, images: torch.Tensor) -> float:
+    found = []
+    with torch.no_grad():
+        for x in images.split(8):
+            x = x.contiguous(memory_format=torch.channels_last)
+            a, b = (list(network(x))[-1].flatten(1) for network in (original, result))
+            found.append(F.cosine_similarity(a, b))
+    return float(torch.cat(found).mean())
+
+
+def chosen(work: Work, times: float) -> nn.Module:
+    """As `compress` does it."""
+    options, _ = work.choice(work.options("multiply-adds", list(METHODS)), times, "multiply-adds")
+    work.closed_forms_(options)
+    return work.networks.work
+
+
+def uniform(work: Work, times: float, method: str) -> nn.Module:
+    """One share of its cost for each layer, the same closed forms."""
+    work.closed_forms_(uniform_options(work, times, method))
+    return work.networks.work
+
+
+def uniform_options(work: Work, times: float, method: str) -> dict[str, Option]:
+    """The options of one method that leave each layer the same share, to the budget."""
+    sites = work.networks.sites
+    budget = work.networks.total / times
+    fixed = work.networks.total - sum(site.multiply_adds for site in sites)
+    low, high, best = 0.01, 1.0, {}
+    for _ in range(20):
+        share = (low + high) / 2
+        options = {}
+        for site in sites:
+            ranks = ranks_for(site, method, share)[:1]
+            costs = [multiply_adds(site, method, r) for r in ranks]
+            stay = Option(None, (), site.multiply_adds, 0.0)
+            options[site.name] = Option(method, ranks[0], costs[0], 0.0) if ranks else stay
+        if fixed + sum(option.cost for option in options.values()) <= budget:
+            low, best = share, options
+        else:
+            high = share
+    return best
+
+
+def plain_svd(work: Work, times: float) -> nn.Module:
+    """The kernels' own singular vectors, uniform shares, no image looked at."""
+    for site in work.networks.sites:
+        option = uniform_options(work, times, "low rank")[site.name]
+        if option.method is None:
+            continue
+        old = getattr(work.networks.original, site.child)
+        u, s, v = torch.linalg.svd(old.weight.flatten(1), full_matrices=False)
+        (rank,) = option.ranks
+        parts = (
+            Part("_rank", (s[:rank, None] * v[:rank]).unflatten(1, old.weight.shape[1:]), (0, 1)),
+            Part("", u[:, :rank, None, None], ()),
+        )
+        work.networks.install_({site.child: Factors("low rank", parts, old.bias).module(site)})
+    return work.networks.work
+
+
+def pruned(work: Work, times: float, importance: str) -> nn.Module:
+    """Channels deleted by Torch-Pruning, all layers alike, the last one's aside."""
+    import torch_pruning as tp
+
+    network = copy.deepcopy(work.networks.original)
+    for parameter in network.parameters():
+        parameter.requires_grad_(True)
+    kinds = {
+        "magnitude": tp.importance.MagnitudeImportance,
+        "taylor": tp.importance.TaylorImportance,
+    }
+    last = getattr(network, work.networks.sites[-1].child)
+    example = work.images.held_out[:1]
+    pruner = tp.pruner.MagnitudePruner(
+        network, example, kinds[importance](), pruning_ratio=0.95, iterative_steps=60,
+        global_pruning=importance == "taylor", ignored_layers=[last], max_pruning_ratio=0.9,
+    )  # fmt: skip
+    while multiply_adds_of(network, example) > work.networks.total / times:
+        if importance == "taylor":
+            for x in work.fitted[:4]:
+                network(x)[-1].square().sum().backward()
+        pruner.step()
+        network.zero_grad()
+    return network
+
+
+# Other networks
+
+
+def other_networks(args: argparse.Namespace) -> None:
+    """Random weights, made something by a short training on the images of DATA."""
+    from keras import applications
+
+    x, labels = cifar10(args.data, "train", args.each[0])
+    x = x / 60  # as the networks' own preprocessing has it, about
+    for name, make in (
+        ("ResNet50", applications.ResNet50),
+        ("MobileNetV2", applications.MobileNetV2),
+    ):
+        keras.utils.set_random_seed(0)
+        base = make(weights=None, include_top=False, input_shape=(96, 96, 3), pooling="avg")
+        model = keras.Model(base.inputs, keras.layers.Dense(10, activation="softmax")(base.output))
+        model.compile("adam", "sparse_categorical_crossentropy", metrics=["accuracy"])
+        model.fit(x, labels, batch_size=32, epochs=args.epochs, verbose=2)
+        for times in (1.5, 2):
+            _, found = vt.compress(base, times, x[:250], seconds=args.seconds, steps=args.steps)
+            print(f"{name}, {times} asked, {found.times:.2f} had, likeness {found.likeness}")
+
+
+def curves(args: argparse.Namespace) -> None:
+    """Times against likeness, as SVG."""
+    points = []
+    for path in sorted(args.models.glob("vgg16-*.json")):
+        figures = json.loads(path.read_text())
+        points.append((figures["times"], figures["cosines"][-1]))
+    points = sorted([(1.0, 1.0), *points])
+    low = min(0.9, *(y for _, y in points))
+    places = [(60 + 100 * (x - 1), 20 + 160 * (1 - y) / (1 - low)) for x, y in points]
+    line = " ".join(f"{x:.0f},{y:.0f}" for x, y in places)
+    marks = "".join(
+        f'<circle cx="{x:.0f}" cy="{y:.0f}" r="3"/>'
+        f'<text x="{x + 6:.0f}" y="{y - 6:.0f}">{b:.3f} at {a:.1f}</text>'
+        for (x, y), (a, b) in zip(places, points, strict=True)
+    )
+    print(
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="480" height="220" font-size="11" '
+        f'font-family="sans-serif"><polyline points="{line}" fill="none" stroke="black"/>{marks}'
+        f'<text x="60" y="212">cosine at block5_pool over times less multiply-adds</text></svg>'
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    questions = ["match", "probe", "speed", "peers", "networks", "curves"]
+    parser.add_argument("question", choices=questions)
+    parser.add_argument("data", type=Path, nargs="?", help="CIFAR-10 as folders")
+    parser.add_argument("--models", type=Path, default=Path("compressed"), help="folder of results")
+    parser.add_argument("--times", type=float, nargs="+", default=[2, 3, 4])
+    parser.add_argument("--by", default="multiply-adds", help="or seconds")
+    parser.add_argument("--photographs", type=Path, help="folder of photographs to fit to")
+    parser.add_argument("--test", type=Path, help="folder of photographs that it doesn't see")
+    parser.add_argument("--images", type=int, default=250, help="crops of 224x224 to fit to")
+    parser.add_argument("--seconds", type=float, default=600.0, help="time for each result")
+    parser.add_argument("--steps", type=int, default=300, help="of training, for peers, networks")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--epochs", type=int, default=3, help="for networks")
+    parser.add_argument(
+        "--each", type=int, nargs=2, default=(200, 100), help="images of each class"
+    )
+    parser.add_argument("--repeats", type=int, default=10, help="for speed")
+    args = parser.parse_args()
+    if args.question in ("probe", "networks") and args.data is None:
+        parser.error(f"{args.question} needs DATA, a folder with train/<class>/*.jpg")
+    if (args.photographs is None) != (args.test is None):
+        parser.error("--photographs and --test go together, so that no photograph is in both")
+    if args.question == "curves":
+        return curves(args)
+    model = vt.VGG16(weights="oxford", include_top=False)
+    print(harness.header(model.get_layer("block1_conv1").kernel.value.device))
+    if args.question == "networks":
+        return other_networks(args)
+    if args.question == "probe":
+        return probe(args, model)
+    seen = photographs(args.photographs, test=False)
+    unseen = preprocessed(random_crops(photographs(args.test, test=True), 40, seed=1))
+    shown = preprocessed(random_crops(seen, args.images))
+    print(f"{args.images} crops of {len(seen)} photographs; tested on {len(unseen)} of others")
+    if args.question == "speed":
+        return speed(args, model, unseen)
+    return (match if args.question == "match" else peers)(args, model, shown, unseen)
+
+
+if __name__ == "__main__":
+    main()

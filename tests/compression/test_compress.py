@@ -1,0 +1,174 @@
+"""What `compress` promises: the budget is met, the maps agree, all else is as it was."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+import torch
+from small import L, images, vgg
+
+import vggtorch as vt
+from vggtorch.models import remember_
+
+sys.path.append(str(Path(__file__).parents[1] / "surgery"))
+from contract import same_snapshot, snapshot
+
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.slow]
+
+
+@pytest.fixture(scope="module")
+def compressed():
+    model = vgg()
+    before = snapshot(model)
+    result, found = vt.compress(model, 2, images(), steps=40)
+    same_snapshot(before, snapshot(model))
+    return model, result, found
+
+
+def cosine(a: np.ndarray, b: np.ndarray) -> float:
+    a, b = a.reshape(len(a), -1), b.reshape(len(b), -1)
+    return float(np.mean((a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)))
+
+
+def test_it_costs_what_was_asked_for(compressed):
+    model, result, found = compressed
+    before, after = (vt.inspect(m, repeats=1).total.multiply_adds for m in (model, result))
+    assert (before, after) == (found.before, found.after)
+    assert 2 <= before / after < 2.15
+    assert found.times == before / after
+    rows = {row.name: row.multiply_adds for row in vt.inspect(result, repeats=1).layers}
+    for layer in found.layers:
+        own = sum(n for name, n in rows.items() if name.startswith(layer.name))
+        assert own == layer.after
+
+
+def test_it_sees_the_same_as_before(compressed):
+    model, result, found = compressed
+    assert list(found.likeness) == ["block1_pool", "block2_pool", "block3_pool"]
+    assert min(found.likeness.values()) > 0.97
+    unseen = images(60)[40:]
+    assert cosine(model.predict(unseen, verbose=0), result.predict(unseen, verbose=0)) > 0.97
+    assert found.steps == 40
+    assert found.likeness["block3_pool"] >= found.closed_form["block3_pool"] - 1e-4
+
+
+def test_names_say_where_a_layer_came_from(compressed):
+    model, result, found = compressed
+    names = [layer.name for layer in result.layers]
+    assert [n for n in names if n in {x.name for x in model.layers}] == [
+        layer.name for layer in model.layers
+    ]
+    suffixes = {"_rank", "_vertical", "_horizontal", "_narrow", "_core"}
+    for name in set(names) - {layer.name for layer in model.layers}:
+        assert "_" + name.rsplit("_", 1)[1] in suffixes
+        assert result.get_layer(name).activation is keras.activations.linear
+    replaced = [row for row in found.layers if row.method]
+    assert replaced
+    for row in replaced:
+        assert result.get_layer(row.name).activation is keras.activations.relu
+
+
+def test_the_table_has_every_layer_and_map(compressed):
+    _, _, found = compressed
+    text = str(found)
+    for name in [*(row.name for row in found.layers), *found.likeness, "whole network"]:
+        assert name in text
+
+
+def test_all_that_comes_after_works_on_the_result(compressed, tmp_path):
+    model, result, _ = compressed
+    x = images(4)
+    expected = result.predict(x, verbose=0)
+    network = vt.to_torch(result).eval()
+    with torch.no_grad():
+        np.testing.assert_allclose(network(torch.from_numpy(x)), expected, atol=1e-4)
+    result.save(tmp_path / "small.keras")
+    loaded = keras.saving.load_model(tmp_path / "small.keras")
+    np.testing.assert_array_equal(loaded.predict(x, verbose=0), expected)
+    vt.accelerate_(loaded)
+    np.testing.assert_allclose(loaded.predict(x, verbose=0), expected, atol=1e-4)
+    cut = vt.truncate(result, "block2_pool")
+    assert "block2_pool" in vt.draw(cut)
+    assert "after/before" in str(vt.compare(model, result, repeats=1))
+    again, found = vt.compress(cut, 1.3, x.repeat(5, 0), steps=0)
+    assert found.times >= 1.3
+    assert again.output_shape == cut.output_shape
+
+
+def test_one_seed_gives_one_result():
+    results = [vt.compress(vgg(), 3, images(), steps=21, seed=3)[0] for _ in range(2)]
+    for a, b in zip(*(r.get_weights() for r in results), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_a_dense_layer_a_classifier_and_a_kept_layer():
+    model = vgg(head=True)
+    result, found = vt.compress(model, 2, images(), keep=["block2_conv2"], steps=0)
+    rows = {row.name: row for row in found.layers}
+    assert "block2_conv2" not in rows
+    assert "fc" in rows
+    assert found.times >= 2
+    kept = model.get_layer("block2_conv2"), result.get_layer("block2_conv2")
+    for a, b in zip(*(layer.get_weights() for layer in kept), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert list(found.likeness)[-1] == "predictions"
+    assert found.likeness["predictions"] > 0.97
+
+
+@pytest.mark.parametrize("method", ["low rank", "separated", "bottleneck"])
+def test_each_method_alone(method):
+    _, found = vt.compress(vgg(), 1.8, images(), methods=[method], steps=0)
+    assert {row.method for row in found.layers} <= {method, None}
+    assert found.times >= 1.8
+    assert found.likeness["block3_pool"] > 0.9
+
+
+def test_strides_valid_padding_no_bias_batch_norm_and_branches():
+    keras.utils.set_random_seed(0)
+    inputs = keras.Input((None, None, 3))
+    x = L.ZeroPadding2D(1)(inputs)
+    x = L.Conv2D(24, 3, strides=2, use_bias=False, name="stem")(x)
+    x = y = L.ReLU(name="stem_relu")(L.BatchNormalization(name="stem_bn")(x))
+    x = L.Conv2D(24, 3, strides=2, padding="same", use_bias=False, name="a")(x)
+    x = L.ReLU()(L.BatchNormalization()(x))
+    x = L.Conv2D(32, 3, padding="same", name="b")(x)
+    y = L.Conv2D(32, 1, strides=2, name="shortcut")(y)
+    outputs = L.ReLU(name="out")(L.Add(name="add")([x, y]))
+    model = keras.Model(inputs, outputs)
+    result, found = vt.compress(model, 1.6, images(40, 32), steps=20)
+    before, after = (vt.inspect(m, size=32, repeats=1).total.multiply_adds for m in (model, result))
+    assert (before, after) == (found.before, found.after)
+    assert found.times >= 1.6
+    assert list(found.likeness) == ["stem_relu", "out"]
+    assert found.likeness["out"] > 0.97
+
+
+def test_the_weight_set_and_frozen_layers_are_kept():
+    model = remember_(vgg(), "oxford")
+    model.get_layer("block3_conv1").trainable = False
+    result, _ = vt.compress(model, 2, np.clip(images(), -100, 120), steps=20)
+    assert vt.weight_set(result) == "oxford"
+    frozen = [layer.name for layer in result.layers if not layer.trainable]
+    assert "block3_conv1" in frozen
+    assert all(name.startswith("block3_conv1") for name in frozen)
+
+
+def test_by_seconds_it_is_measured(monkeypatch):
+    from vggtorch.compression import work
+
+    # A clock on which a layer takes as long as it has weights, so that the test isn't a race.
+    def seconds(module, shape, device):
+        return 1e-6 * sum(p.numel() for p in module.parameters())
+
+    ratios = iter([1.8, 2.1])
+    monkeypatch.setattr(work, "seconds_of", seconds)
+    monkeypatch.setattr(work, "ratio_of", lambda *_: next(ratios))
+    _, found = vt.compress(vgg(), 2, images(), by="seconds", steps=0)
+    assert found.by == "seconds"
+    assert next(ratios, None) is None  # what was too slow at first was chosen anew
+    assert sum(row.before for row in found.layers) > 2 * sum(row.after for row in found.layers)
+    assert " ms" in str(found)

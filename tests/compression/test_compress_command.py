@@ -1,0 +1,52 @@
+"""`vggtorch compress`: a model and a folder in, a model, a drawing and a table out."""
+
+import keras
+import numpy as np
+import pytest
+from PIL import Image
+from small import images, vgg
+
+from vggtorch.cli import main
+from vggtorch.models import remember_
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for i, image in enumerate(images(24)):
+        path = tmp_path / "photos" / str(i % 3) / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.clip(image + 120, 0, 255).astype("uint8")).save(path)
+    remember_(vgg(), "oxford").save(tmp_path / "model.keras")
+    return tmp_path
+
+
+@pytest.mark.slow
+def test_it_writes_the_model_and_a_drawing_and_prints_the_table(folder, capsys):
+    model, out = folder / "model.keras", folder / "small.keras"
+    command = ["compress", str(model), str(folder / "photos"), "--times", "2", "--out", str(out)]
+    assert main([*command, "--keep", "block1_conv1", "--keep", "block1_conv2"]) == 0
+    captured = capsys.readouterr()
+    assert "block3_conv2" in captured.out and "1/2.0" in captured.out
+    assert "training" in captured.err
+    small = keras.saving.load_model(out)
+    assert small.get_layer("block1_conv2").kernel.shape == (3, 3, 16, 16)
+    assert "block3_conv1" in out.with_suffix(".svg").read_text()
+
+
+def test_what_it_refuses_it_says_in_words_of_options(folder, capsys):
+    model, photos = str(folder / "model.keras"), str(folder / "photos")
+    empty = folder / "empty"
+    empty.mkdir()
+    for command, text in (
+        (
+            [model, photos, "--times", "1", "--out", "a.keras"],
+            "Received --times 1.0; expected more",
+        ),
+        ([model, photos, "--times", "2", "--out", "a.h5"], "Received --out a.h5; expected a name"),
+        ([model, str(empty), "--times", "2", "--out", "a.keras"], "empty holds no images"),
+        ([model, photos, "--times", "2", "--out", "a.keras", "--keep", "x"], "Received --keep x;"),
+    ):
+        assert main(["compress", *command]) == 1
+        assert text in capsys.readouterr().err

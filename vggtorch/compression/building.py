@@ -1,0 +1,63 @@
+"""The Keras model with the cheaper layers in place."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import keras
+from torch import nn
+
+from vggtorch.compression.factors import Factors
+from vggtorch.compression.sites import Site
+from vggtorch.surgery import replace_where
+
+
+def built(
+    model: keras.Model,
+    sites: Mapping[str, Site],
+    chosen: Mapping[str, Factors],
+    modules: Mapping[str, nn.Sequential],
+) -> keras.Model:
+    """A new model in which layers were replaced by those of `chosen`, with the modules' weights.
+
+    The last of the new layers has the old layer's name, activation and settings.
+    """
+    made: dict[str, list[keras.Layer]] = {}
+
+    def make(old: keras.Layer) -> list[keras.Layer]:
+        made[old.name] = _layers(old, sites[old.name], chosen[old.name])
+        return made[old.name]
+
+    # Sites are layers of the model's own, whatever layers of nested models are called.
+    olds = [model.get_layer(name) for name in chosen]
+    result = replace_where(model, lambda layer: any(layer is old for old in olds), make)
+    for old in olds:
+        for layer, module in zip(made[old.name], modules[old.name].children(), strict=True):
+            values = [parameter.detach().cpu() for parameter in module.parameters()]
+            # OIHW -> HWIO; (out, in) -> (in, out)
+            kernel = values[0].permute(2, 3, 1, 0) if values[0].ndim == 4 else values[0].T
+            layer.set_weights([kernel.numpy(), *(bias.numpy() for bias in values[1:])])
+            layer.trainable = old.trainable
+    return result
+
+
+def _layers(old: keras.Layer, site: Site, factors: Factors) -> list[keras.Layer]:
+    """New Keras layers, unbuilt, that are what a site's factors are."""
+    layers = []
+    for part in factors.parts:
+        last = part is factors.parts[-1]
+        config = old.get_config()
+        config["name"] = old.name + part.suffix
+        if site.is_dense:
+            config["units"] = part.weight.shape[0]
+        else:
+            config["filters"] = part.weight.shape[0]
+            config["kernel_size"] = tuple(part.weight.shape[2:])
+            strides = config["strides"]
+            config["strides"] = tuple(s if i in part.axes else 1 for i, s in enumerate(strides))
+        config["use_bias"] = last
+        if not last:
+            config["activation"] = "linear"
+            config["activity_regularizer"] = None
+        layers.append(type(old).from_config(config))
+    return layers

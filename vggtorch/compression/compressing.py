@@ -1,0 +1,154 @@
+"""`compress`: the whole way from a budget and images to a network that costs so much."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any, Literal, get_args
+
+import keras
+
+from vggtorch.compression.building import built
+from vggtorch.compression.clocks import ratio_of
+from vggtorch.compression.factors import METHODS
+from vggtorch.compression.networks import likeness, networks_of, tapped_result
+from vggtorch.compression.photographs import split
+from vggtorch.compression.report import Compression, LayerChange
+from vggtorch.compression.resuming import Notebook
+from vggtorch.compression.work import Work, open_progress
+from vggtorch.keras_graph import graph_of
+
+By = Literal["multiply-adds", "seconds"]
+
+
+def compress(
+    model: keras.Model,
+    times: float,
+    images: Any,
+    *,
+    by: By = "multiply-adds",
+    methods: Sequence[str] = tuple(METHODS),
+    keep: Sequence[str] = (),
+    seconds: float = 600.0,
+    steps: int = 300,
+    seed: int = 0,
+    folder: str | os.PathLike | None = None,
+) -> tuple[keras.Model, Compression]:
+    """A network that costs 1/times as much and sees the same; and what was done to have it.
+
+    Layers are replaced by cheaper ones, chosen by what each of them costs and how much it changes
+    the last map of the network, and fitted to images without labels: in closed form, each on what
+    the layers already replaced give it, then all at once, until the maps agree with the original's.
+
+    >>> import numpy as np, vggtorch as vt
+    >>> vgg = vt.VGG11(weights=None, include_top=False, input_shape=(32, 32, 3))
+    >>> vgg = vt.truncate(vgg, "block3_pool")
+    >>> photographs = np.random.default_rng(0).uniform(-100, 100, (20, 32, 32, 3))
+    >>> smaller, found = vt.compress(vgg, 2, photographs, steps=1)
+    >>> found.times > 2, list(found.likeness)
+    (True, ['block1_pool', 'block2_pool', 'block3_pool'])
+
+    The last of the layers in the place of `block3_conv2` has its name, its activation and its
+    settings; those before it are called `block3_conv2_rank` (low rank), `block3_conv2_vertical` and
+    `_horizontal` (separated), `block3_conv2_narrow` and `_core` (bottleneck). All other layers,
+    the weight set and the input stay. Convolutions with groups or dilation, layers that are called
+    more than once, and those inside of nested models stay as they are.
+
+    The methods:
+
+    - "low rank": the kernel to fewer channels, then 1 x 1 (Zhang et al. 2016, their asymmetric
+      reconstruction); of a Dense layer, the truncated singular value decomposition in the metric of
+      what enters it.
+    - "separated": a column of the kernel, then a row (Jaderberg et al. 2014), and 1 x 1 behind them
+      where that is better (Zhang et al. 2016).
+    - "bottleneck": 1 x 1 to fewer channels, the kernel between few channels, 1 x 1 (Tucker-2, Kim
+      et al. 2016).
+
+    An error of a layer is measured by what it does to the network's outputs: to first order by the
+    gradients there, which also know which channels a ReLU cuts off, and by a run of the network
+    with the layer replaced, once for each layer and method. What is kept of the images in the
+    meantime is a sample of positions of each layer, half a gigabyte at most.
+
+    One seed gives one result on one kind of machine, unless `seconds` run out before `steps`.
+
+    Args:
+        model: Functional or Sequential, with one input and any layers; unchanged.
+        times: how many times less the result is to cost, more than 1.
+        images: (N, H, W, C), preprocessed, without labels; 20 at least, better a few hundred. A
+            tenth of them is held out. Costs are counted at their size.
+        by: what is to be less: "multiply-adds", or "seconds", measured on this machine, for one
+            image, on the device of the weights.
+        methods: those to choose from.
+        keep: names of layers that stay as they are.
+        seconds: wall-clock time at most; what the closed forms leave of it is for the training.
+        steps: optimizer steps at most, each on eight crops; 0 leaves the closed forms.
+        seed: decides the held-out images, the positions and the crops.
+        folder: where to write down how far it is, every twenty steps; a run that was interrupted
+            and is called again with the same arguments goes on there.
+
+    Returns:
+        The new model, and a `Compression`: what became of each layer, costs before and after, the
+        likeness of the maps on held-out images. `print` shows it as a table.
+
+    Raises:
+        ValueError: a model that isn't a graph of layers, a layer in `keep` that doesn't exist,
+            too few images or such as its preprocessing can't give, a budget that can't be reached
+            (it says which one can), or a folder that holds another run.
+    """
+    graph_of(model, "compress")
+    _check(model, times, by, methods, keep, steps)
+    photographs = split(model, images, seed)
+    settings = {
+        "what": [times, by, list(methods), list(keep)],
+        "how": [seconds, steps, seed],
+    }
+    notes = Notebook(folder, model, photographs.shown, settings)
+    networks = networks_of(model, photographs, keep)
+    sites = {site.name: site for site in networks.sites}
+    if not sites:
+        raise ValueError(
+            f"{model.name!r} has no layer that could be replaced: these are Conv2D and Dense "
+            f"layers of its own, called once, without groups or dilation, that aren't in keep."
+        )
+    with open_progress() as progress:
+        work = Work(networks, photographs, seed, notes, progress)
+        options = work.options(by, methods)
+        chosen, total = work.choice(options, times, by)
+        factors = work.closed_forms_(chosen)
+        replaced = [sites[name] for name in factors]
+        before = likeness(networks, networks.work, photographs.held_out)
+        state = work.train_(replaced, steps, seconds - notes.seconds)
+    modules = {site.name: getattr(networks.work, site.child) for site in replaced}
+    result = built(model, sites, factors, modules)
+    tapped = tapped_result(result, networks.taps)
+    after = likeness(networks, tapped, photographs.held_out)
+    if by == "seconds":
+        left = total / ratio_of(networks.original, tapped, networks.entering, work.device)
+    else:
+        left = total - sum(options[n][0].cost - option.cost for n, option in chosen.items())
+    rows = tuple(
+        LayerChange(name, option.method, option.ranks, options[name][0].cost, option.cost)
+        for name, option in chosen.items()
+    )
+    return result, Compression(by, total, left, rows, before, after, state.step, notes.seconds)
+
+
+def _check(
+    model: keras.Model,
+    times: float,
+    by: str,
+    methods: Sequence[str],
+    keep: Sequence[str],
+    steps: int,
+) -> None:
+    if not times > 1:
+        raise ValueError(f"Received times={times}; expected more than 1: 2 halves the cost.")
+    if by not in get_args(By):
+        raise ValueError(f"Received by={by!r}; expected one of {get_args(By)}.")
+    if not methods or set(methods) - set(METHODS):
+        raise ValueError(f"Received methods={list(methods)}; expected some of {list(METHODS)}.")
+    if steps < 0:
+        raise ValueError(f"Received steps={steps}; expected 0 or more.")
+    names = [layer.name for layer in model.layers]
+    if unknown := [name for name in keep if name not in names]:
+        raise ValueError(f"Received keep={unknown[0]!r}; the model has the layers {names}.")

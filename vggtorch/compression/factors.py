@@ -1,0 +1,196 @@
+"""Cheaper layers in the place of one, in closed form from what the layer sees and is to give."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vggtorch.compression.rows import Rows
+from vggtorch.compression.sites import Site
+
+# Along which axes (0 rows, 1 columns) each part takes the old layer's stride and padding.
+AXES: dict[str, tuple[tuple[int, ...], ...]] = {
+    "low rank": ((0, 1), ()),
+    "separated": ((0,), (1,), ()),
+    "bottleneck": ((), (0, 1), ()),
+}
+
+
+@dataclass(frozen=True)
+class Part:
+    """One of the layers that stand in for another.
+
+    Attributes:
+        suffix: what is added to the old layer's name; the last of all has the old name itself.
+        weight: (O, I, H, W).
+        axes: the axes (0 rows, 1 columns) along which it takes the old layer's stride and padding.
+    """
+
+    suffix: str
+    weight: Tensor
+    axes: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Factors:
+    """Layers that stand in for one, the last of them with a bias."""
+
+    method: str
+    parts: tuple[Part, ...]
+    bias: Tensor
+
+    def __call__(self, patches: Tensor) -> Tensor:
+        """What they give at positions whose patches (N, I, H, W) are given, (N, O)."""
+        for part in self.parts:
+            patches = F.conv2d(patches, part.weight)
+        return patches.flatten(1) + self.bias
+
+    @classmethod
+    def random(cls, site: Site, method: str, ranks: Sequence[int]) -> Factors:
+        """Layers of these ranks with random weights, to see how long they take."""
+        kernels = [torch.randn(shape) for shape in shapes(site, method, ranks)]
+        axes = AXES[method][: len(kernels)]
+        parts = (Part("", kernel, each) for kernel, each in zip(kernels, axes, strict=True))
+        return cls(method, tuple(parts), torch.zeros(site.outputs))
+
+    def module(self, site: Site) -> nn.Sequential:
+        """The layers as a torch module that takes the place of the old one's."""
+        children: list[nn.Module] = []
+        for part in self.parts:
+            outputs, inputs, *size = part.weight.shape
+            last = part is self.parts[-1]
+            stride, padding = geometry(site, part.axes)
+            child: nn.Linear | nn.Conv2d
+            if site.is_dense:
+                child = nn.Linear(inputs, outputs, bias=last)
+            else:
+                child = nn.Conv2d(inputs, outputs, (size[0], size[1]), stride, padding, bias=last)
+            with torch.no_grad():
+                child.weight.copy_(part.weight.reshape(child.weight.shape))
+                if last:
+                    child.bias.copy_(self.bias)  # type: ignore[union-attr]
+            children.append(child.to(memory_format=torch.channels_last))
+        return nn.Sequential(*children)
+
+
+def geometry(site: Site, axes: Sequence[int]) -> tuple[tuple[int, int], tuple[int, int]]:
+    """The stride and padding of a part that takes those of the old layer along some axes."""
+    rows, columns = (axis in axes for axis in (0, 1))
+    stride = site.stride[0] if rows else 1, site.stride[1] if columns else 1
+    padding = site.padding[0] if rows else 0, site.padding[1] if columns else 0
+    return stride, padding
+
+
+def low_rank(rows: Rows, rank: int) -> Factors:
+    """The kernel to `rank` channels, then 1 x 1.
+
+    X. Zhang, J. Zou, K. He, J. Sun: Accelerating Very Deep Convolutional Networks for
+    Classification and Detection, 2016. Of a Dense layer this is the truncated singular value
+    decomposition, where inputs are measured by their covariance.
+    """
+    down, up, bias = rows.responses.cut(rank)
+    first = torch.einsum("ro,oihw->rihw", down, rows.weight)
+    parts = (Part("_rank", first, (0, 1)), Part("", up[:, :, None, None], ()))
+    return Factors("low rank", parts, bias)
+
+
+def separated(rows: Rows, rank: int, second_rank: int | None = None) -> Factors:
+    """H x 1 to `rank` channels, then 1 x W; or 1 x W to `second_rank` channels, and then 1 x 1.
+
+    M. Jaderberg, A. Vedaldi, A. Zisserman: Speeding up Convolutional Neural Networks with Low Rank
+    Expansions, 2014; three layers as in Zhang et al. 2016.
+    """
+    outputs, inputs, height, width = rows.weight.shape
+    down, matrix, bias = rows.columns.regress(rank)  # (rank, I H), (rank W, O), (O)
+    vertical = Part("_vertical", down.reshape(-1, inputs, height, 1), (0,))
+    kernel = matrix.T.reshape(outputs, -1, 1, width)
+    if second_rank is None:
+        return Factors("separated", (vertical, Part("", kernel, (1,))), bias)
+    lower, up, bias = rows.columns.given(rank, matrix).cut(second_rank)
+    horizontal = Part("_horizontal", torch.einsum("ro,oihw->rihw", lower, kernel), (1,))
+    return Factors("separated", (vertical, horizontal, Part("", up[:, :, None, None], ())), bias)
+
+
+def bottleneck(rows: Rows, rank: int, second_rank: int) -> Factors:
+    """1 x 1 to `rank` channels, the kernel from these to `second_rank`, then 1 x 1.
+
+    Y.-D. Kim et al.: Compression of Deep Convolutional Neural Networks for Fast and Low Power
+    Mobile Applications, 2016 (Tucker-2), here of what enters the layer and what is to leave it.
+    """
+    outputs, _, height, width = rows.weight.shape
+    down, matrix, _ = rows.pixels.regress(rank)  # (rank, I), (rank H W, O)
+    kernel = matrix.T.reshape(outputs, -1, height, width)
+    lower, up, bias = rows.pixels.given(rank, matrix).cut(second_rank)
+    parts = (
+        Part("_narrow", down[:, :, None, None], ()),
+        Part("_core", torch.einsum("ro,oihw->rihw", lower, kernel), (0, 1)),
+        Part("", up[:, :, None, None], ()),
+    )
+    return Factors("bottleneck", parts, bias)
+
+
+# What layers of some ranks cost
+
+METHODS: dict[str, Callable[..., Factors]] = {
+    "low rank": low_rank,
+    "separated": separated,
+    "bottleneck": bottleneck,
+}
+_RATIOS = {"low rank": (None,), "separated": (None, 1.2), "bottleneck": (1.0,)}
+SHARES = (0.6, 0.45, 0.34, 0.25, 0.18, 0.13, 0.09)  # of a layer's cost, which are tried
+
+
+def shapes(site: Site, method: str, ranks: Sequence[int]) -> list[tuple[int, ...]]:
+    """The shapes (O, I, H, W) of the weights that a method puts in the place of one."""
+    (height, width), first = site.kernel, ranks[0]
+    if method == "low rank":
+        return [(first, site.inputs, height, width), (site.outputs, first, 1, 1)]
+    if method == "bottleneck":
+        core = (ranks[1], first, height, width)
+        return [(first, site.inputs, 1, 1), core, (site.outputs, ranks[1], 1, 1)]
+    vertical = (first, site.inputs, height, 1)
+    if len(ranks) == 1:
+        return [vertical, (site.outputs, first, 1, width)]
+    return [vertical, (ranks[1], first, 1, width), (site.outputs, ranks[1], 1, 1)]
+
+
+def multiply_adds(site: Site, method: str, ranks: Sequence[int]) -> int:
+    """Of the layers that a method puts in the place of one, for one image."""
+    # Layers before the one that takes a stride see more positions.
+    rows, columns = site.stride
+    before = {"low rank": 1, "separated": columns, "bottleneck": rows * columns}[method]
+    total = 0
+    for i, (outputs, inputs, height, width) in enumerate(shapes(site, method, ranks)):
+        positions = site.positions * (before if i == 0 else 1)
+        total += positions * outputs * inputs * height * width
+    return total
+
+
+def ranks_for(site: Site, method: str, share: float) -> list[tuple[int, ...]]:
+    """The ranks with which a method costs at most this share of what the layer costs."""
+    if method != "low rank" and (min(site.kernel) == 1 or site.is_dense):
+        return []
+    budget = share * site.multiply_adds
+    found = []
+    for ratio in _RATIOS[method]:
+
+        def ranks(first: int, ratio: float | None = ratio) -> tuple[int, ...]:
+            if ratio is None:
+                return (first,)
+            return first, min(site.outputs, max(1, round(first * ratio)))
+
+        first = 0
+        most = {
+            "low rank": min(site.outputs, site.inputs * site.kernel[0] * site.kernel[1]),
+            "separated": min(site.inputs * site.kernel[0], site.outputs * site.kernel[1]),
+            "bottleneck": site.inputs,
+        }[method]
+        while first < most and multiply_adds(site, method, ranks(first + 1)) <= budget:
+            first += 1
+        if first:
+            found.append(ranks(first))
+    return found

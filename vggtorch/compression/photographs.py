@@ -1,0 +1,102 @@
+"""The images that layers are fitted to, checked, and those that are held out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+import numpy as np
+import torch
+from torch import Tensor
+
+from vggtorch.keras_graph import data_format
+from vggtorch.models import PREPROCESSING_SUFFIX, weight_set
+from vggtorch.surgery import checked_images
+from vggtorch.weight_sets import weight_set_named
+
+CROP = 112  # height and width of the crops that layers are fitted to
+FEWEST = 20
+
+
+@dataclass(frozen=True)
+class Photographs:
+    """Images, (N, C, H, W), in two parts.
+
+    Attributes:
+        shown: those that layers are fitted to.
+        held_out: a tenth of all, two at least, that tell how good the fit is.
+        size: height and width of a crop; that of the whole image where the network can't take
+            less.
+    """
+
+    shown: Tensor
+    held_out: Tensor
+    size: tuple[int, int]
+
+    def crops(self, number: int, generator: torch.Generator, held_out: bool = False) -> Tensor:
+        """Squares at random places of the images in turn, or of random ones if there are more."""
+        source = self.held_out if held_out else self.shown
+        (height, width), (high, wide) = source.shape[2:], self.size
+        if number >= len(source):
+            which = torch.arange(number) % len(source)
+        else:
+            which = torch.randperm(len(source), generator=generator)[:number]
+        tops = torch.randint(height - high + 1, (number,), generator=generator)
+        lefts = torch.randint(width - wide + 1, (number,), generator=generator)
+        places = zip(which.tolist(), tops.tolist(), lefts.tolist(), strict=True)
+        crops = [source[i, :, top : top + high, left : left + wide] for i, top, left in places]
+        return torch.stack(crops).contiguous(memory_format=torch.channels_last)
+
+
+def split(model: keras.Model, images: Any, seed: int) -> Photographs:
+    """Check images against what a model takes, and hold some of them out.
+
+    Raises:
+        ValueError: too few images, of another shape than the model takes, or of values that the
+            preprocessing of its weight set can't give.
+    """
+    array = checked_images(images, model, FEWEST)
+    _check_values(array, model)
+    pixels = torch.from_numpy(array)
+    if pixels.ndim == 4 and data_format(model) == "channels_last":
+        pixels = pixels.permute(0, 3, 1, 2)  # NHWC -> NCHW view
+    order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(seed))
+    pixels = pixels[order]
+    held = max(2, len(pixels) // 10)
+    # Layers that know the size of the map they get can't take crops, only whole images.
+    sized = keras.layers.Flatten | keras.layers.Reshape
+    whole = pixels.ndim != 4 or any(isinstance(layer, sized) for layer in model.layers)
+    height, width = pixels.shape[2:]
+    size = (height, width) if whole else (min(CROP, height), min(CROP, width))
+    return Photographs(pixels[held:], pixels[:held], size)
+
+
+def _check_values(images: np.ndarray, model: keras.Model) -> None:
+    """Refuse values that the preprocessing of the model's weight set doesn't give."""
+    name = weight_set(model)
+    if name is None or images.shape[-1] != 3:
+        return
+    low, high = float(images.min()), float(images.max())
+    expected = weight_set_named(name)
+    top = 255 / expected.scale
+    bounds = [
+        [(value - mean) / std for mean, std in zip(expected.mean, expected.std, strict=True)]
+        for value in (0.0, top)
+    ]
+    least, most = min(bounds[0]), max(bounds[1])
+    advice = f"vt.preprocess(images, {name!r}) gives what the model expects"
+    if any(layer.name.endswith(PREPROCESSING_SUFFIX) for layer in model.layers):
+        least, most = 0.0, 255.0
+        advice = "the model preprocesses by itself and expects RGB of 0 to 255"
+    slack = 0.02 * (most - least)
+    if low < least - slack or high > most + slack:
+        reason = "which are outside of it"
+    elif high - low < 0.2 * (most - least) or (least < 0 <= low):
+        reason = "which is what unprocessed images look like"
+    else:
+        return
+    raise ValueError(
+        f"Received images with values from {low:.4g} to {high:.4g}, {reason}; expected "
+        f"{least:.4g} to {most:.4g}: {advice}."
+    )

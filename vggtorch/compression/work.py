@@ -1,0 +1,311 @@
+"""The steps of a compression, each of which is written down once it is done."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vggtorch.compression.choice import Option, choose
+from vggtorch.compression.clocks import ratio_of, seconds_of
+from vggtorch.compression.factors import METHODS, SHARES, Factors, Part, multiply_adds, ranks_for
+from vggtorch.compression.joint import State, descend_
+from vggtorch.compression.networks import BATCH, Networks
+from vggtorch.compression.photographs import Photographs
+from vggtorch.compression.resuming import Notebook
+from vggtorch.compression.rows import Rows
+from vggtorch.compression.sites import Site
+from vggtorch.compression.statistics import Seen, change, look, look_again
+
+PIXELS = 160 * 112 * 112  # of the crops that the closed forms see
+FEWEST = 64  # of these crops, however large they are
+CHECKED = 16  # crops of images that nothing is fitted to
+ROWS = 4096  # positions of each layer, at most
+MEMORY = 1 << 29  # bytes of the patches at these positions, of all layers
+CALIBRATED = 0.26  # of a layer's cost, at which its effect on the last map is measured
+ROUNDS = 4  # of a choice for a time, each corrected by what the one before it took
+Options = dict[str, list[Option]]
+
+
+class Progress:
+    """A bar for one step after the other."""
+
+    def __init__(self, bars: Any) -> None:
+        self._bars, self._task = bars, None
+
+    def begin(self, text: str, total: float) -> None:
+        """A new bar, of so many parts."""
+        if self._task is not None:
+            self._bars.remove_task(self._task)
+        self._task = self._bars.add_task(text, total=total, note="")
+
+    def advance(self, parts: float = 1, note: str = "") -> None:
+        """So many more parts are done."""
+        self._bars.update(self._task, advance=parts, note=note)
+
+    def reach(self, parts: float, note: str = "") -> None:
+        """So many parts are done in all."""
+        self._bars.update(self._task, completed=parts, note=note)
+
+
+@contextmanager
+def open_progress() -> Iterator[Progress]:
+    """Show progress on stderr."""
+    from rich import progress as bars
+    from rich.console import Console
+
+    columns = (
+        bars.TextColumn("{task.description}"),
+        bars.BarColumn(),
+        bars.TextColumn("{task.fields[note]}"),
+        bars.TimeRemainingColumn(),
+    )
+    with bars.Progress(*columns, console=Console(stderr=True)) as shown:
+        yield Progress(shown)
+
+
+@dataclass
+class Work:
+    """What the steps of a compression have in common.
+
+    Attributes:
+        networks: the original and the network in work.
+        images: those that layers are fitted to, and those held out.
+        seed: decides the crops and positions.
+        notes: what an interrupted run has left.
+        progress: what is shown.
+    """
+
+    networks: Networks
+    images: Photographs
+    seed: int
+    notes: Notebook
+    progress: Progress
+
+    def __post_init__(self) -> None:
+        generator = torch.Generator().manual_seed(self.seed)
+        number = max(FEWEST, min(160, PIXELS // prod(self.images.size)))
+        self.fitted = self.images.crops(number, generator).split(BATCH)
+        self.checked = self.images.crops(CHECKED, generator, held_out=True).split(BATCH)
+
+    @cached_property
+    def seen(self) -> dict[str, Seen]:
+        """What the original's layers see of the images."""
+        each = 4 * sum(site.patch for site in self.networks.sites)
+        self.progress.begin("looking at what layers see", len(self.fitted))
+        return look(
+            self.networks.original,
+            self.networks.sites,
+            self.fitted,
+            ends=self.networks.ends,
+            rows=min(ROWS, MEMORY // max(each, 1)),
+            seed=self.seed,
+            tick=self.progress.advance,
+        )
+
+    @cached_property
+    def base(self) -> list[list[Tensor]]:
+        """The original's outputs for the held-out crops."""
+        return [self.networks.maps(batch)[-self.networks.ends :] for batch in self.checked]
+
+    def rows(self, site: Site, patches: Tensor) -> Rows:
+        """What a layer is to give for patches that it sees at the places that were drawn."""
+        found = self.seen[site.name]
+        weight = getattr(self.networks.original, site.child).weight.detach()
+        weight = weight if weight.ndim == 4 else weight[:, :, None, None]
+        return Rows(patches, torch.cat(found.outputs), found.metric, weight)
+
+    # What could be done
+
+    def options(self, by: str, methods: Sequence[str]) -> Options:
+        """What each layer could become, and what each option costs; the first is to stay."""
+        if (known := self.notes["options"]) is not None:
+            return _options(known)
+        sites = self.networks.sites
+        options: Options = {}
+        self.progress.begin("trying layers", len(sites))
+        for site in sites:
+            tried: list[tuple[str | None, tuple[int, ...]]] = [(None, ())]
+            tried += [
+                (method, ranks)
+                for method in methods
+                for share in SHARES
+                for ranks in ranks_for(site, method, share)
+            ]
+            costs = [self._cost(site, by, *one) for one in tried]
+            errors = self._errors(site, tried)
+            options[site.name] = [
+                Option(method, ranks, cost, error)
+                for (method, ranks), cost, error in zip(tried, costs, errors, strict=True)
+            ]
+            self.progress.advance()
+        self.notes["options"] = {
+            name: [[o.method, list(o.ranks), o.cost, o.error] for o in choices]
+            for name, choices in options.items()
+        }
+        return options
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network computes."""
+        return next(self.networks.original.parameters()).device
+
+    def _cost(self, site: Site, by: str, method: str | None, ranks: Sequence[int]) -> float:
+        if by == "seconds":
+            return seconds_of(self._module(site, method, ranks), site.entering, self.device)
+        return float(multiply_adds(site, method, ranks) if method else site.multiply_adds)
+
+    def _module(self, site: Site, method: str | None, ranks: Sequence[int]) -> nn.Module:
+        """A site's layer, or layers of these ranks in its place, with random weights."""
+        if method is None:
+            return getattr(self.networks.original, site.child)
+        return Factors.random(site, method, ranks).module(site)
+
+    def _errors(self, site: Site, tried: Sequence[tuple[str | None, Sequence[int]]]) -> list[float]:
+        """How much each option changes the network's outputs, squared and relative.
+
+        What the metric expects of errors that don't meet is corrected by one measurement for each
+        method and number of layers.
+        """
+        networks = self.networks
+        rows = self.rows(site, torch.cat(self.seen[site.name].patches))
+        made = [METHODS[m](rows, *ranks) if m else None for m, ranks in tried]
+        expected = [0.0 if f is None else rows.error(f(rows.patches)) for f in made]
+        share = [
+            multiply_adds(site, m, ranks) / site.multiply_adds if m else 1.0 for m, ranks in tried
+        ]
+        kinds = [(m, len(ranks)) for m, ranks in tried]
+        correction = {}
+        for kind in dict.fromkeys(kinds):
+            if kind[0] is None:
+                continue
+            one = min(
+                (i for i, k in enumerate(kinds) if k == kind),
+                key=lambda i: abs(share[i] - CALIBRATED),
+            )
+            factors = made[one]
+            assert factors is not None
+            networks.install_({site.child: factors.module(site)})
+            now = change(networks.work, self.checked, self.base)
+            correction[kind] = now / max(expected[one], 1e-30)
+            networks.remove_(site)
+        return [e * correction.get(k, 1.0) for e, k in zip(expected, kinds, strict=True)]
+
+    # What is done
+
+    def choice(self, options: Options, times: float, by: str) -> tuple[dict[str, Option], float]:
+        """What each layer becomes, and the whole network's cost before it.
+
+        Raises:
+            ValueError: no choice is so cheap; says how cheap one can be.
+        """
+        if by == "multiply-adds":
+            total = float(self.networks.total)
+        else:
+            total = seconds_of(self.networks.original, self.networks.entering, self.device)
+        fixed = max(0.0, total - sum(choices[0].cost for choices in options.values()))
+        least = fixed + sum(min(o.cost for o in choices) for choices in options.values())
+        if total < times * least:
+            raise ValueError(
+                f"Received times={times:g}; this network can cost {total / least:.2f} times less "
+                f"at most, in {by}, with these methods: {fixed / total:.0%} of what it costs is in "
+                f"layers that stay as they are."
+            )
+        chosen = choose(options, total / times - fixed)
+        if by == "seconds":
+            wanted = times
+            for _ in range(ROUNDS):
+                ratio = self._measured(chosen)
+                if ratio >= times:
+                    break
+                wanted *= 1.02 * times / ratio
+                budget = total / wanted - fixed
+                if budget < least - fixed:
+                    raise ValueError(
+                        f"Received times={times:g}; measured on this machine, this network gets "
+                        f"{ratio:.2f} times as fast with the cheapest layers that were tried."
+                    )
+                chosen = choose(options, budget)
+        return chosen, total
+
+    def _measured(self, chosen: Mapping[str, Option]) -> float:
+        """How many times as fast the network is with these layers."""
+        sites = {site.name: site for site in self.networks.sites}
+        new = {n: o for n, o in chosen.items() if o.method}
+        modules = {
+            sites[name].child: self._module(sites[name], option.method, option.ranks)
+            for name, option in new.items()
+        }
+        self.networks.install_(modules)
+        ratio = ratio_of(
+            self.networks.original, self.networks.work, self.networks.entering, self.device
+        )
+        for name in new:
+            self.networks.remove_(sites[name])
+        return ratio
+
+    def closed_forms_(self, chosen: Mapping[str, Option]) -> dict[str, Factors]:
+        """Fit layers one after the other, each on what those before it give, and install them."""
+        sites = [site for site in self.networks.sites if chosen[site.name].method]
+        made = _factors(self.notes["factors"] or {})
+        self.progress.begin("fitting layers", len(sites))
+        for site in sites:
+            if site.name not in made:
+                option = chosen[site.name]
+                places = self.seen[site.name].places
+                patches = look_again(self.networks.work, site, self.fitted, places)
+                assert option.method is not None
+                made[site.name] = METHODS[option.method](self.rows(site, patches), *option.ranks)
+                self.notes["factors"] = {
+                    name: [f.method, [[p.suffix, p.weight, list(p.axes)] for p in f.parts], f.bias]
+                    for name, f in made.items()
+                }
+            self.networks.install_({site.child: made[site.name].module(site)})
+            self.progress.advance()
+        vars(self).pop("seen", None)  # the training needs the memory
+        return made
+
+    def train_(self, sites: Sequence[Site], steps: int, seconds: float) -> State:
+        """Train the new layers at all sites, installed before."""
+        self.progress.begin("training", 1.0)
+        modules = [getattr(self.networks.work, site.child) for site in sites]
+        known = self.notes["state"]
+
+        def save(state: State) -> None:
+            self.notes["state"] = dict(vars(state))
+
+        return descend_(
+            self.networks.work,
+            [p for module in modules for p in module.parameters()],
+            self.networks.maps,
+            self.images.crops,
+            self.checked,
+            steps=steps,
+            seconds=seconds,
+            seed=self.seed + 2,
+            state=None if known is None else State(**known),
+            save=save,
+            show=lambda done, error: self.progress.reach(done, f"held-out error {error:.4f}"),
+        )
+
+
+def _options(known: Mapping[str, Any]) -> Options:
+    return {
+        name: [Option(method, tuple(ranks), cost, error) for method, ranks, cost, error in choices]
+        for name, choices in known.items()
+    }
+
+
+def _factors(known: Mapping[str, Any]) -> dict[str, Factors]:
+    return {
+        name: Factors(
+            method, tuple(Part(suffix, w, tuple(axes)) for suffix, w, axes in parts), bias
+        )
+        for name, (method, parts, bias) in known.items()
+    }
