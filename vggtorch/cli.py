@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import shlex
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -19,6 +20,7 @@ import vggtorch as vt
 from vggtorch import files
 from vggtorch.architectures import ARCHITECTURES
 from vggtorch.options import as_options, with_options_of_train_config
+from vggtorch.text import LONGEST_MESSAGE, visible, visible_lines
 from vggtorch.training import Interrupted, Terminated, TrainConfig
 
 if TYPE_CHECKING:  # a type checker can't read choices that are made while the program runs
@@ -50,6 +52,11 @@ def _examples(*commands: str) -> str:
     """Examples under the help of a command."""
     # The backspace tells typer to leave the lines as they are.
     return "\b\nExamples:\n" + "\n".join(f"  vggtorch {command}" for command in commands)
+
+
+def _show(text: object) -> None:
+    """Print what may hold names from files: nothing in it is an instruction to the terminal."""
+    print(visible_lines(text))
 
 
 def _print_version(wanted: bool) -> None:
@@ -104,7 +111,7 @@ def convert(
     mapped = models.convert(source, target, architecture)
     width = max(len(f"{name} {shape}") for name, shape, _, _ in mapped)
     for old, old_shape, new, new_shape in mapped:
-        print(f"{f'{old} {old_shape}':{width}} -> {new} {new_shape}")
+        _show(f"{f'{old} {old_shape}':{width}} -> {new} {new_shape}")
 
 
 @weights_app.callback(
@@ -124,7 +131,7 @@ def list_weights() -> None:
 
     for known in weights.PUBLISHED.values():
         places = [str(path) for path in weights.local_copies(known)] or ["not here"]
-        print(f"{known.weight_set:9} {known.architecture:9} {known.file:42} {', '.join(places)}")
+        _show(f"{known.weight_set:9} {known.architecture:9} {known.file:42} {', '.join(places)}")
 
 
 @weights_app.command("fetch", epilog=_examples("weights fetch vgg16-397923af.pth"))
@@ -134,7 +141,7 @@ def fetch_weights(
     """Get a checkpoint from where it is published, verified; prints its path."""
     from vggtorch import weights
 
-    print(weights.fetch(file))
+    _show(weights.fetch(file))
 
 
 @weights_app.command("verify")
@@ -144,7 +151,7 @@ def verify_weights() -> None:
 
     found = weights.verify()
     for path, wrong in found.items():
-        print(wrong or f"{path} is whole")
+        _show(wrong or f"{path} is whole")
     damaged = sum(wrong is not None for wrong in found.values())
     if damaged:
         raise ValueError(f"{damaged} of {len(found)} files are damaged")
@@ -170,7 +177,7 @@ def inspect(
 
     network = model_from_name(model)
     original = model_from_name(before) if before else None
-    print(vt.inspect(network) if original is None else vt.compare(original, network))
+    _show(vt.inspect(network) if original is None else vt.compare(original, network))
     if draw:
         with files.atomic(draw) as temporary:
             temporary.write_text(vt.draw(network, original))
@@ -238,7 +245,7 @@ def bench(
     """How fast a network runs on this machine: by Keras, and by vggtorch."""
     from vggtorch.models import model_from_name
 
-    print(vt.bench(model_from_name(model), batch, size=size, repeats=repeats))
+    _show(vt.bench(model_from_name(model), batch, size=size, repeats=repeats))
 
 
 @app.command(
@@ -255,7 +262,7 @@ def export(
     named = model in ARCHITECTURES
     network = constructor(model)(weights=weights) if named else model_from_name(model)
     vt.export(network, path)
-    print(f"Wrote {path}.")
+    _show(f"Wrote {path}.")
 
 
 @app.command(
@@ -271,22 +278,20 @@ def predict(
     top: Annotated[int, typer.Option(help="How many classes of each image.")] = 5,
 ) -> None:
     """The most probable classes of images."""
-    import keras
-
-    from vggtorch.models import constructor
+    from vggtorch.models import constructor, load_model
 
     categories = None
     if model:
-        network = keras.saving.load_model(model)
+        network = load_model(model)
         categories = vt.data_config(network).label_names or None
     else:
         network = constructor(architecture)(weights=weights)
     probabilities = network.predict(vt.preprocess(images, network), verbose=0)
     best = vt.decode_predictions(probabilities, top, categories)
     for image, classes in zip(images, best, strict=True):
-        print(image)
+        _show(visible(image))
         for _, category, probability in classes:
-            print(f"  {probability:6.1%}  {category}")
+            _show(f"  {probability:6.1%}  {visible(category)}")
 
 
 @app.command(
@@ -339,7 +344,7 @@ def finetune(
         run = Path(config.output_dir)
         vt.save_trained(history, run)
         vt.write_report(history, run / "report.html")
-        print(f"Wrote {run / 'model.keras'}, {run / 'README.md'} and {run / 'report.html'}.")
+        _show(f"Wrote {run / 'model.keras'}, {run / 'README.md'} and {run / 'report.html'}.")
 
 
 def _settings(train: str, advise: Similarity | None, given: dict[str, Any]) -> TrainConfig:
@@ -356,7 +361,7 @@ def _settings(train: str, advise: Similarity | None, given: dict[str, Any]) -> T
         on_unreadable=given.get("on_unreadable", TrainConfig.on_unreadable),
     )
     plan = vt.advise(len(folder), len(folder.classes), advise)
-    print(plan)
+    _show(plan)
     return dataclasses.replace(plan, **given)
 
 
@@ -365,9 +370,15 @@ def _carry_on(arguments: Sequence[str]) -> str:
     return f"carry the run on with {shlex.join(['vggtorch', *again, '--resume'])}"
 
 
+def _as_line(message: Warning | str, *_: Any) -> str:
+    """A warning as the commands show it."""
+    return f"vggtorch: {visible(as_options(str(message)), LONGEST_MESSAGE)}\n"
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status, 0 if all went well and 2 for a wrong usage."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    plain, warnings.formatwarning = warnings.formatwarning, _as_line  # type: ignore[assignment]
     debug = "--debug" in arguments
     try:
         status = app(
@@ -392,5 +403,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         if debug:
             raise
         message, status = as_options(str(error)), 1
-    print(f"vggtorch: {message}", file=sys.stderr)
+    except MemoryError:
+        if debug:
+            raise
+        message, status = "the memory doesn't suffice", 1
+    except Exception as error:  # an error of ours, or of what we stand on
+        if debug:
+            raise
+        reason = f"{type(error).__name__}: {files.first_line(error)}"
+        message, status = f"unexpected {reason} (--debug shows where it comes from)", 1
+    finally:
+        warnings.formatwarning = plain
+    print(f"vggtorch: {visible(message, LONGEST_MESSAGE)}", file=sys.stderr)
     return status

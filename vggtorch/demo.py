@@ -9,9 +9,11 @@ import keras
 import numpy as np
 from PIL import Image
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 import vggtorch as vt
+from vggtorch.text import visible_lines
 from vggtorch.training import tutorial_head
 
 SIZE = 160  # the tutorial's image size
@@ -72,7 +74,8 @@ def _best_weights(console: Console) -> str:
         try:
             vt.VGG16(weights=name, include_top=False)
         except OSError as error:
-            console.print(f"[yellow]{name} weights can't be had here.[/] {error}")
+            reason = escape(visible_lines(error))
+            console.print(f"[yellow]{name} weights can't be had here.[/] {reason}")
         else:
             console.print(f"Using the [bold]{name}[/] weights.")
             return name

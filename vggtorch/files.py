@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from vggtorch.text import visible
+
 
 def home() -> Path:
     """The folder of downloaded and converted checkpoints: $VGGTORCH_HOME or a user cache folder."""
@@ -76,7 +78,7 @@ def _sync_folder(folder: Path) -> None:
 
 def first_line(error: Exception) -> str:
     """The first line of an error's message, or its class where it has none."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return visible((str(error).strip() or type(error).__name__).splitlines()[0], 1000)
 
 
 def sha256(path: Path) -> str:

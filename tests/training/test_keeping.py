@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -34,7 +35,7 @@ def test_plain_keras_takes_raw_images(history, tmp_path):
     )  # fmt: skip
     expected = history.evaluation.probabilities[:2]
     np.testing.assert_allclose(np.load(tmp_path / "out.npy"), expected, atol=1e-5)
-    assert (tmp_path / "classes.txt").read_text().split() == list(history.classes)
+    assert json.loads((tmp_path / "classes.json").read_text()) == list(history.classes)
 
 
 def test_the_kept_model_has_its_preprocessing_inside(history):

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from html import escape
 from itertools import pairwise
 from statistics import fmean
 
 import keras
 
 from vggtorch.keras_graph import calls, graph_of
+from vggtorch.text import in_html
 
 WIDTH, HEIGHT, GAP_X, GAP_Y, MARGIN = 190, 40, 40, 28, 20
 COLOURS = {"kept": "#f4f4f4", "new": "#b7e4c0", "removed": "#f6c1bd"}
@@ -64,8 +64,8 @@ def draw(model: keras.Model, before: keras.Model | None = None) -> str:
         parts.append(
             f'<g class="{box.state}"><rect x="{x:g}" y="{y:g}" width="{WIDTH}" height="{HEIGHT}" '
             f'rx="5" fill="{COLOURS[box.state]}" stroke="#555"{dash}/>'
-            f'<text x="{x + WIDTH / 2:g}" y="{y + 17:g}" font-weight="bold">{escape(box.name)}'
-            f'</text><text x="{x + WIDTH / 2:g}" y="{y + 32:g}">{escape(box.label)}</text></g>'
+            f'<text x="{x + WIDTH / 2:g}" y="{y + 17:g}" font-weight="bold">{in_html(box.name)}'
+            f'</text><text x="{x + WIDTH / 2:g}" y="{y + 32:g}">{in_html(box.label)}</text></g>'
         )
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width:g}" height="{height:g}" '

@@ -14,6 +14,7 @@ from vggtorch.models.images import SUFFIXES, PixelGate, read_image, to_rgb
 from vggtorch.models.loading import (
     PartialLoad,
     convert,
+    load_model,
     load_weights,
     model_from_name,
     save_weights,
@@ -49,6 +50,7 @@ __all__ = [
     "fill_",
     "fitted",
     "fitted_arrays",
+    "load_model",
     "load_weights",
     "model_from_name",
     "named_variables",

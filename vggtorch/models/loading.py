@@ -259,6 +259,25 @@ def convert(
     ]
 
 
+def load_model(path: str | PathLike) -> keras.Model:
+    """A model that Keras saved, `.keras` or `.h5`, without running code that the file brings.
+
+    Raises:
+        ValueError: no such file, damaged, or of layers that Keras doesn't find; names the file.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"Received {str(path)!r}; expected a .keras file.")
+    try:
+        if path.suffix == ".keras":
+            weights.check_archive(path)
+        return keras.saving.load_model(path, safe_mode=True)
+    except Exception as error:  # Keras raises all kinds for damaged and for foreign files
+        raise ValueError(
+            f"{path} can't be loaded as a Keras model: {files.first_line(error)}"
+        ) from error
+
+
 def model_from_name(name: str | PathLike) -> keras.Model:
     """A model to look at: a network by its name, with random weights, or a .keras file.
 
@@ -271,4 +290,4 @@ def model_from_name(name: str | PathLike) -> keras.Model:
         raise ValueError(
             f"Received {str(name)!r}; expected one of {', '.join(ARCHITECTURES)} or a .keras file."
         )
-    return keras.saving.load_model(name)
+    return load_model(name)

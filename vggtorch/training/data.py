@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import os
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -173,7 +174,7 @@ def read_folder(
     classes, images = read_classes(folder, on_unreadable)
     digest = hashlib.sha256()
     for image in images:
-        digest.update(f"{image.path.relative_to(folder)}\0{image.digest}\n".encode())
+        digest.update(os.fsencode(f"{image.path.relative_to(folder)}\0{image.digest}\n"))
     return Folder(
         tuple(image.path for image in images),
         tuple(image.label for image in images),
@@ -274,6 +275,8 @@ def as_source(
             f"folder, or a torch Dataset with __len__ and __getitem__: a run that resumes inside "
             f"an epoch has to know what it has seen."
         )
+    if not len(dataset):
+        raise ValueError(f"Received an empty {type(dataset).__name__}; expected images.")
     if not isinstance(data, DataLoader):
         source = DatasetSource(dataset, default_collate, seed, images)
         return source, shuffled(len(dataset), batch_size, seed)
@@ -308,15 +311,38 @@ def in_order(count: int, batch_size: int, augmentation: int = 0) -> list[list[Ke
     return [keys[i : i + batch_size] for i in range(0, count, batch_size)]
 
 
-def loaded(source: Source, keys: Sequence[Sequence[Key]], num_workers: int) -> DataLoader:
-    """The batches with these keys, images and labels, in this order."""
-    return DataLoader(
+def loaded(
+    source: Source, keys: Sequence[Sequence[Key]], num_workers: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """The batches with these keys, images and labels, in this order.
+
+    Raises:
+        ValueError: what a worker raised, or that one was killed.
+    """
+    batches: DataLoader[Any] = DataLoader(
         source,  # type: ignore[arg-type]
         batch_size=None,  # a key list is a batch already
         sampler=keys,  # type: ignore[arg-type]
         num_workers=num_workers,
         pin_memory=torch.cuda.is_available(),
     )
+    try:
+        yield from batches
+    except (RuntimeError, ConnectionError, EOFError) as error:
+        # The way that images come on breaks where a worker is killed while it hands some over.
+        broken = num_workers and not isinstance(error, RuntimeError)
+        if "Caught " in str(error) or not (broken or "DataLoader worker (pid" in str(error)):
+            raise
+        raise ValueError(
+            f"A process that reads images was killed, for want of memory perhaps. Carry the run on "
+            f"with resume=True, and fewer of them than num_workers={num_workers}."
+        ) from error
+    except ValueError as error:
+        # A worker's error comes as the text of its traceback, of which the last line says it.
+        text = str(error).strip().rpartition("\nValueError: ")[2]
+        if text == str(error).strip():
+            raise
+        raise ValueError(text) from error
 
 
 class Batch(NamedTuple):

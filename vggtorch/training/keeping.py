@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from vggtorch.models import (
     remember_,
     remembered,
 )
+from vggtorch.text import as_code, as_command, in_markdown
 from vggtorch.training.checkpoints import version_text
 from vggtorch.training.data import DEFAULT_SIZE
 from vggtorch.training.loop import History
@@ -54,14 +54,13 @@ def save_trained(history: History, folder: str | Path, command: str | None = Non
     model = with_preprocessing(history.model)
     with files.atomic(folder / "model.keras") as temporary:
         model.save(temporary)
-    with files.atomic(folder / "classes.txt") as temporary:
-        names = "".join(f"{name}\n" for name in history.classes)
-        temporary.write_text(names, encoding="utf-8")
+    with files.atomic(folder / "classes.json") as temporary:
+        temporary.write_text(f"{json.dumps(history.classes, indent=1)}\n", encoding="utf-8")
     with files.atomic(folder / "config.json") as temporary:
-        described = json.dumps(_configuration(model, history), indent=2, ensure_ascii=False)
+        described = json.dumps(_configuration(model, history), indent=2)
         temporary.write_text(f"{described}\n", encoding="utf-8")
     with files.atomic(folder / "README.md") as temporary:
-        card = _card(history, model, command or shlex.join(sys.argv))
+        card = _card(history, model, command or as_command(sys.argv))
         temporary.write_text(card, encoding="utf-8")
     return model
 
@@ -97,10 +96,10 @@ def _card(history: History, model: keras.Model, command: str) -> str:
     images = data_config(model)
     size = images.size or (DEFAULT_SIZE, DEFAULT_SIZE)
     steps = "".join(f"    {line}\n" if line else "\n" for line in recipe(images, size).split("\n"))
-    return f"""# {history.model.name}, fine-tuned on {len(history.classes)} classes
+    return f"""# {in_markdown(history.model.name)}, fine-tuned on {len(history.classes)} classes
 
 A Keras model. Input: RGB images of 0 to 255 (not of 0 to 1), {tuple(model.inputs[0].shape)}: the
-arithmetic of the weight set is inside. Output: one value for each line of `classes.txt`. Images
+arithmetic of the weight set is inside. Output: one value for each name in `classes.json`. Images
 were brought to {size[0]}x{size[1]} so, with crop mode {images.crop_mode}, and must be again:
 
 {steps}
@@ -112,12 +111,13 @@ were brought to {size[0]}x{size[1]} so, with crop mode {images.crop_mode}, and m
 `vggtorch predict` does the same. `config.json` has all of it by timm's names, and so have the
 metadata (`data_config`) of a model that is exported to ONNX.
 
-- Classes: {", ".join(history.classes)}
+- Classes: {", ".join(map(in_markdown, history.classes))}
 - Pretrained weights: {images.weight_set or "not known"}
-- Cut at {config.cut or "the end"}, head {config.head or "its own"}, frozen up to {config.freeze}
+- Cut at {in_markdown(config.cut or "the end")}, head {config.head or "its own"}, frozen up to
+  {in_markdown(config.freeze)}
 - Training: {len(history.epochs)} epochs of batches of {config.batch_size}, {config.optimizer},
   learning rate {config.learning_rate:g}, augmentation {config.augment}, seed {config.seed}
-- Made by `{command}` with {version_text()}
+- Made by {as_code(command)} with {version_text()}
 
 Epoch {history.best_epoch + 1}, whose weights these are:
 

@@ -9,7 +9,6 @@ import base64
 import dataclasses
 import html
 import io
-import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ import torch
 from PIL import Image
 
 from vggtorch import files
+from vggtorch.text import LONGEST_MESSAGE, as_command, in_html, visible, without_folders
 from vggtorch.training.checkpoints import version_text
 from vggtorch.training.config import TrainConfig
 from vggtorch.training.data import Folder
@@ -67,7 +67,7 @@ def _plot(
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" '
         f'font-family="sans-serif" font-size="11"><rect width="100%" height="100%" fill="white"/>'
-        f'<text x="{left}" y="16" font-size="13">{html.escape(title)}</text>'
+        f'<text x="{left}" y="16" font-size="13">{in_html(title)}</text>'
     ]
     for x, anchor in ((x0, "start"), (x1, "end")):
         px, py = place(x, y0)
@@ -89,7 +89,7 @@ def _plot(
         parts.append(
             f'<polyline points="{drawn}" fill="none" stroke="{colour}" stroke-width="2"/>'
             f'<text x="{left + 110 * i}" y="{height - 4}" fill="{colour}">'
-            f"{html.escape(name)}</text>"
+            f"{in_html(name)}</text>"
         )
     return "".join(parts) + "</svg>"
 
@@ -138,7 +138,7 @@ def write_report(
     Raises:
         OSError: the file couldn't be written.
     """
-    command = command or shlex.join(sys.argv)
+    command = command or as_command(sys.argv)
     keys = [("loss", "val_loss"), ("accuracy", "val_accuracy"), ("learning_rate",)]
     drawings = [
         curves_svg(
@@ -152,14 +152,16 @@ def write_report(
         sections.append(_summary(history, history.evaluation))
         sections.append(_mistakes(history, history.evaluation, mistakes))
     settings = "".join(
-        f"<tr><th>{f.name}</th><td>{html.escape(str(getattr(history.config, f.name)))}</td></tr>"
+        f"<tr><th>{f.name}</th><td>"
+        f"{in_html(without_folders(getattr(history.config, f.name)))}</td></tr>"
         for f in dataclasses.fields(TrainConfig)
     )
-    title = f"{html.escape(history.model.name)}, {len(history.epochs)} epochs"
+    made_by = html.escape(visible(command, LONGEST_MESSAGE))
+    title = f"{in_html(history.model.name)}, {len(history.epochs)} epochs"
     _write(
         path,
         f"<!doctype html><html lang=en><meta charset=utf-8><title>{title}</title>{STYLE}"
-        f"<h1>{title}</h1><p>Made by <code>{html.escape(command)}</code> with "
+        f"<h1>{title}</h1><p>Made by <code>{made_by}</code> with "
         f"{version_text()}. Best epoch: {history.best_epoch + 1}.</p>"
         f"{''.join(sections)}<h2>Settings</h2><table>{settings}</table></html>",
     )
@@ -179,11 +181,11 @@ STYLE = (
 
 def _summary(history: History, evaluation: Evaluation) -> str:
     rows = "".join(
-        f"<tr><th>{html.escape(c.name)}</th><td>{c.images}</td><td>{c.precision:.3f}</td>"
+        f"<tr><th>{in_html(c.name)}</th><td>{c.images}</td><td>{c.precision:.3f}</td>"
         f"<td>{c.recall:.3f}</td><td>{c.f1:.3f}</td></tr>"
         for c in evaluation.per_class(history.classes)
     )
-    names = [html.escape(name) for name in history.classes]
+    names = [in_html(name) for name in history.classes]
     most = evaluation.confusion.sum(1, keepdims=True).clip(1)
     matrix = "".join(
         f"<tr><th>{name}</th>"
@@ -214,15 +216,17 @@ def _mistakes(history: History, evaluation: Evaluation, count: int) -> str:
         predicted = int(evaluation.probabilities[index].argmax())
         true = history.classes[int(evaluation.labels[index])]
         certainty = evaluation.probabilities[index, predicted]
-        name = str(source.paths[index]) if isinstance(source, Folder) else f"image {index}"
+        name = f"image {index}"
+        if isinstance(source, Folder):
+            name = "/".join(source.paths[index].parts[-2:])
         try:
             mapped = _picture(image, activation_map(history.model, image, predicted))
         except ValueError:  # a network without feature maps
             mapped = ""
         figures.append(
-            f"<figure>{_picture(image)} {mapped}<figcaption>{html.escape(true)} taken for "
-            f"{html.escape(history.classes[predicted])} ({certainty:.0%})<br>"
-            f"<small>{html.escape(name)}</small></figcaption></figure>"
+            f"<figure>{_picture(image)} {mapped}<figcaption>{in_html(true)} taken for "
+            f"{in_html(history.classes[predicted])} ({certainty:.0%})<br>"
+            f"<small>{in_html(name)}</small></figcaption></figure>"
         )
     return (
         "<h2>Worst mistakes, and in red what spoke for them</h2>" + "".join(figures)

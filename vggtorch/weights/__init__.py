@@ -3,12 +3,13 @@
 The way of weights is: find, read, convert, store a copy, map it. Read `sources` first (finding,
 fetching, reading any form, writing), then `published` (the table of checkpoints), `downloads` (from
 a server, the hub or a package index), `readers` (the forms of file: PyTorch's and Keras's own, with
-`hdf5`, `safetensors`, `onnx` and the check of `pickles` in a file each), `state_dicts` (where
-trainers put one, and what wrappers put before its names), `conversion` (pure maps between
+`hdf5`, `safetensors`, `onnx`, `archives` and the check of `pickles` in a file each), `state_dicts`
+(where trainers put one, and what wrappers put before its names), `conversion` (pure maps between
 torchvision's names and layouts and Keras's) and `copies` (Keras's tensors in the cache, mapped at
 every later load). Nothing here knows Keras.
 """
 
+from vggtorch.weights.archives import check_archive
 from vggtorch.weights.conversion import (
     Rule,
     Shape,
@@ -35,6 +36,7 @@ __all__ = [
     "Rule",
     "Shape",
     "architecture_of",
+    "check_archive",
     "converted",
     "fetch",
     "find",

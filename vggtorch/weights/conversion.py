@@ -24,6 +24,7 @@ from vggtorch.architectures import (
     Layer,
     architecture_named,
 )
+from vggtorch.text import visible
 
 Shape = tuple[int, ...]
 TORCHVISION = re.compile(r"(?:features|classifier)\.\d+\.\w+$")  # torchvision's names of weights
@@ -106,7 +107,7 @@ def shortened(names: Iterable[str], most: int = 8) -> str:
     """A list of names for an error message, cut after `most`."""
     names = list(names)
     more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+    return ", ".join(map(visible, names[:most])) + more
 
 
 @dataclass(frozen=True)

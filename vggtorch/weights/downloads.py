@@ -52,7 +52,7 @@ def download(url: str, target: Path, sha256_prefix: str) -> None:
             broke = not isinstance(error, urllib.error.URLError)
             broke = broke and getattr(error, "errno", None) != errno.ENOSPC
             if attempt == ATTEMPTS or not (answered or broke):
-                raise OSError(f"{url}: {error}") from error
+                raise OSError(f"{url}: {files.first_line(error)}") from error
             time.sleep(pause)
             pause *= 2
             continue

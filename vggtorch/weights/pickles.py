@@ -31,6 +31,7 @@ from typing import IO, Any
 
 import torch
 
+from vggtorch.weights import archives
 from vggtorch.weights.state_dicts import UnsupportedError
 
 LARGEST_PICKLE = 1 << 22  # bytes; that of a VGG has 3,000, with an optimizer's state 30,000
@@ -82,28 +83,8 @@ def unpickled(path: Path, *, mmap: bool = False) -> Any:
     return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
 
 
-def check_members(path: Path, archive: zipfile.ZipFile) -> list[str]:
-    """The names in a zip archive that is written as PyTorch and Keras do it: plainly.
-
-    Raises:
-        ValueError: two parsers could understand the archive differently, or it unpacks to more than
-            it is.
-    """
-    members = archive.infolist()
-    names = [member.filename for member in members]
-    if len(set(names)) != len(names):
-        raise ValueError("a member of the archive is there twice")
-    if any(member.compress_type != zipfile.ZIP_STORED for member in members):
-        raise ValueError("its members are compressed, which neither PyTorch nor Keras does")
-    with path.open("rb") as file:
-        file.seek(-22, 2)
-        if file.read(4) != b"PK\x05\x06":
-            raise ValueError("more stands behind the end of the archive")
-    return names
-
-
 def _check_archive(path: Path, archive: zipfile.ZipFile) -> None:
-    names = check_members(path, archive)
+    names = archives.check_members(path, archive)
     pickles = [name for name in names if name.rpartition("/")[2] == "data.pkl"]
     if len(pickles) != 1 or any(name.endswith("/constants.pkl") for name in names):
         raise ValueError("it isn't one of torch.save's archives, which hold one data.pkl")

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from vggtorch.weight_sets import WEIGHT_SETS
-from vggtorch.weights import onnx, pickles, safetensors, state_dicts
+from vggtorch.weights import archives, onnx, pickles, safetensors, state_dicts
 from vggtorch.weights.state_dicts import UnsupportedError
 
 Tensors = dict[str, torch.Tensor]
@@ -59,11 +59,9 @@ def reader_for(path: Path, head: bytes) -> Reader:
 
 def read_zip(path: Path) -> tuple[Tensors, Mapping[str, str]]:
     """PyTorch's .pth or Keras's .keras, both zip archives whose members are stored as they are."""
-    with zipfile.ZipFile(path) as archive:
-        names = pickles.check_members(path, archive)
-        if broken := archive.testzip():
-            raise ValueError(f"{broken} does not match its checksum")
-        if "model.weights.h5" in names:
+    names = archives.check_archive(path)
+    if "model.weights.h5" in names:
+        with zipfile.ZipFile(path) as archive:
             config = json.loads(archive.read("config.json"))
             # The member's own header stands before it, in which two lengths vary.
             member = archive.getinfo("model.weights.h5")

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from vggtorch import files
+from vggtorch.text import visible
 from vggtorch.weight_sets import weight_set_named
 from vggtorch.weights import conversion, downloads, onnx, readers, safetensors, state_dicts
 from vggtorch.weights.published import PUBLISHED, Published, publication_of, publications
@@ -190,7 +191,7 @@ def read(path: str | os.PathLike) -> Checkpoint:
         tensors = {k: t for k, t in tensors.items() if k.startswith(("features.", "conv"))}
     for key in tensors:
         if key in wrong:
-            raise ValueError(f"{path}: {key} {wrong[key]}.")
+            raise ValueError(f"{path}: {visible(key)} {wrong[key]}.")
     weight_set = published.weight_set if published else metadata.get("weight_set")
     if weight_set is not None:
         try:
@@ -243,7 +244,7 @@ def _read_values(
         tensors = tensors if reader is onnx.read else _named(tensors)
         return tensors, metadata, _wrong(tensors)
     except UnsupportedError as error:
-        raise ValueError(f"{path} can't be loaded: {error}.") from error
+        raise ValueError(f"{path} can't be loaded: {files.first_line(error)}.") from error
     except OSError as error:
         if error.errno != errno.EINVAL:  # zipfile seeks to nowhere where the content is bad
             raise
