@@ -326,10 +326,19 @@ def loaded(
         num_workers=num_workers,
         pin_memory=torch.cuda.is_available(),
     )
-    try:
+    with clear_errors(num_workers):
         yield from batches
+
+
+@contextlib.contextmanager
+def clear_errors(num_workers: int) -> Iterator[None]:
+    """Inside, errors of the workers that read images become a ValueError that says what to do.
+
+    That one was killed is noticed by a signal, at any moment, or where it handed something over.
+    """
+    try:
+        yield
     except (RuntimeError, ConnectionError, EOFError) as error:
-        # The way that images come on breaks where a worker is killed while it hands some over.
         broken = num_workers and not isinstance(error, RuntimeError)
         if "Caught " in str(error) or not (broken or "DataLoader worker (pid" in str(error)):
             raise

@@ -31,6 +31,7 @@ from vggtorch.training.data import (
     Source,
     arithmetic_of,
     augmentation_index,
+    clear_errors,
     images_for,
     shared_batches,
 )
@@ -185,6 +186,7 @@ def _finetune(
         stoppable(accelerator.num_processes == 1) as stop,
         open_display(accelerator.is_main_process, curves) as show,
         left_behind(last, progress, save, show),
+        clear_errors(config.num_workers),
     ):
         while progress.epoch < config.epochs and not (
             progress.step == 0 and _is_stale(progress.epoch, progress.best_epoch, config.patience)
