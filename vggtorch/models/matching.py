@@ -14,14 +14,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import keras
 import torch
 
 from vggtorch.keras_graph import Functional, state_of, to_snake_case
-from vggtorch.models.torch_form import torch_rules
+from vggtorch.models.torch_form import places_of, torch_rules
 from vggtorch.weights import Checkpoint, Rule, Shape
 
 Path = tuple[str, ...]
@@ -84,20 +84,25 @@ def match(
         ValueError: several networks in the checkpoint could be the model's.
     """
     tensors = checkpoint.tensors
-    slots = _slots(model, variables, checkpoint)
-    entries = _without_prefix([_Entry.of(key) for key in tensors], slots)
-    entries, renamed = _in_order(entries, slots, _automatic(model, ()), variables, tensors)
+    slots = _slots(model, variables, checkpoint, {})
+    entries = [_Entry.of(key) for key in tensors]
+    if checkpoint.unnamed:
+        places = _by_class(model, (), ())
+        entries = _without_prefix(entries, _slots(model, variables, checkpoint, places))
+        names = {place: path for path, place in places.items()}
+        entries = [replace(entry, path=names.get(entry.path, entry.path)) for entry in entries]
+    else:
+        entries = _without_prefix(entries, slots)
+    automatic = _automatic(model, ()) | _inside_layers(model, variables)
+    entries, renamed = _in_order(entries, slots, automatic, variables, tensors)
     found = Match(renamed=renamed)
     for entry in entries:
-        slot = slots.get((entry.kind, (*entry.path, entry.name)))
-        if slot is None and entry.kind == "torch" and entry.path:
-            # A name that torch's modules have already, such as `add`, ends in an underscore there.
-            path = (*entry.path[:-1], entry.path[-1].rstrip("_"))
-            slot = slots.get((entry.kind, (*path, entry.name)))
-        if slot is not None:
+        slot = slots.get((entry.kind, (*entry.path, entry.name))) or _nearly(entry, slots)
+        if slot is not None and slot[0] not in found.names:
             found.names[slot[0]] = entry.key
     if checkpoint.ordered:
-        _by_place(model, variables, tensors, entries, found)
+        depths = (None, 1) if checkpoint.ordered == "models" else (None,)
+        _by_place(model, variables, tensors, entries, found, depths)
     rules = {slot[0]: slot[1] for (kind, _), slot in slots.items() if kind == "torch"}
     for key, name in found.names.items():
         tensor = tensors[name]
@@ -119,11 +124,34 @@ def match(
     return found
 
 
+def _nearly(entry: _Entry, slots: Mapping[tuple[str, Path], Slot]) -> Slot | None:
+    """The weight that a tensor of torch's names belongs to but for what is no part of a name.
+
+    A layer whose name torch's modules have already, such as `add`, ends in an underscore there; and
+    the names of layers inside of a layer, which became a part of the variable's, have numbers.
+    """
+    if entry.kind != "torch" or not entry.path:
+        return None
+    path = (*entry.path[:-1], entry.path[-1].rstrip("_"))
+    name = re.sub(r"_\d+(?=_)", "", entry.name)
+    found = [
+        slot
+        for (kind, where), slot in slots.items()
+        if (kind, where[:-1]) == ("torch", path) and re.sub(r"_\d+(?=_)", "", where[-1]) == name
+    ]
+    return found[0] if len(found) == 1 else None
+
+
 def _slots(
-    model: keras.Model, variables: Mapping[str, keras.Variable], checkpoint: Checkpoint
+    model: keras.Model,
+    variables: Mapping[str, keras.Variable],
+    checkpoint: Checkpoint,
+    places: Mapping[Path, Path],
 ) -> dict[tuple[str, Path], Slot]:
-    """The places that a model has for tensors of Keras's names and for those of torch's."""
-    places = _by_class(model, (), ()) if checkpoint.unnamed else {}
+    """The places that a model has for tensors of Keras's names and for those of torch's.
+
+    `places` has what a layer is called by in the checkpoint instead of its name.
+    """
     slots: dict[tuple[str, Path], Slot] = {}
     for key in variables:
         *path, name = key.split("/")
@@ -200,6 +228,18 @@ def _automatic(model: keras.Model, path: Path) -> dict[Path, str]:
     return found
 
 
+def _inside_layers(model: keras.Model, variables: Mapping[str, keras.Variable]) -> dict[Path, str]:
+    """The layers inside of layers, whose numbers Keras made up: `forward_lstm_1`."""
+    outer = {path for path, _ in places_of(model, ())}
+    found: dict[Path, str] = {}
+    for key in variables:
+        path = tuple(key.split("/")[:-1])
+        for n in range(1, len(path) + 1):
+            if path[:n] not in outer:
+                found[path[:n]] = re.sub(r"_\d+$", "", path[n - 1])
+    return found
+
+
 def _is_numbered(name: str, base: str) -> bool:
     return re.fullmatch(rf"{re.escape(base)}(_\d+)?", name) is not None
 
@@ -230,17 +270,19 @@ def _in_order(
     def renamed(path: Path) -> Path:
         return tuple(names.get(path[: n + 1], path[n]) for n in range(len(path)))
 
+    ours_of = {(kind, path[:-1]) for kind, path in slots}
     after = []
     for entry in entries:
         path = renamed(entry.path)
         if path != entry.path:
-            slot = slots.get((entry.kind, (*path, entry.name)))
-            if slot is None:
+            if (entry.kind, path) not in ours_of:
                 return entries, []
-            key, rule = slot
-            expected = tuple(variables[key].shape) if rule is None else rule.torch_shape
-            if tuple(tensors[entry.key].shape) != expected:
-                return entries, []
+            # Weights without names of their own are looked at where they are paired by place.
+            if slot := slots.get((entry.kind, (*path, entry.name))):
+                key, rule = slot
+                expected = tuple(variables[key].shape) if rule is None else rule.torch_shape
+                if tuple(tensors[entry.key].shape) != expected:
+                    return entries, []
         after.append(_Entry(entry.key, entry.kind, path, entry.name))
     return after, [f"{'/'.join(old)} is {'/'.join(renamed(old))}" for old in names]
 
@@ -279,6 +321,7 @@ def _by_place(
     tensors: Mapping[str, torch.Tensor],
     entries: Iterable[_Entry],
     found: Match,
+    depths: tuple[int | None, ...],
 ) -> None:
     """Pair the weights of a layer, or of a nested model, in order where names say nothing.
 
@@ -287,7 +330,7 @@ def _by_place(
     """
     of_keras = [entry for entry in entries if entry.kind == "keras"]
     fixed = {id(variable) for layer in model.layers for variable in state_of(layer)}
-    for depth in (None, 1):  # a layer by itself, then a layer with all that is inside
+    for depth in depths:  # None: a layer by itself, 1: a layer with all that is inside
         cut = slice(0, depth)
         for path in {tuple(key.split("/")[:-1])[cut] for key in variables}:
             ours = [k for k in variables if tuple(k.split("/")[:-1])[cut] == path]

@@ -46,7 +46,7 @@ def torch_rules(model: keras.Model, *, torchvision: bool) -> list[Rule]:
         torchvision: the file has torchvision's names too, so that flattened maps are (C, H, W).
     """
     flat = _flat_inputs(model) if torchvision else {}
-    places = dict(_places(model, ()))
+    places = dict(places_of(model, ()))
     found = []
     for key, variable in named_variables(model).items():
         parts = key.split("/")
@@ -58,11 +58,13 @@ def torch_rules(model: keras.Model, *, torchvision: bool) -> list[Rule]:
     return found
 
 
-def _places(model: keras.Model, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], object]]:
+def places_of(
+    model: keras.Model, path: tuple[str, ...]
+) -> Iterator[tuple[tuple[str, ...], object]]:
     """The layers of a model that are no models, those of nested models too, by their full names."""
     for layer in model.layers:
         if isinstance(layer, keras.Model):
-            yield from _places(layer, (*path, layer.name))
+            yield from places_of(layer, (*path, layer.name))
         yield (*path, layer.name), layer
 
 

@@ -117,7 +117,7 @@ def _make_copy(source: Path, copy: Path) -> Checkpoint:
     said = {
         "weight_set": checkpoint.weight_set,
         "note": checkpoint.note,
-        "ordered": "yes" if checkpoint.ordered else None,
+        "ordered": checkpoint.ordered,
         "unnamed": "yes" if checkpoint.unnamed else None,
     }
     metadata |= {name: text for name, text in said.items() if text}

@@ -6,8 +6,9 @@ file as a script, with a time limit, and maps the values itself:
     python -P hdf5.py FILE
 
 prints as JSON, in `spans`, each weight's name -> [byte where its values begin, shape, dtype], and
-beside it what the file says of the model: `config`, `weight_set`, and `unnamed`, where layers have
-their place in the model instead of a name. What is wrong with the file is one line on standard
+beside it what the file says of the model: `config`, `weight_set`, `unnamed`, where layers have their
+place in the model instead of a name, and `ordered`, what it is whose weights stand in Keras's order:
+`layers`, or `models` with all that is in them. What is wrong with the file is one line on standard
 error; the exit status 3 says that it is whole, but nothing that is read here. FILE may be a .keras
 archive.
 
@@ -168,9 +169,10 @@ def found(path: str) -> dict[str, Any]:
     """
     spans: dict[str, Span] = {}
     with _opened(path) as root:
-        unnamed, said = False, {}
+        unnamed, said, ordered = False, {}, "models"
         layers: list[tuple[str, dict[str, Span]]]
         if "layers" in root:
+            ordered = "layers"
             walked = list(_layers_of_keras3(root, ""))
             layers = [(name, _variables(name, listed)) for name, listed, _ in walked]
             unnamed = not all(named for _, _, named in walked)
@@ -192,6 +194,7 @@ def found(path: str) -> dict[str, Any]:
         "config": said["model_config"],
         "weight_set": said["vggtorch_weight_set"],
         "unnamed": unnamed,
+        "ordered": ordered,
     }
 
 

@@ -135,7 +135,7 @@ def _h5_tensors(path: Path, start: int) -> tuple[Tensors, dict[str, str]]:
     said = _remembered(json.loads(found["config"])) if found["config"] else {}
     if found["weight_set"]:
         said["weight_set"] = found["weight_set"]
-    said["ordered"] = "yes"
+    said["ordered"] = found["ordered"]
     if found["unnamed"]:
         said["unnamed"] = "yes"
     return tensors, said

@@ -44,7 +44,8 @@ class Checkpoint:
         weight_set: whose preprocessing they expect, where the file or its hash tells.
         path: the file; of tensors in memory, what messages call them.
         origin: the form that the tensors had before they were converted.
-        ordered: the weights of a layer stand in Keras's order, and some names of them are made up.
+        ordered: what it is whose weights stand in Keras's order, whatever they are called: each of
+            the `layers`, or nested `models` too; None where names are all that counts.
         unnamed: its layers have the places that they had in their model for names, as Keras 2 wrote
             them: "conv2d_1/kernel".
         note: what a user should hear of the file, such as which part of it was not taken.
@@ -55,7 +56,7 @@ class Checkpoint:
     weight_set: str | None
     path: Path
     origin: Form
-    ordered: bool = False
+    ordered: str | None = None
     unnamed: bool = False
     note: str | None = None
 
@@ -205,7 +206,7 @@ def read(path: str | os.PathLike) -> Checkpoint:
 def said_of(metadata: Mapping[str, str]) -> dict[str, Any]:
     """What a reader, or the metadata of a converted copy, says of a checkpoint."""
     return {
-        "ordered": "ordered" in metadata,
+        "ordered": metadata.get("ordered"),
         "unnamed": "unnamed" in metadata,
         "note": metadata.get("note"),
     }
