@@ -35,6 +35,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from vggtorch.compression.choice import Option
+from vggtorch.compression.deletion import pairs_of
 from vggtorch.compression.factors import METHODS, Factors, Part, multiply_adds, ranks_for
 from vggtorch.compression.joint import descend_
 from vggtorch.compression.networks import networks_of
@@ -150,7 +151,7 @@ def peers(args: argparse.Namespace, model: keras.Model, shown: Any, unseen: Any)
         "plain SVD, no images": plain_svd,
         "low rank, uniform": partial(uniform, method="low rank"),
         "separated, uniform": partial(uniform, method="separated"),
-        "compress": chosen,
+        "compress": as_compress,
         "Torch-Pruning, magnitude": partial(pruned, importance="magnitude"),
         "Torch-Pruning, Taylor": partial(pruned, importance="taylor"),
     }
@@ -160,7 +161,9 @@ def peers(args: argparse.Namespace, model: keras.Model, shown: Any, unseen: Any)
             images = split(model, shown, args.seed)
             networks = networks_of(model, images, ())
             with open_progress() as progress:
-                work = Work(networks, images, args.seed, Notebook(None, model, (), {}), progress)
+                pairs = pairs_of(model, networks.sites, networks.taps)
+                notes = Notebook(None, model, (), {})
+                work = Work(networks, images, args.seed, notes, progress, pairs)
                 begun = time.monotonic()
                 result = way(work, times)
                 cost = multiply_adds_of(result, pixels[:1])
@@ -202,10 +205,11 @@ def last_cosine(original: nn.Module, result: nn.Module, images: torch.Tensor) ->
     return float(torch.cat(found).mean())
 
 
-def chosen(work: Work, times: float) -> nn.Module:
+def as_compress(work: Work, times: float) -> nn.Module:
     """As `compress` does it."""
-    options, _ = work.choice(work.options("multiply-adds", list(METHODS)), times, "multiply-adds")
-    work.closed_forms_(options)
+    options = work.options("multiply-adds", list(METHODS))
+    chosen, _ = work.choice(options, times, "multiply-adds", work.networks)
+    work.closed_forms_(chosen)
     return work.networks.work
 
 

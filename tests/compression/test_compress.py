@@ -119,7 +119,7 @@ def test_a_dense_layer_a_classifier_and_a_kept_layer():
     assert found.likeness["predictions"] > 0.97
 
 
-@pytest.mark.parametrize("method", ["low rank", "separated", "bottleneck"])
+@pytest.mark.parametrize("method", ["low rank", "separated", "bottleneck", "channels"])
 def test_each_method_alone(method):
     _, found = vt.compress(vgg(), 1.8, images(), methods=[method], steps=0)
     assert {row.method for row in found.layers} <= {method, None}
@@ -145,6 +145,32 @@ def test_strides_valid_padding_no_bias_batch_norm_and_branches():
     assert found.times >= 1.6
     assert list(found.likeness) == ["stem_relu", "out"]
     assert found.likeness["out"] > 0.97
+
+
+def test_layers_without_an_activation_between_them_become_one():
+    keras.utils.set_random_seed(0)
+    inputs = keras.Input((12, 12, 3))
+    x = L.Conv2D(24, 3, activation="relu", name="a")(inputs)
+    x = L.Conv2D(64, 1, name="wide")(x)
+    x = L.Conv2D(24, 3, padding="valid", activation="relu", name="b")(x)
+    x = L.Flatten(name="flatten")(x)
+    x = L.Dense(300, name="fc1")(x)
+    outputs = L.Dense(20, name="fc2")(x)
+    model = keras.Model(inputs, outputs)
+    result, found = vt.compress(model, 1.5, images(30, 12), methods=["composition"], steps=0)
+    assert [layer.name for layer in result.layers][1:] == ["a", "b", "flatten", "fc2"]
+    x = images(40, 12)[30:]
+    expected = model.predict(x, verbose=0)
+    np.testing.assert_allclose(result.predict(x, verbose=0), expected, rtol=1e-3, atol=1e-3)
+    rows = {row.name: (row.method, row.after) for row in found.layers}
+    assert rows["wide"] == rows["fc1"] == ("composition", 0)
+    assert rows["b"] == ("composition", 8 * 8 * 24 * 24 * 9)
+    assert rows["fc2"] == ("composition", 8 * 8 * 24 * 20)
+    before, after = (vt.inspect(m, repeats=1).total.multiply_adds for m in (model, result))
+    assert (before, after) == (found.before, found.after)
+    _, found = vt.compress(model, 6, images(30, 12), steps=0)  # and from there on
+    assert found.times >= 6
+    assert found.likeness["fc2"] > 0.9
 
 
 def test_the_weight_set_and_frozen_layers_are_kept():

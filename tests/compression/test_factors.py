@@ -97,6 +97,7 @@ def test_what_replaced_layers_give_is_made_up_for(kind, kernel):
 def test_costs_are_torchs_count_and_maps_have_the_layers_shape(site, method):
     tried = [r for share in (*SHARES, 0.9) for r in ranks_for(site, method, share)]
     assert tried or method != "low rank"
+    layer: torch.nn.Module
     if site.is_dense:
         layer = torch.nn.Linear(site.inputs, site.outputs)
     else:

@@ -9,7 +9,7 @@ from torch import nn
 
 from vggtorch.compression.factors import Factors
 from vggtorch.compression.sites import Site
-from vggtorch.surgery import replace_where
+from vggtorch.surgery import delete_channels, replace_where
 
 
 def built(
@@ -22,6 +22,14 @@ def built(
 
     The last of the new layers has the old layer's name, activation and settings.
     """
+    originals = {name: model.get_layer(name) for name in chosen}
+    gone = {
+        name: sorted(set(range(sites[name].outputs)) - set(factors.gives.tolist()))
+        for name, factors in chosen.items()
+        if factors.gives is not None
+    }
+    if gone:
+        model = delete_channels(model, gone)
     made: dict[str, list[keras.Layer]] = {}
 
     def make(old: keras.Layer) -> list[keras.Layer]:
@@ -29,16 +37,22 @@ def built(
         return made[old.name]
 
     # Sites are layers of the model's own, whatever layers of nested models are called.
-    olds = [model.get_layer(name) for name in chosen]
-    result = replace_where(model, lambda layer: any(layer is old for old in olds), make)
-    for old in olds:
-        for layer, module in zip(made[old.name], modules[old.name].children(), strict=True):
+    olds = [model.get_layer(name) for name, f in chosen.items() if f.method != "channels"]
+    if olds:
+        model = replace_where(model, lambda layer: any(layer is old for old in olds), make)
+    for name in chosen:
+        trainable = originals[name].trainable
+        for layer, module in zip(
+            made.get(name, [model.get_layer(name)]),
+            [m for m in modules[name].children() if isinstance(m, nn.Conv2d | nn.Linear)],
+            strict=True,
+        ):
             values = [parameter.detach().cpu() for parameter in module.parameters()]
             # OIHW -> HWIO; (out, in) -> (in, out)
             kernel = values[0].permute(2, 3, 1, 0) if values[0].ndim == 4 else values[0].T
             layer.set_weights([kernel.numpy(), *(bias.numpy() for bias in values[1:])])
-            layer.trainable = old.trainable
-    return result
+            layer.trainable = trainable
+    return model
 
 
 def _layers(old: keras.Layer, site: Site, factors: Factors) -> list[keras.Layer]:

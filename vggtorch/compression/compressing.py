@@ -9,12 +9,16 @@ from typing import Any, Literal, get_args
 import keras
 
 from vggtorch.compression.building import built
+from vggtorch.compression.choice import Option
 from vggtorch.compression.clocks import ratio_of
+from vggtorch.compression.composing import composed
+from vggtorch.compression.deletion import pairs_of
 from vggtorch.compression.factors import METHODS
 from vggtorch.compression.networks import likeness, networks_of, tapped_result
 from vggtorch.compression.photographs import split
 from vggtorch.compression.report import Compression, LayerChange
 from vggtorch.compression.resuming import Notebook
+from vggtorch.compression.sites import Site
 from vggtorch.compression.work import Work, open_progress
 from vggtorch.keras_graph import graph_of
 
@@ -27,7 +31,7 @@ def compress(
     images: Any,
     *,
     by: By = "multiply-adds",
-    methods: Sequence[str] = tuple(METHODS),
+    methods: Sequence[str] = (*METHODS, "channels", "composition"),
     keep: Sequence[str] = (),
     seconds: float = 600.0,
     steps: int = 300,
@@ -61,8 +65,13 @@ def compress(
       what enters it.
     - "separated": a column of the kernel, then a row (Jaderberg et al. 2014), and 1 x 1 behind them
       where that is better (Zhang et al. 2016).
+    - "channels": channels between two convolutions are deleted, and the second is fitted anew to
+      those that are left (He et al. 2017).
     - "bottleneck": 1 x 1 to fewer channels, the kernel between few channels, 1 x 1 (Tucker-2, Kim
       et al. 2016).
+
+    - "composition": two layers without an activation between them become one, where that is exact
+      and cheaper; before all else.
 
     An error of a layer is measured by what it does to the network's outputs: to first order by the
     gradients there, which also know which channels a ReLU cuts off, and by a run of the network
@@ -103,7 +112,10 @@ def compress(
         "how": [seconds, steps, seed],
     }
     notes = Notebook(folder, model, photographs.shown, settings)
-    networks = networks_of(model, photographs, keep)
+    whole = networks = networks_of(model, photographs, keep)
+    start, merged = composed(model, networks.sites) if "composition" in methods else (model, {})
+    if merged:
+        networks = networks_of(start, photographs, keep)
     sites = {site.name: site for site in networks.sites}
     if not sites:
         raise ValueError(
@@ -111,26 +123,45 @@ def compress(
             f"layers of its own, called once, without groups or dilation, that aren't in keep."
         )
     with open_progress() as progress:
-        work = Work(networks, photographs, seed, notes, progress)
-        options = work.options(by, methods)
-        chosen, total = work.choice(options, times, by)
+        pairs = pairs_of(start, networks.sites, networks.taps) if "channels" in methods else []
+        work = Work(networks, photographs, seed, notes, progress, pairs)
+        options = work.options(by, [method for method in methods if method in METHODS])
+        chosen, total = work.choice(options, times, by, whole)
         factors = work.closed_forms_(chosen)
         replaced = [sites[name] for name in factors]
         before = likeness(networks, networks.work, photographs.held_out)
         state = work.train_(replaced, steps, seconds - notes.seconds)
     modules = {site.name: getattr(networks.work, site.child) for site in replaced}
-    result = built(model, sites, factors, modules)
+    result = built(start, sites, factors, modules)
     tapped = tapped_result(result, networks.taps)
     after = likeness(networks, tapped, photographs.held_out)
     if by == "seconds":
-        left = total / ratio_of(networks.original, tapped, networks.entering, work.device)
+        left = total / ratio_of(whole.original, tapped, networks.entering, work.device)
     else:
-        left = total - sum(options[n][0].cost - option.cost for n, option in chosen.items())
+        fixed = networks.total - sum(site.multiply_adds for site in networks.sites)
+        left = fixed + sum(option.cost for option in chosen.values())
+    first = {site.name: work.cost(site, whole, by) for site in whole.sites if site.name in merged}
+    first |= {
+        site.name: options[site.name][0].cost for site in networks.sites if site.name not in first
+    }
     rows = tuple(
-        LayerChange(name, option.method, option.ranks, options[name][0].cost, option.cost)
-        for name, option in chosen.items()
+        _change(site, chosen.get(site.name), merged.get(site.name), first[site.name])
+        for site in whole.sites
     )
     return result, Compression(by, total, left, rows, before, after, state.step, notes.seconds)
+
+
+def _change(
+    site: Site, option: Option | None, merged: tuple[str, int] | None, before: float
+) -> LayerChange:
+    """What became of a layer that may have been composed with another and then replaced."""
+    if merged is not None and merged[0] != site.name:
+        return LayerChange(site.name, "composition", (), before, 0.0)
+    if option is None:  # composed to one that isn't worth a replacement
+        assert merged is not None
+        return LayerChange(site.name, "composition", (), before, float(merged[1]))
+    method = option.method or ("composition" if merged else None)
+    return LayerChange(site.name, method, option.ranks, before, option.cost)
 
 
 def _check(
@@ -145,8 +176,9 @@ def _check(
         raise ValueError(f"Received times={times}; expected more than 1: 2 halves the cost.")
     if by not in get_args(By):
         raise ValueError(f"Received by={by!r}; expected one of {get_args(By)}.")
-    if not methods or set(methods) - set(METHODS):
-        raise ValueError(f"Received methods={list(methods)}; expected some of {list(METHODS)}.")
+    known = [*METHODS, "channels", "composition"]
+    if not methods or set(methods) - set(known):
+        raise ValueError(f"Received methods={list(methods)}; expected some of {known}.")
     if steps < 0:
         raise ValueError(f"Received steps={steps}; expected 0 or more.")
     names = [layer.name for layer in model.layers]

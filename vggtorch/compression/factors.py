@@ -37,14 +37,26 @@ class Part:
 
 @dataclass(frozen=True)
 class Factors:
-    """Layers that stand in for one, the last of them with a bias."""
+    """Layers that stand in for one, the last of them with a bias.
+
+    Attributes:
+        method: how they were made.
+        parts: in their order.
+        bias: of the last part.
+        reads: the channels that enter, where the others are deleted.
+        gives: the channels that leave, likewise.
+    """
 
     method: str
     parts: tuple[Part, ...]
     bias: Tensor
+    reads: Tensor | None = None
+    gives: Tensor | None = None
 
     def __call__(self, patches: Tensor) -> Tensor:
         """What they give at positions whose patches (N, I, H, W) are given, (N, O)."""
+        if self.reads is not None:
+            patches = patches[:, self.reads]
         for part in self.parts:
             patches = F.conv2d(patches, part.weight)
         return patches.flatten(1) + self.bias
@@ -74,7 +86,34 @@ class Factors:
                 if last:
                     child.bias.copy_(self.bias)  # type: ignore[union-attr]
             children.append(child.to(memory_format=torch.channels_last))
+        if self.reads is not None:
+            children.insert(0, _Reading(self.reads))
+        if self.gives is not None:
+            children.append(_Giving(self.gives, site.outputs))
         return nn.Sequential(*children)
+
+
+class _Reading(nn.Module):
+    """Takes some channels of a map; they are deleted once the Keras model is built."""
+
+    def __init__(self, kept: Tensor) -> None:
+        super().__init__()
+        self.kept = kept
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x[:, self.kept]
+
+
+class _Giving(nn.Module):
+    """Gives a map with zeros in place of the channels that are to be deleted."""
+
+    def __init__(self, kept: Tensor, outputs: int) -> None:
+        super().__init__()
+        self.kept, self.outputs = kept, outputs
+
+    def forward(self, y: Tensor) -> Tensor:
+        whole = y.new_zeros(len(y), self.outputs, *y.shape[2:])
+        return whole.index_copy(1, self.kept, y)
 
 
 def geometry(site: Site, axes: Sequence[int]) -> tuple[tuple[int, int], tuple[int, int]]:

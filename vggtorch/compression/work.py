@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from vggtorch.compression.choice import Option, choose
 from vggtorch.compression.clocks import ratio_of, seconds_of
+from vggtorch.compression.deletion import KEPT, giving, order_of, reading
 from vggtorch.compression.factors import METHODS, SHARES, Factors, Part, multiply_adds, ranks_for
 from vggtorch.compression.joint import State, descend_
 from vggtorch.compression.networks import BATCH, Networks
@@ -80,6 +81,7 @@ class Work:
         seed: decides the crops and positions.
         notes: what an interrupted run has left.
         progress: what is shown.
+        pairs: convolutions whose channels only the other one of the pair reads.
     """
 
     networks: Networks
@@ -87,6 +89,7 @@ class Work:
     seed: int
     notes: Notebook
     progress: Progress
+    pairs: Sequence[tuple[Site, Site]] = ()
 
     def __post_init__(self) -> None:
         generator = torch.Generator().manual_seed(self.seed)
@@ -145,26 +148,76 @@ class Work:
                 for (method, ranks), cost, error in zip(tried, costs, errors, strict=True)
             ]
             self.progress.advance()
+        for pair in self.pairs:
+            options["+".join(site.name for site in pair)] = self._deletions(*pair, by)
         self.notes["options"] = {
             name: [[o.method, list(o.ranks), o.cost, o.error] for o in choices]
             for name, choices in options.items()
         }
         return options
 
+    def _deletions(self, first: Site, second: Site, by: str) -> list[Option]:
+        """What it costs and changes if channels between two layers go, by how many stay."""
+        networks = self.networks
+        rows = self.rows(second, torch.cat(self.seen[second.name].patches))
+        order, numbers = order_of(rows), [round(share * first.outputs) for share in KEPT]
+        costs, expected, correction = [], [], 1.0
+        for number in numbers:
+            kept = order[:number].sort().values
+            gives, reads = self._giving(first, kept), reading(rows, kept)
+            modules = {first.child: gives.module(first), second.child: reads.module(second)}
+            if by == "seconds":
+                costs.append(
+                    seconds_of(modules[first.child], first.entering, self.device)
+                    + seconds_of(modules[second.child], second.entering, self.device)
+                )
+            else:
+                whole = first.multiply_adds + second.multiply_adds
+                costs.append(float(whole * number // first.outputs))
+            expected.append(rows.error(reads(rows.patches)))
+            if number == numbers[len(numbers) // 2]:
+                networks.install_(modules)
+                now = change(networks.work, self.checked, self.base)
+                correction = now / max(expected[-1], 1e-30)
+                networks.remove_(first)
+                networks.remove_(second)
+        return [
+            Option("channels", (number,), cost, correction * error)
+            for number, cost, error in zip(numbers, costs, expected, strict=True)
+        ]
+
+    def _giving(self, site: Site, kept: Tensor) -> Factors:
+        layer = getattr(self.networks.original, site.child)
+        bias = layer.weight.new_zeros(len(layer.weight)) if layer.bias is None else layer.bias
+        return giving(layer.weight.detach(), bias.detach(), kept)
+
     @property
     def device(self) -> torch.device:
         """Where the network computes."""
         return next(self.networks.original.parameters()).device
 
+    def cost(self, site: Site, networks: Networks, by: str) -> float:
+        """What a layer of these networks costs as it is."""
+        if by == "seconds":
+            return seconds_of(getattr(networks.original, site.child), site.entering, self.device)
+        return float(site.multiply_adds)
+
     def _cost(self, site: Site, by: str, method: str | None, ranks: Sequence[int]) -> float:
+        if method is None:
+            return self.cost(site, self.networks, by)
         if by == "seconds":
             return seconds_of(self._module(site, method, ranks), site.entering, self.device)
-        return float(multiply_adds(site, method, ranks) if method else site.multiply_adds)
+        return float(multiply_adds(site, method, ranks))
 
-    def _module(self, site: Site, method: str | None, ranks: Sequence[int]) -> nn.Module:
-        """A site's layer, or layers of these ranks in its place, with random weights."""
-        if method is None:
-            return getattr(self.networks.original, site.child)
+    def _module(self, site: Site, method: str, ranks: Sequence[int]) -> nn.Module:
+        """Layers of these ranks in a site's place, with random weights."""
+        if method == "channels":
+            kept = torch.arange(ranks[0])
+            if any(site is first for first, _ in self.pairs):
+                return self._giving(site, kept).module(site)
+            weight = torch.randn(site.outputs, len(kept), *site.kernel)
+            parts = (Part("", weight, (0, 1)),)
+            return Factors(method, parts, weight[:, 0, 0, 0], reads=kept).module(site)
         return Factors.random(site, method, ranks).module(site)
 
     def _errors(self, site: Site, tried: Sequence[tuple[str | None, Sequence[int]]]) -> list[float]:
@@ -199,29 +252,36 @@ class Work:
 
     # What is done
 
-    def choice(self, options: Options, times: float, by: str) -> tuple[dict[str, Option], float]:
-        """What each layer becomes, and the whole network's cost before it.
+    def choice(
+        self, options: Options, times: float, by: str, whole: Networks
+    ) -> tuple[dict[str, Option], float]:
+        """What each layer becomes, and what `whole` costs, which 1/times of is to be left.
 
         Raises:
             ValueError: no choice is so cheap; says how cheap one can be.
         """
         if by == "multiply-adds":
-            total = float(self.networks.total)
+            total, now = float(whole.total), float(self.networks.total)
         else:
-            total = seconds_of(self.networks.original, self.networks.entering, self.device)
-        fixed = max(0.0, total - sum(choices[0].cost for choices in options.values()))
-        least = fixed + sum(min(o.cost for o in choices) for choices in options.values())
+            total, now = (
+                seconds_of(networks.original, networks.entering, self.device)
+                for networks in (whole, self.networks)
+            )
+        sites = [site.name for site in self.networks.sites]
+        fixed = max(0.0, now - sum(options[name][0].cost for name in sites))
+        grouped = self._grouped(options)
+        least = fixed + sum(min(o.cost for o in choices) for choices in grouped.values())
         if total < times * least:
             raise ValueError(
                 f"Received times={times:g}; this network can cost {total / least:.2f} times less "
                 f"at most, in {by}, with these methods: {fixed / total:.0%} of what it costs is in "
                 f"layers that stay as they are."
             )
-        chosen = choose(options, total / times - fixed)
+        chosen = self._single(options, choose(grouped, total / times - fixed))
         if by == "seconds":
             wanted = times
             for _ in range(ROUNDS):
-                ratio = self._measured(chosen)
+                ratio = self._measured(chosen, whole)
                 if ratio >= times:
                     break
                 wanted *= 1.02 * times / ratio
@@ -231,21 +291,46 @@ class Work:
                         f"Received times={times:g}; measured on this machine, this network gets "
                         f"{ratio:.2f} times as fast with the cheapest layers that were tried."
                     )
-                chosen = choose(options, budget)
+                chosen = self._single(options, choose(grouped, budget))
         return chosen, total
 
-    def _measured(self, chosen: Mapping[str, Option]) -> float:
+    def _grouped(self, options: Options) -> Options:
+        """Options of pairs, each of which is either one for each of both or a deletion."""
+        grouped = dict(options)
+        for first, second in self.pairs:
+            a, b = (grouped.pop(site.name) for site in (first, second))
+            grouped[f"{first.name}+{second.name}"] += [
+                Option("both", (i, j), x.cost + y.cost, x.error + y.error)
+                for i, x in enumerate(a)
+                for j, y in enumerate(b)
+            ]
+        return grouped
+
+    def _single(self, options: Options, chosen: Mapping[str, Option]) -> dict[str, Option]:
+        """What was chosen for pairs as options of each layer."""
+        found = dict(chosen)
+        for first, second in self.pairs:
+            both = found.pop(f"{first.name}+{second.name}")
+            if both.method == "both":
+                for site, i in zip((first, second), both.ranks, strict=True):
+                    found[site.name] = options[site.name][i]
+                continue
+            costs = [options[site.name][0].cost for site in (first, second)]
+            for site, cost in zip((first, second), costs, strict=True):
+                share = both.cost * cost / sum(costs)
+                found[site.name] = Option("channels", both.ranks, share, both.error / 2)
+        return {site.name: found[site.name] for site in self.networks.sites}
+
+    def _measured(self, chosen: Mapping[str, Option], whole: Networks) -> float:
         """How many times as fast the network is with these layers."""
         sites = {site.name: site for site in self.networks.sites}
-        new = {n: o for n, o in chosen.items() if o.method}
+        new = {name: option for name, option in chosen.items() if option.method}
         modules = {
-            sites[name].child: self._module(sites[name], option.method, option.ranks)
+            sites[name].child: self._module(sites[name], str(option.method), option.ranks)
             for name, option in new.items()
         }
         self.networks.install_(modules)
-        ratio = ratio_of(
-            self.networks.original, self.networks.work, self.networks.entering, self.device
-        )
+        ratio = ratio_of(whole.original, self.networks.work, self.networks.entering, self.device)
         for name in new:
             self.networks.remove_(sites[name])
         return ratio
@@ -257,13 +342,13 @@ class Work:
         self.progress.begin("fitting layers", len(sites))
         for site in sites:
             if site.name not in made:
-                option = chosen[site.name]
-                places = self.seen[site.name].places
-                patches = look_again(self.networks.work, site, self.fitted, places)
-                assert option.method is not None
-                made[site.name] = METHODS[option.method](self.rows(site, patches), *option.ranks)
+                made[site.name] = self._fitted(site, chosen[site.name])
                 self.notes["factors"] = {
-                    name: [f.method, [[p.suffix, p.weight, list(p.axes)] for p in f.parts], f.bias]
+                    name: [
+                        f.method,
+                        [[p.suffix, p.weight, list(p.axes)] for p in f.parts],
+                        *(f.bias, f.reads, f.gives),
+                    ]
                     for name, f in made.items()
                 }
             self.networks.install_({site.child: made[site.name].module(site)})
@@ -271,8 +356,25 @@ class Work:
         vars(self).pop("seen", None)  # the training needs the memory
         return made
 
+    def _fitted(self, site: Site, option: Option) -> Factors:
+        """Layers for a site, fitted to what it sees behind those that are installed."""
+        assert option.method is not None
+        reader = next((b for a, b in self.pairs if a is site), None)
+        if option.method == "channels" and reader is not None:
+            rows = self.rows(reader, torch.cat(self.seen[reader.name].patches))
+            return self._giving(site, order_of(rows)[: option.ranks[0]].sort().values)
+        patches = look_again(self.networks.work, site, self.fitted, self.seen[site.name].places)
+        rows = self.rows(site, patches)
+        if option.method != "channels":
+            return METHODS[option.method](rows, *option.ranks)
+        giver = next(a for a, b in self.pairs if b is site)
+        kept = getattr(self.networks.work, giver.child)[-1].kept
+        return reading(rows, kept)
+
     def train_(self, sites: Sequence[Site], steps: int, seconds: float) -> State:
         """Train the new layers at all sites, installed before."""
+        if not sites:  # composing layers was enough
+            return State()
         self.progress.begin("training", 1.0)
         modules = [getattr(self.networks.work, site.child) for site in sites]
         known = self.notes["state"]
@@ -304,8 +406,6 @@ def _options(known: Mapping[str, Any]) -> Options:
 
 def _factors(known: Mapping[str, Any]) -> dict[str, Factors]:
     return {
-        name: Factors(
-            method, tuple(Part(suffix, w, tuple(axes)) for suffix, w, axes in parts), bias
-        )
-        for name, (method, parts, bias) in known.items()
+        name: Factors(method, tuple(Part(end, w, tuple(axes)) for end, w, axes in parts), *others)
+        for name, (method, parts, *others) in known.items()
     }
