@@ -76,7 +76,7 @@ def compress(
     An error of a layer is measured by what it does to the network's outputs: to first order by the
     gradients there, which also know which channels a ReLU cuts off, and by a run of the network
     with the layer replaced, once for each layer and method. What is kept of the images in the
-    meantime is a sample of positions of each layer, half a gigabyte at most.
+    meantime is a sample of positions of each layer, a quarter of a gigabyte at most.
 
     One seed gives one result on one kind of machine, unless `seconds` run out before `steps`.
 

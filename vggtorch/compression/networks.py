@@ -19,7 +19,7 @@ from vggtorch.keras_graph import calls, graph_of, producer, producing_call
 from vggtorch.lowering import to_torch
 
 COMPARED = 16  # whole images for the cosines that are returned
-BATCH = 8
+BATCH = 8  # of crops
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def likeness(networks: Networks, other: nn.Module, images: Tensor) -> dict[str, 
     sums = dict.fromkeys(networks.taps, 0.0)
     images = images[:COMPARED].contiguous(memory_format=torch.channels_last)
     with torch.no_grad():
-        for batch in images.split(BATCH):
+        for batch in images.split(BATCH // 4):  # whole images are that much larger
             maps = networks.original(batch), other(batch)
             for name, a, b in zip(networks.taps, *maps, strict=True):
                 sums[name] += float(F.cosine_similarity(a.flatten(1), b.flatten(1)).sum())
