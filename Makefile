@@ -11,8 +11,9 @@ demo: .venv/demo
 docs: .venv/docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
+# Each process computes with one thread, so that they don't wait for one another.
 test: .venv/dev
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
 quick: .venv/dev
 	$(BIN)/python -m pytest -m "not slow"

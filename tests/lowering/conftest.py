@@ -2,13 +2,13 @@ import pytest
 
 from vggtorch.lowering import running
 
-# These files have nothing to do with how `lower` runs a batch.
+# These files have little to do with how a batch runs.
 WITHOUT_GROUPS = ("test_export", "test_network", "test_torch_tools")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Run each test a second time with one image in each group, which small images never need."""
-    if not metafunc.module.__name__.startswith(WITHOUT_GROUPS):
+    if not metafunc.module.__name__.split(".")[-1].startswith(WITHOUT_GROUPS):
         ids = ["batch", "groups_of_one"]
         metafunc.parametrize("group_bytes", [None, 1], ids=ids, indirect=True)
 

@@ -1,7 +1,7 @@
 """What torch's own tools do with `to_torch(model)` and with the same network by hand: the same.
 
-The network is VGG11 with batch norm at 32x32 with a pooled head; by hand it is torchvision's
-`features`, an average pool and an nn.Linear on the same weights.
+The networks are VGG11 with batch norm and ResNet50 with a pooled head; by_hand.py has both in
+torch.nn.
 """
 
 import copy
@@ -13,16 +13,11 @@ import sys
 import warnings
 from pathlib import Path
 
-import vggtorch as vt  # isort: skip  (first: it selects Keras's torch backend)
-import keras
 import pytest
 import torch
-import torchvision
+from by_hand import KINDS
 from torch import nn
 from torch.nn.utils import parametrize, prune
-
-from vggtorch.lowering import to_torch
-from vggtorch.weights import keras_to_torchvision
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.slow]
 
@@ -32,49 +27,21 @@ def group_bytes():
     """These networks run whole batches: no need to run each test twice, as conftest.py does."""
 
 
-def by_keras():
-    keras.utils.set_random_seed(0)
-    vgg = vt.VGG11(weights=None, include_top=False, batch_norm=True, input_shape=(32, 32, 3))
-    head = [keras.layers.GlobalAveragePooling2D(name="pool"), keras.layers.Dense(10, name="logits")]
-    model = vt.stack(vgg, head)
-    for variable in model.variables:  # so that the signal reaches the end, and no norm is trivial
-        if variable.name in ("moving_variance", "gamma"):
-            variable.assign(torch.rand(variable.shape) + 0.5)
-        elif variable.name in ("moving_mean", "beta", "bias"):
-            variable.assign(torch.rand(variable.shape) * 0.2)
-    return model
-
-
-def by_hand(model):
-    features = torchvision.models.vgg11_bn(weights=None).features
-    tensors = {
-        key: v.value.detach()
-        for key, v in vt.named_variables(model).items()
-        if not key.startswith("logits")
-    }
-    state = keras_to_torchvision(tensors, "vgg11_bn")
-    features.load_state_dict({k.removeprefix("features."): v.clone() for k, v in state.items()})
-    linear = nn.Linear(512, 10)
-    dense = model.get_layer("logits")
-    with torch.no_grad():
-        linear.weight.copy_(dense.kernel.value.T)
-        linear.bias.copy_(dense.bias.value)
-    for module in features.modules():
-        if isinstance(module, nn.ReLU):
-            module.inplace = False  # which captum and hooks can't look through
-    return nn.Sequential(*features, nn.AdaptiveAvgPool2d(1), nn.Flatten(), linear)
+@pytest.fixture(params=KINDS)
+def kind(request):
+    return KINDS[request.param]
 
 
 @pytest.fixture
-def pair():
+def pair(kind):
     """(ours, by hand), in evaluation."""
-    model = by_keras()
-    return to_torch(model, data_format="channels_first").eval(), by_hand(model).eval()
+    model = kind.build()
+    return kind.ours(model), kind.by_hand(model).eval()
 
 
 @pytest.fixture
-def x():
-    return torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(3))
+def x(kind):
+    return torch.rand(4, 3, kind.size, kind.size, generator=torch.Generator().manual_seed(3))
 
 
 def alike(a, b, tolerance=1e-5):
@@ -88,6 +55,17 @@ def linears(network):
 
 def convolutions(network):
     return [m for m in network.modules() if isinstance(m, nn.Conv2d)]
+
+
+def norms(network):
+    return [m for m in network.modules() if isinstance(m, nn.BatchNorm2d)]
+
+
+def in_double(network):
+    """The network in float64, in which no rounding turns ReLUs on and off."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it says that it parts from its Keras model
+        return network.double()
 
 
 def needs(name):
@@ -181,13 +159,13 @@ def test_torch_pruning_removes_channels(pair, x):
             ignored_layers=linears(network),
         )  # fmt: skip
         pruner.step()
-    assert convolutions(pair[0])[0].weight.shape == (48, 3, 3, 3)
+    assert len(convolutions(pair[0])[0].weight) == 48
     alike(pair[0](x), pair[1](x), 1e-4)
 
 
 def test_sync_batch_norm_conversion_finds_every_norm(pair):
     converted = nn.SyncBatchNorm.convert_sync_batchnorm(pair[0])
-    assert sum(isinstance(m, nn.SyncBatchNorm) for m in converted.modules()) == 8
+    assert sum(isinstance(m, nn.SyncBatchNorm) for m in converted.modules()) == len(norms(pair[1]))
 
 
 # Looking at it
@@ -218,35 +196,34 @@ def test_grad_cam_alike(pair, x):
 
 @pytest.mark.parametrize("training", [False, True])
 def test_hooks_on_every_module_see_what_they_see_by_hand(pair, x, training):
+    kinds = nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.MaxPool2d
     seen = []
     for network in pair:
-        kept: list[torch.Tensor] = []
-        network.train(training)
-
-        def forward_hook(_, __, output, kept=kept):
-            kept.append(output)
-
-        def backward_hook(_, __, gradients, kept=kept):
-            kept.append(gradients[0].clone())
-
-        for module in network.modules():
-            if isinstance(module, nn.Conv2d | nn.BatchNorm2d | nn.ReLU | nn.MaxPool2d):
-                module.register_forward_hook(forward_hook)
-                module.register_full_backward_hook(backward_hook)
-        network(x)[:, 0].sum().backward()
+        kept: dict[tuple[str, int], torch.Tensor] = {}
+        in_double(network.train(training))
+        watched = [m for m in network.modules() if isinstance(m, kinds)]
+        for i, module in enumerate(watched):
+            module.register_forward_hook(
+                lambda _, __, y, i=i, kept=kept: kept.update({("forward", i): y.detach()})
+            )
+            module.register_full_backward_hook(
+                lambda _, __, g, i=i, kept=kept: kept.update({("backward", i): g[0].clone()})
+            )
+        network(x.double())[:, 0].sum().backward()
         seen.append(kept)
-    assert len(seen[0]) == len(seen[1]) == 2 * (3 * 8 + 5)
-    for ours, theirs in zip(*seen, strict=True):
-        alike(ours.detach(), theirs.detach(), 1e-3)
+    assert len(seen[0]) == 2 * len(watched)
+    for key, ours in seen[0].items():
+        alike(ours, seen[1][key], 1e-6)
 
 
-def test_feature_extraction_before_and_after_each_relu(pair, x):
+def test_feature_extraction_before_and_after_each_relu(kind, pair, x):
     extract = importlib.import_module("torchvision.models.feature_extraction")
-    nodes = ["block1_conv1", "block1_bn1", "block1_relu1", "block5_pool"]
-    found = extract.create_feature_extractor(pair[0], nodes)(x)
-    conv, norm, relu = (pair[1][:i](x) for i in (1, 2, 3))
-    for name, expected in zip(nodes, (conv, norm, relu, pair[1][:-3](x)), strict=True):
-        alike(found[name], expected)
+    found, expected = (
+        extract.create_feature_extractor(network, nodes)(x)
+        for network, nodes in zip(pair, (list(kind.taps), list(kind.taps.values())), strict=True)
+    )
+    for ours, theirs in kind.taps.items():
+        alike(found[ours], expected[theirs], 1e-4)
 
 
 # Running it elsewhere
@@ -286,7 +263,7 @@ def test_torch_func_alike(pair, x):
 # Training it
 
 
-def test_averaged_models_and_update_bn(pair, x):
+def test_averaged_models_and_update_bn(kind, pair, x):
     averaged = [torch.optim.swa_utils.AveragedModel(n) for n in pair]
     for network, average in zip(pair, averaged, strict=True):
         with torch.no_grad():
@@ -296,10 +273,10 @@ def test_averaged_models_and_update_bn(pair, x):
         torch.optim.swa_utils.update_bn([x, x * 2], average)
     for ours, theirs in zip(averaged[0].parameters(), averaged[1].parameters(), strict=True):
         alike(ours, theirs)
-    n = x.numel() // 3  # torch keeps the unbiased variance, Keras the biased one
-    norms = [next(m for m in a.modules() if isinstance(m, nn.BatchNorm2d)) for a in averaged]
-    alike(norms[0].running_mean, norms[1].running_mean, 1e-4)
-    alike(norms[0].running_var, norms[1].running_var * ((n - 1) / n), 1e-3)
+    n = len(x) * kind.first_size**2  # torch keeps the unbiased variance, Keras the biased one
+    ours, theirs = (norms(average)[0] for average in averaged)
+    alike(ours.running_mean, theirs.running_mean, 1e-4)
+    alike(ours.running_var, theirs.running_var * ((n - 1) / n), 1e-3)
 
 
 def test_unfreezing_all_parameters_leaves_evaluation_working(pair, x):
@@ -349,7 +326,7 @@ def test_initialisers_by_class_name(pair):
 # Keeping it
 
 
-def test_safetensors_saves_and_loads(pair, x, tmp_path):
+def test_safetensors_saves_and_loads(kind, pair, x, tmp_path):
     safetensors = importlib.import_module("safetensors.torch")
     expected = pair[0](x)
     safetensors.save_model(pair[0], str(tmp_path / "m.safetensors"))
@@ -360,8 +337,8 @@ def test_safetensors_saves_and_loads(pair, x, tmp_path):
         lambda n: n.load_state_dict(safetensors.load_file(tmp_path / "s.safetensors")),
         lambda n: n.load_state_dict(torch.load(tmp_path / "s.pt", weights_only=True)),
     ):
-        model = by_keras()
-        other = to_torch(model, data_format="channels_first").eval()
+        model = kind.build()
+        other = kind.ours(model)
         with torch.no_grad():
             for p in other.parameters():
                 p.zero_()
@@ -412,7 +389,7 @@ def test_lightning_fits_it(pair, x, tmp_path):
         )  # fmt: skip
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            trainer.fit(Task(network), batches(x))
+            trainer.fit(Task(in_double(network)), batches(x.double()))
         network.eval()
     for ours, theirs in zip(convolutions(pair[0]), convolutions(pair[1]), strict=True):
         alike(ours.weight.detach(), theirs.weight.detach(), 1e-3)
@@ -420,10 +397,11 @@ def test_lightning_fits_it(pair, x, tmp_path):
 
 def test_accelerate_trains_it(pair, x):
     accelerate = importlib.import_module("accelerate")
-    for network in pair:
+    for network in map(in_double, pair):
         accelerator = accelerate.Accelerator(cpu=True)
         optimizer = torch.optim.SGD(network.parameters(), 0.01)
-        prepared, optimizer, loader = accelerator.prepare(network.train(), optimizer, batches(x))
+        data = batches(x.double())
+        prepared, optimizer, loader = accelerator.prepare(network.train(), optimizer, data)
         for image, label in loader:
             accelerator.backward(nn.functional.cross_entropy(prepared(image), label))
             optimizer.step()

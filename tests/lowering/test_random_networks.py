@@ -1,0 +1,152 @@
+"""Networks put together at random compute what Keras computes: outputs, gradients, statistics.
+
+`RANDOM_NETWORKS=1000 pytest tests/lowering/test_random_networks.py` tries more of them.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import pytest
+import torch
+from keras import layers
+from small_vgg import on_keras, randomise
+
+from vggtorch.lowering import TorchNetwork, to_torch
+
+NETWORKS = int(os.environ.get("RANDOM_NETWORKS", "12"))
+ACTIVATIONS = [None, "relu", "relu", "relu6", "gelu", "sigmoid", "softmax", "leaky_relu"]
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
+
+
+def convolution(r: random.Random, x: Any) -> Any:
+    stride = r.choice([1, 1, 2])
+    dilation = r.choice([1, 2]) if stride == 1 else 1
+    options = {
+        "strides": stride,
+        "dilation_rate": dilation,
+        "padding": "same",
+        "activation": r.choice(ACTIVATIONS),
+        "use_bias": r.random() < 0.7,
+    }
+    kernel = r.choice([1, 2, 3])
+    kind = r.choice([layers.Conv2D, layers.Conv2D, layers.SeparableConv2D, layers.DepthwiseConv2D])
+    if kind is layers.DepthwiseConv2D:
+        return kind(kernel, **options)(x)
+    return kind(r.choice([4, 6]), kernel, **options)(x)
+
+
+def normalised(r: random.Random, x: Any) -> Any:
+    x = layers.BatchNormalization(scale=r.random() < 0.8, center=r.random() < 0.8)(x)
+    return r.choice([layers.ReLU(), layers.Activation("relu"), layers.ReLU(6), lambda x: x])(x)
+
+
+def pooled(r: random.Random, x: Any) -> Any:
+    kind = r.choice([layers.MaxPooling2D, layers.MaxPooling2D, layers.AveragePooling2D])
+    return kind(r.choice([2, 3]), 2, padding=r.choice(["same", "valid"]))(x)
+
+
+def plain(r: random.Random, x: Any) -> Any:
+    return r.choice(
+        [
+            layers.LayerNormalization(),
+            layers.Rescaling(0.5, 0.1),
+            layers.ZeroPadding2D(1),
+            layers.UpSampling2D(2),
+            layers.LeakyReLU(0.1),
+            layers.Dense(4, activation="relu"),
+            layers.UnitNormalization(),
+            lambda x: x * 0.5 + 1,
+            lambda x: 1 - x,
+            lambda x: keras.ops.tanh(x),
+        ]
+    )(x)
+
+
+def joined(r: random.Random, x: Any) -> Any:
+    y = layers.Conv2D(x.shape[-1], 3, padding="same", activation="relu")(x)
+    kind = r.choice([layers.Add, layers.Multiply, layers.Average, layers.Concatenate])
+    return kind()(r.choice([[x, y], [y, x], [x, x], [y, x, y]]))
+
+
+def nested(r: random.Random, x: Any) -> Any:
+    inner = keras.Input(x.shape[1:])
+    model = keras.Model(inner, normalised(r, convolution(r, inner)))
+    y = model(x)
+    return layers.Concatenate()([y, model(x)]) if r.random() < 0.3 else y
+
+
+def shared(r: random.Random, x: Any) -> Any:
+    layer = layers.Conv2D(x.shape[-1], 3, padding="same", activation="relu")
+    return layer(layer(x))
+
+
+STEPS: list[Callable[[random.Random, Any], Any]] = [
+    *[convolution] * 4, *[normalised] * 3, *[pooled] * 2, *[plain] * 2, joined, nested, shared,
+]  # fmt: skip
+
+
+def network(seed: int) -> keras.Model:
+    r = random.Random(seed)
+    keras.utils.set_random_seed(seed)
+    x = image = keras.Input((12, 13, 3))
+    for _ in range(r.randint(3, 8)):
+        y = r.choice(STEPS)(r, x)
+        x = y if min(y.shape[1:3]) >= 2 else x
+    x = r.choice([layers.Flatten(), layers.GlobalAveragePooling2D(), layers.GlobalMaxPooling2D()])(
+        x
+    )
+    x = layers.Dense(5, activation=r.choice([None, "softmax", "relu"]))(x)
+    model = randomise(keras.Model(image, x))
+    for layer in model.layers[: r.choice([0, 0, 2, 5])]:
+        layer.trainable = False
+    return model
+
+
+def off(found: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
+    """The distance of all numbers together, by the length of what is expected."""
+    a, b = (torch.cat([t.detach().double().flatten() for t in ts]) for ts in (found, expected))
+    return float((a - b).norm() / b.norm().clamp_min(1e-3))
+
+
+@pytest.mark.parametrize("seed", range(NETWORKS))
+def test_random_networks_equal_keras(seed: int) -> None:
+    model, twin = network(seed), network(seed)
+    x = torch.randn(3, 12, 13, 3, generator=torch.Generator().manual_seed(seed))
+    with torch.no_grad():
+        expected = twin(x, training=False)
+        for run in (to_torch(model).eval(), on_keras(model).eval()):
+            assert off([run(x)], [expected]) < 1e-4
+    found = []
+    for run, of in ((on_keras(model).train(), model), (lambda x: twin(x, training=True), twin)):
+        y = run(x)
+        trained = [v.value for v in of.trainable_variables]
+        grads = torch.autograd.grad(y.square().sum(), trained, allow_unused=True) if trained else ()
+        found.append(
+            (
+                [y],
+                [g if g is not None else torch.zeros(()) for g in grads] or [y],
+                [v.value for v in of.non_trainable_variables] or [y],
+            )
+        )
+    (mine, my_gradients, my_state), (theirs, gradients, state) = found
+    assert off(mine, theirs) < 1e-3
+    assert off(my_gradients, gradients) < 2e-2  # rounding turns single ReLUs on and off
+    assert off(my_state, state) < 1e-3
+
+
+@pytest.mark.parametrize("seed", range(0, NETWORKS, 4))
+def test_the_plan_equals_the_modules_one_by_one(seed: int) -> None:
+    made: TorchNetwork = to_torch(network(seed)).eval()
+    x = torch.randn(3, 12, 13, 3, generator=torch.Generator().manual_seed(seed))
+    with torch.no_grad():
+        fast = made(x)
+        hook = made.register_forward_hook(lambda *_: None)
+        slow = made(x)
+        hook.remove()
+    assert off([fast], [slow]) < 1e-4
