@@ -126,6 +126,42 @@ def test_the_weight_set_is_kept_in_every_form(tmp_path: Path, form: str) -> None
             np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.parametrize("form", ["pth", "safetensors", "weights.h5"])
+def test_a_nested_network_keeps_its_weight_set(tmp_path: Path, form: str) -> None:
+    def build(name: str | None) -> keras.Model:
+        image = keras.Input((32, 32, 3))
+        return keras.Model(image, layers.Flatten()(cut(name)(image)))
+
+    vt.save_weights(build("features"), tmp_path / f"a.{form}")
+    model = vt.load_weights(build("oxford"), tmp_path / f"a.{form}")
+    assert vt.weight_set(model.get_layer("vgg11")) == "features"
+    with pytest.warns(UserWarning, match="'vgg11' no longer remembers 'features'"):
+        vt.load_weights(model, {k: v.value for k, v in vt.named_variables(model).items()})
+
+
+def test_maps_are_flattened_as_torch_does_from_channels_first_too(tmp_path: Path) -> None:
+    keras.config.set_image_data_format("channels_first")
+    try:
+        image = keras.Input((3, 4, 6))
+        x = layers.Conv2D(64, 3, padding="same", name="block1_conv1")(image)
+        model = keras.Model(image, layers.Dense(2, name="out")(layers.Flatten()(x)))
+        vt.save_weights(model, tmp_path / "a.pth")
+        state = torch.load(tmp_path / "a.pth")
+        images = torch.rand(2, 3, 4, 6)
+        with torch.no_grad():
+            kernel, bias = state["features.0.weight"], state["features.0.bias"]
+            x = nn.functional.conv2d(images, kernel, bias, padding=1).flatten(1)
+            expected = nn.functional.linear(x, state["out.weight"], state["out.bias"])
+            torch.testing.assert_close(model(images), expected)
+        before = model.get_weights()
+        model.set_weights([np.zeros_like(w) for w in before])
+        vt.load_weights(model, tmp_path / "a.pth")
+        for a, b in zip(model.get_weights(), before, strict=True):
+            np.testing.assert_array_equal(a, b)
+    finally:
+        keras.config.set_image_data_format("channels_last")
+
+
 @pytest.mark.parametrize("by_keras", [True, False])
 def test_the_loss_of_a_weight_set_is_said(tmp_path: Path, by_keras: bool) -> None:
     model = cut("features")

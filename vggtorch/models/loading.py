@@ -142,15 +142,29 @@ def load_weights(
 
 
 def _remember_anew(model: keras.Model, name: str | None) -> None:
-    """Let a model remember the weight set of what it has loaded, and say where that isn't known."""
-    before = weight_set(model)
-    remember_(model, name)
+    """Let a model remember the weight set of what it has loaded, and say where that isn't known.
+
+    A network that is nested in the model remembers it, and the model itself only if it did before.
+    """
+    network = _first_network(model)
+    before = weight_set(network) or weight_set(model)
+    remember_(network, name)
+    if weight_set(model) is not None:
+        remember_(model, name)
     if name is None and before is not None:
         warnings.warn(
-            f"The file does not say which weight set its weights belong to, so {model.name!r} no "
+            f"The file does not say which weight set its weights belong to, so {network.name!r} no "
             f"longer remembers {before!r}: name it, preprocess(images, {before!r}), if they do.",
             stacklevel=3,
         )
+
+
+def _first_network(model: keras.Model) -> keras.Model:
+    """The model, or the one nested in it, whose own layer has the first weight."""
+    for layer in model.layers:
+        if layer.weights:
+            return _first_network(layer) if isinstance(layer, keras.Model) else model
+    return model
 
 
 def save_weights(model: keras.Model, path: str | PathLike) -> None:
@@ -176,20 +190,21 @@ def save_weights(model: keras.Model, path: str | PathLike) -> None:
         ...     list(torch.load(f"{folder}/mine.pth"))  # torchvision's names where it has them
         ['features.0.weight', 'features.0.bias', 'mine.weight', 'mine.bias']
     """
+    name = weight_set(model) or weight_set(_first_network(model))
     if str(path).endswith(".weights.h5"):
         import h5py
 
         with files.atomic(path) as temporary:
             model.save_weights(temporary)
-            if name := weight_set(model):
+            if name is not None:
                 with h5py.File(temporary, "r+") as file:  # Keras looks at no attribute of the root
                     file.attrs["vggtorch_weight_set"] = name
     elif str(path).endswith((".pth", ".bin")):
         tensors = in_torch_form(model, timm=str(path).endswith(".bin"))
-        weights.write(path, tensors, weight_set(model))
+        weights.write(path, tensors, name)
     else:
         tensors = {key: variable.value for key, variable in named_variables(model).items()}
-        weights.write(path, tensors, weight_set(model))
+        weights.write(path, tensors, name)
 
 
 def _renamed(

@@ -13,6 +13,7 @@ file without torchvision's names is that of `to_torch`, whose Flatten is Keras's
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from math import prod
 
 import keras
 import torch
@@ -77,7 +78,7 @@ def _rule(
         return Rule(f"{prefix}{name}", key, torch_shape or split, split, order, shape)
 
     def vector(name: str) -> Rule:
-        if flat is None or len(shape) != 1:
+        if flat is None or shape != (prod(flat),):
             return rule(name, shape, tuple(range(len(shape))))
         *grid, channels = flat
         return rule(name, (channels, *grid), (*range(1, len(flat)), 0), shape)
@@ -101,7 +102,7 @@ def _rule(
             return rule("_pointwise.weight", reversed_shape, order)
         if tail == "bias":
             return vector("_pointwise.bias")
-    if isinstance(layer, layers.Dense) and tail == "kernel" and flat is not None:
+    if isinstance(layer, layers.Dense) and tail == "kernel" and flat and shape[0] == prod(flat):
         *grid, channels = flat
         split, units = (shape[1], channels, *grid), shape[::-1]
         return rule(".weight", split, (*range(2, len(split)), 1, 0), units)
@@ -131,9 +132,7 @@ def _flat_inputs(model: keras.Model) -> dict[int, Shape]:
             if inner is not None:
                 after = walk(inner, {id(inner.inputs[0]): before} if before else {})
             elif flattens and len(x.shape) > 2:
-                last = getattr(layer, "data_format", "channels_last") == "channels_last"
-                size = x.shape[1:]
-                after = tuple(size) if last and None not in size else None
+                after = _flattened(layer, tuple(x.shape[1:]))
             elif before is not None:
                 found[id(layer)] = before
                 after = before if isinstance(layer, _ELEMENTWISE) else None
@@ -147,6 +146,17 @@ def _flat_inputs(model: keras.Model) -> dict[int, Shape]:
     if graph is not None:
         walk(graph, {})
     return found
+
+
+def _flattened(layer: keras.Layer, size: tuple[int | None, ...]) -> Shape | None:
+    """The order, channels last, in which a layer flattens a map; None where torch has the same."""
+    last = getattr(layer, "data_format", keras.config.image_data_format()) == "channels_last"
+    if not last and isinstance(layer, layers.Reshape):  # (C, H, W) as it stands
+        return None
+    known = tuple(n for n in size if n is not None)
+    if len(known) < len(size):
+        return None
+    return known if last else (*known[1:], known[0])  # Keras flattens (H, W, C) from (C, H, W) too
 
 
 def in_torch_form(model: keras.Model, *, timm: bool = False) -> dict[str, torch.Tensor]:
