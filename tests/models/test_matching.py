@@ -86,8 +86,14 @@ def nested() -> keras.Model:
     return keras.Model(image, layers.Dense(2, name="b")(deeper(image)))
 
 
+def shared() -> keras.Model:
+    """A layer that stands in a nested model and around it."""
+    layer, image, inner = layers.Dense(4, name="twice"), keras.Input((4,)), keras.Input((4,))
+    return keras.Model(image, layer(keras.Model(inner, layer(inner), name="body")(image)))
+
+
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("build", [images, sequences, nested])
+@pytest.mark.parametrize("build", [images, sequences, nested, shared])
 def test_any_layers_survive_in_every_form(
     tmp_path: Path, build: Callable[[], keras.Model], form: str
 ) -> None:

@@ -132,11 +132,12 @@ def load_weights(
         _remember_anew(model, checkpoint.weight_set)
     if not partial:
         return model
+    loaded = {id(variables[key]) for key in found.values}
     return PartialLoad(
         model,
         loaded=tuple(key for key in variables if key in found.values),
         left=(*found.left, *(name for key, name in found.names.items() if key not in found.values)),
-        kept=tuple(key for key in variables if key not in found.values),
+        kept=tuple(key for key, variable in variables.items() if id(variable) not in loaded),
         differing=tuple(found.differing),
     )
 

@@ -120,7 +120,9 @@ def match(
         for e in entries
         if e.key not in taken
     }
-    found.missing = [key for key in variables if key not in found.names]
+    # A layer that stands in the model and in one nested in it has one weight under two names.
+    known = {id(variables[key]) for key in found.names}
+    found.missing = [key for key, variable in variables.items() if id(variable) not in known]
     return found
 
 
