@@ -221,3 +221,14 @@ def test_timms_networks_with_and_without_classes(tmp_path: Path) -> None:
     model = vt.VGG11(weights=tmp_path / "c.pth", include_top=False, input_shape=SHAPE)
     kernel = network.features[0].weight.detach().permute(2, 3, 1, 0)
     np.testing.assert_array_equal(model.get_weights()[0], kernel)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["weights.h5", "keras"])
+def test_a_cut_model_takes_its_part_of_keras_own_files(tmp_path: Path, form: str) -> None:
+    """Whose layers stand in the order of the alphabet: conv2d, conv2d_1, ..., conv2d_10."""
+    whole = vt.VGG16(weights=None, include_top=False, input_shape=SHAPE)
+    path = write(whole, tmp_path / f"a.{form}")
+    other = vt.VGG16(weights=None, include_top=False, input_shape=SHAPE)
+    part = vt.load_weights(vt.truncate(other, "block2_pool"), path)
+    assert_same(part, vt.truncate(whole, "block2_pool"))
