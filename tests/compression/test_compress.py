@@ -183,6 +183,17 @@ def test_the_weight_set_and_frozen_layers_are_kept():
     assert all(name.startswith("block3_conv1") for name in frozen)
 
 
+def test_the_size_of_the_outputs_decides_nothing():
+    model, found = vgg(), []
+    for _ in range(2):
+        found.append(vt.compress(model, 2, images(), steps=2)[1])
+        last = model.get_layer("block3_conv2")
+        last.set_weights([1e-12 * weights for weights in last.get_weights()])
+    first, second = ([(row.method, row.ranks) for row in f.layers] for f in found)
+    assert first == second
+    assert abs(found[0].likeness["block3_pool"] - found[1].likeness["block3_pool"]) < 1e-3
+
+
 def test_by_seconds_it_is_measured(monkeypatch):
     from vggtorch.compression import work
 

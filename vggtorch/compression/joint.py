@@ -20,16 +20,12 @@ DEEPER = 2.0  # how many times as much as the map before it each map counts
 
 def distance(outputs: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
     """Squared error of each map relative to its size, by image; deeper maps count more."""
-    errors = torch.stack(
-        [
-            (
-                (y - t).flatten(1).square().sum(1) / t.flatten(1).square().sum(1).clamp_min(1e-12)
-            ).mean()
-            for y, t in zip(outputs, targets, strict=True)
-        ]
-    )
+    errors = []
+    for y, t in zip(outputs, targets, strict=True):
+        size = t.flatten(1).norm(dim=1, keepdim=True).clamp_min(1e-30)
+        errors.append(((y - t).flatten(1) / size).square().sum(1).mean())
     weights = DEEPER ** torch.arange(len(errors))
-    return errors @ weights / weights.sum()
+    return torch.stack(errors) @ weights / weights.sum()
 
 
 @dataclass
@@ -79,7 +75,7 @@ def descend_(
     """
     targets = [reference(x) for x in held_out]
     groups = [
-        {"params": [p], "lr": 0.0, "size": float(p.detach().square().mean().sqrt()) + 1e-6}
+        {"params": [p], "lr": 0.0, "size": float(p.detach().norm()) / p.numel() ** 0.5}
         for p in trained
     ]
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.98))

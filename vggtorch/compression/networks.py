@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import keras
 import numpy as np
 import torch
-import torch.nn.functional as F
 from keras import KerasTensor
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -110,8 +109,14 @@ def likeness(networks: Networks, other: nn.Module, images: Tensor) -> dict[str, 
         for batch in images.split(BATCH // 4):  # whole images are that much larger
             maps = networks.original(batch), other(batch)
             for name, a, b in zip(networks.taps, *maps, strict=True):
-                sums[name] += float(F.cosine_similarity(a.flatten(1), b.flatten(1)).sum())
+                sums[name] += float((_unit(a) * _unit(b)).sum())
     return {name: value / len(images) for name, value in sums.items()}
+
+
+def _unit(maps: Tensor) -> Tensor:
+    """Each map divided by its size; torch's own cosine takes small ones for zero."""
+    flat = maps.flatten(1)
+    return flat / flat.norm(dim=1, keepdim=True).clamp_min(1e-30)
 
 
 def tapped_result(model: keras.Model, taps: Sequence[str]) -> nn.Module:

@@ -133,7 +133,7 @@ def look(
             total = torch.zeros(())
             for y in network(x)[-ends:]:
                 flat = y.flatten(1)
-                size = flat.detach().norm(dim=1, keepdim=True).clamp_min(1e-12)
+                size = flat.detach().norm(dim=1, keepdim=True).clamp_min(1e-30)
                 total = total + (flat / size * torch.randn(flat.shape, generator=noise)).sum()
             total.backward()
             tick()
@@ -166,5 +166,6 @@ def change(network: nn.Module, batches: Sequence[Tensor], base: Sequence[list[Te
     for batch, before in zip(batches, base, strict=True):
         for y, t in zip(network(batch)[-len(before) :], before, strict=True):
             y, t = y.flatten(1), t.flatten(1)
-            errors.append((y - t).square().sum(1) / t.square().sum(1).clamp_min(1e-24))
+            size = t.norm(dim=1).clamp_min(1e-30)  # squares of small maps would be zero
+            errors.append(((y - t).norm(dim=1) / size).square())
     return float(torch.cat(errors).mean())
