@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -69,20 +65,6 @@ def test_a_resumed_run_ends_as_if_nothing_had_happened(images, config, variant, 
     assert found.best_epoch == expected.best_epoch
     assert found.evaluation is not None and expected.evaluation is not None
     assert torch.equal(found.evaluation.logits, expected.evaluation.logits)
-
-
-@pytest.mark.slow
-def test_killed_at_random_moments(tmp_path):
-    script = Path(__file__).with_name("killed.py")
-    path = os.pathsep.join(map(str, (script.parents[2], script.parents[1])))
-    environment = os.environ | {"PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}
-    result = subprocess.run(
-        [sys.executable, script, tmp_path, "--kills", "4"],
-        env=environment, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
-    assert "4 kills" in result.stdout
-    assert "same weights" in result.stdout
 
 
 def test_a_finished_run_resumes_to_what_it_was(images, config):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -80,16 +81,19 @@ def export(model: keras.Model, path: str | PathLike, *, data_format: str | None 
     _check(network, program.module(), other)
     config = data_config(model)
     described = json.dumps(config.as_dict())
+    if path.suffix == ".pt2":
+        content = io.BytesIO()  # where a disk is full, torch's own writer aborts the process
+        torch.export.save(program, content, extra_files={DATA_CONFIG: described})
+        with files.atomic(path) as temporary:
+            temporary.write_bytes(content.getbuffer())
+        return
+    names = [x.name for x in inputs]
+    written = torch.onnx.export(program, input_names=names, dynamo=True, verbose=False)
+    assert written is not None
+    written.model.metadata_props["data_config"] = described
+    if name := config.weight_set:
+        written.model.metadata_props["weight_set"] = name
     with files.atomic(path) as temporary:
-        if path.suffix == ".pt2":
-            torch.export.save(program, temporary, extra_files={DATA_CONFIG: described})
-            return
-        names = [x.name for x in inputs]
-        written = torch.onnx.export(program, input_names=names, dynamo=True, verbose=False)
-        assert written is not None
-        written.model.metadata_props["data_config"] = described
-        if name := config.weight_set:
-            written.model.metadata_props["weight_set"] = name
         written.save(temporary, external_data=False)
         if importlib.util.find_spec("onnxruntime"):
             _check(network, _onnx_runtime(network, temporary), other)

@@ -5,20 +5,27 @@ from __future__ import annotations
 import errno
 import http.client
 import os
+import queue
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.error
 import urllib.request
 import zipfile
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from vggtorch import files
+from vggtorch.text import visible
 
 TIMEOUT = 30.0  # seconds without a byte
+PATIENCE = 60.0  # seconds until a server must have begun to answer, and between LEAST bytes
+LEAST = 1 << 16
 ATTEMPTS = 4
 PAUSE = 1.0  # seconds before the second attempt, doubled each time
 LARGEST = 1 << 30  # bytes; the largest checkpoint has 0.58 GB
@@ -41,15 +48,18 @@ def download(url: str, target: Path, sha256_prefix: str) -> None:
     """
     part = target.with_name(f"{target.name}.part")
     pause = PAUSE
+    if not url.lower().startswith(("http://", "https://")):
+        raise OSError(f"{url}: expected an address on http or https")
     for attempt in range(1, ATTEMPTS + 1):
         resumed = part.stat().st_size if part.exists() else 0
         try:
             _receive(url, part, resumed)
-        except (OSError, http.client.HTTPException) as error:
+        # urllib raises ValueError for an address that it can't make sense of.
+        except (OSError, http.client.HTTPException, ValueError) as error:
             # Asking again helps where the server is in trouble (5xx) or the connection broke, not
             # where there is no way to the server or it has no such file.
             answered = isinstance(error, urllib.error.HTTPError) and error.code >= 500
-            broke = not isinstance(error, urllib.error.URLError)
+            broke = not isinstance(error, urllib.error.URLError | ValueError)
             broke = broke and getattr(error, "errno", None) != errno.ENOSPC
             if attempt == ATTEMPTS or not (answered or broke):
                 raise OSError(f"{url}: {files.first_line(error)}") from error
@@ -86,7 +96,7 @@ def _receive(url: str, part: Path, resumed: int) -> None:
     if resumed:
         request.add_header("Range", f"bytes={resumed}-")
     try:
-        response = urllib.request.urlopen(request, timeout=TIMEOUT)
+        response = _opened(request)
     except urllib.error.HTTPError as error:
         if error.code == 416 and resumed:  # nothing lies beyond what is here
             return
@@ -95,10 +105,10 @@ def _receive(url: str, part: Path, resumed: int) -> None:
         sent = response.headers.get("Content-Range", "")
         if resumed and not (response.status == 206 and sent.startswith(f"bytes {resumed}-")):
             if response.status == 206:
-                raise OSError(f"asked for bytes {resumed}-, the server sends {sent!r}")
+                raise OSError(f"asked for bytes {resumed}-, the server sends {visible(sent)!r}")
             resumed = 0  # the server sends all of it again
-        length = response.headers.get("Content-Length")
-        size = resumed + int(length) if length and length.isdigit() else None
+        length = response.headers.get("Content-Length", "")
+        size = resumed + int(length) if re.fullmatch("[0-9]{1,18}", length) else None
         if size is not None and size > LARGEST:
             raise OSError(f"the server announces {size} bytes, more than any checkpoint has")
         free = shutil.disk_usage(part.parent).free
@@ -115,14 +125,53 @@ def _receive(url: str, part: Path, resumed: int) -> None:
         )
         with progress, part.open("ab" if resumed else "wb") as file:
             task = progress.add_task(part.stem, total=size, completed=resumed)
-            while block := response.read(1 << 16):
+            began, arrived = time.monotonic(), 0
+            while block := response.read1(1 << 16):
                 file.write(block)
+                arrived += len(block)
+                if (took := time.monotonic() - began) > PATIENCE:
+                    if arrived < LEAST:
+                        raise OSError(f"the server sent {arrived} bytes in {took:.0f} s")
+                    began, arrived = time.monotonic(), 0
                 progress.advance(task, len(block))
                 if file.tell() > LARGEST:
                     raise OSError("the server sends more than any checkpoint has")
             received = file.tell()
     if size is not None and received != size:
         raise OSError(f"broke off after {received} of {size} bytes")
+
+
+class _Redirects(urllib.request.HTTPRedirectHandler):
+    """Follows a server to another place on http and https, and nowhere else."""
+
+    def redirect_request(self, req, fp, code, msg, headers, newurl):  # type: ignore[no-untyped-def]
+        if not newurl.lower().startswith(("http://", "https://")):
+            raise urllib.error.URLError(f"the server sends on to {visible(newurl)}")
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+def _opened(request: urllib.request.Request) -> Any:
+    """The response to a request, whose headers have come within PATIENCE.
+
+    In a thread, since a server that sends a byte now and then is never timed out by its socket.
+    """
+    found: queue.SimpleQueue[Any] = queue.SimpleQueue()
+
+    def ask() -> None:
+        try:
+            opener = urllib.request.build_opener(_Redirects)
+            found.put(opener.open(request, timeout=TIMEOUT))
+        except BaseException as error:
+            found.put(error)
+
+    threading.Thread(target=ask, daemon=True).start()
+    try:
+        answer = found.get(timeout=PATIENCE)
+    except queue.Empty:
+        raise TimeoutError(f"no answer in {PATIENCE:.0f} s") from None
+    if isinstance(answer, BaseException):
+        raise answer
+    return answer
 
 
 def from_hub(address: str) -> Path:
