@@ -6,7 +6,6 @@ inside the commands.
 
 from __future__ import annotations
 
-import dataclasses
 import shlex
 import sys
 import warnings
@@ -27,7 +26,7 @@ if TYPE_CHECKING:  # a type checker can't read choices that are made while the p
     ArchitectureName = str
 else:
     ArchitectureName = Literal[tuple(ARCHITECTURES)]
-Similarity = Literal["similar", "different"]
+Advice = Literal["auto", "similar", "different", "none"]
 Cost = Literal["multiply-adds", "seconds"]
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="An architecture's name or a .keras file.")
@@ -296,46 +295,66 @@ def predict(
 
 @app.command(
     epilog=_examples(
-        "finetune photos --advise similar",
-        "finetune photos --cut block4_pool --head mlp --freeze block4_pool --epochs 20",
-        "finetune train validation --head linear --freeze block5_pool --unfreeze 3:block5_conv1",
+        "finetune photos",
+        "finetune photos --crop-mode squash --epochs 5 --lr 3e-4 -b 32 -o run2",
+        "finetune photos --cut block4_pool --head mlp --freeze block4_pool --advise none",
+        "finetune train validation --unfreeze 3:block5_conv1",
     )
 )
 @with_options_of_train_config
 def finetune(
     context: typer.Context,
     train: Annotated[
-        str, typer.Argument(metavar="DATA", help="A folder with one folder for each class.")
+        str,
+        typer.Argument(
+            metavar="DATA",
+            help="A folder with one folder for each class, or with train, val, test.",
+        ),
     ],
     validation: Annotated[
         str | None,
         typer.Argument(metavar="VALIDATION", help="The same; by default part of DATA."),
     ] = None,
     architecture: Architecture = "vgg16",
-    weights: Weights = "imagenet",
-    advise: Annotated[
-        Similarity | None,
-        typer.Option(
-            help="Take the rules of thumb for images that are similar to ImageNet's, or different."
-        ),
+    weights: Annotated[
+        str | None,
+        typer.Option(help="A weight set's name or a path; by default the best that can be had."),
     ] = None,
+    advise: Annotated[
+        Advice,
+        typer.Option(
+            help="Rules of thumb choose what isn't given: for any images, for such as are similar "
+            "to ImageNet's or different, or none."
+        ),
+    ] = "auto",
     **options: Any,
 ) -> None:
     """Fine-tune on a folder of images; writes the model, its card and a report."""
     from accelerate import PartialState
 
-    from vggtorch.models import constructor
+    from vggtorch.models import best_weight_set, constructor
+    from vggtorch.training import count_images, find_splits, settle_config
 
-    given = {
-        name: value
+    given: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value
         for name, value in options.items()
         if (source := context.get_parameter_source(name)) and source.name != "DEFAULT"
     }
-    config = _settings(train, advise, given)
-    size = config.image_size or 224
+    # What can't be right is refused before the weights are loaded; some settings need the plan's.
+    TrainConfig(**{k: v for k, v in given.items() if advise == "none" or k not in _TOGETHER})
+    count_images(find_splits(Path(train)).train)
+    if weights is None:
+        weights, missing = best_weight_set(architecture)
+        because = missing.partition("\n")[0]
+        _show(f"Weights: {weights}" + (f" (no better ones: {because})" if because else ""))
+    size = given.get("image_size", 224)
     model = constructor(architecture)(
         weights=weights, include_top=False, input_shape=(size, size, 3)
     )
+    if advise == "none":
+        config = TrainConfig(**given)
+    else:
+        config = settle_config(model, train, None, given, None if advise == "auto" else advise)
     try:
         history = vt.finetune(model, train, validation, config)
     except Interrupted as stop:  # which typer would swallow
@@ -344,25 +363,14 @@ def finetune(
         run = Path(config.output_dir)
         vt.save_trained(history, run)
         vt.write_report(history, run / "report.html")
+        for name, found in (("validation", history.evaluation), ("test", history.test_evaluation)):
+            if found is not None:
+                _show(f"Accuracy on {len(found.labels)} {name} images: {found.accuracy:.3f}")
         _show(f"Wrote {run / 'model.keras'}, {run / 'README.md'} and {run / 'report.html'}.")
 
 
-def _settings(train: str, advise: Similarity | None, given: dict[str, Any]) -> TrainConfig:
-    """What was asked for on the command line, above the plan where there is one."""
-    if "unfreeze" in given:
-        given["unfreeze"] = tuple(given["unfreeze"])
-    if advise is None:
-        return TrainConfig(**given)
-    from vggtorch.training import find_splits, read_folder
-
-    folder = read_folder(
-        find_splits(Path(train))[0],
-        given.get("image_size", 224),
-        on_unreadable=given.get("on_unreadable", TrainConfig.on_unreadable),
-    )
-    plan = vt.advise(len(folder), len(folder.classes), advise)
-    _show(plan)
-    return dataclasses.replace(plan, **given)
+# Settings of which one may need another that the plan sets.
+_TOGETHER = ("cut", "unfreeze", "freeze")
 
 
 def _carry_on(arguments: Sequence[str]) -> str:

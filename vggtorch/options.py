@@ -25,6 +25,9 @@ def _stages(values: list[str] | None) -> list[tuple[int, str]]:
     return stages
 
 
+SHORT = {"learning_rate": "--lr", "batch_size": "-b", "output_dir": "-o"}  # beside the long names
+
+
 def with_options_of_train_config(command: Callable[..., None]) -> Callable[..., None]:
     """Put one option for each field of TrainConfig in the place of a command's `**options`."""
     own = inspect.signature(command, eval_str=True).parameters.values()
@@ -41,12 +44,18 @@ def with_options_of_train_config(command: Callable[..., None]) -> Callable[..., 
                 field.name,
                 inspect.Parameter.KEYWORD_ONLY,
                 default=default,
-                annotation=Annotated[hint, typer.Option(**details)],
+                annotation=Annotated[hint, typer.Option(*_names(field.name, hint), **details)],
             )
         )
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {}
     return command
+
+
+def _names(field: str, hint: Any) -> list[str]:
+    """The names of an option that has a short one; none where typer makes the only one."""
+    flag = "--" + field.replace("_", "-")
+    return [flag, SHORT[field]] if field in SHORT else []
 
 
 _FIELDS = "|".join(field.name for field in dataclasses.fields(TrainConfig))

@@ -20,40 +20,53 @@ def folders_in(tmp_path, *names):
 
 @pytest.mark.parametrize("name", ["val", "valid", "validation"])
 def test_a_validation_folder_validates(tmp_path, name):
-    assert find_splits(tmp_path) == (tmp_path, None)
+    assert find_splits(tmp_path) == (tmp_path, None, None)
     folders_in(tmp_path, "train", name)
-    assert find_splits(tmp_path) == (tmp_path / "train", tmp_path / name)
+    assert find_splits(tmp_path) == (tmp_path / "train", tmp_path / name, None)
 
 
 def test_a_lone_train_folder_holds_the_classes_and_one_beside_others_is_a_class(tmp_path):
     folders_in(tmp_path, "train")
-    assert find_splits(tmp_path) == (tmp_path / "train", None)
+    assert find_splits(tmp_path) == (tmp_path / "train", None, None)
     folders_in(tmp_path, "bus", "car")
-    assert find_splits(tmp_path) == (tmp_path, None)
+    assert find_splits(tmp_path) == (tmp_path, None, None)
 
 
-def test_a_test_folder_chooses_nothing_and_it_is_said(tmp_path):
+def test_a_test_folder_is_never_taken_for_validation(tmp_path):
     folders_in(tmp_path, "train", "test")
-    said = r"train/ trains, a part of train/, .* chooses the best epoch, and test/ isn't used"
-    with pytest.warns(UserWarning, match=said):
-        assert find_splits(tmp_path) == (tmp_path / "train", None)
+    assert find_splits(tmp_path) == (tmp_path / "train", None, tmp_path / "test")
     folders_in(tmp_path, "val")
-    with pytest.warns(UserWarning, match="val/ chooses the best epoch, and test/ isn't used"):
-        assert find_splits(tmp_path) == (tmp_path / "train", tmp_path / "val")
+    assert find_splits(tmp_path) == (tmp_path / "train", tmp_path / "val", tmp_path / "test")
 
 
 def test_a_run_on_train_and_test_holds_out_a_part_of_train(tmp_path, config):
     from vggtorch.training.run import read_data
 
     tiny.pictures(tmp_path / "data" / "train")
-    tiny.pictures(tmp_path / "data" / "test", seed=1)
-    with pytest.warns(UserWarning, match="test/ isn't used"):
-        read = read_data(tmp_path / "data", None, config, data.images_for(tiny.network(), config))
+    tiny.pictures(tmp_path / "data" / "test", each=2, seed=1)
+    images = data.images_for(tiny.network(), config)
+    read = read_data(tmp_path / "data", None, config, images)
     assert isinstance(read.training, data.Folder)
     assert isinstance(read.validation, data.Folder)
     assert len(read.validation) == 6
     assert len(read.training) == 18
     assert all("train" in p.parts for p in read.validation.paths + read.training.paths)
+    assert read.test is not None and all("test" in p.parts for p in read.test.paths)
+    # A validation folder of the user's own is told apart from the classes too.
+    other = tiny.pictures(tmp_path / "other", each=1)
+    read = read_data(tmp_path / "data", other, config, images)
+    assert (len(read.training), len(read.validation or ())) == (24, 3)
+
+
+def test_another_class_in_test_is_refused(tmp_path, config):
+    from vggtorch.training.loop import finetune
+
+    tiny.pictures(tmp_path / "data" / "train")
+    (tiny.pictures(tmp_path / "data" / "test") / "red").rename(tmp_path / "data" / "test" / "pink")
+    with pytest.raises(
+        ValueError, match=r"only in the training data \['red'\].*test data \['pink'"
+    ):
+        finetune(tiny.network(), tmp_path / "data", config=config)
 
 
 def test_one_class_alone_is_refused(tmp_path):

@@ -8,7 +8,7 @@ which weight), `leftovers` (whether what belongs nowhere may be), `loading` (`lo
 (images into what a weight set expects, and probabilities into names).
 """
 
-from vggtorch.models.filling import fill_, named_variables
+from vggtorch.models.filling import best_weight_set, fill_, named_variables
 from vggtorch.models.fitting import fitted, fitted_arrays, recipe
 from vggtorch.models.images import SUFFIXES, PixelGate, read_image, to_rgb
 from vggtorch.models.loading import (
@@ -43,6 +43,7 @@ __all__ = [
     "PartialLoad",
     "PixelGate",
     "as_layers",
+    "best_weight_set",
     "constructor",
     "convert",
     "data_config",

@@ -28,6 +28,13 @@ from vggtorch.keras_graph import (
 )
 from vggtorch.weight_sets import WEIGHT_SETS
 
+BEST_FIRST = ("imagenet", "oxford")  # weight sets to fine-tune from
+# What weights are called elsewhere: by torchvision, timm and Keras.
+_ELSEWHERE = {
+    "IMAGENET1K_V1": "imagenet", "IMAGENET1K_FEATURES": "features", "DEFAULT": "imagenet",
+    "tv_in1k": "imagenet", "caffe": "oxford", "keras": "oxford", "True": "imagenet",
+}  # fmt: skip
+
 VGG_LAYERS = frozenset(
     layer.name
     for architecture in ARCHITECTURES.values()
@@ -82,6 +89,25 @@ def fill_(model: keras.Model, tensors: Mapping[str, torch.Tensor]) -> keras.Mode
     return model
 
 
+def best_weight_set(architecture: str) -> tuple[str, str]:
+    """The best published weight set of a network that can be had, and why no better one.
+
+    Raises:
+        OSError: none can be had; says what each place answered.
+    """
+    missing = []
+    for name in BEST_FIRST:
+        if not weights.publications(name, architecture):
+            continue
+        try:
+            weights.find(name, architecture, include_top=False)
+        except OSError as error:
+            missing.append(str(error))
+        else:
+            return name, "\n".join(missing)
+    raise OSError("No pretrained weights can be had.\n" + "\n".join(missing))
+
+
 def path_of(
     source: str | PathLike, candidates: list[Architecture], *, include_top: bool = False
 ) -> Path:
@@ -102,8 +128,10 @@ def path_of(
             f"(vt.load_weights(model, tensors))."
         )
     if not Path(source).exists():
+        last = str(source).rpartition(".")[2]  # of VGG16_Weights.IMAGENET1K_V1, vgg16.tv_in1k
+        hint = f" {last} is called {_ELSEWHERE[last]} here." if last in _ELSEWHERE else ""
         raise ValueError(
             f"Received weights={str(source)!r}; expected one of {', '.join(WEIGHT_SETS)} or "
-            f"the path of an existing file."
+            f"the path of an existing file.{hint}"
         )
     return Path(source)

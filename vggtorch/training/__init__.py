@@ -1,7 +1,8 @@
 """Fine-tuning: one plain torch loop, what it reads, what it writes.
 
 Read `config` first, which says what can be asked for, and `loop`, which does it from top to bottom.
-What the loop calls, in the order in which it calls: `run` (the data, the device, and the state that
+What the loop calls, in the order in which it calls: `opening` (the configuration by advice, and the
+first lines that a run says), `run` (the data, the device, and the state that
 a checkpoint holds), `heads` (new layers on top), `identity` (what makes a run the run that it is),
 `optimization` (what trains, how fast), `features` (frozen layers run once), `folders` (classes and
 their files), `data` (images by index and augmentation), `step` (one optimizer step), `evaluation`

@@ -3,11 +3,13 @@ from .advice import advise as advise
 from .config import TrainConfig as TrainConfig
 from .data import read_folder as read_folder
 from .evaluation import Evaluation as Evaluation
+from .folders import count_images as count_images
 from .folders import find_splits as find_splits
 from .heads import tutorial_head as tutorial_head
 from .keeping import save_trained as save_trained
 from .loop import History as History
 from .loop import finetune as finetune
+from .opening import settle_config as settle_config
 from .rate_search import RateSearch as RateSearch
 from .rate_search import find_learning_rate as find_learning_rate
 from .report import plot_rates as plot_rates

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -32,25 +34,57 @@ YOSINSKI = "Yosinski et al., How transferable are features in deep neural networ
 CS231N = "Karpathy, CS231n: Transfer Learning, Stanford"
 ULMFIT = "Howard and Ruder, Universal Language Model Fine-tuning, ACL 2018"
 KERAS = "Chollet, Transfer learning & fine-tuning, Keras guide"
+HYPERCOLUMNS = "Hariharan et al., Hypercolumns for Object Segmentation, CVPR 2015"
 INCEPTION = "Szegedy et al., Rethinking the Inception Architecture, CVPR 2016"
 FASTAI = "Howard and Gugger, fastai: A Layered API for Deep Learning, 2020"
 
 
-def advise(images: int, classes: int, similarity: Literal["similar", "different"]) -> Plan:
+Similarity = Literal["similar", "different"]
+
+# Freeze all, run the frozen layers once for each image and its mirror image, train the head.
+_FROZEN: dict[str, Any] = {
+    "augment": "flip", "cache_copies": 2, "epochs": 30, "batch_size": 64, "label_smoothing": 0.1,
+}  # fmt: skip
+_POOLED = Reason(
+    "Pool each feature map to its mean and maximum under the head.",
+    "So the head has thousands of weights rather than millions, and any image size fits.",
+    FASTAI,
+)
+_LEVELS = Reason(
+    "Put the head on the maps of the last three blocks together.",
+    "Features get more specific with depth. Which depth serves these images best isn't known, and "
+    "the head can choose.",
+    f"{HYPERCOLUMNS}; folds of training images, benchmarks/README.md",
+)
+_CACHED = Reason(
+    "Run the frozen layers once, on each image and its mirror image.",
+    "What doesn't change needn't be computed in every epoch, and twice the images cost nothing "
+    "after that.",
+    KERAS,
+)
+_SMOOTHED = Reason(
+    "Smooth the labels by 0.1.",
+    "A network that may not be certain is less so where it's wrong.",
+    INCEPTION,
+)
+
+
+def advise(images: int, classes: int, similarity: Similarity | None = None) -> Plan:
     """How to fine-tune a VGG on this many images, by the rules of thumb.
 
     >>> import vggtorch as vt
-    >>> plan = vt.advise(images=300, classes=10, similarity="different")
+    >>> plan = vt.advise(images=300, classes=10)
     >>> plan.cut, plan.head, plan.epochs
-    ('block4_pool', 'mlp', 30)
+    ('block5_pool', 'multilevel', 30)
     >>> print(plan.reasons[0].decision)
-    Freeze every pretrained layer and train an mlp head alone.
+    Freeze every pretrained layer and train a multilevel head alone.
 
     Args:
         images: how many, for training.
         classes: how many.
         similarity: `similar` to ImageNet (photographs of things, of a few hundred pixels), or
-            `different` (tiny or medical images, drawings, textures, satellites).
+            `different` (tiny or medical images, drawings, textures, satellites); None where it
+            isn't known.
 
     Raises:
         ValueError: fewer than two classes, fewer images than classes, another similarity.
@@ -61,27 +95,27 @@ def advise(images: int, classes: int, similarity: Literal["similar", "different"
         raise ValueError(
             f"Received images={images} for {classes} classes; expected at least one of each."
         )
-    if similarity not in ("similar", "different"):
+    if similarity not in ("similar", "different", None):
         raise ValueError(
-            f"Received similarity={similarity!r}; expected 'similar' (to ImageNet's photographs) "
-            f"or 'different'."
+            f"Received similarity={similarity!r}; expected 'similar' (to ImageNet's photographs), "
+            f"'different', or None."
         )
-    is_similar = similarity == "similar"
+    is_similar = similarity != "different"
     each = images // classes
     options: dict[str, Any]
     if each < FEW:
         cut = "block5_pool" if is_similar else "block4_pool"
-        head: Literal["linear", "mlp"] = "linear" if is_similar else "mlp"
-        article = "a" if is_similar else "an"
-        options = {
-            "cut": cut,
-            "head": head,
-            "freeze": cut,
-            "augment": "flip",
-            "cache_copies": 2,
-            "epochs": 30,
-            "batch_size": 64,
-        }
+        head = "multilevel" if similarity is None else "linear" if is_similar else "mlp"
+        article = "an" if head == "mlp" else "a"
+        options = {"cut": cut, "head": head, "freeze": cut, **_FROZEN}
+        specific = Reason(
+            f"Cut at {cut}.",
+            "The images are like ImageNet's, so its most specific features fit."
+            if is_similar
+            else "Features get more specific with depth, and the images aren't like "
+            "ImageNet's: what lies deeper would fit less.",
+            YOSINSKI,
+        )
         reasons = [
             Reason(
                 f"Freeze every pretrained layer and train {article} {head} head alone.",
@@ -89,26 +123,14 @@ def advise(images: int, classes: int, similarity: Literal["similar", "different"
                 f"would be learned by heart.",
                 CS231N,
             ),
-            Reason(
-                f"Cut at {cut}.",
-                "The images are like ImageNet's, so its most specific features fit."
-                if is_similar
-                else "Features get more specific with depth, and the images aren't like "
-                "ImageNet's: what lies deeper would fit less.",
-                YOSINSKI,
-            ),
-            Reason(
-                "Run the frozen layers once, on each image and its mirror image.",
-                "What doesn't change needn't be computed in every epoch, and twice the images "
-                "cost nothing after that.",
-                KERAS,
-            ),
+            _LEVELS if similarity is None else specific,
+            _CACHED,
         ]
     else:
         since = "block5_conv1" if is_similar else "block3_conv1"
         options = {
             "cut": "block5_pool",
-            "head": "mlp",
+            "head": "multilevel" if similarity is None else "mlp",
             "freeze": "block5_pool",
             "augment": "flip" if is_similar else "crop",
             "epochs": 20,
@@ -116,6 +138,7 @@ def advise(images: int, classes: int, similarity: Literal["similar", "different"
             "learning_rate": 3e-4,
             "layer_decay": 0.3 if is_similar else 0.5,
             "max_grad_norm": 1.0,
+            "label_smoothing": 0.1,
         }
         reasons = [
             Reason(
@@ -129,7 +152,9 @@ def advise(images: int, classes: int, similarity: Literal["similar", "different"
                 f"{each} images of each class suffice to adapt whole blocks; "
                 + (
                     "as the images are like ImageNet's, the last block is enough."
-                    if is_similar
+                    if similarity == "similar"
+                    else "what the last block knows is the most specific."
+                    if similarity is None
                     else "as the images aren't like ImageNet's, all but edges and textures should."
                 ),
                 f"{CS231N}; {ULMFIT}",
@@ -140,16 +165,39 @@ def advise(images: int, classes: int, similarity: Literal["similar", "different"
                 ULMFIT,
             ),
         ]
-    reasons += [
-        Reason(
-            "Pool each feature map to its mean and maximum under the head.",
-            "So the head has thousands of weights rather than millions, and any image size fits.",
-            FASTAI,
-        ),
-        Reason(
-            "Smooth the labels by 0.1.",
-            "A network that may not be certain is less so where it's wrong.",
-            INCEPTION,
-        ),
-    ]
-    return Plan(**options, label_smoothing=0.1, reasons=tuple(reasons))
+    return Plan(**options, reasons=(*reasons, _POOLED, _SMOOTHED))
+
+
+def planned(
+    layers: Collection[str],
+    images: int,
+    classes: int,
+    similarity: Similarity | None,
+    given: Mapping[str, Any],
+) -> Plan:
+    """The plan for a model with these layers, in order, under the settings that the user gave.
+
+    A model without VGG's blocks is frozen whole, under a head on its last maps. What follows from a
+    setting of the plan goes where the user sets that otherwise.
+    """
+    plan = advise(images, classes, similarity)
+    needed = {plan.cut, plan.freeze, *(name for _, name in plan.unfreeze)}
+    if not needed.issubset(layers):
+        last = list(layers)[-1]
+        frozen = Reason(
+            f"Freeze every layer up to {last} and train a multilevel head alone.",
+            "How far to cut and what to unfreeze is known here for VGG's blocks.",
+            CS231N,
+        )
+        options = {"cut": last, "head": "multilevel", "freeze": last, **_FROZEN}
+        plan = Plan(**options, reasons=(frozen, _LEVELS, _CACHED, _POOLED, _SMOOTHED))
+    changed = dict(given)
+    if "cut" in given:
+        changed.setdefault("freeze", given["cut"])
+    if given.get("augment") == "none":
+        changed.setdefault("cache_copies", 1)
+    if "unfreeze" not in given:
+        epochs = given.get("epochs", plan.epochs)
+        keeps = "cut" not in given and "freeze" not in given
+        changed["unfreeze"] = tuple(u for u in plan.unfreeze if keeps and u[0] < epochs)
+    return dataclasses.replace(plan, **changed)

@@ -36,8 +36,8 @@ class TrainConfig:
     """
 
     cut: str | None = _option(None, "Last layer kept of the network, under the new head.")
-    head: Literal["tutorial", "linear", "mlp"] | None = _option(
-        None, "New layers on top: the tutorial's, or one on pooled maps, linear or an MLP."
+    head: Literal["multilevel", "linear", "mlp", "tutorial"] | None = _option(
+        None, "New layers: on pooled maps of three blocks, of one (linear, mlp), or the tutorial's."
     )
     freeze: str | None = _option(None, "This layer and all below it are frozen.")
     unfreeze: tuple[tuple[int, str], ...] = _option(
@@ -48,7 +48,7 @@ class TrainConfig:
     gradient_accumulation_steps: int = _option(
         1, "Pieces that a process runs its part of a batch in, to need less memory."
     )
-    optimizer: Literal["adamw", "sgd"] = _option("adamw", "AdamW, or SGD with a momentum of 0.9.")
+    optimizer: str = _option("adamw", "Name of one in torch.optim; sgd has a momentum of 0.9.")
     learning_rate: float = _option(1e-3, "Learning rate of the head, at the end of the warm-up.")
     layer_decay: float = _option(
         1.0, "Each block trains with this times the learning rate of the block above."
@@ -122,9 +122,8 @@ class TrainConfig:
                     raise ValueError(f"Received {name}={value!r}; expected {expected}.")
         if self.head is None and self.cut is not None:
             raise ValueError(
-                f"Received cut={self.cut!r} without a head. Name one (head='tutorial', "
-                f"head='linear' or head='mlp'), or stack your own first "
-                f"(vt.stack(vt.truncate(model, {self.cut!r}), layers))."
+                f"Received cut={self.cut!r} without a head. Name one (head='multilevel', say), or "
+                f"stack your own first (vt.stack(vt.truncate(model, {self.cut!r}), layers))."
             )
         for entry in self.unfreeze:
             if len(entry) != 2 or not isinstance(entry[0], int) or not 0 < entry[0] < self.epochs:

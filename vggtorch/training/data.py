@@ -106,6 +106,7 @@ class Folder:
         data_config: what the images are brought to.
         augment: what augmentations other than 0 do to an image.
         seed: where random augmentation starts.
+        root: the folder.
     """
 
     paths: tuple[Path, ...]
@@ -115,6 +116,7 @@ class Folder:
     data_config: DataConfig
     augment: Augment
     seed: int
+    root: Path
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -183,6 +185,7 @@ def read_folder(
         images_as,
         augment,
         seed,
+        folder,
     )
 
 
@@ -238,6 +241,8 @@ class DatasetSource:
 
     def __getitem__(self, keys: Sequence[Key]) -> tuple[torch.Tensor, torch.Tensor]:
         images, labels = self.collate([self._item(*key) for key in keys])
+        if self.data_config.arithmetic is not None:
+            _check_ready(images, self.data_config.arithmetic.name)
         if images.ndim == 4 and images.shape[-1] != 3 and images.shape[1] == 3:
             images = images.permute(0, 2, 3, 1)  # NCHW -> NHWC view
         return images, torch.as_tensor(labels).long()
@@ -254,6 +259,20 @@ class DatasetSource:
             image, size = to_rgb(image), self.data_config.size
             image = np.array(image if size is None else fitted(image, self.data_config, size))
         return image, label
+
+
+def _check_ready(images: torch.Tensor, weights: str) -> None:
+    """Refuse pixels of 0 to 1, such as torchvision's ToTensor makes, as input for the network."""
+    if not images.is_floating_point() or not images.numel():
+        return
+    low, high = images.aminmax()
+    if low >= 0 and 0.1 < high <= 1:
+        raise ValueError(
+            f"The Dataset gives floating-point images with values from {low:.3g} to {high:.3g}, "
+            f"which look scaled to 0 to 1; expected images that are ready for {weights!r}, or "
+            f"uint8 RGB. Leave ToTensor and division by 255 out: uint8 and PIL images are "
+            f"preprocessed here."
+        )
 
 
 def as_source(

@@ -32,39 +32,37 @@ class _Check:
     problem: str = ""
 
 
-def find_splits(folder: Path) -> tuple[Path, Path | None]:
-    """FOLDER/train and the folder that validates, where FOLDER has them; else FOLDER itself.
+class Splits(NamedTuple):
+    """The folders of a data set: what trains, chooses the best epoch, and is scored at the end."""
 
-    A folder `test` neither trains nor validates: what chooses the best epoch can't test it too.
-    Warns of what is used for what where there is one.
+    train: Path
+    validation: Path | None = None
+    test: Path | None = None
+
+
+def find_splits(folder: Path) -> Splits:
+    """FOLDER/train and the folders beside it that validate and test; else FOLDER itself.
+
+    A folder `test` never validates: what chooses the best epoch can't test it too.
     """
-    if not (folder / "train").is_dir():
-        return folder, None
-    train = folder / "train"
+    train, test = folder / "train", folder / "test"
+    if not train.is_dir():
+        return Splits(folder)
     held = next((folder / n for n in ("val", "valid", "validation") if (folder / n).is_dir()), None)
-    if (folder / "test").is_dir():
-        chooser = f"{held.name}/" if held else "a part of train/, which doesn't train,"
-        warnings.warn(
-            f"In {folder}, train/ trains, {chooser} chooses the best epoch, and test/ isn't used: "
-            f"it tells how good the model is only where nothing was chosen by it.",
-            stacklevel=2,
-        )
-        return train, held
+    if held or test.is_dir():
+        return Splits(train, held, test if test.is_dir() else None)
     others = [p for p in folder.iterdir() if p.is_dir() and p.name[0] != "." and p != train]
-    return (train, held) if held or not others else (folder, None)
+    return Splits(folder) if others else Splits(train)
 
 
-def read_classes(
-    folder: Path, on_unreadable: Literal["skip", "stop"]
-) -> tuple[list[str], list[Labelled]]:
-    """The classes of a folder, one for each subfolder, and their images, each of which was read.
+def count_images(folder: Path) -> tuple[int, int]:
+    """How many images and classes a folder has, by the files' names; refuses as `read_classes`."""
+    classes = _class_folders(folder)
+    return len(_listed(folder, classes)[0]), len(classes)
 
-    Warns of files that are left out, and of images that can't be read under `skip`.
 
-    Raises:
-        ValueError: no such folder, fewer than two classes, a class without images, or an image
-            that can't be read under `stop`.
-    """
+def _class_folders(folder: Path) -> list[str]:
+    """The names of the classes, sorted."""
     if not folder.is_dir():
         raise ValueError(f"{folder} isn't a folder. Expected one with a subfolder for each class.")
     classes = sorted(p.name for p in folder.iterdir() if p.is_dir() and p.name[0] != ".")
@@ -78,6 +76,21 @@ def read_classes(
             f"a subfolder for each of several classes; if they lie one level deeper, pass "
             f"{folder / classes[0]}."
         )
+    return classes
+
+
+def read_classes(
+    folder: Path, on_unreadable: Literal["skip", "stop"]
+) -> tuple[list[str], list[Labelled]]:
+    """The classes of a folder, one for each subfolder, and their images, each of which was read.
+
+    Warns of files that are left out, and of images that can't be read under `skip`.
+
+    Raises:
+        ValueError: no such folder, fewer than two classes, a class without images, or an image
+            that can't be read under `stop`.
+    """
+    classes = _class_folders(folder)
     images, left_out = _listed(folder, classes)
     if left_out:
         warnings.warn(f"Left out of {folder}: {_counted(left_out)}.", stacklevel=3)

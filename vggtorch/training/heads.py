@@ -6,7 +6,7 @@ import keras
 from keras import layers
 
 from vggtorch import surgery
-from vggtorch.keras_graph import graph_of, producer, without_activation
+from vggtorch.keras_graph import calls, graph_of, producer, without_activation
 from vggtorch.lowering import OnKeras, between
 from vggtorch.models import remember_, remembered
 from vggtorch.training.config import TrainConfig
@@ -41,11 +41,20 @@ def with_head(model: keras.Model, config: TrainConfig, classes: int) -> keras.Mo
     """A new model: `model` up to `config.cut` with the head that `config.head` names.
 
     `linear` and `mlp` are fastai's, on the mean and the maximum of each feature map, normalised.
-    Source: Howard and Gugger, "fastai: a layered API", 2020.
+    `multilevel` is the MLP on the maps of three depths together: those of the last pooling layers.
+
+    Sources: Howard and Gugger, "fastai: a layered API", 2020; Hariharan et al., "Hypercolumns for
+    Object Segmentation and Fine-grained Localization", 2015 (features of several depths).
 
     Raises:
-        ValueError: the model has no feature maps where it is cut.
+        ValueError: the model has no feature maps where it is cut, or the classes aren't known.
     """
+    if classes < 2:
+        raise ValueError(
+            f"The head {config.head!r} needs to know the classes, and the data doesn't name them. "
+            f"Give the Dataset an attribute `classes` with their names, as torchvision's have, or "
+            f"stack a head of your own first."
+        )
     with seeded(config.seed):
         base = surgery.truncate(model, config.cut or model.layers[-1].name)
         maps = base.output
@@ -59,17 +68,52 @@ def with_head(model: keras.Model, config: TrainConfig, classes: int) -> keras.Mo
             for layer in tutorial_head(classes):
                 x = layer(x)
         else:
-            mean = layers.GlobalAveragePooling2D(name="head_mean")(maps)
-            maximum = layers.GlobalMaxPooling2D(name="head_max")(maps)
-            x = layers.Concatenate(name="head_pool")([mean, maximum])
+            levels = _levels(base) if config.head == "multilevel" else [maps]
+            pooled = []
+            for i, level in enumerate(levels, 1):
+                number = str(i) if len(levels) > 1 else ""
+                pooled += [
+                    layers.GlobalAveragePooling2D(name=f"head_mean{number}")(level),
+                    layers.GlobalMaxPooling2D(name=f"head_max{number}")(level),
+                ]
+            x = layers.Concatenate(name="head_pool")(pooled)
             x = _batch_norm("head_norm")(x)
-            if config.head == "mlp":
+            if config.head != "linear":
                 x = layers.Dropout(0.25, name="head_dropout")(x)
                 x = layers.Dense(512, activation="relu", name="head_hidden")(x)
                 x = _batch_norm("head_norm2")(x)
                 x = layers.Dropout(0.5, name="head_dropout2")(x)
             x = layers.Dense(classes, activation="softmax", name="head_predictions")(x)
         return remember_(keras.Model(base.inputs, x, name=model.name), remembered(model))
+
+
+def _levels(base: keras.Model) -> list[keras.KerasTensor]:
+    """The maps of up to three depths of a network: its output, and the last pools below it."""
+    pools = [
+        call.output_tensors[0]
+        for call in calls(graph_of(base, "finetune"))
+        if isinstance(call.operation, layers.MaxPooling2D | layers.AveragePooling2D)
+    ]
+    below = [tensor for tensor in pools if tensor is not base.outputs[0]]
+    return [*below[-2:], base.outputs[0]]
+
+
+def check_frozen(before: keras.Model, model: keras.Model, config: TrainConfig) -> None:
+    """See that what is to be frozen and unfrozen is in the model, and not in what was cut away.
+
+    Raises:
+        ValueError: a layer that only the model `before` it was cut has.
+    """
+    known = {layer.name for layer in model.layers}
+    cut_away = {layer.name for layer in before.layers} - known
+    stages = [f"({epoch}, {name!r})" for epoch, name in config.unfreeze if name in cut_away]
+    named = [f"freeze={config.freeze!r}"] if config.freeze in cut_away else []
+    named += [f"unfreeze=({', '.join(stages)},)"] if stages else []
+    if named:
+        raise ValueError(
+            f"Received cut={config.cut!r} with {' and '.join(named)}, which lies above the cut and "
+            f"was cut away. Name a layer that is kept: freeze={config.cut!r} freezes all of them."
+        )
 
 
 def _batch_norm(name: str) -> keras.Layer:
@@ -88,13 +132,13 @@ def class_names(model: keras.Model, classes: tuple[str, ...]) -> tuple[str, ...]
     if not isinstance(shape, tuple) or len(shape) != 2:
         raise ValueError(
             f"{model.name} puts out {shape}; expected (N, classes). Stack a head on it, or name "
-            f"one: TrainConfig(head='linear')."
+            f"one: TrainConfig(head='multilevel')."
         )
     if classes and len(classes) != shape[1]:
         raise ValueError(
             f"The data has {len(classes)} classes ({', '.join(classes)}), and {model.name} "
             f"puts out {shape[1]}. Stack a head of {len(classes)} on it, or name one: "
-            f"TrainConfig(head='linear')."
+            f"TrainConfig(head='multilevel')."
         )
     return classes or tuple(map(str, range(shape[1])))
 

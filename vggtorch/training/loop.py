@@ -38,8 +38,9 @@ from vggtorch.training.data import (
 from vggtorch.training.display import Display, open_display
 from vggtorch.training.evaluation import Evaluation, evaluate
 from vggtorch.training.features import cached_features, frozen_end
-from vggtorch.training.heads import class_names, logits_network, with_head
+from vggtorch.training.heads import check_frozen, class_names, logits_network, with_head
 from vggtorch.training.identity import check_identity, identity_of
+from vggtorch.training.opening import first_lines, settle_config
 from vggtorch.training.optimization import (
     averaged,
     freeze_for_,
@@ -79,6 +80,8 @@ class History:
         data_config: how its images became what the model takes; the model remembers it.
         validation: the images that it was validated on.
         evaluation: what the best epoch's network said of them.
+        test: the images that nothing was chosen by: those of a folder `test` beside `train`.
+        test_evaluation: what that network said of these, once, at the end.
     """
 
     model: keras.Model
@@ -89,6 +92,8 @@ class History:
     data_config: DataConfig
     validation: Folder | DatasetSource | None
     evaluation: Evaluation | None
+    test: Folder | None = None
+    test_evaluation: Evaluation | None = None
 
 
 def finetune(
@@ -96,6 +101,7 @@ def finetune(
     train: Images,
     validation: Images | None = None,
     config: TrainConfig | None = None,
+    **settings: Any,
 ) -> History:
     """Fine-tune a model that ends in class probabilities or logits.
 
@@ -121,7 +127,9 @@ def finetune(
             not so if its attribute `content_name`, a text of yours, says what stands for them.
         validation: the same. Without it, `config.validation_split` of a training folder is held
             out.
-        config: a TrainConfig, or a Plan that `advise` made.
+        config: a TrainConfig, or a Plan that `advise` made. Without it, a model that ends in
+            feature maps is trained by advice, with a new head; its first lines say how and why.
+        **settings: fields of TrainConfig that go before it, such as `epochs=5`.
 
     Raises:
         ValueError: data, model and config that don't fit each other, or the folder's checkpoint.
@@ -130,8 +138,8 @@ def finetune(
         KeyboardInterrupt: Ctrl-C. The run leaves a checkpoint, from which it can be carried on, as
             on SIGTERM, which ends the process with status 143. A second one ends the run at once.
     """
-    config = config or TrainConfig()
     graph_of(model, "finetune")
+    config = settle_config(model, train, config, settings)
     accelerator = make_accelerator(config.precision)
     with locked(Path(config.output_dir)) if accelerator.is_main_process else nullcontext():
         return _finetune(model, train, validation, config, accelerator)
@@ -153,7 +161,9 @@ def _finetune(
             f"Pass validation, or patience=None."
         )
     if config.head is not None:
+        before = model
         model = with_head(model, config, len(read.classes))
+        check_frozen(before, model, config)
     classes = class_names(model, read.classes)
     images = dataclasses.replace(images, label_names=read.classes)
     remember_(model, images)
@@ -188,6 +198,8 @@ def _finetune(
         left_behind(last, progress, save, show),
         clear_errors(config.num_workers),
     ):
+        freeze_for_(model, config, progress.epoch)
+        show.say(first_lines(model, read, config, images, accelerator.device))
         while progress.epoch < config.epochs and not (
             progress.step == 0 and _is_stale(progress.epoch, progress.best_epoch, config.patience)
         ):
@@ -247,6 +259,16 @@ def _finetune(
     content = checkpoints.read(best)
     load_weights_(model, content, best)
     evaluation = content["evaluation"] and Evaluation(*content["evaluation"])
+    tested = None
+    if read.test is not None:
+        tested = evaluate(
+            logits_network(model, model.inputs[0]),
+            model,
+            read.test,
+            batch_size=config.batch_size,
+            num_workers=config.num_workers,
+            accelerator=accelerator,
+        )
     return History(
         model,
         progress.epochs,
@@ -256,6 +278,8 @@ def _finetune(
         images,
         read.validation,
         evaluation,
+        read.test,
+        tested,
     )
 
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
+import inspect
 import math
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import keras
 import torch
 
-from vggtorch import surgery
+from vggtorch import files, surgery
 from vggtorch.keras_graph import all_layers
 from vggtorch.training.config import TrainConfig
 
@@ -60,10 +63,13 @@ def trained_parameters(model: keras.Model, config: TrainConfig) -> Parameters:
 def make_optimizer(
     model: keras.Model, trained: Parameters, config: TrainConfig, device: torch.device
 ) -> torch.optim.Optimizer:
-    """AdamW or SGD, with a group for each block's kernels and one for its biases and norms.
+    """An optimizer of torch's: a group for each block's kernels, one for its biases and norms.
 
     A block is the part of a layer's name before the first underscore: block1 ... block5, fc1, head.
     Each group's `scale` is what the head's learning rate is multiplied by.
+
+    Raises:
+        ValueError: no such optimizer, or one that can't train this.
 
     Sources: Howard and Ruder, "Universal Language Model Fine-tuning for Text Classification", 2018
     (rates that fall with depth); Loshchilov and Hutter, "Decoupled Weight Decay", 2019.
@@ -74,7 +80,7 @@ def make_optimizer(
         block = owner[id(model.variables[i])]
         groups.setdefault((block, parameter.ndim > 1), []).append(parameter)
     blocks = list(dict.fromkeys(block for block, _ in groups))
-    described = [
+    described: list[dict[str, Any]] = [
         {
             "params": members,
             "scale": config.layer_decay ** (len(blocks) - 1 - blocks.index(block)),
@@ -82,10 +88,43 @@ def make_optimizer(
         }
         for (block, is_kernel), members in groups.items()
     ]
-    on_cuda = device.type == "cuda"
-    if config.optimizer == "adamw":
-        return torch.optim.AdamW(described, fused=on_cuda or device.type == "cpu")
-    return torch.optim.SGD(described, momentum=0.9, fused=on_cuda)  # on a CPU, fused is slower
+    kind = optimizer_class(config.optimizer)
+    options: dict[str, Any] = {"lr": config.learning_rate}
+    accepted = inspect.signature(kind).parameters
+    if kind is torch.optim.SGD:
+        options |= {"momentum": 0.9, "fused": device.type == "cuda"}  # on a CPU, fused is slower
+    elif "fused" in accepted and kind in (torch.optim.AdamW, torch.optim.Adam):
+        options["fused"] = device.type in ("cuda", "cpu")
+    if "weight_decay" not in accepted:
+        described = [{k: v for k, v in g.items() if k != "weight_decay"} for g in described]
+    try:
+        return kind(described, **options)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"Received optimizer={config.optimizer!r}, which can't train this network: "
+            f"{files.first_line(error)}"
+        ) from error
+
+
+def optimizer_class(name: str) -> type[torch.optim.Optimizer]:
+    """The optimizer of this name in torch.optim, however it is capitalised.
+
+    Raises:
+        ValueError: torch has none, or one that needs more than a gradient.
+    """
+    kinds = {
+        key.lower(): value
+        for key, value in vars(torch.optim).items()
+        if inspect.isclass(value) and issubclass(value, torch.optim.Optimizer)
+        and value not in (torch.optim.Optimizer, torch.optim.LBFGS, torch.optim.SparseAdam)
+    }  # fmt: skip
+    if name.lower() not in kinds:
+        near = difflib.get_close_matches(name.lower(), kinds, 1)
+        raise ValueError(
+            f"Received optimizer={name!r}; expected one of {', '.join(sorted(kinds))}."
+            + (f" Perhaps {near[0]}?" if near else "")
+        )
+    return kinds[name.lower()]
 
 
 def learning_rate(config: TrainConfig, step: int, steps: int) -> float:

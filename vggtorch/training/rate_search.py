@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import keras
 
@@ -14,6 +15,7 @@ from vggtorch.training.data import BatchPlan, Key, images_for, shared_batches
 from vggtorch.training.display import open_display
 from vggtorch.training.heads import class_names, with_head
 from vggtorch.training.loop import Stage, prepare
+from vggtorch.training.opening import settle_config
 from vggtorch.training.optimization import freeze_for_, frozen_layers_kept, set_learning_rate_
 from vggtorch.training.run import Images, assign_, first_state, make_accelerator, read_data
 from vggtorch.training.step import train_step_
@@ -41,6 +43,7 @@ def find_learning_rate(
     lowest: float = 1e-6,
     highest: float = 1.0,
     steps: int = 100,
+    **settings: Any,
 ) -> RateSearch:
     """Train a few steps while the learning rate rises from `lowest` to `highest`; then undo that.
 
@@ -66,6 +69,7 @@ def find_learning_rate(
         lowest: the first learning rate.
         highest: the last one, unless the loss diverges before.
         steps: from the first to the last.
+        **settings: fields of TrainConfig that go before it.
 
     Raises:
         ValueError: what `finetune` raises; a loss that isn't finite from the first step on.
@@ -78,8 +82,8 @@ def find_learning_rate(
             f"Received lowest={lowest}, highest={highest}, steps={steps}; expected rates above 0 "
             f"that rise, in 2 steps or more."
         )
-    config = config or TrainConfig()
     graph_of(model, "find_learning_rate")
+    config = settle_config(model, train, config, settings)
     read = read_data(train, None, config, images_for(model, config))
     if config.head is not None:
         model = with_head(model, config, len(read.classes))

@@ -31,12 +31,16 @@ Images = str | Path | Dataset | DataLoader  # what users pass
 
 
 class RunData(NamedTuple):
-    """What a run reads: sources, each epoch's batches, the classes' names where it has them."""
+    """What a run reads: sources, each epoch's batches, the classes' names where it has them.
+
+    What is in `test` is scored once, at the end, and nothing is chosen by it.
+    """
 
     training: Folder | DatasetSource
     validation: Folder | DatasetSource | None
     plan: BatchPlan
     classes: tuple[str, ...]
+    test: Folder | None = None
 
 
 def read_data(
@@ -56,8 +60,9 @@ def read_data(
             return folder, data.shuffled(len(folder), config.batch_size, config.seed)
         return data.as_source(given, config.seed, config.batch_size, images)
 
-    if validation is None and isinstance(train, str | Path):
-        train, validation = find_splits(Path(train))
+    splits = find_splits(Path(train)) if isinstance(train, str | Path) else None
+    if splits is not None:
+        train, validation = splits.train, splits.validation if validation is None else validation
     training, plan = read(train, config.augment)
     if isinstance(training, Folder) and config.augment == "none" and config.cache_copies > 1:
         raise ValueError(
@@ -68,14 +73,23 @@ def read_data(
     if held is None and isinstance(training, Folder):
         training, held = data.hold_out(training, config.validation_split)
         plan = data.shuffled(len(training), config.batch_size, config.seed)
+    test = read(splits.test, "none")[0] if splits is not None and splits.test else None
+    _check_classes(training, held, "validation")
+    _check_classes(training, test, "test")
     names = [source.classes for source in (training, held) if source is not None and source.classes]
-    if len(set(names)) > 1:
-        only = [sorted(set(a) - set(b)) for a, b in (names, names[::-1])]
+    return RunData(training, held, plan, names[0] if names else (), test)
+
+
+def _check_classes(training: Any, other: Any, name: str) -> None:
+    """See that two sources have the same classes, where both have names of them."""
+    if other is None or not (training.classes and other.classes):
+        return
+    if training.classes != other.classes:
+        first, second = set(training.classes), set(other.classes)
         raise ValueError(
-            f"The classes differ: only in the training data {only[0]}, only in the validation data "
-            f"{only[1]}. Expected the same, in the same order."
+            f"The classes differ: only in the training data {sorted(first - second)}, only in the "
+            f"{name} data {sorted(second - first)}. Expected the same, in the same order."
         )
-    return RunData(training, held, plan, names[0] if names else ())
 
 
 def make_accelerator(precision: str) -> Accelerator:

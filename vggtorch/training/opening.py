@@ -1,0 +1,104 @@
+"""What a run begins with: its configuration, and the lines that say what will happen."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import keras
+import torch
+
+from vggtorch.training.advice import Plan, Similarity, planned
+from vggtorch.training.config import TrainConfig
+from vggtorch.training.data import Folder
+from vggtorch.training.folders import count_images, find_splits
+from vggtorch.training.run import Images, RunData
+from vggtorch.weight_sets import DataConfig
+
+# What people who know fastai, timm, Keras or the Trainer of transformers type.
+_ELSEWHERE = {
+    "lr": "learning_rate", "bs": "batch_size", "batch": "batch_size", "size": "image_size",
+    "img_size": "image_size", "output": "output_dir", "folder": "output_dir", "opt": "optimizer",
+    "smoothing": "label_smoothing", "workers": "num_workers", "clip_grad": "max_grad_norm",
+    "num_train_epochs": "epochs", "validation_data": "validation", "wd": "weight_decay",
+}  # fmt: skip
+NAMED = 12  # classes that the first lines list
+
+
+def settle_config(
+    model: keras.Model,
+    train: Images,
+    config: TrainConfig | None,
+    settings: Mapping[str, Any],
+    similarity: Similarity | None = None,
+) -> TrainConfig:
+    """The configuration with the settings; by advice where there is none and a head is missing.
+
+    Raises:
+        ValueError: a setting that there isn't.
+    """
+    known = {field.name for field in dataclasses.fields(TrainConfig)}
+    for name in settings:
+        if name not in known:
+            near = (
+                [_ELSEWHERE[name]] if name in _ELSEWHERE else difflib.get_close_matches(name, known)
+            )
+            hint = f" Perhaps {near[0]}?" if near else f" Expected {', '.join(sorted(known))}."
+            raise ValueError(f"Received {name}={settings[name]!r}, which is no setting.{hint}")
+    if config is not None:
+        return dataclasses.replace(config, **settings)
+    shape = model.output_shape
+    counts = _counts(train)
+    # A network that ends in feature maps can't classify anything as it is.
+    if counts is None or not isinstance(shape, tuple) or len(shape) != 4:
+        return TrainConfig(**settings)
+    return planned([layer.name for layer in model.layers], *counts, similarity, settings)
+
+
+def _counts(train: Images) -> tuple[int, int] | None:
+    """How many images and classes there are to learn from; None where the data doesn't say."""
+    if isinstance(train, str | Path):
+        return count_images(find_splits(Path(train)).train)
+    dataset = getattr(train, "dataset", train)
+    classes = getattr(dataset, "classes", ())
+    return (len(dataset), len(classes)) if classes and hasattr(dataset, "__len__") else None
+
+
+def first_lines(
+    model: keras.Model, read: RunData, config: TrainConfig, images: DataConfig, device: torch.device
+) -> str:
+    """What is about to happen: classes, images by split, device, input, what trains and why."""
+    lines = []
+    if isinstance(config, Plan):
+        lines.append(f"The plan:\n{config}")
+    if read.classes:
+        more = f", and {len(read.classes) - NAMED} more" if len(read.classes) > NAMED else ""
+        lines.append(f"{len(read.classes)} classes: {', '.join(read.classes[:NAMED])}{more}")
+    parts = [f"{len(read.training)} train"]
+    if read.validation is not None:
+        held = isinstance(read.validation, Folder) and isinstance(read.training, Folder)
+        same = held and read.validation.root == read.training.root  # type: ignore[union-attr]
+        parts.append(
+            f"{len(read.validation)} validate" + (" (held out of the same folder)" if same else "")
+        )
+    if read.test is not None:
+        parts.append(f"{len(read.test)} test (scored once, at the end)")
+    lines.append(f"Images: {', '.join(parts)}")
+    cores = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
+    lines.append(f"Device: {device}{cores}, {config.precision}")
+    height, width = images.size or (0, 0)
+    lines.append(
+        f"Input: {height}x{width}, crop mode {images.crop_mode}, crop share {images.crop_pct:g}, "
+        f"{images.interpolation}; weight set {images.weight_set or 'not known'}"
+    )
+    trained = sum(v.value.numel() for v in model.trainable_variables)
+    names = [layer.name for layer in model.layers if layer.trainable_variables]
+    shown = names if len(names) <= 4 else [names[0], "...", names[-1]]
+    lines.append(
+        f"Trains: {', '.join(shown)}, {trained:,} of {model.count_params():,} parameters"
+        + "".join(f"; from epoch {epoch + 1} on {name} too" for epoch, name in config.unfreeze)
+    )
+    return "\n".join(lines)
