@@ -21,8 +21,7 @@ from vggtorch.training.config import TrainConfig
         ({"layer_decay": 1.5}, "expected a number above 0 and at most 1."),
         ({"label_smoothing": 1.0}, "expected a number from 0 and below 1."),
         ({"ema_decay": 1.0}, "expected a number between 0 and 1, or None."),
-        ({"optimizer": "adam"}, "Received optimizer='adam'; expected one of 'adamw', 'sgd'."),
-        ({"head": "big"}, "Received head='big'; expected one of 'tutorial', 'linear', 'mlp'."),
+        ({"head": "big"}, "Received head='big'; expected one of 'multilevel', 'linear', 'mlp', "),
         ({"augment": "all"}, "expected one of 'none', 'flip', 'crop', 'trivial'."),
         ({"cut": "block2_pool"}, "Received cut='block2_pool' without a head."),
         (
