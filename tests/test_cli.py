@@ -202,7 +202,18 @@ def test_version_is_the_packages(capsys):
     assert capsys.readouterr().out == f"vggtorch {vt.__version__}\n"
 
 
-COMMANDS = ["demo", "convert", "inspect", "bench", "export", "predict", "finetune", "weights"]
+COMMANDS = [
+    "demo",
+    "convert",
+    "inspect",
+    "bench",
+    "export",
+    "predict",
+    "evaluate",
+    "features",
+    "finetune",
+    "weights",
+]
 
 
 @pytest.mark.parametrize("command", COMMANDS)

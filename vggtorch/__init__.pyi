@@ -36,10 +36,15 @@ from .surgery import truncate as truncate
 from .surgery import unfreeze_ as unfreeze_
 from .training import TrainConfig as TrainConfig
 from .training import advise as advise
+from .training import evaluate_folder as evaluate_folder
 from .training import find_learning_rate as find_learning_rate
 from .training import finetune as finetune
 from .training import load_checkpoint_ as load_checkpoint_
+from .training import predict_files as predict_files
+from .training import read_features as read_features
 from .training import save_trained as save_trained
+from .training import write_features as write_features
+from .training import write_predictions as write_predictions
 from .training import write_report as write_report
 
 __all__: list[str]

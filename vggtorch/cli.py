@@ -11,29 +11,27 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
 import vggtorch as vt
-from vggtorch import files
+from vggtorch import commands, files
 from vggtorch.architectures import ARCHITECTURES
-from vggtorch.options import as_options, with_options_of_train_config
+from vggtorch.options import (
+    Architecture,
+    ArchitectureName,
+    Weights,
+    as_options,
+    with_options_of_train_config,
+)
 from vggtorch.text import LONGEST_MESSAGE, visible, visible_lines
 from vggtorch.training import Interrupted, Terminated, TrainConfig
 
-if TYPE_CHECKING:  # a type checker can't read choices that are made while the program runs
-    ArchitectureName = str
-else:
-    ArchitectureName = Literal[tuple(ARCHITECTURES)]
 Advice = Literal["auto", "similar", "different", "none"]
 Cost = Literal["multiply-adds", "seconds"]
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="An architecture's name or a .keras file.")
-]
-Architecture = Annotated[ArchitectureName, typer.Option(help="The pretrained network.")]
-Weights = Annotated[
-    str, typer.Option(help="An architecture's weights: a weight set's name or a path.")
 ]
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
@@ -264,33 +262,19 @@ def export(
     _show(f"Wrote {path}.")
 
 
-@app.command(
-    epilog=_examples("predict cat.jpg dog.jpg", "predict --model run/model.keras images/7.png")
+app.command(
+    epilog=_examples(
+        "predict cat.jpg dog.jpg",
+        "predict run photos --out predictions.csv",
+        "predict run 'photos/**/*.jpg' --out predictions.jsonl --top 3",
+    )
+)(commands.predict)
+app.command(epilog=_examples("evaluate run data/test", "evaluate run data --out figures.json"))(
+    commands.evaluate
 )
-def predict(
-    images: Annotated[list[str], typer.Argument(metavar="IMAGE...", help="Files of images.")],
-    model: Annotated[
-        str | None, typer.Option(help="A .keras file; by default a pretrained network.")
-    ] = None,
-    architecture: Architecture = "vgg16",
-    weights: Weights = "imagenet",
-    top: Annotated[int, typer.Option(help="How many classes of each image.")] = 5,
-) -> None:
-    """The most probable classes of images."""
-    from vggtorch.models import constructor, load_model
-
-    categories = None
-    if model:
-        network = load_model(model)
-        categories = vt.data_config(network).label_names or None
-    else:
-        network = constructor(architecture)(weights=weights)
-    probabilities = network.predict(vt.preprocess(images, network), verbose=0)
-    best = vt.decode_predictions(probabilities, top, categories)
-    for image, classes in zip(images, best, strict=True):
-        _show(visible(image))
-        for _, category, probability in classes:
-            _show(f"  {probability:6.1%}  {visible(category)}")
+app.command(epilog=_examples("features vgg16 photos --layer block5_pool --out features.parquet"))(
+    commands.features
+)
 
 
 @app.command(

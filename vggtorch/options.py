@@ -7,11 +7,21 @@ import inspect
 import re
 import typing
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from vggtorch.architectures import ARCHITECTURES
 from vggtorch.training import TrainConfig
+
+if TYPE_CHECKING:  # a type checker can't read choices that are made while the program runs
+    ArchitectureName = str
+else:
+    ArchitectureName = Literal[tuple(ARCHITECTURES)]
+Architecture = Annotated[ArchitectureName, typer.Option(help="The pretrained network.")]
+Weights = Annotated[
+    str, typer.Option(help="An architecture's weights: a weight set's name or a path.")
+]
 
 
 def _stages(values: list[str] | None) -> list[tuple[int, str]]:

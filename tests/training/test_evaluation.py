@@ -82,3 +82,29 @@ def test_a_network_without_maps():
     x = keras.layers.Dense(2, activation="softmax")(keras.layers.Flatten()(image))
     with pytest.raises(ValueError, match="no layer with a height and a width"):
         activation_map(keras.Model(image, x, name="flat"), torch.rand(4, 4, 3), 0)
+
+
+@pytest.mark.parametrize("classes", [3, 8])
+def test_figures_are_those_of_scikit_learn_and_torchmetrics(classes):
+    from sklearn import metrics
+    from torchmetrics.functional import classification
+
+    generator = torch.Generator().manual_seed(classes)
+    logits = torch.randn(200, classes, generator=generator) * 2
+    logits[:40] = logits[:40].round()  # some are equal
+    labels = torch.randint(0, classes - 1, (200,), generator=generator)  # the last has no images
+    found = Evaluation(logits, labels)
+    predicted, probabilities = logits.argmax(1), torch.from_numpy(found.probabilities)
+    assert found.macro_f1 == pytest.approx(metrics.f1_score(labels, predicted, average="macro"))
+    areas = [metrics.roc_auc_score(labels == i, probabilities[:, i]) for i in range(classes - 1)]
+    assert found.auroc == pytest.approx(np.mean(areas))
+    calibration = classification.multiclass_calibration_error
+    expected = calibration(probabilities, labels, classes, n_bins=15, norm="l1")
+    assert found.calibration_error == pytest.approx(float(expected), abs=1e-6)
+    logits = torch.randn(200, classes, generator=generator)  # none are equal
+    for k in (1, 2, 5):
+        top = metrics.top_k_accuracy_score(labels, logits, k=k, labels=range(classes))
+        assert Evaluation(logits, labels).top_k_accuracy(k) == pytest.approx(
+            top if k < classes else 1
+        )
+    assert ("top-5 accuracy" in found.figures()) == (classes > 5)

@@ -3,6 +3,9 @@ from .advice import advise as advise
 from .config import TrainConfig as TrainConfig
 from .data import read_folder as read_folder
 from .evaluation import Evaluation as Evaluation
+from .feature_table import FeatureTable as FeatureTable
+from .feature_table import read_features as read_features
+from .feature_table import write_features as write_features
 from .folders import count_images as count_images
 from .folders import find_splits as find_splits
 from .heads import tutorial_head as tutorial_head
@@ -10,6 +13,9 @@ from .keeping import save_trained as save_trained
 from .loop import History as History
 from .loop import finetune as finetune
 from .opening import settle_config as settle_config
+from .prediction import evaluate_folder as evaluate_folder
+from .prediction import predict_files as predict_files
+from .prediction import write_predictions as write_predictions
 from .rate_search import RateSearch as RateSearch
 from .rate_search import find_learning_rate as find_learning_rate
 from .report import plot_rates as plot_rates

@@ -189,6 +189,12 @@ def read_folder(
     )
 
 
+def relabelled(folder: Folder, labels: tuple[int, ...], classes: tuple[str, ...]) -> Folder:
+    """The same images with other labels, of other classes."""
+    digest = hashlib.sha256(repr((folder.digest, labels, classes)).encode()).hexdigest()
+    return dataclasses.replace(folder, labels=labels, classes=classes, digest=digest)
+
+
 def hold_out(folder: Folder, share: float) -> tuple[Folder, Folder]:
     """Split a folder in two, `share` of every class going to the second; the same every time."""
     rng = np.random.default_rng(folder.seed)

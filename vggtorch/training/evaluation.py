@@ -75,6 +75,59 @@ class Evaluation:
             for name, n, p, r, f in zip(classes, true, precision, recall, f1, strict=True)
         ]
 
+    def top_k_accuracy(self, k: int = 5) -> float:
+        """Share of the images whose class is among the k most probable ones."""
+        best = self.logits.topk(min(k, self.logits.shape[1]), 1).indices
+        return (best == self.labels[:, None]).any(1).double().mean().item()
+
+    @property
+    def macro_f1(self) -> float:
+        """Mean of the classes' F1, over those that have images or were predicted."""
+        confusion = self.confusion
+        right, both = np.diag(confusion), confusion.sum(0) + confusion.sum(1)
+        return float(np.mean(2 * right[both > 0] / both[both > 0]))
+
+    @property
+    def auroc(self) -> float:
+        """Mean area under the ROC curve of each class against all others; NaN for one class alone.
+
+        It is the chance that an image of the class gets a higher probability of it than another.
+        """
+        areas = []
+        for index, scores in enumerate(self.probabilities.T.astype(np.float64)):
+            is_class = self.labels.numpy() == index
+            positive, negative = int(is_class.sum()), int((~is_class).sum())
+            if positive and negative:
+                _, place, count = np.unique(scores, return_inverse=True, return_counts=True)
+                rank = (np.cumsum(count) - (count - 1) / 2)[place]  # equal scores share a rank
+                above = rank[is_class].sum() - positive * (positive + 1) / 2
+                areas.append(above / (positive * negative))
+        return float(np.mean(areas)) if areas else float("nan")
+
+    @property
+    def calibration_error(self) -> float:
+        """Mean distance between how sure and how right the network is, in 15 bins of certainty.
+
+        Source: Guo et al., "On Calibration of Modern Neural Networks", 2017.
+        """
+        certainty, predicted = self.logits.double().softmax(1).max(1)
+        right = (predicted == self.labels).double()
+        bins = (certainty * 15).ceil().long().clamp(1, 15)
+        gaps = torch.zeros(16, dtype=torch.float64).index_add(0, bins, certainty - right)
+        return float(gaps.abs().sum() / len(right))
+
+    def figures(self) -> dict[str, float]:
+        """All figures by name; top-5 accuracy where there are more than five classes."""
+        found = {"accuracy": self.accuracy}
+        if self.logits.shape[1] > 5:
+            found["top-5 accuracy"] = self.top_k_accuracy(5)
+        return found | {
+            "macro F1": self.macro_f1,
+            "AUROC": self.auroc,
+            "loss": self.loss,
+            "calibration error": self.calibration_error,
+        }
+
     def worst_mistakes(self, count: int) -> list[int]:
         """Indices of wrong images, those first that the model was surest of."""
         certainty, predicted = self.logits.softmax(1).max(1)

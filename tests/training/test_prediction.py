@@ -1,0 +1,264 @@
+"""Many images through a trained model: classes to files, scores, features; faults are reported."""
+
+from __future__ import annotations
+
+import csv
+import json
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+import tiny
+from PIL import Image
+
+import vggtorch as vt
+from vggtorch.cli import main
+from vggtorch.models import remember_
+from vggtorch.training import keeping
+from vggtorch.training.prediction import image_files
+from vggtorch.weight_sets import DataConfig
+
+
+@pytest.fixture(scope="module")
+def run(history, tmp_path_factory):
+    """The folder of a run that has ended."""
+    folder = tmp_path_factory.mktemp("kept")
+    keeping.save_trained(history, folder)
+    return folder
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """Pictures in three folders, one of them broken."""
+    folder = tiny.pictures(tmp_path / "photos", each=3, seed=5)
+    (folder / "green" / "1.png").write_bytes(b"no image")
+    (folder / "green" / "notes.txt").write_text("left out")
+    return folder
+
+
+def test_files_folders_and_patterns(tmp_path, monkeypatch):
+    folder = tiny.pictures(tmp_path / "photos", each=2)
+    monkeypatch.chdir(tmp_path)
+    everything = sorted(path.relative_to(tmp_path) for path in folder.rglob("*.png"))
+    assert image_files(["photos"]) == everything
+    assert image_files(["photos/**/*.png"]) == everything
+    assert image_files(["photos/red/*.png", "photos/red/0.png"]) == everything[-2:]
+    (tmp_path / "a[1].png").write_bytes((folder / "red" / "0.png").read_bytes())
+    assert [path.name for path in image_files(["a[1].png"])] == ["a[1].png"]
+    (tmp_path / "empty").mkdir()
+    for given, message in (
+        ("empty", "empty has no images. Expected .apng, .avif, "),
+        ("none*.jpg", "No file matches none*.jpg."),
+        ("none.jpg", "There is no file none.jpg."),
+    ):
+        with pytest.raises(ValueError) as caught:
+            image_files([given])
+        assert str(caught.value).startswith(message)
+
+
+@pytest.mark.parametrize("batch_size", ["2", "100"])
+def test_predict_writes_a_row_for_each_image_and_passes_over_what_it_cant_read(
+    run, photos, tmp_path, batch_size, capsys
+):
+    table, lines = tmp_path / "found.csv", tmp_path / "found.jsonl"
+    words = [str(run), str(photos), "-b", batch_size]
+    assert main(["predict", *words, "--out", str(table), "--top", "2"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("vggtorch: 1 images can't be read:\n") and "green/1.png" in error
+    assert main(["predict", *words, "--out", str(lines)]) == 1
+    rows = list(csv.DictReader(table.open()))
+    found = [json.loads(line) for line in lines.read_text().splitlines()]
+    assert len(rows) == len(found) == 9
+    model = keras.saving.load_model(run / "model.keras")
+    names = vt.data_config(model).label_names
+    for row in rows:
+        (same,) = [one for one in found if one["path"] == row["path"]]
+        if row["error"]:
+            assert row["path"].endswith("green/1.png") and same["error"] == row["error"]
+            assert row["label"] == "" and "classes" not in same
+            continue
+        expected = model.predict(vt.preprocess(row["path"], model), verbose=0)[0]
+        order = np.argsort(-expected)
+        assert [row["label"], row["label_2"]] == [names[i] for i in order[:2]]
+        assert float(row["probability"]) == pytest.approx(expected.max(), abs=1e-5)
+        assert [one["label"] for one in same["classes"]] == [names[i] for i in order]
+        assert [one["probability"] for one in same["classes"]] == pytest.approx(
+            sorted(expected, reverse=True), abs=1e-5
+        )
+
+
+def test_predict_prints_and_ends_with_0_where_all_can_be_read(run, photos, capsys):
+    (photos / "green" / "1.png").unlink()
+    assert main(["predict", str(run / "model.keras"), str(photos / "*" / "2.png")]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert [line for line in printed if line.endswith("2.png")] == [
+        str(photos / name / "2.png") for name in ("blue", "green", "red")
+    ]
+    assert len(printed) == 3 * (1 + 3)
+
+
+def test_images_none_of_which_can_be_read(run, tmp_path, capsys):
+    (tmp_path / "a.png").write_bytes(b"no")
+    out = tmp_path / "found.csv"
+    assert main(["predict", str(run), str(tmp_path / "a.png"), "--out", str(out)]) == 1
+    assert out.read_text().startswith("path,error\n") and "a.png" in out.read_text()
+    capsys.readouterr()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("predict --model nowhere a.png", "There is no nowhere. Expected the folder of a run"),
+        ("predict --model . a.png", ". has no model.keras. Expected the folder of a run"),
+        ("predict {run} nothing.png", "There is no file nothing.png."),
+        ("predict {run} {photos} --out found.txt", "expected a name that ends in .csv or .jsonl"),
+        ("evaluate {run} nowhere", "nowhere isn't a folder."),
+        ("features {run} {photos} --layer fc9 --out f", "fc9"),
+    ],
+)
+def test_what_cannot_be_done_is_said(words, message, run, photos, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    command = [word.format(run=run, photos=photos) for word in words.split()]
+    assert main(command) == 1
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_evaluate_scores_the_test_images(run, tmp_path, capsys):
+    tiny.pictures(tmp_path / "data" / "train", each=1)
+    tiny.pictures(tmp_path / "data" / "test", each=4, seed=9)
+    out = tmp_path / "figures.json"
+    assert main(["evaluate", str(run), str(tmp_path / "data"), "-o", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert "12 images of 3 classes in " in printed and "/test\n" in printed
+    figures = json.loads(out.read_text())
+    model = keras.saving.load_model(run / "model.keras")
+    paths = sorted((tmp_path / "data" / "test").rglob("*.png"))
+    found = model.predict(vt.preprocess(paths, model), verbose=0).argmax(1)
+    truth = np.repeat([0, 1, 2], 4)
+    assert figures["accuracy"] == pytest.approx((found == truth).mean())
+    assert figures["images"] == 12 and set(figures["classes"]) == {"blue", "green", "red"}
+    assert np.array(figures["confusion"]).sum() == 12
+
+
+def test_classes_are_told_by_their_names(run, tmp_path):
+    model = keras.saving.load_model(run / "model.keras")
+    folder = tiny.pictures(tmp_path / "data", each=3, seed=9)
+    whole, _ = vt.evaluate_folder(model, folder)
+    (folder / "blue").rename(tmp_path / "blue")
+    part, source = vt.evaluate_folder(model, folder)  # green and red: 1 and 2, not 0 and 1
+    assert part.labels.tolist() == [1] * 3 + [2] * 3
+    np.testing.assert_allclose(part.probabilities, whole.probabilities[3:], atol=1e-6)
+    assert source.classes == ("blue", "green", "red")
+    (folder / "red").rename(folder / "pink")
+    with pytest.raises(ValueError, match=r"3 classes \(blue, green, red\), .* doesn't know pink"):
+        vt.evaluate_folder(model, folder)
+
+
+def test_whatever_a_network_ends_in_its_probabilities_are_scored(tmp_path):
+    folder = tiny.pictures(tmp_path / "data", each=2, seed=9)
+    config = DataConfig(preprocessing_inside=True)
+    dense = tiny.network()
+    outputs = keras.layers.Dense(3, name="logits")
+    last = keras.layers.Softmax()(outputs(dense.layers[-2].output))
+    outputs.set_weights(dense.layers[-1].get_weights())
+    layer = keras.Model(dense.inputs, last)
+    found = [vt.evaluate_folder(remember_(m, config), folder)[0] for m in (dense, layer)]
+    np.testing.assert_allclose(found[0].probabilities, found[1].probabilities, atol=1e-6)
+    sigmoid = keras.layers.Activation("sigmoid")(outputs(dense.layers[-2].output))
+    model = remember_(keras.Model(dense.inputs, sigmoid), config)
+    with pytest.raises(ValueError, match="expected Dense"):
+        vt.evaluate_folder(model, folder)
+
+
+def test_features_are_written_read_and_resumed(run, photos, tmp_path, capsys, monkeypatch):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    out = tmp_path / "features.parquet"
+    words = ["features", str(run), str(photos), "--layer", "block1_pool", "--out", str(out)]
+    assert main([*words, "--shard-size", "4", "-b", "3"]) == 1
+    assert "green/1.png" in capsys.readouterr().err
+    assert len(list(out.glob("part-*.parquet"))) == 3
+    # All readers of Parquet take the folder for one table.
+    table = parquet.read_table(out)
+    assert table.num_rows == 8 and table.column_names == ["path", "features"]
+    found = vt.read_features(out)
+    model = keras.saving.load_model(run / "model.keras")
+    maps = vt.truncate(model, "block1_pool").predict(vt.preprocess(list(found.paths), model))
+    np.testing.assert_allclose(found.values, maps.mean((1, 2)), rtol=1e-4, atol=1e-5)
+
+    # What is there isn't computed again, and what a kill left out is.
+    before = {path: path.stat().st_mtime_ns for path in out.glob("part-*.parquet")}
+    (out / "part-000001.parquet").unlink()
+    assert main([*words, "--shard-size", "4", "-b", "3"]) == 1
+    after = {path: path.stat().st_mtime_ns for path in out.glob("part-*.parquet")}
+    assert set(after) == set(before)
+    assert [path.name for path in before if after[path] != before[path]] == ["part-000001.parquet"]
+    np.testing.assert_allclose(vt.read_features(out).values, found.values, rtol=1e-6)
+    # Another run's folder is refused.
+    assert main([*words, "--shard-size", "5"]) == 1
+    assert "features of another run, with other shard_size." in capsys.readouterr().err
+
+
+def test_processes_share_the_shards(run, photos, tmp_path):
+    pytest.importorskip("pyarrow")
+    model = keras.saving.load_model(run / "model.keras")
+    options: dict[str, Any] = {"layer": "block2_pool", "shard_size": 2, "pooling": "none"}
+    problems = []
+    for process in (1, 0):
+        problems += vt.write_features(
+            model, [photos], tmp_path / "f", process=process, processes=2, **options
+        )
+    alone = vt.write_features(model, [photos], tmp_path / "alone", **options)
+    assert problems == alone and len(alone) == 1
+    shared, whole = vt.read_features(tmp_path / "f"), vt.read_features(tmp_path / "alone")
+    assert shared.paths == whole.paths and len(whole.paths) == 8
+    np.testing.assert_array_equal(shared.values, whole.values)
+    assert whole.values.shape == (8, 4 * 4 * 6)
+
+
+def test_the_nearest_images_look_alike(run, tmp_path):
+    pytest.importorskip("pyarrow")
+    model = keras.saving.load_model(run / "model.keras")
+    folder = tiny.pictures(tmp_path / "photos", each=4, seed=5)
+    vt.write_features(model, [folder], tmp_path / "f", layer="block1_pool")
+    table = vt.read_features(tmp_path / "f")
+    for row, matches in zip(table.values, table.nearest(table.values, k=3), strict=True):
+        cosines = table.values @ row
+        cosines /= np.linalg.norm(table.values, axis=1) * np.linalg.norm(row)
+        assert [share for _, share in matches] == pytest.approx(sorted(cosines)[:-4:-1], abs=1e-5)
+    assert [matches[0][0] for matches in table.nearest(table.values, k=1)] == list(table.paths)
+    with pytest.raises(ValueError, match=r"shape \(1, 3\); expected \(N, 4\)"):
+        table.nearest(np.zeros((1, 3)))
+
+
+def test_a_folder_of_something_else_is_not_written_into(run, photos):
+    pytest.importorskip("pyarrow")
+    model = keras.saving.load_model(run / "model.keras")
+    with pytest.raises(ValueError, match="holds something else than features"):
+        vt.write_features(model, [photos], photos, layer="block1_pool")
+
+
+def test_a_model_that_says_nothing_is_refused_once(photos):
+    model = tiny.network()
+    with pytest.raises(ValueError, match="does not say which weight set"):
+        list(vt.predict_files(model, [photos]))
+    remember_(model, DataConfig(preprocessing_inside=True, label_names=("a", "b", "c")))
+    found = list(vt.predict_files(model, [photos]))
+    assert {name for one in found for name, _ in one.classes} == {"a", "b", "c"}
+
+
+def test_sizes_differ_and_memory_is_bounded_by_the_batch(run, tmp_path, monkeypatch):
+    model = keras.saving.load_model(run / "model.keras")
+    for i in range(5):
+        Image.new("RGB", (20 + 7 * i, 50 - 5 * i), (50 * i, 0, 0)).save(tmp_path / f"{i}.png")
+    sizes = []
+    predict = model.predict_on_batch
+
+    def counted(x):
+        sizes.append(len(x))
+        return predict(x)
+
+    monkeypatch.setattr(model, "predict_on_batch", counted)
+    assert len(list(vt.predict_files(model, [tmp_path], batch_size=2))) == 5
+    assert sizes == [2, 2, 1]

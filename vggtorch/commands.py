@@ -1,0 +1,171 @@
+"""The commands that take many images through a model: predict, evaluate, features."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+import vggtorch as vt
+from vggtorch import files
+from vggtorch.architectures import ARCHITECTURES
+from vggtorch.options import Architecture, Weights
+from vggtorch.text import visible, visible_lines
+
+if TYPE_CHECKING:
+    import keras
+
+Images = Annotated[
+    list[str], typer.Argument(metavar="IMAGES...", help="Files, folders and patterns ('*.jpg').")
+]
+Trained = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A run's folder, a .keras file or a network's name.")
+]
+BatchSize = Annotated[int, typer.Option("--batch-size", "-b", help="Images at a time.")]
+UNREADABLE = 10  # that a message names
+
+
+def predict(
+    images: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="[MODEL] IMAGES...",
+            help="A run's folder, a .keras file or a network's name; files, folders and patterns.",
+        ),
+    ],
+    model: Annotated[
+        str | None, typer.Option(help="The model, where it doesn't stand before the images.")
+    ] = None,
+    architecture: Architecture = "vgg16",
+    weights: Weights = "imagenet",
+    top: Annotated[int, typer.Option(help="How many classes of each image.")] = 5,
+    out: Annotated[
+        str | None, typer.Option("--out", "-o", metavar="FILE", help="Ends in .csv or .jsonl.")
+    ] = None,
+    batch_size: BatchSize = 32,
+) -> None:
+    """The most probable classes of images; status 1 if some can't be read."""
+    if model is None and len(images) > 1 and _is_model(images[0]):
+        model, *images = images
+    network = _network(model or architecture, weights)
+    found = vt.predict_files(network, images, top=top, batch_size=batch_size)
+    if out:
+        problems = vt.write_predictions(found, out)
+        print(f"Wrote {visible(out)}.")
+    else:
+        problems = []
+        for one in found:
+            if one.problem:
+                problems.append(one)
+                continue
+            print(visible(str(one.path)))
+            for category, probability in one.classes:
+                print(f"  {probability:6.1%}  {visible(category)}")
+    _report([(one.path, one.problem) for one in problems])
+
+
+def evaluate(
+    model: Trained,
+    data: Annotated[
+        str,
+        typer.Argument(
+            metavar="DATA", help="A folder with one folder for each class, or with test."
+        ),
+    ],
+    out: Annotated[
+        str | None, typer.Option("--out", "-o", metavar="FILE", help="Figures as .json.")
+    ] = None,
+    batch_size: BatchSize = 32,
+    num_workers: Annotated[int, typer.Option(help="Processes that read images.")] = 0,
+) -> None:
+    """How well a trained model does on labelled images that nothing was chosen by."""
+    network = _network(model, "imagenet")
+    found, source = vt.evaluate_folder(
+        network, data, batch_size=batch_size, num_workers=num_workers
+    )
+    figures = found.figures()
+    print(f"{len(found.labels)} images of {len(source.classes)} classes in {visible(source.root)}")
+    for name, value in figures.items():
+        print(f"  {name:24} {value:.4f}")
+    width = max(len(name) for name in source.classes)
+    print(f"  {'class':{width}}  images  precision  recall     F1")
+    rows = found.per_class(source.classes)
+    for row in rows:
+        print(
+            f"  {visible(row.name):{width}}  {row.images:6}  {row.precision:9.3f}  "
+            f"{row.recall:6.3f}  {row.f1:5.3f}"
+        )
+    if out:
+        content: dict[str, Any] = {"images": len(found.labels), **figures}
+        content["classes"] = {row.name: row.__dict__ for row in rows}
+        content["confusion"] = found.confusion.tolist()
+        with files.atomic(out) as temporary:
+            temporary.write_text(json.dumps(content, indent=2), encoding="utf-8")
+        print(f"Wrote {visible(out)}.")
+
+
+def features(
+    model: Trained,
+    images: Images,
+    layer: Annotated[str, typer.Option(help="Whose output is taken.")] = "block5_pool",
+    out: Annotated[
+        str, typer.Option("--out", "-o", metavar="FOLDER", help="A Parquet data set.")
+    ] = "features.parquet",
+    pooling: Annotated[
+        Literal["avg", "max", "none"], typer.Option(help="Of feature maps, to one value a channel.")
+    ] = "avg",
+    weights: Weights = "imagenet",
+    batch_size: BatchSize = 32,
+    shard_size: Annotated[int, typer.Option(help="Images in one file of the data set.")] = 1024,
+) -> None:
+    """A layer's output for any number of images; goes on where it was, also under torchrun."""
+    network = _network(model, weights, include_top=False)
+    process, processes = (int(os.environ.get(n, d)) for n, d in (("RANK", 0), ("WORLD_SIZE", 1)))
+    problems = vt.write_features(
+        network,
+        images,
+        out,
+        layer=layer,
+        pooling=pooling,
+        batch_size=batch_size,
+        shard_size=shard_size,
+        process=process,
+        processes=processes,
+    )
+    print(f"Wrote {visible(out)}.")
+    _report(problems)
+
+
+def _is_model(name: str) -> bool:
+    return name in ARCHITECTURES or name.endswith(".keras") or Path(name, "model.keras").is_file()
+
+
+def _network(name: str, weights: str, *, include_top: bool = True) -> keras.Model:
+    """The model of a run's folder, of a file, or a pretrained network by its name."""
+    from vggtorch.models import constructor, load_model
+
+    if name in ARCHITECTURES:
+        return constructor(name)(weights=weights, include_top=include_top)
+    path = Path(name, "model.keras") if Path(name).is_dir() else Path(name)
+    if not path.is_file():
+        inside = f"{name} has no model.keras" if Path(name).is_dir() else f"There is no {name}"
+        raise ValueError(
+            f"{inside}. Expected the folder of a run that has ended, a .keras file or one of "
+            f"{', '.join(ARCHITECTURES)}."
+        )
+    return load_model(path)
+
+
+def _report(problems: list[tuple[Path, str]]) -> None:
+    """Name the images that could not be read, and end with status 1 if there are any."""
+    if not problems:
+        return
+    lines = [reason for _, reason in problems[:UNREADABLE]]
+    more = f"\nAnd {len(problems) - UNREADABLE} more." if len(problems) > UNREADABLE else ""
+    text = f"{len(problems)} images can't be read:\n" + "\n".join(lines) + more
+    print(f"vggtorch: {visible_lines(text)}", file=sys.stderr)
+    raise typer.Exit(1)

@@ -1,0 +1,301 @@
+"""Many images through a model that is there: their classes, and how well it does on labelled ones.
+
+Any number of images goes through in batches; what can't be read is passed over and reported.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import glob
+import itertools
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import keras
+import numpy as np
+import torch
+
+from vggtorch import files
+from vggtorch.lowering import between
+from vggtorch.models import SUFFIXES, data_config, decode_predictions, preprocess
+from vggtorch.training import data
+from vggtorch.training.evaluation import Evaluation, evaluate
+from vggtorch.training.folders import find_splits
+from vggtorch.training.heads import logits_network
+from vggtorch.training.run import make_accelerator
+
+WRITTEN = (".csv", ".jsonl")
+
+
+class Batch(NamedTuple):
+    """Images that were read, ready for the model, and why others could not be."""
+
+    paths: list[Path]
+    images: np.ndarray
+    problems: list[tuple[Path, str]]
+
+
+class Prediction(NamedTuple):
+    """The most probable classes of an image, the best first, or why it could not be read."""
+
+    path: Path
+    classes: list[tuple[str, float]]
+    problem: str = ""
+
+
+def image_files(given: Iterable[str | Path]) -> list[Path]:
+    """The files that are meant: files themselves, all images in folders, and what patterns match.
+
+    Raises:
+        ValueError: a folder without images, or a pattern or a name that nothing matches.
+    """
+    found: list[Path] = []
+    for one in given:
+        path = Path(one)
+        if path.is_dir():
+            inside = sorted(p for p in path.rglob("*") if _is_image(p))
+            if not inside:
+                raise ValueError(
+                    f"{path} has no images. Expected {', '.join(sorted(SUFFIXES))} files."
+                )
+            found += inside
+        elif path.exists() or not glob.has_magic(str(one)):
+            found.append(path)
+        else:
+            matching = sorted(Path(p) for p in glob.glob(str(one), recursive=True))
+            if not matching:
+                raise ValueError(f"No file matches {one}.")
+            found += [p for p in matching if p.is_file()]
+    if missing := [str(path) for path in found if not path.exists()]:
+        raise ValueError(f"There is no file {', '.join(missing[:5])}.")
+    return list(dict.fromkeys(found))
+
+
+def _is_image(path: Path) -> bool:
+    return path.suffix.lower() in SUFFIXES and path.name[0] != "." and path.is_file()
+
+
+def batches(model: keras.Model, paths: Sequence[Path], batch_size: int) -> Iterator[Batch]:
+    """The images of files in batches, as the model takes them; the next are read meanwhile."""
+    read = _reader(model)
+    with ThreadPoolExecutor() as pool:
+        chunks = [paths[i : i + batch_size] for i in range(0, len(paths), batch_size)]
+        ahead = [pool.submit(read, path) for path in chunks[0]] if chunks else []
+        for chunk, following in itertools.zip_longest(chunks, chunks[1:], fillvalue=()):
+            now, ahead = ahead, [pool.submit(read, path) for path in following]
+            good: list[Path] = []
+            arrays: list[np.ndarray] = []
+            problems: list[tuple[Path, str]] = []
+            for path, future in zip(chunk, now, strict=True):
+                try:
+                    arrays.append(future.result())
+                    good.append(path)
+                except (OSError, ValueError) as error:
+                    reason = files.first_line(error).removeprefix("Can't read ")
+                    problems.append((path, reason))
+            yield Batch(good, np.concatenate(arrays) if arrays else np.zeros(0), problems)
+
+
+def _reader(model: keras.Model) -> Callable[[Path], np.ndarray]:
+    def read(path: Path) -> np.ndarray:
+        return np.asarray(preprocess(path, model))
+
+    # What the model doesn't say is refused once, and not as a fault of every file.
+    preprocess(np.zeros((32, 32, 3), np.uint8), model)
+    return read
+
+
+def predict_files(
+    model: keras.Model,
+    images: Iterable[str | Path],
+    *,
+    top: int = 5,
+    labels: Sequence[str] | None = None,
+    batch_size: int = 32,
+) -> Iterator[Prediction]:
+    """The classes of image files, in their order; what can't be read is named and passed over.
+
+    Args:
+        model: puts out probabilities; it remembers what it expects of an image.
+        images: files, folders and patterns such as `photos/**/*.jpg`.
+        top: how many classes of each image.
+        labels: the names of the classes; by default the model's, or those of ImageNet.
+        batch_size: images at a time, which bounds the memory.
+
+    Raises:
+        ValueError: nothing to predict, or a model that doesn't say what it expects.
+
+    Example:
+        >>> import tempfile, keras, vggtorch as vt
+        >>> from PIL import Image
+        >>> from vggtorch.models import remember_
+        >>> from vggtorch.weight_sets import DataConfig
+        >>> image = keras.Input((8, 8, 3))
+        >>> x = keras.layers.GlobalAveragePooling2D()(image)
+        >>> model = keras.Model(image, keras.layers.Softmax()(x))
+        >>> config = DataConfig(preprocessing_inside=True, label_names=("red", "green", "blue"))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     Image.new("RGB", (9, 9), "green").save(f"{folder}/a.png")
+        ...     (found,) = vt.predict_files(remember_(model, config), [folder])
+        >>> found.path.name, found.classes[0][0]
+        ('a.png', 'green')
+    """
+    _reader(model)  # refuses a model that doesn't say what it expects, before it looks for files
+    labels = labels or data_config(model).label_names or None
+    for batch in batches(model, image_files(images), batch_size):
+        if batch.paths:
+            best = decode_predictions(model.predict_on_batch(batch.images), top, labels)
+            for path, classes in zip(batch.paths, best, strict=True):
+                yield Prediction(path, [(name, share) for _, name, share in classes])
+        for path, problem in batch.problems:
+            yield Prediction(path, [], problem)
+
+
+def write_predictions(found: Iterable[Prediction], path: str | Path) -> list[Prediction]:
+    """Write predictions as they come; returns those of images that could not be read.
+
+    Args:
+        found: what `predict_files` gives.
+        path: ends in .csv (a row for each image: path, label and probability of each class, and
+            what was wrong) or in .jsonl (a line for each image, with a list of its classes).
+
+    Raises:
+        ValueError: another ending.
+        OSError: the file can't be written; one that stood there before is then still whole.
+    """
+    path = Path(path)
+    if path.suffix not in WRITTEN:
+        raise ValueError(f"Received {str(path)!r}; expected a name that ends in .csv or .jsonl.")
+    problems: list[Prediction] = []
+    with files.atomic(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        rows = _csv_rows if path.suffix == ".csv" else _json_lines
+        rows(file, _watched(found, problems))
+    return problems
+
+
+def _watched(found: Iterable[Prediction], problems: list[Prediction]) -> Iterator[Prediction]:
+    for one in found:
+        if one.problem:
+            problems.append(one)
+        yield one
+
+
+def _json_lines(file: Any, found: Iterable[Prediction]) -> None:
+    for one in found:
+        line: dict[str, Any] = {"path": str(one.path)}
+        if one.problem:
+            line["error"] = one.problem
+        else:
+            line["classes"] = [{"label": name, "probability": p} for name, p in one.classes]
+        file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+def _csv_rows(file: Any, found: Iterable[Prediction]) -> None:
+    rows, found = csv.writer(file), iter(found)
+    # The first image that could be read says how many classes a row has.
+    before = list(_until_readable(found))
+    classes = len(before[-1].classes) if before else 0
+    numbers = ["", *(f"_{i}" for i in range(2, classes + 1))][:classes]
+    header = [f"{name}{number}" for number in numbers for name in ("label", "probability")]
+    rows.writerow(["path", *header, "error"])
+    for one in itertools.chain(before, found):
+        cells = [cell for name, share in one.classes for cell in (name, f"{share:.6g}")]
+        rows.writerow([one.path, *cells, *[""] * (2 * classes - len(cells)), one.problem])
+
+
+def _until_readable(found: Iterator[Prediction]) -> Iterator[Prediction]:
+    for one in found:
+        yield one
+        if one.classes:
+            return
+
+
+def evaluate_folder(
+    model: keras.Model, folder: str | Path, *, batch_size: int = 32, num_workers: int = 0
+) -> tuple[Evaluation, data.Folder]:
+    """How well a model does on a folder with a subfolder for each class, and the images of it.
+
+    Classes are told by their names. Of a folder with `test` beside `train`, `test` is taken.
+
+    Args:
+        model: ends in probabilities or logits; it remembers its classes and what it expects.
+        folder: of images that nothing was chosen by.
+        batch_size: images at a time.
+        num_workers: processes that read images.
+
+    Raises:
+        ValueError: classes that the model doesn't know, or what a folder is refused for.
+
+    Example:
+        >>> import pathlib, tempfile, keras, vggtorch as vt
+        >>> from PIL import Image
+        >>> from vggtorch.models import remember_
+        >>> from vggtorch.weight_sets import DataConfig
+        >>> image = keras.Input((8, 8, 3))
+        >>> x = keras.layers.GlobalAveragePooling2D()(image)
+        >>> model = keras.Model(image, keras.layers.Softmax()(x))
+        >>> config = DataConfig(preprocessing_inside=True, label_names=("red", "green", "blue"))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     for name in ("blue", "red"):
+        ...         pathlib.Path(folder, name).mkdir()
+        ...         Image.new("RGB", (9, 9), name).save(f"{folder}/{name}/1.png")
+        ...     found, images = vt.evaluate_folder(remember_(model, config), folder)
+        >>> found.accuracy, found.labels.tolist()
+        (1.0, [2, 0])
+    """
+    splits = find_splits(Path(folder))
+    config = data_config(model)
+    size = config.size or (data.DEFAULT_SIZE, data.DEFAULT_SIZE)
+    source = data.read_folder(
+        splits.test or splits.train, dataclasses.replace(config, input_size=(3, *size))
+    )
+    names = config.label_names or source.classes
+    outputs = model.output_shape[-1]
+    if len(names) != outputs or not set(source.classes) <= set(names):
+        unknown = sorted(set(source.classes) - set(config.label_names))
+        raise ValueError(
+            f"{model.name} puts out {outputs} classes"
+            + (f" ({', '.join(config.label_names)})" if config.label_names else "")
+            + f", and {source.root} has {len(source.classes)}, of which it doesn't know "
+            f"{', '.join(unknown[:10])}. Name the folders as the model's classes."
+        )
+    places = [names.index(name) for name in source.classes]
+    labels = tuple(places[label] for label in source.labels)
+    source = data.relabelled(source, labels, tuple(names))
+    accelerator = make_accelerator("fp32")
+    model.to(accelerator.device)
+    found = evaluate(
+        _logits(model),
+        model,
+        source,
+        batch_size=batch_size,
+        num_workers=num_workers,
+        accelerator=accelerator,
+    )
+    return found, source
+
+
+def _logits(model: keras.Model) -> torch.nn.Module:
+    """A network that puts out logits; of one that ends in a layer Softmax their logarithms."""
+    try:
+        return logits_network(model, model.inputs[0])
+    except ValueError as error:
+        return _Logarithms(model, str(error))
+
+
+class _Logarithms(torch.nn.Module):
+    """The logarithms of probabilities, which are logits of the same."""
+
+    def __init__(self, model: keras.Model, otherwise: str) -> None:
+        super().__init__()
+        self.network, self.otherwise = between(model.inputs[0], model.outputs[0]), otherwise
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        probabilities = self.network(x)
+        if not bool(((probabilities.sum(1) - 1).abs() < 1e-3).all() and (probabilities >= 0).all()):
+            raise ValueError(self.otherwise)
+        return probabilities.clamp_min(torch.finfo(probabilities.dtype).tiny).log()
