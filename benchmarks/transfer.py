@@ -178,10 +178,12 @@ def heads(data: Path, weights: str, epochs: int) -> None:
         place[members] = torch.arange(len(members)) % FOLDS
     for kind, blocks in HEADS:
         x = [torch.cat([pooled[block][copy] for block in blocks], 1) for copy in (0, 1)]
-        found = [_head_accuracy(kind, x, labels, place == fold, epochs) for fold in range(FOLDS)]
+        accuracies = [
+            _head_accuracy(kind, x, labels, place == fold, epochs) for fold in range(FOLDS)
+        ]
         print(
             f"{kind:6} on the pools of blocks {', '.join(map(str, blocks)):10}  "
-            f"{np.mean(found):.3f} ({', '.join(f'{value:.3f}' for value in found)})",
+            f"{np.mean(accuracies):.3f} ({', '.join(f'{value:.3f}' for value in accuracies)})",
             flush=True,
         )
 
@@ -213,11 +215,11 @@ def _head_accuracy(
         for some in plan(epoch):
             batch = members[some]
             copies = torch.stack([x[0][batch], x[1][batch]])
-            inputs_ = copies[(batch + epoch) % 2, torch.arange(len(batch))]
+            features = copies[(batch + epoch) % 2, torch.arange(len(batch))]
             rate = learning_rate(config, next(steps), epochs * len(plan(0)))
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            loss = nn.functional.cross_entropy(head(inputs_), labels[batch], label_smoothing=0.1)
+            loss = nn.functional.cross_entropy(head(features), labels[batch], label_smoothing=0.1)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
