@@ -10,11 +10,12 @@ import re
 import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
 
+import numpy as np
 import pytest
 import tiny
 from PIL import Image
 
-from vggtorch.training import report
+from vggtorch.training import charts, report
 from vggtorch.training.config import TrainConfig
 from vggtorch.training.loop import finetune
 from vggtorch.training.rate_search import RateSearch
@@ -60,7 +61,7 @@ def test_the_page_holds_all_and_needs_nothing(history, tmp_path):
 
 
 def test_a_curve_goes_where_its_values_go():
-    drawing = ElementTree.fromstring(report.curves_svg({"loss": [3.0, 1.0, 2.0]}, "loss & more"))
+    drawing = ElementTree.fromstring(charts.curves_svg({"loss": [3.0, 1.0, 2.0]}, "loss & more"))
     (polyline,) = drawing.findall("{http://www.w3.org/2000/svg}polyline")
     line = polyline.attrib["points"]
     points = [tuple(map(float, point.split(","))) for point in line.split()]
@@ -96,3 +97,42 @@ def test_a_full_disk_leaves_the_page_that_was_there(history, tmp_path, monkeypat
     with pytest.raises(OSError, match="Could not write .*report.html: No space left"):
         report.write_report(history, path)
     assert path.read_text() == "the page before"
+
+
+def test_the_page_has_the_test_figures_and_no_folders_of_this_machine(tmp_path):
+    tiny.pictures(tmp_path / "data" / "train")
+    tiny.pictures(tmp_path / "data" / "test", each=3, seed=2)
+    history = finetune(
+        tiny.network(), tmp_path / "data", epochs=1, output_dir=str(tmp_path / "run")
+    )
+    report.write_report(history, tmp_path / "report.html", command="vggtorch finetune data")
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert history.test_evaluation is not None
+    assert f"Test: {history.test_evaluation.accuracy:.1%} of 9 right" in text
+    assert "of 9 test images right" in text and "Grad-CAM" in text
+    assert str(tmp_path) not in text
+    # What differs from the defaults stands before what doesn't.
+    assert text.index("output_dir") < text.index("Settings at their defaults")
+    assert text.index("label_smoothing") > text.index("Settings at their defaults")
+
+
+@pytest.mark.parametrize("classes", [3, 100])
+def test_the_confusion_scales(classes):
+    rng = np.random.default_rng(0)
+    confusion = np.diag(rng.integers(5, 9, classes))
+    confusion[1, 2] = 4
+    names = [f"class {i}" for i in range(classes)]
+    found = report._confusion(names, confusion)
+    assert "class 1 taken for class 2: 4 of" in found
+    assert ("<td>" not in found) and found.count("<td") == classes**2
+    assert (">4</td>" in found) == (classes < report.LARGE)  # numbers where there is room
+
+
+@pytest.mark.parametrize(
+    ("low", "high"), [(0.0, 1.0), (0.13, 0.97), (1, 300), (2e-6, 3e-4), (-4, 4), (7, 7)]
+)
+def test_ticks_are_few_round_and_inside(low, high):
+    found = charts.ticks(low, high)
+    assert 1 <= len(found) <= 7
+    assert all(low <= tick <= high for tick in found)
+    assert all(len(f"{tick:g}") <= 7 for tick in found)

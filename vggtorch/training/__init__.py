@@ -8,7 +8,7 @@ a checkpoint holds), `heads` (new layers on top), `identity` (what makes a run t
 their files), `data` (images by index and augmentation), `step` (one optimizer step), `evaluation`
 (how well it does), `checkpoints` (their file), `stopping` (Ctrl-C) and `display` (the progress
 bar). Around the loop stand `advice` (a configuration by rules of thumb), `rate_search` (a learning
-rate), `report` and `keeping` (the page, the model and its card).
+rate), `charts`, `report` and `keeping` (drawings, the page, the model and its card).
 
 The names for other rooms stand in `__init__.pyi` and are imported when they are first used, so
 that the command line can ask TrainConfig for its fields without torch.

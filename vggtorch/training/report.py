@@ -19,6 +19,7 @@ from PIL import Image
 
 from vggtorch import files
 from vggtorch.text import LONGEST_MESSAGE, as_command, in_html, visible, without_folders
+from vggtorch.training.charts import chart, curves_svg
 from vggtorch.training.checkpoints import version_text
 from vggtorch.training.config import TrainConfig
 from vggtorch.training.data import Folder
@@ -27,88 +28,47 @@ from vggtorch.training.loop import History
 from vggtorch.training.rate_search import RateSearch
 
 
-def curves_svg(curves: dict[str, Sequence[float]], title: str, width: int = 420) -> str:
-    """A line for each named curve over 1, 2, ...; SVG text."""
-    points = {
-        name: [(float(i), value) for i, value in enumerate(values, 1)]
-        for name, values in curves.items()
-    }
-    return _plot(points, title, width)
-
-
 def plot_rates(search: RateSearch, path: str | Path) -> None:
     """Draw loss against the logarithm of the learning rate, with the suggestion, as an SVG file."""
     exponents = np.log10(search.rates)
-    title = f"loss by log10(learning rate); suggested {search.suggestion:.2g}"
+    title = f"Loss by learning rate; suggested {search.suggestion:.2g}"
     lines = {"loss": list(zip(exponents.tolist(), search.losses, strict=True))}
-    _write(path, _plot(lines, title, 640, mark=float(np.log10(search.suggestion))))
+    mark = float(np.log10(search.suggestion))
+    _write(path, chart(lines, title, "log10(learning rate)", mark))
 
 
-COLOURS = ("#1f77b4", "#d95f02", "#1b9e77", "#7570b3")
-
-
-def _plot(
-    lines: dict[str, list[tuple[float, float]]],
-    title: str,
-    width: int,
-    mark: float | None = None,
-) -> str:
-    height, left, right, top, bottom = 240, 50, 12, 30, 34
-    xs = [x for line in lines.values() for x, _ in line] + ([] if mark is None else [mark])
-    ys = [y for line in lines.values() for _, y in line if np.isfinite(y)]
-    (x0, x1), (y0, y1) = (min(xs), max(xs)), (min(ys), max(ys))
-
-    def place(x: float, y: float) -> tuple[float, float]:
-        return (
-            left + (x - x0) / ((x1 - x0) or 1) * (width - left - right),
-            height - bottom - (y - y0) / ((y1 - y0) or 1) * (height - top - bottom),
-        )
-
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" '
-        f'font-family="sans-serif" font-size="11"><rect width="100%" height="100%" fill="white"/>'
-        f'<text x="{left}" y="16" font-size="13">{in_html(title)}</text>'
-    ]
-    for x, anchor in ((x0, "start"), (x1, "end")):
-        px, py = place(x, y0)
-        parts.append(f'<text x="{px:.1f}" y="{py + 16:.1f}" text-anchor="{anchor}">{x:.3g}</text>')
-    for y in np.linspace(y0, y1, 4):
-        px, py = place(x0, y)
-        parts.append(
-            f'<path d="M{px:.1f} {py:.1f}H{width - right}" stroke="#ddd"/>'
-            f'<text x="{px - 5:.1f}" y="{py + 4:.1f}" text-anchor="end">{y:.3g}</text>'
-        )
-    if mark is not None:
-        px, _ = place(mark, y0)
-        parts.append(
-            f'<path d="M{px:.1f} {top}V{height - bottom}" stroke="#888" stroke-dasharray="4"/>'
-        )
-    for i, (name, line) in enumerate(lines.items()):
-        colour = COLOURS[i % len(COLOURS)]
-        drawn = " ".join("{:.1f},{:.1f}".format(*place(x, y)) for x, y in line if np.isfinite(y))
-        parts.append(
-            f'<polyline points="{drawn}" fill="none" stroke="{colour}" stroke-width="2"/>'
-            f'<text x="{left + 110 * i}" y="{height - 4}" fill="{colour}">'
-            f"{in_html(name)}</text>"
-        )
-    return "".join(parts) + "</svg>"
-
-
-def _picture(image: torch.Tensor, heat: np.ndarray | None = None, size: int = 160) -> str:
-    """An image (H, W, 3) as an <img> tag, a map over it in red."""
-    pixels = image.float()
-    if image.dtype != torch.uint8:  # as the network takes it: stretch to 0 ... 255
-        pixels = (pixels - pixels.min()) / (pixels.max() - pixels.min()).clamp_min(1e-12) * 255
-    picture = Image.fromarray(pixels.byte().numpy()).resize((size, size))
-    if heat is not None:
-        mask = Image.fromarray((heat * 160).astype(np.uint8)).resize(
-            (size, size), Image.Resampling.BICUBIC
-        )
-        picture.paste(Image.new("RGB", (size, size), (255, 0, 0)), mask=mask)
+def _picture(pixels: np.ndarray, text: str, size: int = 160) -> str:
+    """Pixels (H, W, 3) as an <img> tag."""
     buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", quality=85)
+    Image.fromarray(pixels).resize((size, size)).save(buffer, "JPEG", quality=85)
     code = base64.b64encode(buffer.getvalue()).decode()
-    return f'<img width="{size}" height="{size}" alt="" src="data:image/jpeg;base64,{code}">'
+    return (
+        f'<img width="{size}" height="{size}" alt="{in_html(text)}" '
+        f'src="data:image/jpeg;base64,{code}">'
+    )
+
+
+def _pixels(image: torch.Tensor) -> np.ndarray:
+    """An image as it is seen; one that is ready for the network is stretched to 0 ... 255."""
+    if image.dtype == torch.uint8:
+        return image.numpy()
+    image = image.float()
+    span = (image.max() - image.min()).clamp_min(1e-12)
+    return ((image - image.min()) / span * 255).byte().numpy()
+
+
+def _heat(pixels: np.ndarray, heat: np.ndarray) -> np.ndarray:
+    """A map over the grey image, from blue over green to red: seen on images of any colour."""
+    height, width = pixels.shape[:2]
+    mapped = Image.fromarray((heat * 255).astype(np.uint8))
+    share = np.asarray(mapped.resize((width, height), Image.Resampling.BICUBIC)) / 255
+    grey = pixels.mean(2, keepdims=True).repeat(3, 2)
+    colours = np.array(
+        [[40, 60, 160], [30, 160, 160], [120, 200, 60], [250, 200, 40], [220, 40, 30]]
+    )
+    stops = np.linspace(0, 1, len(colours))
+    painted = np.stack([np.interp(share, stops, colours[:, i]) for i in range(3)], -1)
+    return (0.45 * grey + 0.55 * painted).clip(0, 255).astype(np.uint8)
 
 
 def write_report(
@@ -117,7 +77,7 @@ def write_report(
     command: str | None = None,
     mistakes: int = 12,
 ) -> None:
-    """Write one HTML file: curves, confusion matrix, figures by class, the worst mistakes.
+    """Write one HTML file: headline, curves, figures by class, confusion, the worst mistakes.
 
     >>> import tempfile, keras, torch, vggtorch as vt
     >>> model = keras.Sequential(
@@ -139,31 +99,96 @@ def write_report(
         OSError: the file couldn't be written.
     """
     command = command or as_command(sys.argv)
-    keys = [("loss", "val_loss"), ("accuracy", "val_accuracy"), ("learning_rate",)]
-    drawings = [
-        curves_svg(
-            {key: [e[key] for e in history.epochs] for key in some if key in history.epochs[0]},
-            some[0].replace("_", " ") + " by epoch",
-        )
-        for some in keys
-    ]
-    sections = [f"<h2>Curves</h2><p>{''.join(drawings)}</p>"]
-    if history.evaluation is not None:
-        sections.append(_summary(history, history.evaluation))
-        sections.append(_mistakes(history, history.evaluation, mistakes))
-    settings = "".join(
-        f"<tr><th>{f.name}</th><td>"
-        f"{in_html(without_folders(getattr(history.config, f.name)))}</td></tr>"
-        for f in dataclasses.fields(TrainConfig)
-    )
     made_by = html.escape(visible(command, LONGEST_MESSAGE))
-    title = f"{in_html(history.model.name)}, {len(history.epochs)} epochs"
+    title = f"{in_html(history.model.name)}, {len(history.classes)} classes"
+    sections = [_headline(history), _curves(history)]
+    if history.evaluation is not None:
+        sections.append(_summary(history.classes, history.evaluation, "Validation"))
+        sections.append(_mistakes(history, history.evaluation, mistakes))
+    if history.test_evaluation is not None:
+        sections.append(_summary(history.classes, history.test_evaluation, "Test"))
     _write(
         path,
-        f"<!doctype html><html lang=en><meta charset=utf-8><title>{title}</title>{STYLE}"
-        f"<h1>{title}</h1><p>Made by <code>{made_by}</code> with "
-        f"{version_text()}. Best epoch: {history.best_epoch + 1}.</p>"
-        f"{''.join(sections)}<h2>Settings</h2><table>{settings}</table></html>",
+        f"<!doctype html><html lang=en><meta charset=utf-8>"
+        f'<meta name="viewport" content="width=device-width,initial-scale=1">'
+        f"<title>{title}</title>{STYLE}<main><h1>{title}</h1>{''.join(sections)}"
+        f"{_settings(history)}<footer>Made by <code>{made_by}</code> with {version_text()}."
+        f"</footer></main></html>",
+    )
+
+
+def _headline(history: History) -> str:
+    """The figures that one looks for first."""
+    cards = []
+    for name, found in (("test", history.test_evaluation), ("validation", history.evaluation)):
+        if found is not None:
+            right = round(found.accuracy * len(found.labels))
+            cards.append((f"{found.accuracy:.1%}", f"of {len(found.labels)} {name} images right"))
+            cards[-1] = (cards[-1][0], f"{cards[-1][1]} ({right})")
+    best = history.epochs[history.best_epoch]
+    cards.append((f"{history.best_epoch + 1} of {len(history.epochs)}", "best epoch"))
+    cards.append((f"{best['loss']:.3g}", "training loss there"))
+    cards.append((f"{sum(e['seconds'] for e in history.epochs):.0f} s", "in all epochs"))
+    return (
+        "<section class=cards>"
+        + "".join(f"<div><b>{value}</b>{in_html(name)}</div>" for value, name in cards)
+        + "</section>"
+    )
+
+
+def _curves(history: History) -> str:
+    """Charts, and the same as a table."""
+    groups = [("loss", "val_loss"), ("accuracy", "val_accuracy"), ("learning_rate",)]
+    charts = "".join(
+        "<div>"
+        + curves_svg(
+            {_said(k): [e[k] for e in history.epochs] for k in keys if k in history.epochs[0]},
+            _said(keys[0]).capitalize(),
+        )
+        + "</div>"
+        for keys in groups
+    )
+    names = list(history.epochs[0])
+    rows = "".join(
+        f"<tr{' class=best' if i == history.best_epoch else ''}><th>{i + 1}</th>"
+        + "".join(f"<td>{epoch[name]:.4g}</td>" for name in names)
+        + "</tr>"
+        for i, epoch in enumerate(history.epochs)
+    )
+    head = "".join(f"<th>{_said(name)}</th>" for name in names)
+    return (
+        f"<section><h2>Epochs</h2><div class=charts>{charts}</div><details><summary>As a table"
+        f"</summary><div class=wide><table><tr><th>epoch</th>{head}</tr>{rows}</table></div>"
+        f"</details></section>"
+    )
+
+
+def _said(name: str) -> str:
+    return name.replace("val_", "validation ").replace("_", " ")
+
+
+def _settings(history: History) -> str:
+    """The settings that differ from the defaults, then all others."""
+
+    def row(field: dataclasses.Field) -> str:
+        value = in_html(without_folders(getattr(history.config, field.name)))
+        return f"<tr><th>{field.name}</th><td>{value}</td></tr>"
+
+    fields = dataclasses.fields(TrainConfig)
+    own = [f for f in fields if getattr(history.config, f.name) != f.default]
+    others = [f for f in fields if f not in own]
+    images = history.data_config
+    seen = (
+        f"Images were brought to {images.size[0]}x{images.size[1]}, crop mode {images.crop_mode}, "
+        f"crop share {images.crop_pct:g}, {images.interpolation}; weight set "
+        f"{in_html(images.weight_set or 'not known')}."
+        if images.size
+        else ""
+    )
+    return (
+        f"<section><h2>Settings</h2><p>{seen}</p><table>{''.join(map(row, own))}</table><details>"
+        f"<summary>Settings at their defaults</summary><table>{''.join(map(row, others))}</table>"
+        f"</details></section>"
     )
 
 
@@ -172,38 +197,79 @@ def _write(path: str | Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-STYLE = (
-    "<style>body{font:15px sans-serif;max-width:1300px;margin:2em auto;padding:0 1em}"
-    "table{border-collapse:collapse}td,th{padding:.2em .6em;text-align:right;font-weight:normal}"
-    "th{color:#555}figure{display:inline-block;margin:.5em}code{background:#eee}</style>"
-)
+STYLE = """<style>
+:root{color-scheme:light dark;--ink:#1c2024;--page:#fff;--soft:#f2f4f6;--line:#d8dde2;
+--best:#e3f1e8}
+@media (prefers-color-scheme:dark){:root{--ink:#e6e9ec;--page:#15181b;--soft:#20252a;--line:#363d44;
+--best:#1f3a2a}}
+body{font:15px/1.5 system-ui,sans-serif;color:var(--ink);background:var(--page);margin:0}
+main{max-width:1100px;margin:auto;padding:1rem}
+h1{font-size:1.5rem}h2{font-size:1.15rem;margin-top:2rem}
+.cards{display:flex;flex-wrap:wrap;gap:.75rem}
+.cards div{background:var(--soft);border-radius:.5rem;padding:.75rem 1rem;flex:1 1 9rem}
+.cards b{display:block;font-size:1.7rem;line-height:1.2}
+.charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,320px),1fr));gap:1rem}
+.wide{overflow-x:auto}table{border-collapse:collapse;font-variant-numeric:tabular-nums}
+td,th{padding:.2rem .6rem;text-align:right;font-weight:normal}th{opacity:.75}
+tr{border-bottom:1px solid var(--line)}.best{background:var(--best)}
+.confusion td{min-width:1.4rem;text-align:center}
+.small td,.small th{padding:0;font-size:0;height:7px}
+.turned th{writing-mode:vertical-rl;text-align:left;padding:.4rem .2rem}
+.pictures{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,330px),1fr));gap:1rem}
+figure{margin:0}figcaption{overflow-wrap:anywhere}img{max-width:49%;height:auto;border-radius:.25rem}
+code{background:var(--soft);overflow-wrap:anywhere}footer{margin-top:2rem;opacity:.75}
+summary{cursor:pointer;margin:.5rem 0}
+@media print{details>*{display:block}section,figure{break-inside:avoid}}
+</style>"""
+LARGE = 25  # classes, from which on the confusion is drawn without numbers
 
 
-def _summary(history: History, evaluation: Evaluation) -> str:
+def _summary(classes: Sequence[str], evaluation: Evaluation, name: str) -> str:
     rows = "".join(
         f"<tr><th>{in_html(c.name)}</th><td>{c.images}</td><td>{c.precision:.3f}</td>"
         f"<td>{c.recall:.3f}</td><td>{c.f1:.3f}</td></tr>"
-        for c in evaluation.per_class(history.classes)
+        for c in evaluation.per_class(classes)
     )
-    names = [in_html(name) for name in history.classes]
-    most = evaluation.confusion.sum(1, keepdims=True).clip(1)
-    matrix = "".join(
-        f"<tr><th>{name}</th>"
+    figures = "".join(
+        f"<tr><th>{figure}</th><td>{value:.4f}</td></tr>"
+        for figure, value in evaluation.figures().items()
+    )
+    return (
+        f"<section><h2>{name}: {evaluation.accuracy:.1%} of {len(evaluation.labels)} right</h2>"
+        f"<table>{figures}</table><details open><summary>By class</summary><div class=wide><table>"
+        f"<tr><th>class</th><th>images</th><th>precision</th><th>recall</th><th>F1</th></tr>{rows}"
+        f"</table></div></details>{_confusion(classes, evaluation.confusion)}</section>"
+    )
+
+
+def _confusion(classes: Sequence[str], confusion: np.ndarray) -> str:
+    """The confusion as a table, coloured by share of the class; of many classes without numbers."""
+    shares = confusion / confusion.sum(1, keepdims=True).clip(1)
+    is_large = len(classes) >= LARGE
+    names = [in_html(name) for name in classes]
+    body = "".join(
+        f"<tr><th>{'' if is_large else name}</th>"
         + "".join(
-            f'<td style="background:rgba(31,119,180,{share:.2f})">{count}</td>'
-            for count, share in zip(counts, shares, strict=True)
+            f'<td style="background:rgba(59,130,196,{share:.2f})" '
+            f'title="{name} as {other}: {count}">'
+            f"{'' if is_large or not count else count}</td>"
+            for other, count, share in zip(names, counts, row, strict=True)
         )
         + "</tr>"
-        for name, counts, shares in zip(
-            names, evaluation.confusion, evaluation.confusion / most, strict=True
-        )
+        for name, counts, row in zip(names, confusion, shares, strict=True)
     )
-    columns = "".join(f"<th>{name}</th>" for name in names)
+    columns = "" if is_large else "".join(f"<th>{name}</th>" for name in names)
+    wrong = confusion * (1 - np.eye(len(classes), dtype=confusion.dtype))
+    pairs = [divmod(int(i), len(classes)) for i in np.argsort(-wrong, axis=None, kind="stable")[:8]]
+    worst = "".join(
+        f"<li>{names[i]} taken for {names[j]}: {wrong[i, j]} of {confusion[i].sum()}</li>"
+        for i, j in pairs
+        if wrong[i, j]
+    )
     return (
-        f"<h2>Validation: {evaluation.accuracy:.1%} of {len(evaluation.labels)} right</h2>"
-        f"<table><tr><th>class</th><th>images</th><th>precision</th><th>recall</th><th>F1</th></tr>"
-        f"{rows}</table><h2>Confusion (rows: true, columns: predicted)</h2>"
-        f"<table><tr><th></th>{columns}</tr>{matrix}</table>"
+        f"<h3>Confusion (rows: true, columns: predicted)</h3><div class=wide><table "
+        f'class="confusion{" small" if is_large else ""}"><tr class=turned><th></th>{columns}</tr>'
+        f"{body}</table></div>" + (f"<p>Most often confused:</p><ul>{worst}</ul>" if worst else "")
     )
 
 
@@ -219,17 +285,20 @@ def _mistakes(history: History, evaluation: Evaluation, count: int) -> str:
         name = f"image {index}"
         if isinstance(source, Folder):
             name = "/".join(source.paths[index].parts[-2:])
+        pixels, caption = _pixels(image), f"{true} taken for {history.classes[predicted]}"
         try:
-            mapped = _picture(image, activation_map(history.model, image, predicted))
+            heat = activation_map(history.model, image, predicted)
+            mapped = _picture(_heat(pixels, heat), f"Grad-CAM of {history.classes[predicted]}")
         except ValueError:  # a network without feature maps
             mapped = ""
         figures.append(
-            f"<figure>{_picture(image)} {mapped}<figcaption>{in_html(true)} taken for "
-            f"{in_html(history.classes[predicted])} ({certainty:.0%})<br>"
-            f"<small>{in_html(name)}</small></figcaption></figure>"
+            f"<figure>{_picture(pixels, caption)} {mapped}<figcaption>{in_html(caption)} "
+            f"({certainty:.0%})<br><small>{in_html(name)}</small></figcaption></figure>"
         )
     return (
-        "<h2>Worst mistakes, and in red what spoke for them</h2>" + "".join(figures)
+        "<section><h2>Worst mistakes</h2><p>Beside each image Grad-CAM: where what spoke for the "
+        f"predicted class is, red for most.</p><div class=pictures>{''.join(figures)}</div>"
+        "</section>"
         if figures
-        else "<h2>No mistakes</h2>"
+        else "<section><h2>No mistakes</h2></section>"
     )
