@@ -108,7 +108,7 @@ def evaluate(
         print(f"Wrote {visible(out)}.")
 
 
-def features(
+def extract_features(
     model: Trained,
     images: Images,
     layer: Annotated[str, typer.Option(help="Whose output is taken.")] = "block5_pool",
