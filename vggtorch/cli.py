@@ -272,9 +272,10 @@ app.command(
 app.command(epilog=_examples("evaluate run data/test", "evaluate run data --out figures.json"))(
     commands.evaluate
 )
-app.command(epilog=_examples("features vgg16 photos --layer block5_pool --out features.parquet"))(
-    commands.features
-)
+app.command(
+    "features",
+    epilog=_examples("features vgg16 photos --layer block5_pool --out features.parquet"),
+)(commands.extract_features)
 
 
 @app.command(
