@@ -117,8 +117,8 @@ class ResNet50(nn.Module):
             x = run(f"{block}_2", x, "conv", "bn", "relu")
             x = run(f"{block}_3", x, "conv", "bn")
             x = run(block, around + x, "out")
-        x = self.pool_flatten(self.pool(x))
-        y: Tensor = self.logits(x)
+        head = [getattr(self, name) for name in ("pool", "pool_flatten", "logits")]
+        y: Tensor = nn.Sequential(*head)(x)
         return y
 
 
