@@ -26,14 +26,17 @@ from .surgery import compose_ as compose_
 from .surgery import deletable_channels as deletable_channels
 from .surgery import delete_channels as delete_channels
 from .surgery import distill_ as distill_
+from .surgery import flatten as flatten
 from .surgery import freeze_ as freeze_
 from .surgery import insert as insert
 from .surgery import remove as remove
+from .surgery import rename as rename
 from .surgery import replace as replace
 from .surgery import replace_where as replace_where
 from .surgery import stack as stack
 from .surgery import truncate as truncate
 from .surgery import unfreeze_ as unfreeze_
+from .surgery import with_input as with_input
 from .training import TrainConfig as TrainConfig
 from .training import advise as advise
 from .training import evaluate_folder as evaluate_folder

@@ -59,6 +59,7 @@ def test_signature_and_defaults_are_keras_applications(name):
         "batch_norm": False,
         "dropout": 0.0,
         "include_preprocessing": False,
+        "prefix": "",
     }
     assert all(p.kind is p.KEYWORD_ONLY for p in extra)
 

@@ -19,6 +19,7 @@ from vggtorch.architectures import ARCHITECTURES, Architecture
 from vggtorch.keras_graph import (
     all_layers,
     device,
+    own_variables,
     raw_value,
     reset_seed_,
     seed_generators,
@@ -60,9 +61,18 @@ def named_variables(model: keras.Model) -> dict[str, keras.Variable]:
             named.update({f"{layer.name}/{key}": variable for key, variable in inner.items()})
         else:
             for variable in layer.weights:
-                tail = variable.path.split(f"{layer.name}/", 1)[-1]
-                named[f"{layer.name}/{tail}"] = variable
+                named[f"{layer.name}/{_path_inside(layer, variable)}"] = variable
     return named
+
+
+def _path_inside(layer: keras.Layer, variable: keras.Variable) -> str:
+    """A variable's path from its layer on, which may have got its name after it was built."""
+    _, found, tail = f"/{variable.path}".partition(f"/{layer.name}/")
+    if found:
+        return tail
+    own = own_variables(layer)
+    scope = own[0].path.rpartition("/")[0] if own else variable.path.partition("/")[0]
+    return variable.path.removeprefix(f"{scope}/")
 
 
 def fill_(model: keras.Model, tensors: Mapping[str, torch.Tensor]) -> keras.Model:

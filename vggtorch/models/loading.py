@@ -19,8 +19,10 @@ from vggtorch.models.filling import VGG_LAYERS, fill_, named_variables, path_of
 from vggtorch.models.leftovers import check, tell, values_for
 from vggtorch.models.matching import match
 from vggtorch.models.memory import remember_, weight_set
+from vggtorch.models.prefixed import load_prefixed_, prefixes_of
 from vggtorch.models.torch_form import in_torch_form
 from vggtorch.models.vgg import constructor
+from vggtorch.weight_sets import WEIGHT_SETS
 from vggtorch.weights import Shape
 
 Source = str | PathLike | Mapping[str, Any]
@@ -73,7 +75,8 @@ def load_weights(
     """Load weights into a model by layer name, in place; also into keras.applications' own.
 
     A model that was cut takes its part of a published checkpoint, and layers that were added to it
-    keep their values. Nothing is changed unless everything fits.
+    keep their values. Networks whose layers have a prefix get a weight set's values each. Nothing
+    is changed unless everything fits.
 
     Names that wrappers and trainers of torch add are taken off. Where Keras's automatic names
     differ (`dense` was saved, the model has `dense_1`), layers are matched by their order if all
@@ -110,6 +113,9 @@ def load_weights(
         >>> print(vt.load_weights(model, mine, partial=True))
         2 of 4 weights loaded; kept as they were: block1_conv1/kernel, block1_conv1/bias
     """
+    if isinstance(source, str) and source in WEIGHT_SETS and not partial and prefixes_of(model):
+        load_prefixed_(model, source)
+        return remember_(model, source)
     variables = named_variables(model)
     shapes = {
         key: tuple(variable.shape)

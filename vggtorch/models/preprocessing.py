@@ -20,12 +20,13 @@ Images = np.ndarray | torch.Tensor | Image.Image | str | PathLike
 DEFAULT_SIZE = 224  # what the networks were trained on, where nothing else is said
 
 
-def as_layers(image: keras.KerasTensor, name: str) -> keras.KerasTensor:
+def as_layers(image: keras.KerasTensor, name: str, prefix: str = "") -> keras.KerasTensor:
     """The preprocessing of a weight set as Keras layers, which plain Keras saves and loads.
 
     Args:
         image: RGB of 0 to 255, (N, H, W, 3), or (N, 3, H, W) where Keras is set to channels_first.
         name: the weight set.
+        prefix: of the layer's name.
     """
     expected = weight_set_named(name)
     if expected.bgr:
@@ -33,7 +34,9 @@ def as_layers(image: keras.KerasTensor, name: str) -> keras.KerasTensor:
         image = keras.ops.flip(image, axis=axis)
     scale = [1 / (expected.scale * std) for std in expected.std]
     offset = [-mean / std for mean, std in zip(expected.mean, expected.std, strict=True)]
-    return keras.layers.Rescaling(scale, offset, name=f"{name}{PREPROCESSING_SUFFIX}")(image)
+    return keras.layers.Rescaling(scale, offset, name=f"{prefix}{name}{PREPROCESSING_SUFFIX}")(
+        image
+    )
 
 
 def preprocess(

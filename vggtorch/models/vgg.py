@@ -11,15 +11,23 @@ from keras import layers
 
 from vggtorch.architectures import ARCHITECTURES, CLASSES, Architecture, architecture_named
 from vggtorch.keras_graph import device, obtain_input_shape
-from vggtorch.models.filling import fill_, path_of
+from vggtorch.models.filling import fill_, named_variables, path_of
 from vggtorch.models.leftovers import values_for
-from vggtorch.models.memory import remember_
+from vggtorch.models.memory import remember_, weight_set
 from vggtorch.models.preprocessing import as_layers
 from vggtorch.weight_sets import WEIGHT_SETS
 from vggtorch.weights import converted
 
 # torchvision's and the papers' values for batch norm; Keras's own defaults are 1e-3 and 0.99.
 BATCH_NORM = {"epsilon": 1e-5, "momentum": 0.9}
+
+
+# What the pretrained classifiers take, by Keras's data format.
+SHAPES = {"channels_last": (224, 224, 3), "channels_first": (3, 224, 224)}
+
+
+def _data_format() -> str:
+    return str(keras.config.image_data_format())
 
 
 def _connect(
@@ -31,6 +39,7 @@ def _connect(
     classes: int,
     classifier_activation: str | Callable | None,
     dropout: float,
+    prefix: str,
 ) -> keras.KerasTensor:
     """The network's layers on top of an image tensor, in keras.applications' order and names."""
     channel_axis = -1 if keras.config.image_data_format() == "channels_last" else 1
@@ -41,21 +50,23 @@ def _connect(
                 (3, 3),
                 activation=None if architecture.batch_norm else "relu",
                 padding="same",
-                name=layer.name,
+                name=prefix + layer.name,
             )(x)
         elif layer.kind == "batch_norm":
-            x = layers.BatchNormalization(channel_axis, name=layer.name, **BATCH_NORM)(x)
-            x = layers.Activation("relu", name=layer.name.replace("_bn", "_relu"))(x)
+            name = prefix + layer.name
+            x = layers.BatchNormalization(channel_axis, name=name, **BATCH_NORM)(x)
+            x = layers.Activation("relu", name=prefix + layer.name.replace("_bn", "_relu"))(x)
         else:
-            x = layers.MaxPooling2D((2, 2), strides=(2, 2), name=layer.name)(x)
+            x = layers.MaxPooling2D((2, 2), strides=(2, 2), name=prefix + layer.name)(x)
     if include_top:
-        x = layers.Flatten(name="flatten")(x)
+        x = layers.Flatten(name=f"{prefix}flatten")(x)
         for layer in architecture.classifier(classes):
             last = layer.name == "predictions"
             activation = classifier_activation if last else "relu"
-            x = layers.Dense(layer.outputs, activation=activation, name=layer.name)(x)
+            name = prefix + layer.name
+            x = layers.Dense(layer.outputs, activation=activation, name=name)(x)
             if dropout and not last:
-                x = layers.Dropout(dropout, name=f"{layer.name}_dropout")(x)
+                x = layers.Dropout(dropout, name=f"{name}_dropout")(x)
     elif pooling == "avg":
         x = layers.GlobalAveragePooling2D()(x)
     elif pooling == "max":
@@ -75,7 +86,8 @@ def _build(
     classifier_activation: str | Callable | None,
     name: str,
     dropout: float,
-    include_preprocessing: bool,
+    include_preprocessing: bool | str,
+    prefix: str = "",
 ) -> keras.Model:
     if pooling not in (None, "avg", "max"):
         raise ValueError(f"Received pooling={pooling!r}; expected None, 'avg' or 'max'.")
@@ -92,6 +104,16 @@ def _build(
         raise ValueError(
             f"Received classifier_activation={classifier_activation!r} with pretrained weights; "
             f"expected 'softmax', or None for logits."
+        )
+    sizes = input_shape if input_tensor is None else getattr(input_tensor, "shape", (None,))[1:]
+    if published and include_top and sizes and tuple(sizes) != SHAPES[_data_format()]:
+        raise ValueError(
+            f"Received images of {tuple(sizes)} with weights={weights!r} and include_top=True; "
+            f"this classifier reads a map of 7x7, which images of {SHAPES[_data_format()]} give. "
+            f"Use include_top=False and stack a head of your own, or take other sizes by adaptive "
+            f"pooling, as torchvision does: vt.with_input(vt.insert(vgg, 'block5_pool', "
+            f"keras.layers.AdaptiveAveragePooling2D(7)), {tuple(sizes)}), with the vgg of "
+            f"{SHAPES[_data_format()]}."
         )
     # The checkpoint first: what can't be had should cost no time.
     checkpoint = weight_set = None
@@ -124,7 +146,9 @@ def _build(
                 f"tensor, such as keras.Input(shape=(160, 160, 3))."
             )
         if include_preprocessing:
-            image = as_layers(image, weight_set or "imagenet")
+            known = weight_set or "imagenet"
+            known = include_preprocessing if isinstance(include_preprocessing, str) else known
+            image = as_layers(image, known, prefix)
         outputs = _connect(
             image,
             architecture,
@@ -133,6 +157,7 @@ def _build(
             classes=classes,
             classifier_activation=classifier_activation,
             dropout=dropout,
+            prefix=prefix,
         )
         model = keras.Model(inputs, outputs, name=name)
     if weights is not None and checkpoint is not None:
@@ -159,21 +184,49 @@ def _constructor(plain_name: str) -> Callable[..., keras.Model]:
         batch_norm: bool = False,
         dropout: float = 0.0,
         include_preprocessing: bool = False,
+        prefix: str = "",
     ) -> keras.Model:
+        if not isinstance(prefix, str) or "/" in prefix:
+            raise ValueError(f"Received prefix={prefix!r}; expected a text without '/'.")
         architecture = ARCHITECTURES[plain_name + ("_bn" if batch_norm else "")]
-        return _build(
+        make = partial(
+            _build,
             architecture,
-            weights,
             include_top=include_top,
-            input_tensor=input_tensor,
-            input_shape=input_shape,
             pooling=pooling,
             classes=classes,
             classifier_activation=classifier_activation,
             name=name or architecture.name,
             dropout=dropout,
+        )
+        if not prefix or weights is None:
+            return make(
+                weights,
+                input_tensor=input_tensor,
+                input_shape=input_shape,
+                include_preprocessing=include_preprocessing,
+                prefix=prefix,
+            )
+        # The weights are found by the plain names; the network under the prefix then has them.
+        shape = input_shape if input_tensor is None else input_tensor.shape[1:]
+        plain = make(
+            weights,
+            input_tensor=None,
+            input_shape=shape,
             include_preprocessing=include_preprocessing,
         )
+        known = weight_set(plain)
+        with keras.device("meta"):
+            model = make(
+                None,
+                input_tensor=input_tensor,
+                input_shape=input_shape,
+                include_preprocessing=(known or False) if include_preprocessing else False,
+                prefix=prefix,
+            )
+        values = named_variables(plain).items()
+        fill_(model, {prefix + key: variable.value for key, variable in values})
+        return remember_(model, known)
 
     title = plain_name.upper()
     build.__name__ = build.__qualname__ = title
@@ -194,6 +247,7 @@ def _constructor(plain_name: str) -> Callable[..., keras.Model]:
         batch_norm: the network with batch norm after each convolution.
         dropout: rate of a Dropout after fc1 and after fc2 (torchvision trains with 0.5).
         include_preprocessing: the model then takes RGB images of 0 to 255 as they are.
+        prefix: of the names of all layers, so that two networks can be parts of one model.
 
     Returns:
         The model; `vggtorch.weight_set(model)` says which preprocessing it expects.

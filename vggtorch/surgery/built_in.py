@@ -53,18 +53,12 @@ def with_flips(place: Wiring, nodes: Sequence[Node]) -> list[list[Node]]:
 
 def refuse_half(wiring: Wiring, start: KerasTensor) -> None:
     """Raise if a model that starts at a tensor would have only half of the preprocessing."""
-    scaling = next((name for w in _graphs(wiring) if (name := _scaling_of(w, start))), None)
+    scaling = next((name for w in wiring.all_graphs() if (name := _scaling_of(w, start))), None)
     if scaling:
         raise ValueError(
             f"{wiring.verb} can't start at {producer(start).name!r}, which is half of a model's "
             f"preprocessing. Start at {scaling!r} for images that are preprocessed outside."
         )
-
-
-def _graphs(wiring: Wiring) -> Iterable[Wiring]:
-    yield wiring
-    for nested in wiring.nested().values():
-        yield from _graphs(nested)
 
 
 def forget_preprocessing_(result: keras.Model, place: Wiring, gone: Iterable[Any]) -> None:

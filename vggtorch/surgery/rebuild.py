@@ -21,6 +21,7 @@ from keras.layers import Layer, TorchModuleWrapper
 from vggtorch.keras_graph import (
     Functional,
     Node,
+    all_layers,
     calls,
     filled,
     functional,
@@ -129,7 +130,8 @@ class Rebuild:
         weights: whether the new layers get the values of the old ones.
         names: by the id of a layer or operation, the name that its copy gets.
         dissolves: whether nested models are dissolved into the graph around them.
-        new_input: makes the input that stands for an old tensor, where that is to be another.
+        shapes: of the inputs that are to have others, by the ids of the old tensors, batch
+            included; given at all, nested models follow what they are called with.
         adapt: gives the values for weights whose shapes have changed, by the old weights' ids.
         starts, ends: tensors of nested models at which the new model begins and ends.
     """
@@ -142,19 +144,19 @@ class Rebuild:
         weights: bool = True,
         names: Mapping[int, str] | None = None,
         dissolves: bool = False,
-        new_input: Callable[[Tensor], Tensor | None] | None = None,
+        shapes: Mapping[int, tuple[int | None, ...]] | None = None,
         adapt: Adapt | None = None,
     ):
         self.instead = dict(instead or {})
         self.weights, self.names, self.dissolves = weights, dict(names or {}), dissolves
-        self.new_input, self.adapt = new_input, adapt
+        self.follows, self.adapt = shapes is not None, adapt
         self.starts: Sequence[Tensor] = ()
         self.ends: Sequence[Tensor] = ()
         self.device = next((raw_value(v).device for v in wiring.model.variables), None)
         self.copies: dict[int, Any] = {}  # id of an old operation -> its copy
         self._settled: set[int] = set()  # ids of old layers whose copies have their values
         self._values: dict[int, keras.Variable] = {}  # id of an old variable -> the new one
-        self._shapes: dict[int, Any] = {}  # id of an input of a nested model -> its new shape
+        self._shapes = dict(shapes or {})
 
     def change(self, changed: Mapping[int, Layer]) -> None:
         """Let these layers, by the ids of the old ones, be called in the place of copies."""
@@ -244,7 +246,7 @@ class Rebuild:
         if training is not None and reads_training(old):
             kwargs["training"] = training
         graph = functional(old)
-        if self.new_input is not None and graph is not None:
+        if self.follows and graph is not None:
             self._follow(graph, node, reading)
         new = self.copy(old, wiring)
         try:
@@ -306,6 +308,18 @@ class Rebuild:
                 f"{wiring.verb} can't dissolve {wiring.prefix + node.operation.name!r}: it is "
                 f"called with {', '.join(kwargs)}, which layers outside of a model can't be."
             )
+        unaware = [
+            x.name
+            for x in nested.operations.values()
+            if isinstance(x, Layer)
+            and not reads_training(x)
+            and any(map(reads_training, all_layers(x)))
+        ]
+        if training and unaware:
+            raise ValueError(
+                f"{wiring.verb} can't dissolve {wiring.prefix + node.operation.name!r}, which is "
+                f"called with training=True: {', '.join(unaware)} can't be told."
+            )
         made = {}
         for inner, outer in zip(
             nested.functional.inputs, call_inputs(nested.functional, node), strict=True
@@ -338,7 +352,7 @@ class Rebuild:
         if not self._copied_by_graph(old):
             return remade(old, name)
         inner = Wiring(old, wiring.verb, f"{wiring.prefix}{old.name}/")
-        plain = type(old) is keras.Sequential and self.new_input is None
+        plain = type(old) is keras.Sequential and not self.follows
         if plain and not self._changed(functional(old)):
             return self._sequential(old, inner, name)
         return self.model(inner, inner.functional.input, inner.functional.output)
@@ -364,7 +378,7 @@ class Rebuild:
             return False
         if is_plain_functional(layer) or type(layer) is keras.Sequential:
             return True
-        return self.new_input is not None or self._changed(graph, deep=True)
+        return self.follows or self._changed(graph, deep=True)
 
     def _changed(self, graph: Functional, deep: bool = False) -> bool:
         """Whether something is to be other in a graph itself, or deep inside of it."""
@@ -405,9 +419,6 @@ class Rebuild:
 
     def _input(self, tensor: Tensor) -> Tensor:
         """A new input that stands for `tensor`, which may come from the middle of the graph."""
-        new = self.new_input(tensor) if self.new_input is not None else None
-        if new is not None:
-            return new
         old = producer(tensor)
         old = self.copies.get(id(old), old) if id(old) in self._settled else old
         if not isinstance(old, keras.layers.InputLayer):

@@ -7,7 +7,7 @@ that no layer has, a path that goes around a cut, a set of layers with two ways 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from typing import Any
 
 import keras
@@ -61,6 +61,12 @@ class Wiring:
         """The wirings of the models that are nested in this one, by name."""
         names = (name for name, x in self.operations.items() if functional(x) is not None)
         return {name: self.inside(name) for name in names}
+
+    def all_graphs(self) -> Iterator[Wiring]:
+        """All graphs, that of the model itself first, then those of nested models at any depth."""
+        yield self
+        for nested in self.nested().values():
+            yield from nested.all_graphs()
 
     def layers_by_path(self) -> dict[str, keras.Operation]:
         """All layers, those of nested models among them as "vgg16/block1_conv1"."""

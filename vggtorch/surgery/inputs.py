@@ -1,0 +1,244 @@
+"""Another image size, or another number of channels, for a network that has its weights."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal, TypeAlias
+
+import keras
+import numpy as np
+import torch
+from keras import KerasTensor
+from keras.layers import Layer
+
+from vggtorch.keras_graph import Functional, input_structure, raw_value
+from vggtorch.models import PREPROCESSING_SUFFIX, remember_, remembered, weight_set
+from vggtorch.surgery.operations import remove
+from vggtorch.surgery.rebuild import Rebuild
+from vggtorch.surgery.remaking import state
+from vggtorch.surgery.wiring import Wiring, owner
+
+Shape: TypeAlias = Sequence[int | None]
+Rule: TypeAlias = Literal["mean", "sum", "zero", "repeat"] | Callable[[np.ndarray, int], np.ndarray]
+RULES = ("mean", "sum", "zero", "repeat")
+
+
+def with_input(
+    model: keras.Model,
+    shape: Shape | Mapping[str, Shape] | None = None,
+    channels: int | None = None,
+    rule: Rule = "mean",
+) -> Functional:
+    """`model` for images of another size or with other channels, all other weights kept.
+
+    With other channels, the first kernel is made by a rule from the old one, which has I:
+
+    - "mean", "sum", "zero": the first I keep their weights, and each channel that is added gets the
+      mean of them, their sum, or nothing. Where there are fewer than I, each gets the mean, or the
+      sum divided by their number, so that one channel of grey gives by "sum" just what it gave as
+      three equal ones; "zero" can't take channels away.
+    - "repeat": channel i gets the weights of channel i modulo I, times I over their number, so that
+      stacked frames which are all equal give just what one of them gave.
+    - a function takes the kernel, (..., I, outputs), and the number of channels, and gives the new
+      one.
+
+    A network with other channels expects no weight set's preprocessing any more: it is forgotten,
+    and taken out where it was built in, with a warning.
+
+    >>> import vggtorch as vt
+    >>> vgg = vt.VGG16(weights=None, include_top=False, input_shape=(32, 32, 3))
+    >>> vt.with_input(vgg, (64, 96, 3)).output_shape
+    (None, 2, 3, 512)
+    >>> with_depth = vt.with_input(vgg, channels=4, rule="zero")
+    >>> with_depth.input_shape, with_depth.get_layer("block1_conv1").kernel.shape
+    ((None, 32, 32, 4), (3, 3, 4, 64))
+
+    Args:
+        model: a Functional or Sequential model; it stays as it was.
+        shape: of one image, (H, W, C), with None where it is open; a dict of them, by the names of
+            the inputs, for a model with several.
+        channels: C alone.
+        rule: how the first kernel is made for other channels.
+
+    Raises:
+        ValueError: neither is given, or the network can't take it: a Dense layer behind Flatten
+            knows the size of the map (the message says what to insert), or what first reads the
+            image is no convolution or Dense layer.
+
+    Source: "repeat" is timm's `adapt_input_conv`, and inflation in Carreira and Zisserman, CVPR
+    2017; "mean" for what is added, Wang et al., ECCV 2016.
+    """
+    if rule not in RULES and not callable(rule):
+        raise ValueError(
+            f"with_input expects rule={' | '.join(map(repr, RULES))} or a function, received "
+            f"{rule!r}."
+        )
+    wiring = Wiring(model, "with_input")
+    shapes = _shapes(wiring, shape, channels)
+    counts = {
+        (t.shape[_axis(t)], shapes[id(t)][_axis(t)])
+        for t in wiring.functional.inputs
+        if id(t) in shapes
+    }
+    other = {(old, new) for old, new in counts if old != new}
+    known, kept = weight_set(model), remembered(model)
+    built_in = _built_in(wiring) if other else []
+    if built_in:
+        named = {owner(t): shapes[id(t)] for t in wiring.functional.inputs if id(t) in shapes}
+        wiring = Wiring(remove(model, built_in), "with_input")
+        shapes = {id(t): named[owner(t)] for t in wiring.functional.inputs if owner(t) in named}
+    rebuild = Rebuild(
+        wiring,
+        shapes=shapes,
+        adapt=lambda old, new: _adapted(old, new, other, rule),
+    )
+    inputs = input_structure(wiring.functional)
+    try:
+        result = rebuild.model(wiring, inputs, wiring.functional.output)
+    except ValueError as error:
+        raise ValueError(f"{error}{_advice(wiring)}") from error
+    if not other:
+        return remember_(result, kept) if known else result
+    for graph in Wiring(result, "with_input").all_graphs():
+        remember_(graph.model, None)
+    if known is not None:
+        warnings.warn(
+            f"{model.name!r} expected the preprocessing of {known!r}, which is for RGB. With other "
+            f"channels it no longer remembers it{', and it is taken out' if built_in else ''}: "
+            f"preprocess the images yourself, the first three channels as before by "
+            f"vt.preprocess(rgb, {known!r}).",
+            stacklevel=2,
+        )
+    return result
+
+
+def _axis(tensor: KerasTensor) -> int:
+    first = keras.config.image_data_format() == "channels_first" and len(tensor.shape) == 4
+    return 1 if first else len(tensor.shape) - 1
+
+
+def _shapes(
+    wiring: Wiring, shape: Shape | Mapping[str, Shape] | None, channels: int | None
+) -> dict[int, tuple[int | None, ...]]:
+    """The new shape of each input that gets one, batch included, by its id."""
+    inputs = {owner(t): t for t in wiring.functional.inputs}
+    if shape is None and channels is None:
+        raise ValueError("with_input received neither a shape nor channels.")
+    if not isinstance(shape, Mapping):
+        if len(inputs) != 1:
+            raise ValueError(
+                f"with_input needs shape={{name: shape}} for a model with several inputs; "
+                f"{wiring.model.name!r} has {', '.join(map(repr, inputs))}."
+            )
+        (name,) = inputs
+        shape = {name: inputs[name].shape[1:] if shape is None else shape}
+    if unknown := [name for name in shape if name not in inputs]:
+        raise ValueError(
+            f"{wiring.model.name!r} has no inputs {unknown}; its inputs are "
+            f"{', '.join(map(repr, inputs))}."
+        )
+    found = {}
+    for name, given in shape.items():
+        old = inputs[name].shape
+        new = [old[0], *given]
+        axis = _axis(inputs[name])
+        if len(new) != len(old) or not all(
+            n is None or (isinstance(n, int) and not isinstance(n, bool) and n > 0) for n in given
+        ):
+            raise ValueError(
+                f"with_input received the shape {tuple(given)}; expected {len(old) - 1} numbers "
+                f"from 1, or None where it is open, as in {tuple(old[1:])}."
+            )
+        if channels is not None:
+            if new[axis] not in (old[axis], channels):
+                raise ValueError(
+                    f"with_input received channels={channels} and the shape {tuple(given)}, which "
+                    f"has {new[axis]}."
+                )
+            if not isinstance(channels, int) or channels < 1:
+                raise ValueError(f"with_input received channels={channels!r}; expected 1 or more.")
+            new[axis] = channels
+        if new[axis] is None and old[axis] is not None:
+            raise ValueError(
+                f"with_input received the shape {tuple(given)}, whose channels are open; they "
+                f"decide how many weights the first layer has."
+            )
+        found[id(inputs[name])] = tuple(new)
+    return found
+
+
+def _built_in(wiring: Wiring) -> list[str]:
+    """The full names of the layers that preprocess inside a model."""
+    found = wiring.layers_by_path().items()
+    return [path for path, layer in found if str(layer.name).endswith(PREPROCESSING_SUFFIX)]
+
+
+def _adapted(
+    old: Layer, new: Layer, counts: set[tuple[int | None, int | None]], rule: Rule
+) -> dict[int, torch.Tensor] | None:
+    """The new kernel of a layer that reads the image, by the id of the old one; None for others."""
+    kinds = keras.layers.Conv1D | keras.layers.Conv2D | keras.layers.Conv3D | keras.layers.Dense
+    differing = [
+        (a, b)
+        for a, b in zip(state(old), state(new), strict=True)
+        if tuple(a.shape) != tuple(b.shape)
+    ]
+    if not isinstance(old, kinds) or getattr(old, "groups", 1) != 1 or len(differing) != 1:
+        return None
+    ((before, after),) = differing
+    place = len(before.shape) - 2
+    if any(
+        i != place and a != b
+        for i, (a, b) in enumerate(zip(before.shape, after.shape, strict=True))
+    ):
+        return None
+    if (before.shape[place], after.shape[place]) not in counts:
+        return None
+    value = raw_value(before)
+    made = _kernel(value.detach().double().cpu().numpy(), after.shape[place], rule)
+    return {id(before): torch.as_tensor(made).to(value)}
+
+
+def _kernel(kernel: np.ndarray, channels: int, rule: Rule) -> np.ndarray:
+    """A kernel (..., I, outputs) for another number of inputs."""
+    inputs = kernel.shape[-2]
+    expected = (*kernel.shape[:-2], channels, kernel.shape[-1])
+    if callable(rule):
+        made = np.asarray(rule(kernel.copy(), channels))
+        if made.shape != expected:
+            raise ValueError(
+                f"with_input received a rule that made a kernel of shape {made.shape} from "
+                f"{kernel.shape}; expected {expected}."
+            )
+        return made
+    if rule == "repeat":
+        return kernel[..., np.arange(channels) % inputs, :] * (inputs / channels)
+    total = kernel.sum(-2, keepdims=True)
+    if channels < inputs:
+        if rule == "zero":
+            raise ValueError(
+                f"with_input received rule='zero' and {channels} channels in place of {inputs}: "
+                f"it fills channels that are added. Use 'sum' or 'mean'."
+            )
+        return np.repeat(total / (inputs if rule == "mean" else channels), channels, axis=-2)
+    added = {"mean": total / inputs, "sum": total, "zero": np.zeros_like(total)}[rule]
+    return np.concatenate([kernel, np.repeat(added, channels - inputs, axis=-2)], axis=-2)
+
+
+def _advice(wiring: Wiring) -> str:
+    """What lets a network with Flatten take any size, where it has one."""
+    for graph in wiring.all_graphs():
+        for node in graph.nodes:
+            if isinstance(node.operation, keras.layers.Flatten):
+                tensor = node.input_tensors[0]
+                axis = _axis(tensor)
+                sizes = tuple(n for i, n in enumerate(tensor.shape) if i not in (0, axis))
+                if len(sizes) == 2 and None not in sizes:
+                    return (
+                        f" {graph.prefix + node.operation.name!r} reads a map of "
+                        f"{sizes[0]}x{sizes[1]}. To take other sizes as torchvision does: "
+                        f"vt.with_input(vt.insert(model, {graph.prefix + owner(tensor)!r}, "
+                        f"keras.layers.AdaptiveAveragePooling2D({sizes})), ...)."
+                    )
+    return ""
