@@ -129,7 +129,8 @@ def test_replace_and_compose_in_a_nested_model(case):
     check_nested(model, result, new=["tower/deep/new"], gone=names)
     torch.testing.assert_close(run(result, x), y, rtol=1e-4, atol=1e-5)
     network = to_torch(result).eval()
-    torch.testing.assert_close(network(x), run(result, x), rtol=1e-4, atol=1e-5)
+    args = x if isinstance(x, list) else [x]
+    torch.testing.assert_close(network(*args), run(result, x), rtol=1e-4, atol=1e-5)
 
 
 def test_remove_takes_layers_of_several_models_at_once(case):

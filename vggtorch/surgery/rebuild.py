@@ -32,13 +32,20 @@ from vggtorch.keras_graph import (
     producing_call,
     raw_value,
     reads_training,
-    torch_dtype,
     track_variables_,
 )
 from vggtorch.models import remember_, remembered
 from vggtorch.surgery.masks import automatic_masks, carried_masks, reads
 from vggtorch.surgery.naming import settle_names_
-from vggtorch.surgery.remaking import carry_, check_state, on, remade, state, where
+from vggtorch.surgery.remaking import (
+    carry_,
+    check_state,
+    on,
+    remade,
+    state,
+    torch_output_shape,
+    where,
+)
 from vggtorch.surgery.wiring import Wiring, call_inputs, holds, needed, owner
 
 Change = tuple[Wiring, Sequence[tuple[Tensor, Tensor]], Sequence[Layer]]
@@ -251,7 +258,7 @@ class Rebuild:
         new = self.copy(old, wiring)
         try:
             if isinstance(new, TorchModuleWrapper) and args[0].shape != node.input_tensors[0].shape:
-                new.output_shape = _torch_output_shape(new.module, *args)
+                new.output_shape = torch_output_shape(new.module, *args)
             with on(where(old)):
                 results = keras.tree.flatten(new(*args, **kwargs))
         except Exception as error:
@@ -455,7 +462,7 @@ class Rebuild:
 def _call_new(layer: Layer, x: Tensor) -> Tensor:
     try:
         if isinstance(layer, TorchModuleWrapper) and layer.output_shape is None:
-            layer.output_shape = _torch_output_shape(layer.module, x)
+            layer.output_shape = torch_output_shape(layer.module, x)
         y = layer(x)
     except Exception as error:
         raise ValueError(
@@ -468,20 +475,6 @@ def _call_new(layer: Layer, x: Tensor) -> Tensor:
             f"puts out {len(keras.tree.flatten(y))}."
         )
     return y
-
-
-def _torch_output_shape(module: torch.nn.Module, x: Tensor) -> tuple[int | None, ...]:
-    """The shape that a torch module puts out for `x`, which Keras doesn't find out."""
-    tensors = [*module.named_parameters(), *module.named_buffers()]
-    meta = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors}
-
-    def run(size: int) -> torch.Size:
-        shape = [size if n is None else n for n in x.shape]
-        argument = torch.empty(shape, dtype=torch_dtype(x.dtype), device="meta")
-        return torch.func.functional_call(module, meta, argument).shape
-
-    # An axis of the result is unknown if its size depends on that of an unknown axis of the input.
-    return tuple(a if a == b else None for a, b in zip(run(83), run(89), strict=True))
 
 
 def _misfit(wiring: Wiring, node: Node, args: Any, kwargs: Any, reason: str) -> ValueError:

@@ -27,6 +27,7 @@ from vggtorch.keras_graph import (
     safe_mode_off,
     seed_generators,
     set_value_,
+    torch_dtype,
     track_variables_,
 )
 
@@ -181,3 +182,17 @@ def _give_value_(old: keras.Variable, new: keras.Variable, value: torch.Tensor) 
     else:  # keep the Parameter itself, which a torch module may hold too
         new_value.data = value
         new_value.requires_grad = old_value.requires_grad
+
+
+def torch_output_shape(module: torch.nn.Module, x: keras.KerasTensor) -> tuple[int | None, ...]:
+    """The shape that a torch module puts out for `x`, which Keras doesn't find out."""
+    tensors = [*module.named_parameters(), *module.named_buffers()]
+    meta = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors}
+
+    def run(size: int) -> torch.Size:
+        shape = [size if n is None else n for n in x.shape]
+        argument = torch.empty(shape, dtype=torch_dtype(x.dtype), device="meta")
+        return torch.func.functional_call(module, meta, argument).shape
+
+    # An axis of the result is unknown if its size depends on that of an unknown axis of the input.
+    return tuple(a if a == b else None for a, b in zip(run(83), run(89), strict=True))
