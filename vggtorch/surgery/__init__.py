@@ -3,12 +3,12 @@
 Read `operations` first, which has what users call, then `wiring` (the graph of a model and what can
 be asked of it by name), `masks` (what goes with a tensor by itself), `rebuild` (the one walk that
 makes a new model from an old one), `remaking` (one layer made again), `naming` (names of layers),
-`nesting` (nested models made one graph), `inputs` (other sizes and channels), `built_in`
-(preprocessing inside a model) and `freezing`. `channels` deletes channels, which `channel_flow`
-follows through the graph by the `channel_rules` of the layers. How new layers get weights with
-which the network goes on working: `copying` (the same under other settings), `composition` (exact
-algebra of linear layers) and `distillation` (training on images without labels), with `region`
-(where the new layers sit) and `coordinates` (in which they are trained).
+`nesting` (nested models made one graph), `views` (seen as one), `inputs` (other sizes and
+channels), `built_in` (preprocessing inside a model) and `freezing`. `channels` deletes channels,
+which `channel_flow` follows through the graph by the `channel_rules` of the layers. How new layers
+get weights with which the network goes on working: `copying` (the same under other settings),
+`composition` (exact algebra of linear layers) and `distillation` (training on images without
+labels), with `region` (where the new layers sit) and `coordinates` (in which they are trained).
 """
 
 from vggtorch.surgery.channels import deletable_channels, delete_channels

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vggtorch.keras_graph import data_format, graph_of
+from vggtorch.keras_graph import data_format
 from vggtorch.surgery.composition import compose_
 from vggtorch.surgery.coordinates import (
     Coordinates,
@@ -39,6 +39,8 @@ from vggtorch.surgery.region import (
     last_product,
     next_smaller,
 )
+from vggtorch.surgery.views import flat_view, viewed
+from vggtorch.surgery.wiring import Wiring
 
 CROP = 96  # height and width of the crops that the new layers are trained on
 CROPS = 320  # how many crops are drawn, once, if their maps take less than MEMORY
@@ -246,7 +248,14 @@ def distill_(
     """
     begun = time.monotonic()
     new_layers = [new_layers] if isinstance(new_layers, str) else list(new_layers)
-    graph_of(original, "distill_")
+    paths = list(Wiring(result, "distill_").layers_by_path())
+    if any("/" in path for path in paths):  # nested models are seen as one graph
+        new_layers = _viewed(new_layers, result)
+        match = (
+            None if match is None else _viewed([match] if isinstance(match, str) else match, result)
+        )
+    original, result = flat_view(original, "distill_"), flat_view(result, "distill_")
+    full_names = {viewed(path): path for path in paths}
     pixels = torch.from_numpy(checked_images(images, original))
     region = find_region(original, result, new_layers)
     names = _matched(region, match)
@@ -289,7 +298,9 @@ def distill_(
         maps = (_in_batches(graph, held_out[:COMPARED]) for graph in deep)
         pairs = zip(compared, *maps, strict=True)
         return {
-            name: float(F.cosine_similarity(a.flatten(1), b.flatten(1)).mean())
+            full_names.get(name, name): float(
+                F.cosine_similarity(a.flatten(1), b.flatten(1)).mean()
+            )
             for name, a, b in pairs
         }
 
@@ -314,6 +325,18 @@ def distill_(
         taken = _descend_(task, coordinates_of(moments, trained), steps, begun + seconds, generator)
         after = cosines()
     return Distillation(start, before, after, taken, time.monotonic() - begun)
+
+
+def _viewed(names: Sequence[str], model: keras.Model) -> list[str]:
+    """The names of a model's layers in its view; others stay, and are refused there."""
+    wiring = Wiring(model, "distill_")
+    known = wiring.layers_by_path()
+    return [
+        viewed("/".join(wiring.route(n)))
+        if n in known or any(path.endswith(f"/{n}") for path in known)
+        else n
+        for n in names
+    ]
 
 
 def _matched(region: Region, match: str | Sequence[str] | None) -> list[str]:

@@ -236,7 +236,7 @@ def replace(
                 stacklevel=2,
             )
     elif init == "distill":
-        distill_(model, result, [layer.name for layer in added], images)
+        distill_(model, result, [place.prefix + layer.name for layer in added], images)
     return result
 
 

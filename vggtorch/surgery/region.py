@@ -16,6 +16,7 @@ from keras import KerasTensor
 
 from vggtorch.keras_graph import calls, graph_of, producer, producing_call, without_activation
 from vggtorch.surgery.composition import POINTWISE, SKIPPED
+from vggtorch.surgery.masks import reads
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ def find_region(original: keras.Model, result: keras.Model, new_layers: Sequence
     now, new = {node.operation.name: node for node in calls_now}, set(new_layers)
     if missing := [name for name in new_layers if name not in now]:
         raise ValueError(f"Received new_layers {missing}; the result has the layers {list(now)}.")
-    sources = {producer(t).name for name in new for t in now[name].input_tensors} - new
+    sources = {producer(t).name for name in new for t in reads(now[name])} - new
     entries = [name for name in now if name in sources]
     if len(entries) != 1 or entries[0] not in old:
         raise ValueError(
