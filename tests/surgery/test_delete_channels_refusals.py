@@ -107,8 +107,20 @@ def test_what_an_add_takes_from_an_input_stays():
     inputs = keras.Input((4, 4, 3), name="image")
     x = kl.Conv2D(3, 1, name="conv")(inputs)
     model = keras.Model(inputs, kl.Dense(2)(kl.Add(name="join")([x, inputs])))
-    refused(model, r"'join' \(Add\) joins them with what 'image' puts out, which stays as it is")
+    refused(model, r"'join' \(Add\) ties them to what 'image' puts out, which stays as it is")
     assert deletable_channels(model) == []
+
+
+def test_a_depthwise_convolution_of_an_input_keeps_its_channels():
+    inputs = keras.Input((4, 4, 3), name="image")
+    model = keras.Model(inputs, kl.Dense(2)(kl.DepthwiseConv2D(3, name="depth")(inputs)))
+    refused(model, r"'depth' \(DepthwiseConv2D\) ties them to what 'image' puts out", "depth")
+
+
+def test_layers_whose_channels_are_not_known_are_named_as_such():
+    inputs = keras.Input((5, 4, 4, 3))
+    model = keras.Model(inputs, kl.Flatten()(kl.ConvLSTM2D(2, 3, name="x")(inputs)))
+    refused(model, r"of 'x': 'x' \(ConvLSTM2D\) is none of the layers whose channels", "x")
 
 
 def test_an_open_map_before_flatten():
@@ -148,7 +160,10 @@ def test_channels_that_go_only_together_in_one_tensor():
 
 
 def test_all_channels_of_a_layer():
-    refused(between(), "would leave 'conv' without a channel. Keep one, or", channels=range(4))
+    message = r"would leave 'conv' without a channel, and 'last' \(Dense\) with nothing to read"
+    refused(between(), message, channels=range(4))
+    refused(between(kl.ReLU(name="relu")), "would leave 'relu' without .* 'last'", "relu", range(4))
+    refused(between(), "would leave 'last', an output of the model, no channel", "last", [0, 1])
 
 
 @pytest.mark.parametrize(

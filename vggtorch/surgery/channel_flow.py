@@ -126,6 +126,7 @@ class Flow:
         outputs: the channels that the model puts out, each with the name of the layer they leave.
         ties: ids that were made one, with the layer that did it.
         following: by the id() of a layer, how it follows its channels.
+        calls: every call, in the order they run, with the channels of what it puts out.
     """
 
     def __init__(self, wiring: Wiring, rule_of: Callable[[Any], Rule | None]):
@@ -134,6 +135,7 @@ class Flow:
         self.held: list[tuple[Ids, str]] = []
         self.ties: list[tuple[Ids, str]] = []
         self.following: dict[int, Following] = {}
+        self.calls: list[tuple[Call, Sequence[Channels | None]]] = []
         self._parents: list[int] = []
         self._joined: dict[int, tuple[int, ...]] = {}
         self._of_layer: dict[int, Ids] = {}
@@ -162,6 +164,7 @@ class Flow:
             tensors = reads(node) if inner is None else call_inputs(inner, node)
             call = Call(node, path, tensors, [now[id(t)] for t in tensors])
             results = self._call(call, wiring)
+            self.calls.append((call, results))
             for tensor, channels in zip(node.outputs, results, strict=True):
                 now[id(tensor)] = channels
                 if channels is not None:
@@ -254,7 +257,7 @@ class Flow:
             return channels.ids
         ids = self.new(tensor.shape[axis])
         source = call.path.removesuffix(call.layer.name) + owner(tensor)
-        reason = f"{call.what} joins them with what {source!r} puts out, which stays as it is"
+        reason = f"{call.what} ties them to what {source!r} puts out, which stays as it is"
         self.held.append((ids, reason))
         return ids
 

@@ -6,6 +6,7 @@ slicing of the weights.
 
 from __future__ import annotations
 
+import dataclasses
 import operator
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 
 from vggtorch.keras_graph import Functional, raw_value
+from vggtorch.models import remember_, remembered
 from vggtorch.surgery.channel_flow import Channels, Flow, Following, Ids
 from vggtorch.surgery.channel_rules import rule_of
 from vggtorch.surgery.rebuild import rebuilt
@@ -39,7 +41,8 @@ def delete_channels(
     Where an Add (or a product, or a layer called on both) ties channels of several layers, they
     can go only together: name all these layers, or the Add itself, whose channels are those of all
     that it adds. Naming any layer means the channels that it puts out, so "block1_bn1" is as good
-    as "block1_conv1". A layer that the model puts out loses channels only if it is named itself.
+    as "block1_conv1". A layer that the model puts out loses channels only if it is named itself. A
+    branch of a concatenation that loses all its channels goes as a whole.
 
     >>> import vggtorch as vt
     >>> vgg = vt.VGG16(weights=None, include_top=False, input_shape=(32, 32, 3))
@@ -71,12 +74,25 @@ def delete_channels(
     gone = np.isin(flow.root, flow.root[np.concatenate(list(named.values()))])
     _refuse_held(flow, asked, gone)
     _refuse_ties(flow, asked, named, gone)
+    vanished = _vanished(flow, gone)
+    alive = {id(call.layer) for call, _ in flow.calls if id(call.node.outputs[0]) not in vanished}
     changed = {
         key: _smaller(following, gone)
         for key, following in flow.following.items()
         if any(gone[ids].any() for ids in following.arrays())
+        and (key in alive or isinstance(following.layer, keras.layers.InputLayer))
     }
-    return rebuilt(wiring, wiring.functional.input, wiring.functional.output, changed=changed)
+    inputs, outputs = wiring.functional.input, wiring.functional.output
+    bypassed = _bypassed(flow, vanished)
+    result = rebuilt(wiring, inputs, outputs, bypassed, changed=changed, vanished=vanished)
+    config = remembered(model)
+    lost = [gone[out.ids] for _, out in flow.outputs if gone[out.ids].any()]
+    if config.label_names and lost:  # an output that is named may be a classifier's
+        names = zip(config.label_names, ~lost[0], strict=False)
+        left = tuple(name for name, stays in names if stays)
+        fits = len(lost[0]) == len(config.label_names)
+        remember_(result, dataclasses.replace(config, label_names=left if fits else ()))
+    return result
 
 
 def deletable_channels(model: keras.Model) -> list[dict[str, list[int]]]:
@@ -159,10 +175,13 @@ def _numbers(name: str, channels: Any) -> list[int]:
 def _named(flow: Flow, path: str, numbers: list[int]) -> Ids:
     """The ids of the channels of a layer that a user numbered; makes the numbers positive."""
     if path not in flow.put_out:
+        call = next((call for call, _ in flow.calls if call.path == path), None)
         reason = next((r for _, r in flow.held if r.startswith(f"{path!r} ")), None)
+        if reason is None and call is not None and rule_of(call.layer) is None:
+            reason = f"{call.what} is none of the layers whose channels are known"
         raise ValueError(
             f"{_VERB} can't delete channels of {path!r}: "
-            + (f"{reason}." if reason else "it makes none, and none that a layer makes reach it.")
+            f"{reason or 'it makes none, and none that a layer makes reach it'}."
         )
     size = len(flow.put_out[path][0].ids)
     if wrong := [n for n in numbers if not -size <= n < size]:
@@ -229,12 +248,40 @@ def _refuse_ties(
                     f"{_VERB} can't delete channels {_short(numbers)} of {path!r} without "
                     f"{_short(more)}: they are made of the same channels, {_shown(together)}."
                 )
-    for path, outs in flow.put_out.items():
-        if any(gone[out.ids].all() for out in outs):
+
+
+def _vanished(flow: Flow, gone: np.ndarray) -> set[int]:
+    """The ids of tensors that keep no channel; raises unless all that read them do without."""
+    found = {
+        id(tensor): call
+        for call, leaving in flow.calls
+        for tensor, out in zip(call.node.outputs, leaving, strict=True)
+        if out is not None and gone[out.ids].all()
+    }
+    for call, _ in flow.calls:
+        lost = [found[id(t)] for t in call.tensors if id(t) in found]
+        if not lost or all(id(t) in found for t in call.node.outputs):
+            continue
+        if type(call.layer) is not keras.layers.Concatenate:
             raise ValueError(
-                f"{_VERB} would leave {path!r} without a channel. Keep one, or take the layer out: "
-                f"vt.remove, vt.replace."
+                f"{_VERB} would leave {lost[0].path!r} without a channel, and {call.what} with "
+                f"nothing to read. Keep one channel; or, where the branch ends in a concatenation, "
+                f"name all channels of {call.path!r} too; or take layers out: vt.remove."
             )
+    for name, out in flow.outputs:
+        if gone[out.ids].all():
+            raise ValueError(f"{_VERB} would leave {name!r}, an output of the model, no channel.")
+    return set(found)
+
+
+def _bypassed(flow: Flow, vanished: set[int]) -> dict[int, keras.KerasTensor]:
+    """What is read in place of a concatenation of one tensor: that tensor."""
+    bypassed = {}
+    for call, _ in flow.calls:
+        left = [t for t in call.tensors if id(t) not in vanished]
+        if len(left) == 1 < len(call.tensors):
+            bypassed[id(call.node.outputs[0])] = left[0]
+    return bypassed
 
 
 def _dict(together: Mapping[str, list[int]]) -> str:

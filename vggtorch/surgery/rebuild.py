@@ -104,6 +104,7 @@ def rebuilt(
     *,
     weights: bool = True,
     changed: Mapping[int, Layer] | None = None,
+    vanished: Collection[int] = (),
 ) -> Functional:
     """A new model from `inputs` to `outputs`, both structures of the old graph's tensors.
 
@@ -111,11 +112,12 @@ def rebuilt(
     of them. `instead` maps the id of an old tensor to the one that is read in its place, through
     the new layers. Without `weights` the result has no values: it only shows that everything fits.
     `changed` maps the id of an old layer, in nested models too, to the `changed_copy` that is
-    called in its place.
+    called in its place; `vanished` has the ids of tensors that Concatenate layers do without.
     """
     changes = {key: (now, new_layers) for key, now in (instead or {}).items()}
     rebuild = Rebuild(wiring, changes, weights=weights)
     rebuild.change(changed or {})
+    rebuild.vanished = vanished
     ends = keras.tree.flatten(outputs)
     rebuild.starts = [t for t in keras.tree.flatten(inputs) if not _made_in(wiring, t)]
     rebuild.ends = [t for t in ends if not _made_in(wiring, t)]
@@ -140,6 +142,7 @@ class Rebuild:
         shapes: of the inputs that are to have others, by the ids of the old tensors, batch
             included; given at all, nested models follow what they are called with.
         adapt: gives the values for weights whose shapes have changed, by the old weights' ids.
+        vanished: the ids of tensors that nobody reads any more, and that are not made.
         starts, ends: tensors of nested models at which the new model begins and ends.
     """
 
@@ -157,6 +160,7 @@ class Rebuild:
         self.instead = dict(instead or {})
         self.weights, self.names, self.dissolves = weights, dict(names or {}), dissolves
         self.follows, self.adapt = shapes is not None, adapt
+        self.vanished: Collection[int] = ()
         self.starts: Sequence[Tensor] = ()
         self.ends: Sequence[Tensor] = ()
         self.device = next((raw_value(v).device for v in wiring.model.variables), None)
@@ -217,7 +221,7 @@ class Rebuild:
 
         def inputs_of(node: Node) -> list[Tensor]:
             entered = any(holds(node.operation, t) for t in self.starts)
-            return [] if entered else reads(node)
+            return [] if entered else [t for t in reads(node) if id(t) not in self.vanished]
 
         sources = {key: now for key, (now, _) in self.instead.items()}
         nodes = needed(outputs, sources, set(made), wiring.origin, inputs_of)
@@ -242,7 +246,11 @@ class Rebuild:
         """Call the copy of a layer as the layer was called; new tensors by the old ones' ids."""
         old = node.operation
         automatic = automatic_masks(node)
-        args, kwargs = filled(node, {id(t): reading(t) for t in reads(node)})
+        left = [t for t in reads(node) if id(t) not in self.vanished]
+        if len(left) == len(reads(node)):
+            args, kwargs = filled(node, {id(t): reading(t) for t in left})
+        else:  # a Concatenate, which takes one list
+            args, kwargs = ([reading(t) for t in left],), {}
         kwargs = {key: value for key, value in kwargs.items() if key not in automatic}
         masks = {name: carried_masks(old, name, args, kwargs) for name in automatic}
         kwargs |= {
