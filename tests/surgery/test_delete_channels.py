@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import keras
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from keras import layers as kl
 from poison import check_deletion
 
 from vggtorch.keras_graph import raw_value
+from vggtorch.models import remember_, remembered
 from vggtorch.surgery import deletable_channels, delete_channels
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -382,6 +385,16 @@ def test_the_result_is_saved_cloned_trained_and_cut_again(tmp_path):
     assert again.get_layer("conv").filters == 3
     result.compile("sgd", "mse")
     result.fit(x, np.zeros((2, 4)), verbose=0)
+
+
+def test_names_of_classes_go_with_their_channels():
+    inputs = keras.Input((6,))
+    x = kl.Dense(3, name="classes")(kl.Dense(4, name="hidden")(inputs))
+    model = keras.Model(inputs, x)
+    remember_(model, dataclasses.replace(remembered(model), label_names=("ant", "bee", "cat")))
+    assert remembered(delete_channels(model, "hidden", 0)).label_names == ("ant", "bee", "cat")
+    assert remembered(delete_channels(model, "classes", [1])).label_names == ("ant", "cat")
+    assert remembered(model).label_names == ("ant", "bee", "cat")
 
 
 # What can be deleted
