@@ -51,7 +51,7 @@ def headed(base):
 
 SMALL = {"weights": None, "include_top": False, "input_shape": (32, 32, 3)}
 NETWORKS = {
-    "VGG16": lambda: headed(vt.VGG16(**SMALL)),
+    "VGG16": lambda: headed(vt.VGG16(**SMALL | {"input_shape": (64, 64, 3)})),
     "VGG16 with batch norm": lambda: headed(vt.VGG16(**SMALL, batch_norm=True)),
     "ResNet50": lambda: headed(applications.ResNet50(**SMALL)),
     "MobileNetV2": lambda: headed(applications.MobileNetV2(**SMALL)),

@@ -238,7 +238,7 @@ def _refuse_ties(
         by = ", ".join(dict.fromkeys(what for ids, what in flow.ties if gone[ids].any()))
         raise ValueError(
             f"{_VERB} can't delete channels {_shown(asked)} alone: {by} ties them to others. "
-            f"Delete all that hang together: {_VERB}(model, {_dict(together)})."
+            f"Delete all that hang together: {_VERB}(model, {_as_argument(together)})."
         )
     for path, numbers in asked.items():
         for out in flow.put_out[path]:
@@ -284,7 +284,11 @@ def _bypassed(flow: Flow, vanished: set[int]) -> dict[int, keras.KerasTensor]:
     return bypassed
 
 
-def _dict(together: Mapping[str, list[int]]) -> str:
+def _as_argument(together: Mapping[str, list[int]]) -> str:
+    """Channels by layer as what a user passes: names and channels, or a dict where they differ."""
+    numbers, *others = together.values()
+    if all(other == numbers for other in others):
+        return f"{list(together)}, {_short(numbers)}"
     return "{" + ", ".join(f"{path!r}: {_short(n)}" for path, n in together.items()) + "}"
 
 
