@@ -188,6 +188,20 @@ def test_an_embedding_loses_columns():
     check(model, torch.arange(10).reshape(2, 5) % 9, {"words": GONE})
 
 
+def test_masks_that_keras_hands_on_are_no_readers():
+    tokens = keras.Input((5,), dtype="int32")
+    x = kl.BatchNormalization()(kl.Embedding(9, 6, mask_zero=True, name="words")(tokens))
+    x = kl.Concatenate(name="both")([x, kl.Dense(3, name="more")(x)])
+    model = shaken(keras.Model(tokens, kl.GRU(2, name="reader")(x)))
+    result = delete_channels(model, {"words": [5], "more": [0]})
+    with torch.no_grad():  # what reads them reads zeros
+        raw_value(model.get_layer("more").kernel)[5] = 0
+        raw_value(model.get_layer("reader").cell.kernel)[[5, 6]] = 0
+    x = torch.tensor([[1, 2, 3, 0, 0], [4, 5, 0, 0, 0]])
+    torch.testing.assert_close(run(result, x), run(model, x))
+    assert not torch.equal(run(result, x), run(result, torch.cat([x[:, :3], x[:, :2]], 1)))
+
+
 # Branches
 
 

@@ -25,7 +25,7 @@ from vggtorch.keras_graph import (
     seed_generators,
 )
 from vggtorch.surgery.masks import reads
-from vggtorch.surgery.wiring import Wiring, call_inputs, owner
+from vggtorch.surgery.wiring import Wiring, call_inputs, needed, owner
 
 Ids: TypeAlias = np.ndarray
 Sized: TypeAlias = tuple[tuple[int | None, ...], int, Ids]
@@ -152,7 +152,9 @@ class Flow:
         now: dict[int, Channels | None] = {}
         for tensor, channels in zip(wiring.functional.inputs, entering, strict=True):
             now[id(tensor)] = channels
-        for node in wiring.nodes:
+        # Not those that only compute the masks which Keras hands on, and will compute again.
+        computing = set(needed(wiring.outputs))
+        for node in (n for n in wiring.nodes if n.is_input or n in computing):
             path = wiring.prefix + node.operation.name
             if node.is_input:
                 shape, channels = tuple(node.outputs[0].shape), now[id(node.outputs[0])]
