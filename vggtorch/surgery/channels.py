@@ -19,7 +19,7 @@ from vggtorch.keras_graph import Functional, raw_value
 from vggtorch.models import remember_, remembered
 from vggtorch.surgery.channel_flow import Channels, Flow, Following, Ids
 from vggtorch.surgery.channel_rules import rule_of
-from vggtorch.surgery.rebuild import rebuilt
+from vggtorch.surgery.rebuild import Instead, Rebuild
 from vggtorch.surgery.remaking import changed_copy
 from vggtorch.surgery.wiring import Wiring, layer_names
 
@@ -83,8 +83,9 @@ def delete_channels(
         and (key in alive or isinstance(following.layer, keras.layers.InputLayer))
     }
     inputs, outputs = wiring.functional.input, wiring.functional.output
-    bypassed = _bypassed(flow, vanished)
-    result = rebuilt(wiring, inputs, outputs, bypassed, changed=changed, vanished=vanished)
+    rebuild = Rebuild(wiring, _bypassed(flow, vanished))
+    rebuild.change(changed, vanished)
+    result = rebuild.model(wiring, inputs, outputs)
     config = remembered(model)
     lost = [gone[out.ids] for _, out in flow.outputs if gone[out.ids].any()]
     if config.label_names and lost:  # an output that is named may be a classifier's
@@ -274,13 +275,13 @@ def _vanished(flow: Flow, gone: np.ndarray) -> set[int]:
     return set(found)
 
 
-def _bypassed(flow: Flow, vanished: set[int]) -> dict[int, keras.KerasTensor]:
+def _bypassed(flow: Flow, vanished: set[int]) -> Instead:
     """What is read in place of a concatenation of one tensor: that tensor."""
-    bypassed = {}
+    bypassed: Instead = {}
     for call, _ in flow.calls:
         left = [t for t in call.tensors if id(t) not in vanished]
         if len(left) == 1 < len(call.tensors):
-            bypassed[id(call.node.outputs[0])] = left[0]
+            bypassed[id(call.node.outputs[0])] = (left[0], ())
     return bypassed
 
 

@@ -95,29 +95,13 @@ def splice_all(wiring: Wiring, changes: Sequence[Change]) -> Functional:
     return Rebuild(wiring, instead).model(wiring, inputs, outputs)
 
 
-def rebuilt(
-    wiring: Wiring,
-    inputs: Any,
-    outputs: Any,
-    instead: Mapping[int, Tensor] | None = None,
-    new_layers: Sequence[Layer] = (),
-    *,
-    weights: bool = True,
-    changed: Mapping[int, Layer] | None = None,
-    vanished: Collection[int] = (),
-) -> Functional:
+def rebuilt(wiring: Wiring, inputs: Any, outputs: Any) -> Functional:
     """A new model from `inputs` to `outputs`, both structures of the old graph's tensors.
 
     They may be tensors of nested models that are called once, which are then cut to what is needed
-    of them. `instead` maps the id of an old tensor to the one that is read in its place, through
-    the new layers. Without `weights` the result has no values: it only shows that everything fits.
-    `changed` maps the id of an old layer, in nested models too, to the `changed_copy` that is
-    called in its place; `vanished` has the ids of tensors that Concatenate layers do without.
+    of them.
     """
-    changes = {key: (now, new_layers) for key, now in (instead or {}).items()}
-    rebuild = Rebuild(wiring, changes, weights=weights)
-    rebuild.change(changed or {})
-    rebuild.vanished = vanished
+    rebuild = Rebuild(wiring)
     ends = keras.tree.flatten(outputs)
     rebuild.starts = [t for t in keras.tree.flatten(inputs) if not _made_in(wiring, t)]
     rebuild.ends = [t for t in ends if not _made_in(wiring, t)]
@@ -169,10 +153,14 @@ class Rebuild:
         self._values: dict[int, keras.Variable] = {}  # id of an old variable -> the new one
         self._shapes = dict(shapes or {})
 
-    def change(self, changed: Mapping[int, Layer]) -> None:
-        """Let these layers, by the ids of the old ones, be called in the place of copies."""
+    def change(self, changed: Mapping[int, Layer], vanished: Collection[int]) -> None:
+        """Let other layers be called in the place of copies, by the ids of the old ones.
+
+        Concatenate layers do without the tensors whose ids are in `vanished`.
+        """
         self.copies.update(changed)
         self._settled.update(changed)
+        self.vanished = vanished
 
     # Models
 
