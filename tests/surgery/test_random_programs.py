@@ -62,7 +62,7 @@ def step(model, draw, count):
     verbs = [*KEEPING, "where", "freeze", "flatten", "rename", "delete", "start", "channels"]
     verb = draw.choice(verbs)
     new = new_layer(draw, f"new{count}")
-    shapes = {t.name: (12, 12, 3) for t in model.inputs}
+    shapes = {t.name: (12, 12, t.shape[-1]) for t in model.inputs}
     single = len(model.inputs) == 1
     if verb == "freeze":
         clone = truncate(
@@ -78,7 +78,7 @@ def step(model, draw, count):
         "remove": lambda: remove(model, {name, other}),
         "replace": lambda: replace(model, name, new),
         "stack": lambda: stack(model, new),
-        "size": lambda: with_input(model, shapes if not single else (12, 12, 3)),
+        "size": lambda: with_input(model, shapes if not single else next(iter(shapes.values()))),
         "channels": lambda: with_input(model, channels=4, rule="mean"),
         "where": lambda: replace_where(
             model, kl.MaxPooling2D, lambda old: kl.AveragePooling2D(2, name=f"{old.name}_{count}")
