@@ -53,9 +53,9 @@ class Rows:
 
         Of the variance of what is seen, the share that patches have numbers for each of the rows:
         a covariance is shrunk by about as much where its entries are estimated from so few (Ledoit
-        and Wolf 2004). With a fiftieth of it, VGG16 compressed four times had a cosine of 0.72 at
-        block5_pool on other photographs, with all of it 0.91. More than the variance itself would
-        leave the images without a say.
+        and Wolf 2004). With 0.002 of the variance instead, VGG16 compressed four times, in closed
+        form alone, had a cosine of 0.72 at block5_pool on other photographs; with 0.8 of this share
+        0.91. More than the variance itself would leave the images without a say.
         """
         share = min(1.0, self.patches[0].numel() / len(self.patches))
         return share * float(self.patches.var()) + 1e-30
