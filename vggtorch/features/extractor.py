@@ -15,6 +15,7 @@ from torch.fx.passes.split_module import split_module
 from torch.utils.checkpoint import checkpoint as run_checkpointed
 
 from vggtorch.architectures import architecture_named
+from vggtorch.features.frozen import with_little_kept
 from vggtorch.features.pixels import Pixels
 from vggtorch.lowering import TorchNetwork, to_torch
 from vggtorch.models import PREPROCESSING_SUFFIX, constructor, weight_set
@@ -32,7 +33,8 @@ class FeatureExtractor(nn.Module):
     a layer of its own: "block1_conv2" is the value before it, "block1_conv2_relu" the one after
     it. The short names "conv1_2", "relu1_2" and "pool1" stand for VGG's layers too.
 
-    Gradients flow to the images. The weights are frozen, and batch norm and dropout run as in
+    Gradients flow to the images, and keep a quarter of what torch keeps for them. The weights are
+    frozen, and batch norm and dropout run as in
     inference whatever `train()` says, unless `trainable` is set. `.to(torch.bfloat16)` and autocast
     work as with any module; images are normalised in float32.
 
@@ -105,7 +107,7 @@ class FeatureExtractor(nn.Module):
         if not trainable:
             network.requires_grad_(False)
             network.eval()
-        self._parts: torch.fx.GraphModule | None = None
+        self._made: tuple[str, torch.fx.GraphModule] | None = None
         self._is_checked = False  # whether the range of images on a GPU has been looked at
 
     def _load(self, source: str | os.PathLike, architecture: str) -> keras.Model:
@@ -131,9 +133,8 @@ class FeatureExtractor(nn.Module):
         weight = next((p for p in self.network.parameters() if p.is_floating_point()), None)
         if weight is not None:
             x = x.to(weight.dtype)
-        again = self.checkpoint and torch.is_grad_enabled() and not compiling
         try:
-            values = (self._in_parts() if again else self.network)(x)
+            values = self._runner(x)(x)
         except RuntimeError as error:
             if "too small" not in str(error):
                 raise
@@ -163,28 +164,48 @@ class FeatureExtractor(nn.Module):
             f"value_range={self.pixels.value_range}, data_format={self.pixels.data_format!r}"
         )
 
-    # Checkpointing
+    # Memory in backward
 
-    def _in_parts(self) -> torch.fx.GraphModule:
-        """The network cut behind each pool, on the same children; each part is computed again."""
-        if self._parts is None:
-            part = 0
-            parts: dict[torch.fx.Node, int] = {}
-            for node in self.network.graph.nodes:
-                parts[node] = part
-                if node.op == "call_module":
-                    part += isinstance(self.network.get_submodule(node.target), POOLS)
-            split: Any = split_module(self.network, nn.Module(), parts.__getitem__)
-            for name, child in list(split.named_children()):
-                split.add_module(name, _Again(child))
+    def _runner(self, x: Tensor) -> torch.fx.GraphModule:
+        """The network itself, or for gradients the same one in a form that keeps less."""
+        plain = torch.compiler.is_compiling() or torch.jit.is_tracing()
+        if plain or not torch.is_grad_enabled():
+            return self.network
+        if not self.checkpoint:
+            frozen = x.requires_grad and not self.trainable and type(x) is Tensor
+            if not frozen or torch.is_autocast_enabled(x.device.type) or _in_transform():
+                return self.network
+        code = self.network.code  # which is another one when somebody has edited the graph
+        if self._made is None or self._made[0] != code:
+            made = _in_parts(self.network) if self.checkpoint else with_little_kept(self.network)
             # Not a child: its parameters are listed under the network's own names already.
-            object.__setattr__(self, "_parts", split)
-        assert self._parts is not None
-        return self._parts
+            object.__setattr__(self, "_made", (code, made))
+        assert self._made is not None
+        return self._made[1]
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles cut their own network anew."""
-        return self.__dict__ | {"_parts": None}
+        """Copies and pickles make their own."""
+        return self.__dict__ | {"_made": None}
+
+
+def _in_parts(network: TorchNetwork) -> torch.fx.GraphModule:
+    """The network cut behind each pool, on the same children; each part is computed again."""
+    part = 0
+    parts: dict[torch.fx.Node, int] = {}
+    for node in network.graph.nodes:
+        parts[node] = part
+        if node.op == "call_module":
+            part += isinstance(network.get_submodule(str(node.target)), POOLS)
+    split: Any = split_module(network, nn.Module(), parts.__getitem__)
+    for name, child in list(split.named_children()):
+        split.add_module(name, _Again(child))
+    return split
+
+
+def _in_transform() -> bool:
+    """Whether a transform of torch.func is active."""
+    level = getattr(getattr(torch._C, "_functorch", None), "maybe_current_level", None)
+    return level is not None and level() is not None
 
 
 class _Again(nn.Module):
