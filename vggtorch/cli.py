@@ -74,12 +74,16 @@ def _every_command(
 ) -> None: ...
 
 
-@app.command("demo")
-def run_demo() -> None:
-    """The tutorial's three examples on real weights."""
+@app.command("demo", epilog=_examples("demo", "demo --page what-layers-bring.html"))
+def run_demo(
+    page: Annotated[
+        str, typer.Option(metavar="FILE", help="Where the page with its pictures is written.")
+    ] = "vggtorch-demo.html",
+) -> None:
+    """What pretrained layers bring: the tutorial on real weights and photographs, measured."""
     from vggtorch import demo
 
-    demo.run()
+    demo.run(page)
 
 
 @app.command(
