@@ -38,17 +38,20 @@ def peer(torchvision_vgg):
 
 def test_values_and_gradients_are_those_of_create_feature_extractor(vgg, peer, images):
     extractor = vt.FeatureExtractor(vgg, [*TAPS], normalization="imagenet")
+    # In float64, where no value is so near 0 that the two see it on different sides of a ReLU.
+    ours, theirs = copy.deepcopy(extractor).double(), copy.deepcopy(peer).double()
     gradients = []
-    for features in (extractor, lambda x: peer(transforms.normalize(x, MEAN, STD))):
-        x = images.clone().requires_grad_()
+    for features in (ours, lambda x: theirs(transforms.normalize(x, MEAN, STD))):
+        x = images.double().requires_grad_()
         values = features(x)
         assert list(values) == [*TAPS]
         sum(value.square().mean() for value in values.values()).backward()
         gradients.append((values, x.grad))
     (received, gradient), (expected, wanted) = gradients
     for tap in TAPS:
-        close(received[tap], expected[tap])
-    close(gradient, wanted)
+        close(received[tap], expected[tap], 1e-12)
+        close(extractor(images)[tap], expected[tap].float())
+    close(gradient, wanted, 1e-10)
     assert not any(p.requires_grad or p.grad is not None for p in extractor.parameters())
 
 
@@ -160,7 +163,8 @@ def kept_for_backward(extractor, x, weights=None):
 
 def plain_network(extractor, x):
     """The same network's modules one by one, as torch differentiates them."""
-    return extractor.network(extractor.pixels.normalise(x))
+    one_by_one = torch.fx.GraphModule(extractor.network, extractor.network.graph)
+    return one_by_one(extractor.pixels.normalise(x))
 
 
 @pytest.mark.parametrize("data_format", ["channels_first", "channels_last"])
@@ -171,20 +175,23 @@ def test_a_frozen_network_keeps_a_quarter_and_gives_the_same_gradients(vgg, data
     )
     shape = (2, 3, *size) if data_format == "channels_first" else (2, *size, 3)
     images = torch.rand(shape, generator=torch.Generator().manual_seed(0))
-    x, y = images.clone().requires_grad_(), images.clone().requires_grad_()
-    received, memory = kept_for_backward(extractor, x)
-    expected = plain_network(extractor, y)
-    if data_format == "channels_last":
-        expected = {tap: value.permute(0, 2, 3, 1) for tap, value in expected.items()}
-    for tap, value in received.items():
-        close(value, expected[tap])
-        value.square().mean().backward(retain_graph=True)
-        expected[tap].square().mean().backward(retain_graph=True)
-        close(x.grad, y.grad)
-    _, plain = kept_for_backward(
-        lambda x: plain_network(extractor, x), y, {p.data_ptr() for p in extractor.parameters()}
-    )
+    weights = {p.data_ptr() for p in extractor.parameters()}
+    x = images.clone().requires_grad_()
+    _, memory = kept_for_backward(extractor, x)
+    _, plain = kept_for_backward(lambda x: plain_network(extractor, x), x, weights)
     assert memory < 0.26 * plain
+
+    exact = copy.deepcopy(extractor).double()
+    x, y = images.double().requires_grad_(), images.double().requires_grad_()
+    received, expected = exact(x), plain_network(exact, y)
+    for tap, value in received.items():
+        wanted = expected[tap]
+        if data_format == "channels_last":
+            wanted = wanted.permute(0, 2, 3, 1)
+        close(value, wanted, 1e-12)
+        value.square().mean().backward(retain_graph=True)
+        wanted.square().mean().backward(retain_graph=True)
+        close(x.grad, y.grad, 1e-10)
 
 
 def test_gradients_of_gradients_and_of_nan_are_torchs(vgg, images):
@@ -250,7 +257,7 @@ def test_checkpointing_gives_the_same_from_less_that_is_kept(vgg, images, traina
         saved.append(memory)
         found.append((*values.values(), x.grad))
     for received, expected in zip(found[1], found[0], strict=True):
-        torch.testing.assert_close(received, expected, rtol=0, atol=0)
+        close(received, expected)
     assert saved[1] < saved[0] / (4 if trainable else 2)
 
 
@@ -353,10 +360,8 @@ def test_images_that_cannot_be_right_are_refused(vgg, options, given, message):
         extractor(given)
 
 
-def test_options_that_cannot_be_are_refused(vgg, small):
+def test_options_that_cannot_be_are_refused(vgg):
     with pytest.raises(ValueError, match="expected 'channels_last' or"):
         vt.FeatureExtractor(vgg, ["pool1"], normalization=None, data_format="NCHW")
     with pytest.raises(ValueError, match="expected the values of black and of white"):
         vt.FeatureExtractor(vgg, ["pool1"], normalization=None, value_range=(1, 0))
-    with pytest.raises(ValueError, match="would count each batch twice"):
-        vt.FeatureExtractor(small, ["pool1"], normalization=None, trainable=True, checkpoint=True)

@@ -5,7 +5,6 @@ one needs less: of a convolution its weight, of a ReLU which values were positiv
 where in each window the largest stood.
 """
 
-
 from __future__ import annotations
 
 import math
