@@ -82,17 +82,20 @@ def test_the_demo_runs_end_to_end(monkeypatch, capsys, tmp_path):
         "PER_PICTURE": 6,
         "EPOCHS": 1,
         "REPLACED_SIZE": 32,
-        "UNLABELLED": 3,
+        "UNLABELLED": 6,
         "DISTILL_SECONDS": 2.0,
+        "COMPRESS_STEPS": 1,
+        "COMPRESS_SECONDS": 5.0,
         "BENCH_SIZE": 32,
     }.items():
         monkeypatch.setattr(demo, name, value)
     result = demo.run(tmp_path / "page.html")
     assert result.weight_set == "oxford"
     assert result.similarity["random"] < result.similarity["composed"] <= 1
+    assert 0 < result.compressed[0] <= 1 and result.compressed[1] > 0
     assert set(result.pretrained) == set(result.random) == set(demo.DEPTHS)
     printed = capsys.readouterr().out
-    assert "5 of 5" in printed and "likeness" in printed and "can't" not in printed
+    assert "6 of 6" in printed and "likeness" in printed and "can't" not in printed
     page = result.page.read_text()
     assert page.count("<svg") == 4 and page.count("data:image/jpeg;base64,") == 8
     assert "http" not in page.replace("http://www.w3.org/2000/svg", "")
