@@ -327,8 +327,8 @@ labels.</p>
 <div class="drawing">{drawing}</div>
 <h2>Compressed</h2>
 <p><code>vt.compress(model, {COMPRESS_TIMES}, images)</code> on the same crops, without labels: the
-network with 1/{COMPRESS_TIMES} of the multiply-adds has a cosine of {alike:.3f} to the original at the
-last pool, on crops that it has not seen, and runs {as_fast:.2f} times as fast here.</p>
+network with 1/{COMPRESS_TIMES} of the multiply-adds has a cosine of {alike:.3f} to the original at
+the last pool, on crops that it has not seen, and runs {as_fast:.2f} times as fast here.</p>
 <h2>Speed</h2>
 <p>One image of {BENCH_SIZE}x{BENCH_SIZE} through VGG16's convolutions on this machine, in
 milliseconds: {faster:.1f} times as fast as stock Keras on torch.</p>
