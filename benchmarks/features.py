@@ -25,7 +25,8 @@ from torchvision.transforms import functional as transforms
 
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 TAPS = {"relu1_2": 3, "relu2_2": 8, "relu3_3": 15, "relu4_3": 22, "relu5_3": 29}
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
+# A value near 0 may be on either side of a ReLU, which changes the gradient of a whole region.
+TOLERANCE = {torch.float32: (1e-4, 2e-2), torch.bfloat16: (5e-2, 0.5)}  # of values and gradients
 Run = Callable[[Tensor], dict[str, Tensor]]
 
 
@@ -107,7 +108,9 @@ def gradient(run: Callable[[Tensor], Any], images: Tensor) -> Tensor:
     return found
 
 
-def check(runs: dict[str, Callable[[Tensor], Any]], images: Tensor, tolerance: float) -> None:
+def check(
+    runs: dict[str, Callable[[Tensor], Any]], images: Tensor, tolerances: tuple[float, float]
+) -> None:
     """Raise where a candidate's values or gradient are not those of the first."""
     found = {}
     for name, run in runs.items():
@@ -117,9 +120,10 @@ def check(runs: dict[str, Callable[[Tensor], Any]], images: Tensor, tolerance: f
         found[name] = [value.float() for value in (*taps, gradient(run, images))]
     expected = next(iter(found.values()))
     for name, tensors in found.items():
-        for received, wanted in zip(tensors, expected, strict=True):
+        limits = [tolerances[0]] * (len(tensors) - 1) + [tolerances[1]]
+        for received, wanted, limit in zip(tensors, expected, limits, strict=True):
             error = ((received - wanted).norm() / wanted.norm()).item()
-            if not error <= tolerance:
+            if not error <= limit:
                 raise RuntimeError(f"{name} differs by {error:.1e}")
 
 
