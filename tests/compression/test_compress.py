@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import keras
 import numpy as np
 import pytest
 import torch
+from contract import same_snapshot, snapshot
 from small import L, images, vgg
 
 import vggtorch as vt
 from vggtorch.models import remember_
-
-sys.path.append(str(Path(__file__).parents[1] / "surgery"))
-from contract import same_snapshot, snapshot
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.slow]
 
