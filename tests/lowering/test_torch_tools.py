@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -202,13 +203,16 @@ def test_hooks_on_every_module_see_what_they_see_by_hand(pair, x, training):
         kept: dict[tuple[str, int], torch.Tensor] = {}
         in_double(network.train(training))
         watched = [m for m in network.modules() if isinstance(m, kinds)]
+
+        def forward(i, kept, _, __, output):
+            kept["forward", i] = output.detach()
+
+        def backward(i, kept, _, __, gradients):
+            kept["backward", i] = gradients[0].clone()
+
         for i, module in enumerate(watched):
-            module.register_forward_hook(
-                lambda _, __, y, i=i, kept=kept: kept.update({("forward", i): y.detach()})
-            )
-            module.register_full_backward_hook(
-                lambda _, __, g, i=i, kept=kept: kept.update({("backward", i): g[0].clone()})
-            )
+            module.register_forward_hook(partial(forward, i, kept))
+            module.register_full_backward_hook(partial(backward, i, kept))
         network(x.double())[:, 0].sum().backward()
         seen.append(kept)
     assert len(seen[0]) == 2 * len(watched)

@@ -223,6 +223,15 @@ def _unit(values: np.ndarray) -> np.ndarray:
 def read_features(path: str | Path) -> FeatureTable:
     """The features that `write_features` wrote, all in memory.
 
+    >>> import vggtorch as vt
+    >>> vt.read_features("nowhere.parquet")
+    Traceback (most recent call last):
+    ...
+    ValueError: nowhere.parquet has no features. Expected a folder that write_features wrote.
+
+    Args:
+        path: the folder of shards.
+
     Raises:
         ValueError: no such data set, or one without features.
         ImportError: pyarrow isn't installed.

@@ -158,6 +158,12 @@ def predict_files(
 def write_predictions(found: Iterable[Prediction], path: str | Path) -> list[Prediction]:
     """Write predictions as they come; returns those of images that could not be read.
 
+    >>> import pathlib, tempfile, vggtorch as vt
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     problems = vt.write_predictions([], pathlib.Path(folder) / "none.jsonl")
+    >>> problems
+    []
+
     Args:
         found: what `predict_files` gives.
         path: ends in .csv (a row for each image: path, label and probability of each class, and
