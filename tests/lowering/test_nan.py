@@ -15,7 +15,7 @@ from vggtorch.lowering import accelerate_, has_fused_ops
 
 
 def same_as_keras(model: keras.Model, x: torch.Tensor) -> np.ndarray:
-    """What Keras computes, which both ways to run the lowered network must give too."""
+    """What Keras computes, which both ways to run the network must give too."""
     with torch.no_grad():
         expected = model(x, training=False).numpy()
         found = on_keras(model).eval()(x).numpy()
