@@ -46,7 +46,7 @@ def rows(weight, generator, number=2000):
     return Rows(patches, outputs, metric @ metric.T, weight)
 
 
-@pytest.mark.parametrize(("kind", "kernel"), KERNELS.items(), ids=str)
+@pytest.mark.parametrize(("kind", "kernel"), KERNELS.items(), ids=map(str, KERNELS))
 def test_a_kernel_of_the_form_is_found_exactly(kind, kernel):
     method, ranks = kind
     generator = torch.Generator().manual_seed(0)
@@ -82,7 +82,7 @@ def test_no_pair_of_the_rank_is_better_in_the_metric():
     assert error().item() > 0.97 * before  # what stands for unseen images costs a little
 
 
-@pytest.mark.parametrize(("kind", "kernel"), KERNELS.items(), ids=str)
+@pytest.mark.parametrize(("kind", "kernel"), KERNELS.items(), ids=map(str, KERNELS))
 def test_what_replaced_layers_give_is_made_up_for(kind, kernel):
     method, ranks = kind
     generator = torch.Generator().manual_seed(2)
