@@ -167,5 +167,7 @@ def _report(problems: list[tuple[Path, str]]) -> None:
     lines = [reason for _, reason in problems[:UNREADABLE]]
     more = f"\nAnd {len(problems) - UNREADABLE} more." if len(problems) > UNREADABLE else ""
     text = f"{len(problems)} images can't be read:\n" + "\n".join(lines) + more
+    if len(problems) == 1:
+        text = f"an image can't be read: {lines[0]}"
     print(f"vggtorch: {visible_lines(text)}", file=sys.stderr)
     raise typer.Exit(1)

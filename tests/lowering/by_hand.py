@@ -117,9 +117,9 @@ class ResNet50(nn.Module):
             x = run(f"{block}_2", x, "conv", "bn", "relu")
             x = run(f"{block}_3", x, "conv", "bn")
             x = run(block, around + x, "out")
-        head = [getattr(self, name) for name in ("pool", "pool_flatten", "logits")]
-        y: Tensor = nn.Sequential(*head)(x)
-        return y
+        for name in ("pool", "pool_flatten", "logits"):
+            x = getattr(self, name)(x)
+        return x
 
 
 def resnet50_by_hand(model: keras.Model) -> nn.Module:

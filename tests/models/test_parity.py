@@ -176,7 +176,7 @@ def assert_torch_equals_keras(model, training):
     for variable, received, theirs in zip(model.variables, left, keras_left, strict=True):
         # Rounding may put a value on the other side of a ReLU; all gradients before it differ.
         error = (received - theirs).norm() / theirs.norm()
-        assert error <= 1e-2, f"{variable.path}: {error:.2e}"
+        assert error <= 3e-2, f"{variable.path}: {error:.2e}"
     with torch.no_grad():
         x = torch.from_numpy(vt.preprocess(PHOTOS, "imagenet", size=32))
         fused = keras.tree.flatten(module.eval()(x))

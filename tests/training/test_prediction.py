@@ -65,7 +65,7 @@ def test_predict_writes_a_row_for_each_image_and_passes_over_what_it_cant_read(
     words = [str(run), str(photos), "-b", batch_size]
     assert main(["predict", *words, "--out", str(table), "--top", "2"]) == 1
     error = capsys.readouterr().err
-    assert error.startswith("vggtorch: 1 images can't be read:\n") and "green/1.png" in error
+    assert error.startswith("vggtorch: an image can't be read: ") and "green/1.png" in error
     assert main(["predict", *words, "--out", str(lines)]) == 1
     rows = list(csv.DictReader(table.open()))
     found = [json.loads(line) for line in lines.read_text().splitlines()]

@@ -8,6 +8,9 @@ kernels and of activations stand in products.py.
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 import keras
 import numpy as np
 import torch
@@ -60,8 +63,10 @@ def _layer_norm(site: Site) -> list[Piece] | None:
     last = {axis % site.rank for axis in layer.axis} == {site.rank - 1}
     if not last or getattr(layer, "rms_scaling", False):
         return None
-    wide = layer.compute_dtype in ("bfloat16", "float16")
-    kind = WideLayerNorm if wide else nn.LayerNorm
+    kind: Any = nn.LayerNorm
+    if layer.compute_dtype in ("bfloat16", "float16"):
+        dtype = keras_graph.torch_dtype(layer.compute_dtype)
+        kind = partial(WideLayerNorm, compute_dtype=dtype)
     norm = kind(site.inputs[0].shape[-1], layer.epsilon, device="meta", dtype=site.dtype)
     site.set_(norm, "weight", layer.gamma if layer.scale else None)
     site.set_(norm, "bias", layer.beta if layer.center else None)

@@ -64,11 +64,16 @@ class MixedLinear(_Mixed, nn.Linear):
 
 
 class WideLayerNorm(nn.LayerNorm):
-    """nn.LayerNorm that computes in float32 and puts out its input's dtype, as Keras does."""
+    """nn.LayerNorm that computes in float32 and puts out another dtype, as Keras does."""
+
+    def __init__(self, *args: Any, compute_dtype: torch.dtype, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.compute_dtype = compute_dtype
 
     def forward(self, x: Tensor) -> Tensor:
         weight, bias = (p if p is None else p.float() for p in (self.weight, self.bias))
-        return F.layer_norm(x.float(), self.normalized_shape, weight, bias, self.eps).to(x.dtype)
+        y = F.layer_norm(x.float(), self.normalized_shape, weight, bias, self.eps)
+        return y.to(self.compute_dtype)
 
 
 class GlobalMaxPool(nn.Module):

@@ -299,7 +299,8 @@ class _Builder:
             axes = self._common([tensor])
         node = self.value(tensor, axes)
         floats = "float" in tensor.dtype and "float" in layer.compute_dtype
-        if floats and tensor.dtype != layer.compute_dtype:  # Keras casts a layer's input
+        # Keras casts a layer's input, but for a LayerNormalization's, which computes in float32.
+        if floats and layer.autocast and tensor.dtype != layer.compute_dtype:
             dtype = keras_graph.torch_dtype(layer.compute_dtype)
             node = self.graph.call_method("to", (node, dtype))
         for name, wanted in modules:
