@@ -50,6 +50,13 @@ class TorchNetwork(torch.fx.GraphModule):
                 return plan(inputs)
         return super().__call__(*args, **kwargs)
 
+    def train(self, mode: bool = True) -> TorchNetwork:
+        """As torch.nn.Module has it; evaluation lets go of memory that training has kept."""
+        if not mode and self._plan is not None:
+            self._plan.release()
+        super().train(mode)
+        return self
+
     def recompile(self) -> Any:
         """As torch.fx.GraphModule has it: make `forward` anew from the graph as it is now."""
         code = super().recompile()

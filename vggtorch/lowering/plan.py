@@ -101,11 +101,15 @@ class Plan:
         for run in self.plans.fused.values():
             if isinstance(run, FusedConv2d):
                 run.constants.is_checked = False
-            elif isinstance(run, TrainedLinear) and settled == len(self.plans.steps):
-                run.gradients.release()
         values: dict[int, Any] = dict(enumerate(inputs))
         run_segments(self.plans.fast(settled), values)
         return _filled(self.structure, values)
+
+    def release(self) -> None:
+        """Let go of the memory that is kept for the gradients of large products."""
+        for run in self.plans.fused.values():
+            if isinstance(run, TrainedLinear):
+                run.gradients.release()
 
     def _settled(self, inputs: Sequence[Tensor]) -> int:
         """How many of the leading steps do as in inference, with no gradient to come."""
