@@ -1,4 +1,4 @@
-"""The Keras model itself, run by its lowered module."""
+"""The Keras model itself, run by its torch network."""
 
 from __future__ import annotations
 
@@ -104,3 +104,21 @@ def test_accelerated_sequential() -> None:
     x = np.random.default_rng(0).normal(size=(3, 8, 8, 3))
     expected = model.predict(x, verbose=0)
     np.testing.assert_allclose(accelerate_(model).predict(x, verbose=0), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_settings_of_layers_may_change(training: bool) -> None:
+    """Keras reads them at each call, so the accelerated model must too."""
+    model, twin = accelerate_(small_vgg()), small_vgg()
+    x = images(model)
+    before = model(x, training=training)
+    for network in (model, twin):
+        network.get_layer("block1_conv1").activation = keras.activations.tanh
+        network.get_layer("block2_bn1").epsilon = 0.5
+    if training:
+        twin(x, training=True)  # counted by batch norm, as `before` was
+    found = model(x, training=training)
+    assert not torch.allclose(found, before)
+    assert_close(found.detach(), twin(x, training=training).detach(), 1e-4)
+    model(x, training=True).square().sum().backward()
+    assert all(v.value.grad is not None for v in model.trainable_variables)

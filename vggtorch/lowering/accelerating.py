@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import keras
@@ -15,8 +16,8 @@ def accelerate_(model: keras.Model, compile: bool = False, enabled: bool = True)
     """Make a Keras model run its torch network in fit, evaluate, predict and calls, in place.
 
     The network is that of `to_torch`, with its fast plan. Results, callbacks, metrics, saving and
-    surgery stay what they are; neither a saved model nor a clone of this one is accelerated. Call
-    it again after layers were changed otherwise than by training or by their `trainable` flags.
+    surgery stay what they are; neither a saved model nor a clone of this one is accelerated. A
+    layer's activation, rate, strides and the like may be set afterwards: the next call has them.
     Returns the model.
 
     Args:
@@ -41,6 +42,8 @@ def accelerate_(model: keras.Model, compile: bool = False, enabled: bool = True)
     graph = keras_graph.graph_of(model, "accelerate_")
     module = OnKeras(graph, model.name)
     run = torch.compile(module) if compile else module
+    inside = keras_graph.all_layers(model, include_self=False)
+    settings = _settings(inside)
     fixes_training = any(
         call.arguments.kwargs.get("training") is not None for call in keras_graph.calls(graph)
     )
@@ -55,9 +58,13 @@ def accelerate_(model: keras.Model, compile: bool = False, enabled: bool = True)
         values = keras_graph.standardize_inputs(graph, inputs)
         if any(x is None or x.is_meta or keras_graph.has_mask(x) for x in values):
             return type(model).call(model, inputs, training=training, mask=mask)
+        nonlocal module, run, settings, laid_out
+        now = _settings(inside)
+        if not all(map(operator.is_, now, settings)):  # somebody has set an attribute of a layer
+            module, settings = OnKeras(graph, model.name), now
+            run = torch.compile(module) if compile else module
         if module.training != bool(training):
             module.train(bool(training))
-        nonlocal laid_out
         optimizer = getattr(model, "optimizer", None)  # None before compile()
         if training and optimizer is not laid_out and optimizer and optimizer.built:
             _lay_out_slots_(optimizer, model)
@@ -66,6 +73,19 @@ def accelerate_(model: keras.Model, compile: bool = False, enabled: bool = True)
 
     keras_graph.override_call_(model, call)
     return model
+
+
+# What a network takes over from Keras's layers, beside their weights and `trainable`.
+_SETTINGS = (
+    "activation", "alpha", "axis", "data_format", "dilation_rate", "epsilon", "interpolation",
+    "max_value", "momentum", "negative_slope", "noise_shape", "offset", "padding", "pool_size",
+    "rate", "scale", "size", "strides", "target_shape", "threshold",
+)  # fmt: skip
+
+
+def _settings(inside: list[keras.Layer]) -> list[Any]:
+    """The objects that are these attributes of the layers now; setting one puts another there."""
+    return [vars(layer).get(name) for layer in inside for name in _SETTINGS]
 
 
 def _lay_out_slots_(optimizer: keras.Optimizer, model: keras.Model) -> None:
