@@ -1,5 +1,8 @@
 import vggtorch  # noqa: F401 - before any test imports Keras: it selects the torch backend
 
+import gc  # isort: skip
+
+import psutil  # isort: skip
 import pytest  # isort: skip
 import torch  # isort: skip
 
@@ -9,6 +12,21 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
+@pytest.fixture(scope="session")
+def _memory():
+    """Bytes that the process had when it was last freed of cycles."""
+    return [psutil.Process().memory_info().rss]
+
+
+@pytest.fixture(autouse=True)
+def _room_for_the_next(_memory):
+    """Whole networks stand in cycles, which Python looks for seldom: free what has piled up."""
+    yield
+    if psutil.Process().memory_info().rss > _memory[0] + 2e9:
+        gc.collect()
+        _memory[0] = psutil.Process().memory_info().rss
 
 
 @pytest.fixture(scope="module")
