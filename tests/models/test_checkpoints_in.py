@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from written import write
 
 import vggtorch as vt
 from vggtorch.models import remember_
@@ -51,17 +52,6 @@ def assert_same(model: keras.Model, expected: keras.Model) -> None:
     assert len(ours) == len(theirs)
     for a, b in zip(ours, theirs, strict=True):
         np.testing.assert_array_equal(a, b)
-
-
-def write(model: keras.Model, path: Path) -> Path:
-    """By Keras itself where it has the form, and else by us."""
-    if path.name.endswith(".weights.h5"):
-        model.save_weights(path)
-    elif path.suffix in (".keras", ".h5"):
-        model.save(path)
-    else:
-        vt.save_weights(model, path)
-    return path
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from keras import layers
+from written import write
 
 import vggtorch as vt
 
@@ -35,16 +36,6 @@ def filled(model: keras.Model) -> keras.Model:
     for variable in vt.named_variables(model).values():
         variable.assign(generator.uniform(0.1, 1, size=variable.shape))
     return model
-
-
-def write(model: keras.Model, path: Path) -> Path:
-    if path.name.endswith(".weights.h5"):
-        model.save_weights(path)
-    elif path.suffix in (".keras", ".h5"):
-        model.save(path)
-    else:
-        vt.save_weights(model, path)
-    return path
 
 
 def assert_same(model: keras.Model, expected: keras.Model) -> None:
