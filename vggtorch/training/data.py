@@ -14,6 +14,7 @@ import functools
 import hashlib
 import os
 import random
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -355,6 +356,16 @@ def loaded(
         yield from batches
 
 
+def _await_signal(patience: float = 5.0) -> None:
+    """Wait for the signal of a worker's death, and drop the error that torch raises for it.
+
+    A worker's connections break a moment before the signal of its death comes. Left alone, the
+    signal would raise torch's own error later, anywhere.
+    """
+    with contextlib.suppress(RuntimeError):
+        time.sleep(patience)
+
+
 @contextlib.contextmanager
 def clear_errors(num_workers: int) -> Iterator[None]:
     """Inside, errors of the workers that read images become a ValueError that says what to do.
@@ -367,6 +378,8 @@ def clear_errors(num_workers: int) -> Iterator[None]:
         broken = num_workers and not isinstance(error, RuntimeError)
         if "Caught " in str(error) or not (broken or "DataLoader worker (pid" in str(error)):
             raise
+        if broken:
+            _await_signal()
         raise ValueError(
             f"A process that reads images was killed, for want of memory perhaps. Carry the run on "
             f"with resume=True, and fewer of them than num_workers={num_workers}."
