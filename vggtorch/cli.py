@@ -287,6 +287,8 @@ app.command(
         "finetune photos",
         "finetune photos --crop-mode squash --epochs 5 --lr 3e-4 -b 32 -o run2",
         "finetune photos --cut block4_pool --head mlp --freeze block4_pool --advise none",
+        "finetune labels.csv --epochs 5",
+        "finetune pets --label-pattern '^(.+)_[0-9]+'",
         "finetune train validation --unfreeze 3:block5_conv1",
     )
 )
@@ -297,7 +299,8 @@ def finetune(
         str,
         typer.Argument(
             metavar="DATA",
-            help="A folder with one folder for each class, or with train, val, test.",
+            help="A folder with one folder for each class, or with train, val, test; or a .csv or "
+            ".jsonl file of paths and labels, and splits perhaps.",
         ),
     ],
     validation: Annotated[
@@ -331,7 +334,7 @@ def finetune(
     }
     # What can't be right is refused before the weights are loaded; some settings need the plan's.
     TrainConfig(**{k: v for k, v in given.items() if advise == "none" or k not in _TOGETHER})
-    count_images(find_splits(Path(train)).train)
+    count_images(find_splits(Path(train)).train, given.get("label_pattern"))
     if weights is None:
         weights, missing = best_weight_set(architecture)
         because = missing.partition("\n")[0]

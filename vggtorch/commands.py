@@ -73,7 +73,8 @@ def evaluate(
     data: Annotated[
         str,
         typer.Argument(
-            metavar="DATA", help="A folder with one folder for each class, or with test."
+            metavar="DATA",
+            help="A folder with one folder for each class, or with test; or a table of labels.",
         ),
     ],
     out: Annotated[
@@ -81,11 +82,19 @@ def evaluate(
     ] = None,
     batch_size: BatchSize = 32,
     num_workers: Annotated[int, typer.Option(help="Processes that read images.")] = 0,
+    label_pattern: Annotated[
+        str | None,
+        typer.Option(help="Regular expression; its first group, in a file's name, is the label."),
+    ] = None,
 ) -> None:
     """How well a trained model does on labelled images that nothing was chosen by."""
     network = _network(model, "imagenet")
     found, source = vt.evaluate_folder(
-        network, data, batch_size=batch_size, num_workers=num_workers
+        network,
+        data,
+        batch_size=batch_size,
+        num_workers=num_workers,
+        label_pattern=label_pattern,
     )
     figures = found.figures()
     print(f"{len(found.labels)} images of {len(source.classes)} classes in {visible(source.root)}")

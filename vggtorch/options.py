@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import re
+import shlex
 import typing
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -95,7 +96,7 @@ def as_options(message: str) -> str:
             return flag if value == "True" else f"no {flag}"
         if stages := re.findall(_STAGE, value):
             return " ".join(f"{flag} {epoch}:{layer}" for epoch, layer in stages)
-        return f"--no-{flag[2:]}" if value == "False" else f"{flag} {value}"
+        return f"--no-{flag[2:]}" if value == "False" else f"{flag} {shlex.quote(value)}"
 
     message = re.sub(r"(?<=[^.:;])\n+", "; ", _NO_OPTION.sub("", message))
     message = _PYTHON_HINT.sub("", " ".join(message.split()))

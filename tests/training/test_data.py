@@ -10,7 +10,7 @@ import pytest
 import tiny
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset, IterableDataset, WeightedRandomSampler
+from torch.utils.data import DataLoader, Dataset, WeightedRandomSampler
 
 from vggtorch.models import preprocess
 from vggtorch.training import data
@@ -191,15 +191,12 @@ def test_a_loaders_own_sampler_decides_and_repeats_itself():
     assert plan(0) == first
 
 
-def test_iterable_datasets_are_refused():
-    class Stream(IterableDataset):
-        def __iter__(self):
-            return iter([])
-
-    with pytest.raises(ValueError, match="Received Stream, which has no length or no indices"):
-        data.as_source(Stream(), 0, 1)
+def test_loaders_without_batches_and_datasets_without_length_are_refused():
     with pytest.raises(ValueError, match="Received a DataLoader with batch_size=None"):
         data.as_source(DataLoader(Noisy(), batch_size=None), 0, 1)
+    endless: Any = type("Endless", (Dataset,), {"__getitem__": lambda self, i: i})()
+    with pytest.raises(ValueError, match="Received Endless, which has no length"):
+        data.as_source(endless, 0, 1)
 
 
 def test_workers_change_nothing(tmp_path):

@@ -6,6 +6,7 @@ This file imports nothing heavy, so that `vggtorch finetune --help` needs neithe
 from __future__ import annotations
 
 import math
+import re
 import typing
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -84,6 +85,9 @@ class TrainConfig:
     on_unreadable: Literal["skip", "stop"] = _option(
         "stop", "Stop at an image of a folder that can't be read, or skip it."
     )
+    label_pattern: str | None = _option(
+        None, "Regular expression; its first group, in a file's name, is the image's label."
+    )
     validation_split: float = _option(
         0.2, "Share of the training folder that validates if nothing else does."
     )
@@ -120,6 +124,7 @@ class TrainConfig:
                     isinstance(value, int | float) and math.isfinite(value) and is_right(value)
                 ):
                     raise ValueError(f"Received {name}={value!r}; expected {expected}.")
+        _check_pattern(self.label_pattern)
         if self.head is None and self.cut is not None:
             raise ValueError(
                 f"Received cut={self.cut!r} without a head. Name one (head='multilevel', say), or "
@@ -136,6 +141,21 @@ class TrainConfig:
                 f"Received unfreeze={self.unfreeze!r}, and nothing is frozen. Name the layer that "
                 f"the run starts frozen up to: freeze='block5_pool'."
             )
+
+
+def _check_pattern(pattern: str | None) -> None:
+    """See that a pattern of labels is a regular expression with a group."""
+    try:
+        groups = 1 if pattern is None else re.compile(pattern).groups
+    except re.error as error:
+        raise ValueError(
+            f"Received label_pattern={pattern!r}, which isn't a regular expression: {error}."
+        ) from error
+    if not groups:
+        raise ValueError(
+            f"Received label_pattern={pattern!r}; expected a group around the label, as in "
+            f"'^(.+)_[0-9]+' for cat_12.jpg."
+        )
 
 
 def _choices(hint: Any) -> tuple:

@@ -15,7 +15,7 @@ import hashlib
 import os
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol, cast
@@ -23,12 +23,13 @@ from typing import Any, Literal, NamedTuple, Protocol, cast
 import keras
 import numpy as np
 import torch
-from PIL import Image
-from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
+from torch.utils.data import DataLoader, Dataset, default_collate
 
-from vggtorch.models import data_config, fitted, preprocess, read_image, to_rgb
+from vggtorch.models import data_config, fitted, preprocess, read_image
 from vggtorch.training.config import Augment, TrainConfig
-from vggtorch.training.folders import read_classes
+from vggtorch.training.folders import as_part, read_classes
+from vggtorch.training.items import Kept, as_array, image_and_label, is_stream, label_names
+from vggtorch.training.tables import TablePart
 from vggtorch.weight_sets import CROP_PCT, DataConfig
 
 Key = tuple[int, int]  # (index, augmentation)
@@ -97,17 +98,17 @@ def seeded(*numbers: int) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Folder:
-    """Images of a folder with one subfolder for each class, as torchvision's ImageFolder has it.
+    """Images with labels: of a folder as torchvision's ImageFolder has it, or of a table.
 
     Attributes:
         paths: the image files, sorted.
         labels: index into `classes` for each path.
-        classes: the subfolders' names, sorted.
+        classes: their names, sorted.
         digest: SHA-256 over names and contents of all files.
         data_config: what the images are brought to.
         augment: what augmentations other than 0 do to an image.
         seed: where random augmentation starts.
-        root: the folder.
+        root: the folder or the table.
     """
 
     paths: tuple[Path, ...]
@@ -162,22 +163,28 @@ def _random_view(image: torch.Tensor, images: DataConfig, augment: Augment) -> t
 
 
 def read_folder(
-    folder: str | Path,
+    folder: str | Path | TablePart,
     size: int | DataConfig,
     augment: Augment = "none",
     on_unreadable: Literal["skip", "stop"] = "stop",
     seed: int = 0,
+    label_pattern: str | None = None,
 ) -> Folder:
-    """Read and check every image of a folder once; what `read_classes` warns of and refuses.
+    """Read and check every image of a folder or a table once, as `read_classes` does.
 
     `size` is what the images are brought to: height and width, or all of it.
     """
     images_as = DataConfig(input_size=(3, size, size)) if isinstance(size, int) else size
-    folder = Path(folder)
-    classes, images = read_classes(folder, on_unreadable)
+    part = as_part(folder)
+    root = part.path if isinstance(part, TablePart) else part
+    classes, images = read_classes(part, on_unreadable, label_pattern)
+    base = root.parent if isinstance(part, TablePart) else root
     digest = hashlib.sha256()
     for image in images:
-        digest.update(os.fsencode(f"{image.path.relative_to(folder)}\0{image.digest}\n"))
+        # A folder's name says the class already.
+        label = "" if part is root and label_pattern is None else f"{classes[image.label]}\0"
+        path = os.path.relpath(image.path, base)
+        digest.update(os.fsencode(f"{label}{path}\0{image.digest}\n"))
     return Folder(
         tuple(image.path for image in images),
         tuple(image.label for image in images),
@@ -186,7 +193,7 @@ def read_folder(
         images_as,
         augment,
         seed,
-        folder,
+        root,
     )
 
 
@@ -226,7 +233,7 @@ def hold_out(folder: Folder, share: float) -> tuple[Folder, Folder]:
 
 @dataclass(frozen=True)
 class DatasetSource:
-    """A torch Dataset of (image, label), with the collate function of the loader it came in.
+    """A Dataset of (image, label), with the collate function of the loader it came in.
 
     An image is a PIL image, which is brought to the model's size; or uint8 RGB of that size; or
     floating point and ready for the model. What the dataset itself draws at random is seeded by
@@ -240,14 +247,19 @@ class DatasetSource:
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """The names of the classes, where the dataset has them as torchvision's do."""
-        return tuple(map(str, getattr(self.dataset, "classes", ())))
+        """The names of the classes, where the dataset has them."""
+        return label_names(self.dataset)
 
     def __len__(self) -> int:
         return len(self.dataset)  # type: ignore[arg-type]
 
     def __getitem__(self, keys: Sequence[Key]) -> tuple[torch.Tensor, torch.Tensor]:
-        images, labels = self.collate([self._item(*key) for key in keys])
+        images, labels = image_and_label(self.collate([self._item(*key) for key in keys]))
+        if isinstance(labels, list | tuple) and any(isinstance(label, str) for label in labels):
+            raise ValueError(
+                f"The Dataset's labels are text ({labels[0]!r}); expected numbers from 0. "
+                f"(`dataset.class_encode_column('label')` makes them so in Hugging Face's.)"
+            )
         if self.data_config.arithmetic is not None:
             _check_ready(images, self.data_config.arithmetic.name)
         if images.ndim == 4 and images.shape[-1] != 3 and images.shape[1] == 3:
@@ -259,13 +271,13 @@ class DatasetSource:
         """SHA-256 over all plain images and their labels, and the labels; reads them all, once."""
         return _content(self, 0)
 
-    def _item(self, index: int, augmentation: int) -> tuple[Any, Any]:
+    def _item(self, index: int, augmentation: int) -> Any:
         with seeded(self.seed, augmentation, index):
-            image, label = self.dataset[index]
-        if isinstance(image, Image.Image):
-            image, size = to_rgb(image), self.data_config.size
-            image = np.array(image if size is None else fitted(image, self.data_config, size))
-        return image, label
+            item = self.dataset[index]
+        if isinstance(item, Mapping) and self.collate is not default_collate:
+            return item  # which the user's own function takes
+        image, label = image_and_label(item)
+        return as_array(image, self.data_config), label
 
 
 def _check_ready(images: torch.Tensor, weights: str) -> None:
@@ -291,15 +303,19 @@ def as_source(
     """A torch Dataset or DataLoader as a source, and the batches of each epoch.
 
     A DataLoader's own sampler decides on the batches, drawing its random numbers from
-    (seed, epoch); a Dataset is shuffled into batches of `batch_size`.
+    (seed, epoch); a Dataset is shuffled into batches of `batch_size`. A stream is read once.
     """
     images = data_config or DataConfig()
+    if is_stream(data):
+        batch_size = getattr(data, "batch_size", None) or batch_size
+        with seeded(seed):
+            data = Kept(data, images)
     dataset = data.dataset if isinstance(data, DataLoader) else data
-    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
+    if not hasattr(dataset, "__len__"):
         raise ValueError(
-            f"Received {type(dataset).__name__}, which has no length or no indices. Expected a "
-            f"folder, or a torch Dataset with __len__ and __getitem__: a run that resumes inside "
-            f"an epoch has to know what it has seen."
+            f"Received {type(dataset).__name__}, which has no length. Expected a folder, a table, "
+            f"or a Dataset with __len__ and __getitem__: a run that resumes inside an epoch has to "
+            f"know what it has seen."
         )
     if not len(dataset):
         raise ValueError(f"Received an empty {type(dataset).__name__}; expected images.")

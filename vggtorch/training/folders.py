@@ -1,7 +1,8 @@
-"""What a folder of images holds: its splits, its classes, their files, and which can't be read."""
+"""What a folder or a table of images holds: splits, classes, files, and which can't be read."""
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections import Counter
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from typing import Literal, NamedTuple
 
 from vggtorch import files
 from vggtorch.models import SUFFIXES, PixelGate, read_image
+from vggtorch.training.tables import TABLES, TablePart, is_table, ordered, read_rows
 
 PIXELS_AT_ONCE = 2**26  # decoded at the same time while a folder is checked; about half a GB
 NAMED = 10  # files that a message lists; it counts the others
@@ -33,42 +35,157 @@ class _Check:
 
 
 class Splits(NamedTuple):
-    """The folders of a data set: what trains, chooses the best epoch, and is scored at the end."""
+    """Where a data set's images stand: what trains, chooses the best epoch, is scored at the end.
 
-    train: Path
-    validation: Path | None = None
-    test: Path | None = None
-
-
-def find_splits(folder: Path) -> Splits:
-    """FOLDER/train and the folders beside it that validate and test; else FOLDER itself.
-
-    A folder `test` never validates: what chooses the best epoch can't test it too.
+    Each is a folder, or a part of a table.
     """
-    train, test = folder / "train", folder / "test"
+
+    train: Path | TablePart
+    validation: Path | TablePart | None = None
+    test: Path | TablePart | None = None
+
+
+VALIDATION = ("val", "valid", "validation")
+
+
+def find_splits(data: Path) -> Splits:
+    """DATA/train and what stands beside it that validates and tests; else DATA itself.
+
+    What is named `test` never validates: what chooses the best epoch can't test it too. A table is
+    split by its column `split`; in a folder, `train.csv` and its like do as the folder `train`.
+
+    Raises:
+        ValueError: a table that can't be read, or one without rows that train.
+    """
+    if is_table(data):
+        return _table_splits(data)
+    train, test = data / "train", data / "test"
     if not train.is_dir():
-        return Splits(folder)
-    held = next((folder / n for n in ("val", "valid", "validation") if (folder / n).is_dir()), None)
+        tables = [_table_in(data, (name,)) for name in ("train", "test")]
+        if tables[0] is None:
+            return Splits(data)
+        return Splits(tables[0], _table_in(data, VALIDATION), tables[1])
+    held = next((data / n for n in VALIDATION if (data / n).is_dir()), None)
     if held or test.is_dir():
         return Splits(train, held, test if test.is_dir() else None)
-    others = [p for p in folder.iterdir() if p.is_dir() and p.name[0] != "." and p != train]
-    return Splits(folder) if others else Splits(train)
+    others = [p for p in data.iterdir() if p.is_dir() and p.name[0] != "." and p != train]
+    return Splits(data) if others else Splits(train)
 
 
-def count_images(folder: Path) -> tuple[int, int]:
-    """How many images and classes a folder has, by the files' names; refuses as `read_classes`."""
-    classes = _class_folders(folder)
-    return len(_listed(folder, classes)[0]), len(classes)
+def _table_in(folder: Path, names: Sequence[str]) -> TablePart | None:
+    """The table of one of these names in a folder."""
+    paths = [folder / f"{name}{suffix}" for name in names for suffix in sorted(TABLES)]
+    return next((TablePart(path) for path in paths if path.is_file()), None)
+
+
+def _table_splits(table: Path) -> Splits:
+    found = {row.split for row in read_rows(table)}
+    if found == {""}:
+        return Splits(TablePart(table))
+    if "train" not in found:
+        raise ValueError(
+            f"No row of {table} has the split train, only {', '.join(sorted(found))}. Expected "
+            f"images to train on."
+        )
+    rest = [TablePart(table, n) if n in found else None for n in ("validation", "test")]
+    return Splits(TablePart(table, "train"), *rest)
+
+
+def test_part(data: Path) -> Path | TablePart:
+    """Of data with splits the part that tests; else all of it."""
+    if is_table(data):
+        found = {row.split for row in read_rows(data)}
+        return TablePart(data, "test" if "test" in found else "")
+    splits = find_splits(data)
+    return splits.test or splits.train
+
+
+def as_part(given: str | Path | TablePart) -> Path | TablePart:
+    """What a user names as one part of the data: a folder, or a whole table."""
+    if isinstance(given, TablePart):
+        return given
+    return TablePart(Path(given)) if is_table(Path(given)) else Path(given)
+
+
+def count_images(part: Path | TablePart, label_pattern: str | None = None) -> tuple[int, int]:
+    """How many images and classes there are, by the files' names; refuses as `read_classes`."""
+    classes, images, _ = _found(part, label_pattern)
+    return len(images), len(classes)
+
+
+Found = tuple[list[str], list[tuple[Path, int]], Counter[str]]  # classes, images, what is left out
+
+
+def _found(part: Path | TablePart, label_pattern: str | None) -> Found:
+    """The classes, the images with the indices of theirs, and what was left out, of each kind."""
+    if isinstance(part, TablePart):
+        if label_pattern is not None:
+            raise ValueError(
+                f"Received label_pattern={label_pattern!r} with {part.path}, which has the labels "
+                f"itself. Leave one of them out."
+            )
+        return _of_table(part)
+    if label_pattern is not None:
+        return _of_names(part, label_pattern)
+    classes = _class_folders(part)
+    return classes, *_listed(part, classes)
+
+
+def _of_table(part: TablePart) -> Found:
+    """What a part of a table holds; its classes are those of the whole table."""
+    rows = read_rows(part.path)
+    classes = _several(ordered(row.label for row in rows), f"{part.path} has")
+    if not part.split and (splits := {row.split for row in rows} - {""}) and len(splits) > 1:
+        raise ValueError(
+            f"{part.path} has several splits, {', '.join(sorted(splits))}, where one is expected. "
+            f"Pass it alone, as the whole of the data, or a table of one split."
+        )
+    chosen = [row for row in rows if part.split in ("", row.split)]
+    index = {name: i for i, name in enumerate(classes)}
+    return classes, [(row.path, index[row.label]) for row in chosen], Counter()
+
+
+def _of_names(folder: Path, pattern: str) -> Found:
+    """What a folder holds at any depth, labelled by the first group of a pattern in files' names.
+
+    As fastai's `from_name_re` has it.
+    """
+    expression = re.compile(pattern)
+    if not folder.is_dir():
+        raise ValueError(f"{folder} isn't a folder. Expected one with images.")
+    files_there, left_out = _images_under(folder)
+    labels = [(path, expression.search(path.name)) for path in files_there]
+    unlabelled = [path.name for path, match in labels if not (match and match[1])]
+    if unlabelled or not labels:
+        raise ValueError(
+            f"label_pattern={pattern!r} finds no label in {len(unlabelled)} of {len(labels)} "
+            f"images in {folder}: {', '.join(unlabelled[:NAMED])}. Expected a regular expression "
+            f"whose first group is the label, such as '^(.+)_[0-9]+' for cat_12.jpg."
+        )
+    names = ordered(match[1] for _, match in labels if match)
+    classes = _several(names, f"label_pattern={pattern!r} finds")
+    index = {name: i for i, name in enumerate(classes)}
+    return classes, [(path, index[match[1]]) for path, match in labels if match], left_out
+
+
+def _several(classes: list[str], who: str) -> list[str]:
+    if len(classes) == 1:
+        raise ValueError(f"{who} one class alone, {classes[0]!r}, and so nothing to tell apart.")
+    return classes
 
 
 def _class_folders(folder: Path) -> list[str]:
     """The names of the classes, sorted."""
     if not folder.is_dir():
-        raise ValueError(f"{folder} isn't a folder. Expected one with a subfolder for each class.")
+        raise ValueError(
+            f"{folder} isn't a folder. Expected one with a subfolder for each class, or a table of "
+            f"paths and labels that ends in {', '.join(sorted(TABLES))}."
+        )
     classes = sorted(p.name for p in folder.iterdir() if p.is_dir() and p.name[0] != ".")
     if not classes:
         raise ValueError(
-            f"{folder} has no subfolders. Expected one for each class, with that class's images."
+            f"{folder} has no subfolders. Expected one for each class, with that class's images. "
+            f"Where files' names have the labels, label_pattern='^(.+)_[0-9]+' takes them there."
         )
     if len(classes) == 1:
         raise ValueError(
@@ -80,24 +197,25 @@ def _class_folders(folder: Path) -> list[str]:
 
 
 def read_classes(
-    folder: Path, on_unreadable: Literal["skip", "stop"]
+    part: Path | TablePart,
+    on_unreadable: Literal["skip", "stop"],
+    label_pattern: str | None = None,
 ) -> tuple[list[str], list[Labelled]]:
-    """The classes of a folder, one for each subfolder, and their images, each of which was read.
+    """The classes of a part of the data and their images, each of which was read.
 
     Warns of files that are left out, and of images that can't be read under `skip`.
 
     Raises:
-        ValueError: no such folder, fewer than two classes, a class without images, or an image
-            that can't be read under `stop`.
+        ValueError: no such folder or table, fewer than two classes, a class without images, or an
+            image that can't be read under `stop`.
     """
-    classes = _class_folders(folder)
-    images, left_out = _listed(folder, classes)
+    classes, images, left_out = _found(part, label_pattern)
     if left_out:
-        warnings.warn(f"Left out of {folder}: {_counted(left_out)}.", stacklevel=3)
+        warnings.warn(f"Left out of {part}: {_counted(left_out)}.", stacklevel=3)
     checked = _checked([path for path, _ in images])
     bad = [check.problem for check in checked if check.problem]
     if bad:
-        message = f"{len(bad)} of {len(images)} images in {folder} can't be read: {_first(bad)}"
+        message = f"{len(bad)} of {len(images)} images in {part} can't be read: {_first(bad)}"
         if on_unreadable == "stop":
             raise ValueError(f"{message} Mend or remove them, or train with on_unreadable='skip'.")
         warnings.warn(f"{message} Training goes on without them.", stacklevel=3)
@@ -108,11 +226,12 @@ def read_classes(
     ]
     filled = {image.label for image in good}
     empty = [name for label, name in enumerate(classes) if label not in filled]
-    if empty:
+    # A rare class may be missing from a part of a table that doesn't train.
+    if empty and not (isinstance(part, TablePart) and part.split in ("validation", "test")):
         raise ValueError(
             f"No images for {', '.join(empty[:NAMED])}{', ...' if len(empty) > NAMED else ''} in "
-            f"{folder}. Expected {', '.join(sorted(SUFFIXES))} files in every class's subfolder: "
-            f"add some, or remove the subfolder."
+            f"{part}. Expected {', '.join(sorted(SUFFIXES))} files of every class: add some, or "
+            f"remove the {'class' if isinstance(part, TablePart) else 'subfolder'}."
         )
     return classes, good
 
@@ -122,21 +241,31 @@ def _listed(folder: Path, classes: Sequence[str]) -> tuple[list[tuple[Path, int]
     images: list[tuple[Path, int]] = []
     left_out: Counter[str] = Counter()
     for label, name in enumerate(classes):
-        for path in sorted((folder / name).rglob("*")):
-            if path.is_dir() or path.name.lower() in SYSTEM_FILES:
-                continue
-            suffix = path.suffix.lower()
-            if path.name.startswith("."):
-                left_out["hidden"] += 1
-            elif not path.is_file():
-                left_out["no regular file, or a link to nothing"] += 1
-            elif suffix in SUFFIXES:
-                images.append((path, label))
-            else:
-                left_out[suffix[:20] or "without an ending"] += 1
+        found, others = _images_under(folder / name)
+        images += [(path, label) for path in found]
+        left_out += others
     beside = sum(p.suffix.lower() in SUFFIXES and p.is_file() for p in folder.iterdir())
     if beside:
         left_out["images beside the classes' folders"] = beside
+    return images, left_out
+
+
+def _images_under(folder: Path) -> tuple[list[Path], Counter[str]]:
+    """The image files at any depth, sorted, and how many others there are of each kind."""
+    images: list[Path] = []
+    left_out: Counter[str] = Counter()
+    for path in sorted(folder.rglob("*")):
+        if path.is_dir() or path.name.lower() in SYSTEM_FILES:
+            continue
+        suffix = path.suffix.lower()
+        if path.name.startswith("."):
+            left_out["hidden"] += 1
+        elif not path.is_file():
+            left_out["no regular file, or a link to nothing"] += 1
+        elif suffix in SUFFIXES:
+            images.append(path)
+        else:
+            left_out[suffix[:20] or "without an ending"] += 1
     return images, left_out
 
 

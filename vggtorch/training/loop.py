@@ -92,7 +92,7 @@ class History:
     data_config: DataConfig
     validation: Folder | DatasetSource | None
     evaluation: Evaluation | None
-    test: Folder | None = None
+    test: Folder | DatasetSource | None = None
     test_evaluation: Evaluation | None = None
 
 
@@ -120,11 +120,14 @@ def finetune(
     Args:
         model: a Functional or Sequential Keras model. With `config.head` a new model is made of it;
             without, it is trained in place.
-        train: a folder with a subfolder for each class, or with `train` and `val` that have them;
-            or a Dataset or DataLoader of (image, label). An image there is a PIL image; or uint8,
-            RGB and of the model's size; or floating point and ready for the model. A Dataset is
-            read once at the start, so that a run that resumes is known to have the same images;
-            not so if its attribute `content_name`, a text of yours, says what stands for them.
+        train: a folder with a subfolder for each class, or with `train`, `val` and `test` that
+            have them; a .csv or .jsonl file of paths, labels and perhaps splits; a Dataset or
+            DataLoader of (image, label) or of dictionaries with both, such as Hugging Face's; or a
+            dictionary of such data with the names train, validation and test. An image of a Dataset
+            is a PIL image; or uint8, RGB and of the model's size; or floating point and ready for
+            the model. A Dataset is read once at the start, so that a run that resumes is known to
+            have the same images; not so if its attribute `content_name`, a text of yours, says what
+            stands for them. A stream (IterableDataset) is kept in memory.
         validation: the same. Without it, `config.validation_split` of a training folder is held
             out.
         config: a TrainConfig, or a Plan that `advise` made. Without it, a model that ends in

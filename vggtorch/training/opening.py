@@ -15,6 +15,7 @@ from vggtorch.training.advice import Plan, Similarity, planned
 from vggtorch.training.config import TrainConfig
 from vggtorch.training.data import Folder
 from vggtorch.training.folders import count_images, find_splits
+from vggtorch.training.items import label_names
 from vggtorch.training.run import Images, RunData
 from vggtorch.weight_sets import DataConfig
 
@@ -51,19 +52,22 @@ def settle_config(
     if config is not None:
         return dataclasses.replace(config, **settings)
     shape = model.output_shape
-    counts = _counts(train)
+    pattern = settings.get("label_pattern")
+    counts = _counts(train, pattern)
     # A network that ends in feature maps can't classify anything as it is.
     if counts is None or not isinstance(shape, tuple) or len(shape) != 4:
         return TrainConfig(**settings)
     return planned([layer.name for layer in model.layers], *counts, similarity, settings)
 
 
-def _counts(train: Images) -> tuple[int, int] | None:
+def _counts(train: Images, pattern: str | None) -> tuple[int, int] | None:
     """How many images and classes there are to learn from; None where the data doesn't say."""
     if isinstance(train, str | Path):
-        return count_images(find_splits(Path(train)).train)
+        return count_images(find_splits(Path(train)).train, pattern)
+    if isinstance(train, Mapping):
+        train = train.get("train", train)
     dataset = getattr(train, "dataset", train)
-    classes = getattr(dataset, "classes", ())
+    classes = label_names(dataset)
     return (len(dataset), len(classes)) if classes and hasattr(dataset, "__len__") else None
 
 
@@ -79,11 +83,13 @@ def first_lines(
         lines.append(f"{len(read.classes)} classes: {', '.join(read.classes[:NAMED])}{more}")
     parts = [f"{len(read.training)} train"]
     if read.validation is not None:
-        held = isinstance(read.validation, Folder) and isinstance(read.training, Folder)
-        same = held and read.validation.root == read.training.root  # type: ignore[union-attr]
-        parts.append(
-            f"{len(read.validation)} validate" + (" (held out of the same folder)" if same else "")
+        of = (
+            "folder"
+            if isinstance(read.training, Folder) and read.training.root.is_dir()
+            else "table"
         )
+        same = f" (held out of the same {of})" if read.held_out else ""
+        parts.append(f"{len(read.validation)} validate{same}")
     if read.test is not None:
         parts.append(f"{len(read.test)} test (scored once, at the end)")
     lines.append(f"Images: {', '.join(parts)}")

@@ -24,7 +24,7 @@ from vggtorch.lowering import between
 from vggtorch.models import SUFFIXES, data_config, decode_predictions, preprocess
 from vggtorch.training import data
 from vggtorch.training.evaluation import Evaluation, evaluate
-from vggtorch.training.folders import find_splits
+from vggtorch.training.folders import test_part
 from vggtorch.training.heads import logits_network
 from vggtorch.training.run import make_accelerator
 
@@ -221,17 +221,24 @@ def _until_readable(found: Iterator[Prediction]) -> Iterator[Prediction]:
 
 
 def evaluate_folder(
-    model: keras.Model, folder: str | Path, *, batch_size: int = 32, num_workers: int = 0
+    model: keras.Model,
+    folder: str | Path,
+    *,
+    batch_size: int = 32,
+    num_workers: int = 0,
+    label_pattern: str | None = None,
 ) -> tuple[Evaluation, data.Folder]:
     """How well a model does on a folder with a subfolder for each class, and the images of it.
 
-    Classes are told by their names. Of a folder with `test` beside `train`, `test` is taken.
+    Classes are told by their names. Of a folder with `test` beside `train`, `test` is taken, and of
+    a table with a column `split` its rows of the split test.
 
     Args:
         model: ends in probabilities or logits; it remembers its classes and what it expects.
-        folder: of images that nothing was chosen by.
+        folder: of images that nothing was chosen by; or a .csv or .jsonl file of paths and labels.
         batch_size: images at a time.
         num_workers: processes that read images.
+        label_pattern: regular expression whose first group, in a file's name, is the label.
 
     Raises:
         ValueError: classes that the model doesn't know, or what a folder is refused for.
@@ -253,11 +260,11 @@ def evaluate_folder(
         >>> found.accuracy, found.labels.tolist()
         (1.0, [2, 0])
     """
-    splits = find_splits(Path(folder))
+    part = test_part(Path(folder))
     config = data_config(model)
     size = config.size or (data.DEFAULT_SIZE, data.DEFAULT_SIZE)
     source = data.read_folder(
-        splits.test or splits.train, dataclasses.replace(config, input_size=(3, *size))
+        part, dataclasses.replace(config, input_size=(3, *size)), label_pattern=label_pattern
     )
     names = config.label_names or source.classes
     outputs = model.output_shape[-1]
@@ -267,7 +274,7 @@ def evaluate_folder(
             f"{model.name} puts out {outputs} classes"
             + (f" ({', '.join(config.label_names)})" if config.label_names else "")
             + f", and {source.root} has {len(source.classes)}, of which it doesn't know "
-            f"{', '.join(unknown[:10])}. Name the folders as the model's classes."
+            f"{', '.join(unknown[:10])}. Name them as the model's classes."
         )
     places = [names.index(name) for name in source.classes]
     labels = tuple(places[label] for label in source.labels)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -21,13 +21,15 @@ from vggtorch.training.config import Augment, TrainConfig
 from vggtorch.training.data import BatchPlan, DatasetSource, Folder
 from vggtorch.training.folders import find_splits
 from vggtorch.training.optimization import Parameters, make_optimizer, trained_parameters
+from vggtorch.training.tables import SPLITS, TablePart
 from vggtorch.weight_sets import DataConfig
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 LONGER = 8.0  # seconds
-Images = str | Path | Dataset | DataLoader  # what users pass
+# What users pass: a folder, a table, or data as torch has it; or such for each split by its name.
+Images = str | Path | Dataset | DataLoader | Mapping[str, Any]
 
 
 class RunData(NamedTuple):
@@ -40,7 +42,8 @@ class RunData(NamedTuple):
     validation: Folder | DatasetSource | None
     plan: BatchPlan
     classes: tuple[str, ...]
-    test: Folder | None = None
+    test: Folder | DatasetSource | None = None
+    held_out: bool = False  # the validation images are a part of the training images
 
 
 def read_data(
@@ -54,42 +57,75 @@ def read_data(
         ValueError: data that can't be right, or that contradicts the configuration.
     """
 
-    def read(given: Images, augment: Augment) -> tuple[Any, BatchPlan]:
-        if isinstance(given, str | Path):
-            folder = data.read_folder(given, images, augment, config.on_unreadable, config.seed)
+    def read(given: Images | TablePart, augment: Augment) -> tuple[Any, BatchPlan]:
+        if isinstance(given, str | Path | TablePart):
+            folder = data.read_folder(
+                given, images, augment, config.on_unreadable, config.seed, config.label_pattern
+            )
             return folder, data.shuffled(len(folder), config.batch_size, config.seed)
         return data.as_source(given, config.seed, config.batch_size, images)
 
-    splits = find_splits(Path(train)) if isinstance(train, str | Path) else None
-    if splits is not None:
-        train, validation = splits.train, splits.validation if validation is None else validation
-    training, plan = read(train, config.augment)
+    splits = _splits(train)
+    training, plan = read(splits.train, config.augment)
+    validating = splits.validation if validation is None else validation
     if isinstance(training, Folder) and config.augment == "none" and config.cache_copies > 1:
         raise ValueError(
             f"Received cache_copies={config.cache_copies} with augment='none': the copies would be "
             f"equal. Choose an augmentation, or one copy."
         )
-    held = read(validation, "none")[0] if validation is not None else None
-    if held is None and isinstance(training, Folder):
+    held = read(validating, "none")[0] if validating is not None else None
+    held_out = held is None and isinstance(training, Folder)
+    if held_out:
         training, held = data.hold_out(training, config.validation_split)
         plan = data.shuffled(len(training), config.batch_size, config.seed)
-    test = read(splits.test, "none")[0] if splits is not None and splits.test else None
-    _check_classes(training, held, "validation")
-    _check_classes(training, test, "test")
+    test = read(splits.test, "none")[0] if splits.test is not None else None
+    held = _with_classes_of(training, held, "validation")
+    test = _with_classes_of(training, test, "test")
     names = [source.classes for source in (training, held) if source is not None and source.classes]
-    return RunData(training, held, plan, names[0] if names else (), test)
+    return RunData(training, held, plan, names[0] if names else (), test, held_out)
 
 
-def _check_classes(training: Any, other: Any, name: str) -> None:
-    """See that two sources have the same classes, where both have names of them."""
-    if other is None or not (training.classes and other.classes):
-        return
-    if training.classes != other.classes:
-        first, second = set(training.classes), set(other.classes)
+class _Given(NamedTuple):
+    train: Any
+    validation: Any = None
+    test: Any = None
+
+
+def _splits(given: Images) -> _Given:
+    """What trains, validates and tests of what the user passed as one."""
+    if isinstance(given, str | Path):
+        return _Given(*find_splits(Path(given)))
+    if not isinstance(given, Mapping):
+        return _Given(given)
+    unknown = [name for name in given if str(name) not in SPLITS]
+    parts = {SPLITS[name]: data for name, data in given.items() if name not in unknown}
+    if unknown or "train" not in parts or len(parts) < len(given):
         raise ValueError(
-            f"The classes differ: only in the training data {sorted(first - second)}, only in the "
-            f"{name} data {sorted(second - first)}. Expected the same, in the same order."
+            f"Received a dictionary of {', '.join(map(repr, given))}; expected train, and perhaps "
+            f"validation and test, each once."
         )
+    return _Given(**parts)
+
+
+def _with_classes_of(training: Any, other: Any, name: str) -> Any:
+    """Another source with the classes of the training data, where both have names of them.
+
+    A table may lack some, since it names only those of its images.
+    """
+    if other is None or not (training.classes and other.classes):
+        return other
+    if training.classes == other.classes:
+        return other
+    first, second = set(training.classes), set(other.classes)
+    is_table = isinstance(other, Folder) and not other.root.is_dir()
+    if is_table and second < first:
+        places = [training.classes.index(name) for name in other.classes]
+        labels = tuple(places[label] for label in other.labels)
+        return data.relabelled(other, labels, training.classes)
+    raise ValueError(
+        f"The classes differ: only in the training data {sorted(first - second)}, only in the "
+        f"{name} data {sorted(second - first)}. Expected the same, in the same order."
+    )
 
 
 def make_accelerator(precision: str) -> Accelerator:

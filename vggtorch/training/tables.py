@@ -1,0 +1,179 @@
+"""Labels that stand in a table: a CSV file or JSON lines, with an image's path and its label."""
+
+from __future__ import annotations
+
+import csv
+import json
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from vggtorch.models import SUFFIXES
+
+JSON = frozenset({".jsonl", ".ndjson"})
+TABLES = JSON | {".csv", ".tsv"}
+SPLITS = {
+    "train": "train", "training": "train", "val": "validation", "valid": "validation",
+    "validation": "validation", "dev": "validation", "test": "test", "testing": "test",
+}  # fmt: skip
+IS_VALID = {"true": "validation", "1": "validation", "false": "train", "0": "train"}  # fastai's
+COLUMNS = {  # what each column may be called; the first is the name in messages
+    "path": ("path", "file", "file_name", "filename", "file_path", "filepath", "image",
+             "image_path"),
+    "label": ("label", "class", "class_name", "category", "target"),
+    "split": ("split", "set", "subset", "is_valid"),
+}  # fmt: skip
+
+
+class Row(NamedTuple):
+    """An image, the name of its class, and of its split: train, validation, test or none."""
+
+    path: Path
+    label: str
+    split: str
+
+
+class TablePart(NamedTuple):
+    """A table of labelled images, or one split of it."""
+
+    path: Path
+    split: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.path} ({self.split})" if self.split else str(self.path)
+
+
+def is_table(path: Path) -> bool:
+    """Whether a name is that of a table, by its ending."""
+    return path.suffix.lower() in TABLES
+
+
+def ordered(names: Iterable[str]) -> list[str]:
+    """Class names in their order: that of numbers where all of them are."""
+    names = set(names)
+    if all(name.isdecimal() for name in names):
+        return sorted(names, key=lambda name: (int(name), name))
+    return sorted(names)
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of a table; paths in it are relative to the table's folder, or absolute.
+
+    Warns of columns that say nothing here, and of rows that stand there twice.
+
+    Raises:
+        ValueError: no such file, no columns of paths and labels, a row without one of them, an
+            image that has two labels or is in two splits.
+    """
+    if not path.is_file():
+        raise ValueError(f"There is no file {path}. Expected a table of images and their labels.")
+    try:
+        found = list((_json_rows if path.suffix.lower() in JSON else _csv_rows)(path))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} isn't text in UTF-8 ({error.reason}). Save it so.") from error
+    rows: dict[Path, Row] = {}
+    twice = 0
+    for line, cells in found:
+        row = _row(path, line, cells)
+        before = rows.setdefault(row.path, row)
+        if before != row:
+            was, now = (f"{r.label!r}{r.split and f' ({r.split})'}" for r in (before, row))
+            raise ValueError(
+                f"{row.path} stands twice in {path}, as {was} and, in line {line}, {now}. Expected "
+                f"one label and one split."
+            )
+        twice += before is not row
+    if not rows:
+        raise ValueError(f"{path} has no rows. Expected a path and a label in each.")
+    if twice:
+        warnings.warn(f"{twice} rows of {path} repeat others, and count once.", stacklevel=3)
+    return list(rows.values())
+
+
+def _row(table: Path, line: int, cells: Mapping[str, Any]) -> Row:
+    """One row from its cells by what they mean."""
+    for meaning, value in cells.items():
+        if isinstance(value, list | dict | float) or value is None or not str(value).strip():
+            raise ValueError(
+                f"Line {line} of {table} has {meaning}={value!r}; expected "
+                f"{'the path of an image' if meaning == 'path' else 'one name'}."
+            )
+    split = str(cells.get("split", cells.get("is_valid", ""))).strip().lower()
+    known = IS_VALID if "is_valid" in cells else SPLITS
+    if split and split not in known:
+        raise ValueError(
+            f"Line {line} of {table} has the split {split!r}; expected one of {', '.join(known)}."
+        )
+    path = table.parent / str(cells["path"]).strip()
+    return Row(path, str(cells["label"]).strip(), known.get(split, ""))
+
+
+def _meanings(table: Path, names: Iterable[str]) -> dict[str, str]:
+    """Name of a column -> what it means here; of `is_valid` its own name."""
+    names = list(names)
+    found: dict[str, str] = {}
+    for meaning, known in COLUMNS.items():
+        fitting = [n for n in names if n.strip().lower().replace(" ", "_") in known]
+        if len(fitting) > 1 or (not fitting and meaning != "split"):
+            raise ValueError(
+                f"{table} has the columns {', '.join(map(repr, names))}; expected one of paths and "
+                f"one of labels, named path and label (or {', '.join(COLUMNS['path'][1:])}; "
+                f"{', '.join(COLUMNS['label'][1:])}), and perhaps one named split."
+            )
+        for name in fitting:
+            found[name] = "is_valid" if name.strip().lower() == "is_valid" else meaning
+    if others := [name for name in names if name not in found]:
+        warnings.warn(
+            f"Columns of {table} that say nothing here: {', '.join(map(repr, others))}.",
+            stacklevel=5,
+        )
+    return found
+
+
+def _csv_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Each row's line number and cells. Commas, semicolons or tabs; a header, or path and label."""
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        first = file.readline()
+        file.seek(0)
+        delimiter = max(",;\t", key=first.count)
+        rows = csv.reader(file, delimiter=delimiter, skipinitialspace=True)
+        header: list[str] | None = None
+        for cells in rows:
+            if not any(cell.strip() for cell in cells):
+                continue
+            if header is None:
+                is_image = Path(cells[0].strip()).suffix.lower() in SUFFIXES
+                header = ["path", "label", "split"][: len(cells)] if is_image else cells
+                meanings = _meanings(path, header)
+                if not is_image:
+                    continue
+            if len(cells) != len(header):
+                raise ValueError(
+                    f"Line {rows.line_num} of {path} has {len(cells)} cells; expected "
+                    f"{len(header)}. Put names that hold {delimiter!r} in quotes."
+                )
+            pairs = zip(header, cells, strict=True)
+            yield rows.line_num, {meanings[n]: cell for n, cell in pairs if n in meanings}
+
+
+def _json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Each line's number and values: one JSON object in a line, all with the same names."""
+    meanings: dict[str, str] | None = None
+    with path.open(encoding="utf-8-sig") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                values = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"Line {number} of {path} isn't JSON: {error}.") from error
+            if not isinstance(values, dict):
+                raise ValueError(f"Line {number} of {path} is {values!r}; expected an object.")
+            if meanings is None:
+                meanings = _meanings(path, values)
+            if missing := [name for name in meanings if name not in values]:
+                raise ValueError(
+                    f"Line {number} of {path} lacks {', '.join(missing)}, which its first line has."
+                )
+            yield number, {meaning: values[name] for name, meaning in meanings.items()}
