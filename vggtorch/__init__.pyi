@@ -17,6 +17,7 @@ from .models import VGG16 as VGG16
 from .models import VGG19 as VGG19
 from .models import data_config as data_config
 from .models import decode_predictions as decode_predictions
+from .models import load_model as load_model
 from .models import load_weights as load_weights
 from .models import named_variables as named_variables
 from .models import preprocess as preprocess
@@ -44,6 +45,7 @@ from .training import find_learning_rate as find_learning_rate
 from .training import finetune as finetune
 from .training import load_checkpoint_ as load_checkpoint_
 from .training import predict_files as predict_files
+from .training import push_to_hub as push_to_hub
 from .training import read_features as read_features
 from .training import save_trained as save_trained
 from .training import write_features as write_features

@@ -31,7 +31,10 @@ from vggtorch.training import Interrupted, Terminated, TrainConfig
 Advice = Literal["auto", "similar", "different", "none"]
 Cost = Literal["multiply-adds", "seconds"]
 Model = Annotated[
-    str, typer.Argument(metavar="MODEL", help="An architecture's name or a .keras file.")
+    str,
+    typer.Argument(
+        metavar="MODEL", help="A run's folder, a .keras file, hf://owner/name or a network's name."
+    ),
 ]
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
@@ -280,6 +283,9 @@ app.command(
     "features",
     epilog=_examples("features vgg16 photos --layer block5_pool --out features.parquet"),
 )(commands.extract_features)
+app.command(epilog=_examples("push run ann/cats --private", "predict hf://ann/cats photos"))(
+    commands.push
+)
 
 
 @app.command(

@@ -23,7 +23,10 @@ Images = Annotated[
     list[str], typer.Argument(metavar="IMAGES...", help="Files, folders and patterns ('*.jpg').")
 ]
 Trained = Annotated[
-    str, typer.Argument(metavar="MODEL", help="A run's folder, a .keras file or a network's name.")
+    str,
+    typer.Argument(
+        metavar="MODEL", help="A run's folder, a .keras file, hf://owner/name or a network's name."
+    ),
 ]
 BatchSize = Annotated[int, typer.Option("--batch-size", "-b", help="Images at a time.")]
 UNREADABLE = 10  # that a message names
@@ -34,7 +37,8 @@ def predict(
         list[str],
         typer.Argument(
             metavar="[MODEL] IMAGES...",
-            help="A run's folder, a .keras file or a network's name; files, folders and patterns.",
+            help="A run's folder, a .keras file, hf://owner/name or a network's name; files, "
+            "folders and patterns.",
         ),
     ],
     model: Annotated[
@@ -149,24 +153,42 @@ def extract_features(
     _report(problems)
 
 
+def push(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="The folder of a run that has ended.")],
+    repository: Annotated[
+        str, typer.Argument(metavar="OWNER/NAME", help="Of the repository; made if there is none.")
+    ],
+    private: Annotated[
+        bool | None, typer.Option("--private/--public", help="By default as it is.")
+    ] = None,
+    license: Annotated[
+        str | None, typer.Option(help="For the card: mit, cc-by-4.0, ...; else as it stands there.")
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="A branch.")] = None,
+) -> None:
+    """Push a trained model to the Hugging Face hub, with its card."""
+    address = vt.push_to_hub(run, repository, private=private, license=license, revision=revision)
+    print(f"Pushed to {visible(address)}. Load it as {visible(_on_hub(repository, revision))}.")
+
+
+def _on_hub(repository: str, revision: str | None) -> str:
+    return f"hf://{repository.removeprefix('hf://')}" + (f"@{revision}" if revision else "")
+
+
 def _is_model(name: str) -> bool:
-    return name in ARCHITECTURES or name.endswith(".keras") or Path(name, "model.keras").is_file()
+    from vggtorch.weights import is_on_hub
+
+    known = name in ARCHITECTURES or name.endswith(".keras") or is_on_hub(name)
+    return known or any(Path(name, kept).is_file() for kept in ("model.keras", "last.pt"))
 
 
 def _network(name: str, weights: str, *, include_top: bool = True) -> keras.Model:
-    """The model of a run's folder, of a file, or a pretrained network by its name."""
-    from vggtorch.models import constructor, load_model
+    """A pretrained network by its name, or what else stands for a model."""
+    from vggtorch.models import constructor, model_from_name
 
     if name in ARCHITECTURES:
         return constructor(name)(weights=weights, include_top=include_top)
-    path = Path(name, "model.keras") if Path(name).is_dir() else Path(name)
-    if not path.is_file():
-        inside = f"{name} has no model.keras" if Path(name).is_dir() else f"There is no {name}"
-        raise ValueError(
-            f"{inside}. Expected the folder of a run that has ended, a .keras file or one of "
-            f"{', '.join(ARCHITECTURES)}."
-        )
-    return load_model(path)
+    return model_from_name(name)
 
 
 def _report(problems: list[tuple[Path, str]]) -> None:

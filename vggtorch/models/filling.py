@@ -121,7 +121,7 @@ def best_weight_set(architecture: str) -> tuple[str, str]:
 def path_of(
     source: str | PathLike, candidates: list[Architecture], *, include_top: bool = False
 ) -> Path:
-    """The file of a weight set, or of a path that exists."""
+    """The file of a weight set, of a path that exists, or of an address on the hub."""
     if isinstance(source, str) and source in WEIGHT_SETS:
         published = [a for a in candidates if weights.publications(source, a.name)] or candidates
         if len(published) > 1:
@@ -137,6 +137,8 @@ def path_of(
             f"a path, or None. A dict of tensors goes into a model that is there "
             f"(vt.load_weights(model, tensors))."
         )
+    if weights.is_on_hub(source):
+        return weights.file_from_hub(str(source))
     if not Path(source).exists():
         last = str(source).rpartition(".")[2]  # of VGG16_Weights.IMAGENET1K_V1, vgg16.tv_in1k
         hint = f" {last} is called {_ELSEWHERE[last]} here." if last in _ELSEWHERE else ""

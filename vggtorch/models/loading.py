@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -281,35 +282,79 @@ def convert(
     ]
 
 
-def load_model(path: str | PathLike) -> keras.Model:
-    """A model that Keras saved, `.keras` or `.h5`, without running code that the file brings.
+KEPT = ("config.json", "metadata.json", "model.weights.h5")  # a model that Keras keeps as a folder
+
+
+def load_model(source: str | PathLike) -> keras.Model:
+    """A model from a run's folder, a .keras or .h5 file, or the Hugging Face hub (hf://owner/name).
+
+    No code that a file brings is run. What is on the hub is fetched by its own client, with its
+    token (`hf auth login`, HF_TOKEN), and only what has changed.
+
+    >>> import tempfile, keras, vggtorch as vt
+    >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)])
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     model.save(f"{folder}/model.keras")
+    ...     vt.load_model(folder).output_shape
+    (None, 2)
+
+    Args:
+        source: a folder with model.keras in it, or one that Keras wrote with `zipped=False`; a
+            file; or `hf://owner/name`, with `@revision` where one is meant.
 
     Raises:
-        ValueError: no such file, damaged, or of layers that Keras doesn't find; names the file.
+        ValueError: no model there, a damaged one, or layers that Keras doesn't find; names it.
+        OSError: the hub can't be reached, or doesn't have it.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"Received {str(path)!r}; expected a .keras file.")
+    path = Path(source)
+    if weights.is_on_hub(source):
+        path = weights.folder_from_hub(str(source), ["model.keras", *KEPT])
+    if path.is_dir():
+        if (path / "model.keras").is_file():
+            path = path / "model.keras"
+        elif not all((path / name).is_file() for name in KEPT):
+            raise ValueError(
+                f"{source} has no model.keras{_instead(path)}. Expected the folder of a run that "
+                f"has ended, or one that Keras has written. Weights alone go into a model that is "
+                f"there (vt.load_weights(model, path))."
+            )
+    elif not path.is_file():
+        on_hub = ""
+        if re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
+            on_hub = f" On the Hugging Face hub it would be hf://{source}."
+        raise ValueError(
+            f"There is no {source}. Expected the folder of a run that has ended, a .keras "
+            f"file, or hf://owner/name.{on_hub}"
+        )
     try:
         if path.suffix == ".keras":
             weights.check_archive(path)
         return keras.saving.load_model(path, safe_mode=True)
     except Exception as error:  # Keras raises all kinds for damaged and for foreign files
         raise ValueError(
-            f"{path} can't be loaded as a Keras model: {files.first_line(error)}"
+            f"{source} can't be loaded as a Keras model: {files.first_line(error)}"
         ) from error
 
 
+def _instead(folder: Path) -> str:
+    """What a run's folder holds in the place of a model."""
+    if (folder / "last.pt").is_file():
+        return ", but a checkpoint: that run hasn't ended. Carry it on with resume=True"
+    return ""
+
+
 def model_from_name(name: str | PathLike) -> keras.Model:
-    """A model to look at: a network by its name, with random weights, or a .keras file.
+    """A model to look at: a network by its name, with random weights, or what `load_model` takes.
 
     Raises:
         ValueError: neither of the two.
+        OSError: the hub can't be reached, or doesn't have it.
     """
     if str(name) in ARCHITECTURES:
         return constructor(str(name))(weights=None)
-    if not Path(name).is_file():
-        raise ValueError(
-            f"Received {str(name)!r}; expected one of {', '.join(ARCHITECTURES)} or a .keras file."
-        )
-    return load_model(name)
+    try:
+        return load_model(name)
+    except ValueError as error:
+        if Path(name).exists() or weights.is_on_hub(name):
+            raise
+        raise ValueError(f"{error} Or one of {', '.join(ARCHITECTURES)}.") from None

@@ -16,6 +16,7 @@ from .opening import settle_config as settle_config
 from .prediction import evaluate_folder as evaluate_folder
 from .prediction import predict_files as predict_files
 from .prediction import write_predictions as write_predictions
+from .publishing import push_to_hub as push_to_hub
 from .rate_search import RateSearch as RateSearch
 from .rate_search import find_learning_rate as find_learning_rate
 from .report import plot_rates as plot_rates

@@ -1,4 +1,4 @@
-"""The trained model to keep, which takes raw images, and its card."""
+"""The trained model to keep, which takes raw images, with its card."""
 
 from __future__ import annotations
 
@@ -15,13 +15,12 @@ from vggtorch.models import (
     PREPROCESSING_SUFFIX,
     as_layers,
     data_config,
-    recipe,
     remember_,
     remembered,
 )
-from vggtorch.text import as_code, as_command, in_markdown
+from vggtorch.text import as_command
+from vggtorch.training.card import card_of
 from vggtorch.training.checkpoints import version_text
-from vggtorch.training.data import DEFAULT_SIZE
 from vggtorch.training.loop import History
 
 
@@ -60,7 +59,7 @@ def save_trained(history: History, folder: str | Path, command: str | None = Non
         described = json.dumps(_configuration(model, history), indent=2)
         temporary.write_text(f"{described}\n", encoding="utf-8")
     with files.atomic(folder / "README.md") as temporary:
-        card = _card(history, model, command or as_command(sys.argv))
+        card = card_of(history, model, command or as_command(sys.argv))
         temporary.write_text(card, encoding="utf-8")
     return model
 
@@ -88,42 +87,3 @@ def _configuration(model: keras.Model, history: History) -> dict[str, Any]:
         "pretrained_cfg": data_config(model).as_dict(),
         "made_by": version_text(),
     }
-
-
-def _card(history: History, model: keras.Model, command: str) -> str:
-    config, best = history.config, history.epochs[history.best_epoch]
-    figures = "\n".join(f"| {name} | {value:.4g} |" for name, value in best.items())
-    images = data_config(model)
-    size = images.size or (DEFAULT_SIZE, DEFAULT_SIZE)
-    steps = "".join(f"    {line}\n" if line else "\n" for line in recipe(images, size).split("\n"))
-    return f"""# {in_markdown(history.model.name)}, fine-tuned on {len(history.classes)} classes
-
-A Keras model. Input: RGB images of 0 to 255 (not of 0 to 1), {tuple(model.inputs[0].shape)}: the
-arithmetic of the weight set is inside. Output: one value for each name in `classes.json`. Images
-were brought to {size[0]}x{size[1]} so, with crop mode {images.crop_mode}, and must be again:
-
-{steps}
-    import keras
-
-    model = keras.saving.load_model("model.keras")
-    probabilities = model.predict(np.stack([prepared("image.jpg")]))
-
-`vggtorch predict` does the same. `config.json` has all of it by timm's names, and so have the
-metadata (`data_config`) of a model that is exported to ONNX.
-
-- Classes: {", ".join(map(in_markdown, history.classes))}
-- Pretrained weights: {images.weight_set or "not known"}
-- Cut at {in_markdown(config.cut or "the end")}, head {config.head or "its own"}, frozen up to
-  {in_markdown(config.freeze)}
-- Training: {len(history.epochs)} epochs of batches of {config.batch_size}, {config.optimizer},
-  learning rate {config.learning_rate:g}, augmentation {config.augment}, seed {config.seed}
-- Made by {as_code(command)} with {version_text()}
-
-Epoch {history.best_epoch + 1}, whose weights these are:
-
-| figure | value |
-|---|---|
-{figures}
-
-Measured on images like the training images; on others expect less, and measure.
-"""

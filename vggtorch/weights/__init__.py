@@ -2,11 +2,11 @@
 
 The way of weights is: find, read, convert, store a copy, map it. Read `sources` first (finding,
 fetching, reading any form, writing), then `published` (the table of checkpoints), `downloads` (from
-a server, the hub or a package index), `readers` (the forms of file: PyTorch's and Keras's own, with
-`hdf5`, `safetensors`, `onnx`, `archives` and the check of `pickles` in a file each), `state_dicts`
-(where trainers put one, and what wrappers put before its names), `conversion` (pure maps between
-torchvision's names and layouts and Keras's) and `copies` (Keras's tensors in the cache, mapped at
-every later load). Nothing here knows Keras.
+a server or a package index), `hub` (from the Hugging Face hub, and to it), `readers` (the forms of
+file: PyTorch's and Keras's own, with `hdf5`, `safetensors`, `onnx`, `archives` and the check of
+`pickles` in a file each), `state_dicts` (where trainers put one, and what wrappers put before its
+names), `conversion` (pure maps between torchvision's names and layouts and Keras's) and `copies`
+(Keras's tensors in the cache, mapped at every later load). Nothing here knows Keras.
 """
 
 from vggtorch.weights.archives import check_archive
@@ -24,6 +24,7 @@ from vggtorch.weights.conversion import (
     traced,
 )
 from vggtorch.weights.copies import converted, verify
+from vggtorch.weights.hub import file_from_hub, folder_from_hub, folder_to_hub, is_on_hub
 from vggtorch.weights.pickles import unpickled
 from vggtorch.weights.published import PUBLISHED, Published, publications
 from vggtorch.weights.sources import Checkpoint, fetch, find, local_copies, read, write
@@ -39,8 +40,12 @@ __all__ = [
     "check_archive",
     "converted",
     "fetch",
+    "file_from_hub",
     "find",
+    "folder_from_hub",
+    "folder_to_hub",
     "identify",
+    "is_on_hub",
     "is_plain_name",
     "keras_to_timm",
     "keras_to_torchvision",

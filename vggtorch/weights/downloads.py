@@ -1,4 +1,4 @@
-"""Fetches checkpoints from where they are published: an HTTP server, the hub, a package index."""
+"""Fetches checkpoints from where they are published: an HTTP server, a package index."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ import time
 import urllib.error
 import urllib.request
 import zipfile
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -172,30 +171,6 @@ def _opened(request: urllib.request.Request) -> Any:
     if isinstance(answer, BaseException):
         raise answer
     return answer
-
-
-def from_hub(address: str) -> Path:
-    """`repository/file` of the Hugging Face hub, in its own cache, by its own client; OSError."""
-    try:
-        from huggingface_hub import constants, hf_hub_download
-    except ImportError:
-        raise OSError("needs huggingface_hub: pip install vggtorch[hub]") from None
-    repository, _, file = address.rpartition("/")
-    try:
-        path = Path(hf_hub_download(repository, file, local_files_only=True))
-    except OSError:  # not in its cache
-        if offline():
-            raise
-        # Where there is no way to the hub, its client tries for half a minute.
-        with suppress(urllib.error.HTTPError):
-            urllib.request.urlopen(constants.ENDPOINT, timeout=10).close()
-        try:
-            path = Path(hf_hub_download(repository, file))
-        except OSError:
-            raise
-        except Exception as error:  # the client raises whatever its HTTP library does
-            raise OSError(f"{constants.ENDPOINT}: {files.first_line(error)}") from error
-    return path
 
 
 def from_index(address: str, target: Path, sha256_prefix: str) -> None:

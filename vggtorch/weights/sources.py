@@ -23,7 +23,7 @@ import torch
 from vggtorch import files
 from vggtorch.text import visible
 from vggtorch.weight_sets import weight_set_named
-from vggtorch.weights import conversion, downloads, onnx, readers, safetensors, state_dicts
+from vggtorch.weights import conversion, downloads, hub, onnx, readers, safetensors, state_dicts
 from vggtorch.weights.published import PUBLISHED, Published, publication_of, publications
 from vggtorch.weights.state_dicts import UnsupportedError
 
@@ -138,7 +138,7 @@ def fetch(file: str) -> Path:
 def _fetch(published: Published) -> Path:
     """Fetch a checkpoint from its place and verify it, one process at a time."""
     if published.place == "hub":
-        target = downloads.from_hub(published.address)
+        target = hub.from_hub(published.address)
         files.check_sha256(target, published.sha256)
         return target
     if downloads.offline():
