@@ -28,11 +28,12 @@ class FeatureExtractor(nn.Module):
 
     The network is `to_torch`'s, cut behind the last tap, so a ReLU that is part of a Keras layer is
     a layer of its own: "block1_conv2" is the value before it, "block1_conv2_relu" the one after
-    it. The short names "conv1_2", "relu1_2" and "pool1" stand for VGG's layers too.
+    it. The short names "conv1_2", "relu1_2" and "pool1" stand for VGG's layers too, and a layer of
+    a nested model has the name "vgg16/block1_conv2", or its own where no other has that.
 
     Gradients flow to the images, and keep a quarter of what torch keeps for them. The weights are
-    frozen, and batch norm and dropout run as in
-    inference whatever `train()` says, unless `trainable` is set. `.to(torch.bfloat16)` and autocast
+    frozen, and batch norm and dropout run as in inference whatever `train()` says, unless
+    `trainable` is set. `.to(torch.bfloat16)` and autocast
     work as with any module; images are normalised in float32.
 
     Args:
@@ -242,10 +243,10 @@ def _normalization(model: keras.Model, name: str | None) -> tuple[WeightSet | No
 
 def _tap_(network: TorchNetwork, taps: Sequence[str]) -> None:
     """Let the network return the values of these layers in a dict, and drop what is behind them."""
-    calls: dict[str, list[torch.fx.Node]] = {}
+    calls = _inline_(network)
     for node in network.graph.nodes:
         if node.op == "call_module":
-            calls.setdefault(str(node.target), []).append(node)
+            calls.setdefault(str(node.target).replace(".", "/"), []).append(node)
     values: dict[str, torch.fx.Node] = {}
     for tap in taps:
         name = _layer(tap, calls)
@@ -266,11 +267,59 @@ def _tap_(network: TorchNetwork, taps: Sequence[str]) -> None:
     network.delete_all_unused_submodules()
 
 
+def _inline_(network: TorchNetwork) -> dict[str, list[torch.fx.Node]]:
+    """Write the graphs of nested networks in the place of their calls, at any depth.
+
+    Returns:
+        What each nested network gives, by its name, "head/vgg16", and once for each call.
+    """
+    graph, found = network.graph, dict[str, list[torch.fx.Node]]()
+    while nested := [
+        (node, inner)
+        for node in graph.nodes
+        if node.op == "call_module"
+        and isinstance(inner := network.get_submodule(str(node.target)), TorchNetwork)
+    ]:
+        for node, inner in nested:
+            place = str(node.target)
+            values = dict(zip(_inputs(inner.graph), node.args, strict=True))
+            with graph.inserting_before(node):
+                for step in inner.graph.nodes:
+                    if step.op == "output":
+                        given = torch.fx.map_arg(step.args[0], values.__getitem__)
+                    elif step.op != "placeholder":
+                        values[step] = copied = graph.node_copy(step, values.__getitem__)
+                        if step.op in ("call_module", "get_attr"):
+                            copied.target = f"{place}.{step.target}"
+            if isinstance(given, torch.fx.Node):
+                node.replace_all_uses_with(given)
+                found.setdefault(place.replace(".", "/"), []).append(given)
+            for user in list(node.users):  # each takes one of several outputs
+                user.replace_all_uses_with(given[user.args[1]])
+                graph.erase_node(user)
+            graph.erase_node(node)
+        for place, inner in {str(node.target): inner for node, inner in nested}.items():
+            layers = nn.Module()
+            for name, child in inner.named_children():
+                layers.add_module(name, child)
+            network.add_submodule(place, layers)
+    return found
+
+
+def _inputs(graph: torch.fx.Graph) -> list[torch.fx.Node]:
+    return [node for node in graph.nodes if node.op == "placeholder"]
+
+
 def _layer(tap: str, calls: dict[str, list[torch.fx.Node]]) -> str:
-    """The name in the network of the layer that a tap means."""
+    """The name in the network of the layer that a tap means, alone or inside of nested models."""
     if tap in calls:
         return tap
-    if short := _SHORT_NAME.fullmatch(tap):
+    if inside := [name for name in calls if name.endswith(f"/{tap}")]:
+        if len(inside) > 1:
+            raise ValueError(f"{tap!r} is the name of several layers: {', '.join(inside)}.")
+        return inside[0]
+    model, _, last = tap.rpartition("/")
+    if short := _SHORT_NAME.fullmatch(last):
         kind, block, number, pool = short.groups()
         meant = {
             "conv": [f"block{block}_conv{number}"],
@@ -278,13 +327,12 @@ def _layer(tap: str, calls: dict[str, list[torch.fx.Node]]) -> str:
             None: [f"block{pool}_pool"],
         }[kind]
         for name in meant:
-            if name in calls:
-                return name
+            name = f"{model}/{name}" if model else name
+            if any(known == name or known.endswith(f"/{name}") for known in calls):
+                return _layer(name, calls)
     near = difflib.get_close_matches(tap, calls, n=3)
     hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
-    nested = "/" in tap or any(tap in f"{name}/" for name in calls)
-    flat = " A layer of a nested model can't be tapped: tap that model itself." if nested else ""
-    raise ValueError(f"No layer {tap!r} can be tapped.{hint}{flat} Layers: {', '.join(calls)}.")
+    raise ValueError(f"No layer {tap!r} can be tapped.{hint} Layers: {', '.join(calls)}.")
 
 
 def _channels_are_last(node: torch.fx.Node) -> bool:
