@@ -39,7 +39,7 @@ from vggtorch.surgery.wiring import owner
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.slow]
 
 GRAPHS = [small, outer, lambda: siamese(across=False), sequential, two]
-KEEPING = ("truncate", "insert", "remove", "replace", "stack", "size")
+KEEPING = ("truncate", "insert", "remove", "replace", "stretch", "stack", "size")
 PROGRAMS = int(os.environ.get("VGGTORCH_PROGRAMS", "8"))
 
 
@@ -62,6 +62,9 @@ def step(model, draw, count):
     verbs = [*KEEPING, "where", "freeze", "flatten", "rename", "delete", "start", "channels"]
     verb = draw.choice(verbs)
     new = new_layer(draw, f"new{count}")
+    own = [path for path in paths if not any(p.startswith(f"{path}/") for p in paths)]
+    first = draw.randrange(len(own))
+    stretch = own[first : first + draw.choice([2, 3])]
     shapes = {t.name: (12, 12, t.shape[-1]) for t in model.inputs}
     single = len(model.inputs) == 1
     if verb == "freeze":
@@ -77,6 +80,7 @@ def step(model, draw, count):
         "insert": lambda: insert(model, name, new),
         "remove": lambda: remove(model, {name, other}),
         "replace": lambda: replace(model, name, new),
+        "stretch": lambda: replace(model, stretch, new),
         "stack": lambda: stack(model, new),
         "size": lambda: with_input(model, shapes if not single else next(iter(shapes.values()))),
         "channels": lambda: with_input(model, channels=4, rule="mean"),

@@ -23,6 +23,8 @@ from vggtorch.models.loading import (
 from vggtorch.models.memory import (
     PREPROCESSING_SUFFIX,
     data_config,
+    image_readers,
+    image_tensors,
     remember_,
     remembered,
     weight_set,
@@ -52,6 +54,8 @@ __all__ = [
     "fill_",
     "fitted",
     "fitted_arrays",
+    "image_readers",
+    "image_tensors",
     "load_model",
     "load_weights",
     "model_from_name",

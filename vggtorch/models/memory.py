@@ -93,7 +93,19 @@ def image_readers(model: keras.Model, *, flips: bool = True) -> list[Any]:
     With `flips`, also through the two operations of built-in preprocessing. Inputs that can't be
     images aren't looked at, where there are some that can.
     """
-    graph = graph_of(model, "preprocess")
+    return _readers_and_images(graph_of(model, "preprocess"), flips)[0]
+
+
+def image_tensors(model: keras.Model) -> set[int]:
+    """The ids of the tensors of a model's graph that are its images, as its network reads them.
+
+    That is what enters it, behind layers that leave colours alone too, and what its built-in
+    preprocessing makes of it.
+    """
+    return _readers_and_images(graph_of(model, "preprocess"), True)[1]
+
+
+def _readers_and_images(graph: Any, flips: bool) -> tuple[list[Any], set[int]]:
     inputs = [tensor for tensor in graph.inputs if len(tensor.shape) == 4] or graph.inputs
     images = {id(tensor) for tensor in inputs}
     readers: dict[Any, None] = {}
@@ -108,7 +120,7 @@ def image_readers(model: keras.Model, *, flips: bool = True) -> list[Any]:
             images |= {id(tensor) for tensor in node.outputs}
         else:
             readers[operation] = None
-    return list(readers)
+    return list(readers), images
 
 
 def data_config(model: keras.Model) -> DataConfig:

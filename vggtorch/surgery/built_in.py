@@ -13,9 +13,15 @@ from typing import Any
 import keras
 from keras import KerasTensor
 
-from vggtorch.keras_graph import Node, operation_kind, producer, producing_call
-from vggtorch.models import PREPROCESSING_SUFFIX, remember_, weight_set
-from vggtorch.surgery.wiring import Wiring
+from vggtorch.keras_graph import Node, functional, operation_kind, producer, producing_call
+from vggtorch.models import (
+    PREPROCESSING_SUFFIX,
+    image_readers,
+    image_tensors,
+    remember_,
+    weight_set,
+)
+from vggtorch.surgery.wiring import Wiring, call_inputs
 
 
 def _scales(operation: Any) -> bool:
@@ -66,15 +72,12 @@ def forget_preprocessing_(result: keras.Model, place: Wiring, gone: Iterable[Any
 
     What the new layers do to an image is known to the user alone.
     """
-    scaling = [operation.name for operation in gone if _scales(operation)]
+    own = {id(operation) for operation in place.operations.values()}
+    scaling = [x.name for x in gone if _scales(x) and id(x) in own]
     if not scaling:
         return
-    models = [result]
-    for step in place.prefix.split("/")[:-1]:
-        models.append(Wiring(models[-1], place.verb).operations[step])
+    models = _models_on_the_way(result, place)
     name = weight_set(models[-1])
-    for model in models:
-        remember_(model, None)
     if name is not None:
         warnings.warn(
             f"{place.verb} took out {place.prefix + scaling[0]!r}, the preprocessing inside "
@@ -82,3 +85,68 @@ def forget_preprocessing_(result: keras.Model, place: Wiring, gone: Iterable[Any
             f"preprocess() can't know what the new layers do to an image.",
             stacklevel=3,
         )
+    for model in models:
+        remember_(model, None)
+
+
+def forget_before_(result: keras.Model, place: Wiring, added: Sequence[Any]) -> None:
+    """Let a model forget its weight set, with a warning, if new layers read its images first.
+
+    Not if they leave colours as they are.
+    """
+    models = _models_on_the_way(result, place)
+    if not any(reader is layer for reader in image_readers(models[-1]) for layer in added):
+        return
+    name = weight_set(place.model)
+    for model in models:
+        remember_(model, None)
+    if name is not None:
+        warnings.warn(
+            f"{place.verb} put {added[0].name!r} before all that reads the images of "
+            f"{place.model.name!r}. The result no longer remembers its weight set {name!r}: if it "
+            f"is still to get what that expects, name it: preprocess(images, {name!r}).",
+            stacklevel=3,
+        )
+
+
+def forget_images_(result: keras.Model, wiring: Wiring, start: KerasTensor) -> None:
+    """Let a model that was cut forget its weight set, with a warning, unless it reads images still.
+
+    It does if what it begins with is an image, or one that the preprocessing inside has been
+    applied to.
+    """
+    if _is_image(wiring, start):
+        return
+    graphs = list(Wiring(result, wiring.verb).all_graphs())
+    name = next(filter(None, (weight_set(graph.model) for graph in graphs)), None)
+    for graph in graphs:
+        remember_(graph.model, None)
+    if name is not None:
+        warnings.warn(
+            f"{wiring.verb} starts at {producer(start).name!r}, so the result reads what that puts "
+            f"out, and no images. It no longer remembers its weight set {name!r}: preprocess what "
+            f"goes into the first part.",
+            stacklevel=3,
+        )
+
+
+def _is_image(wiring: Wiring, tensor: KerasTensor) -> bool:
+    """Whether a tensor of a model, or of one nested in it, is one of the images that it reads."""
+    call = wiring.origin(tensor)
+    if call is producing_call(tensor):
+        return id(tensor) in image_tensors(wiring.model)
+    nested = wiring.inside(call.operation.name)
+    images = image_tensors(wiring.model)
+    given = call_inputs(nested.functional, call)
+    return all(id(t) in images for t in given) and _is_image(nested, tensor)
+
+
+def _models_on_the_way(result: keras.Model, place: Wiring) -> list[keras.Model]:
+    """A result and the models nested in it that lead to where `place` was, as far as they are."""
+    models = [result]
+    for step in place.prefix.split("/")[:-1]:
+        inner = Wiring(models[-1], place.verb).operations.get(step)
+        if functional(inner) is None:
+            break
+        models.append(inner)
+    return models

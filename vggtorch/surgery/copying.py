@@ -15,7 +15,7 @@ import keras
 import torch
 from keras import layers as kl
 
-from vggtorch.keras_graph import calls_of, layers_as_given, raw_value
+from vggtorch.keras_graph import calls, calls_of, functional, raw_value
 
 _CONVOLUTIONS = (kl.Conv1D, kl.Conv2D, kl.Conv3D)
 _READY = (kl.BatchNormalization, kl.PReLU)  # whose weights are useful from the start
@@ -62,14 +62,16 @@ def copy_(old: Sequence[keras.Layer], new: Sequence[keras.Layer]) -> None:
 
 
 def _with_weights(layers: Sequence[keras.Layer]) -> list[_Place]:
-    """The layers of a row that have weights, those in Sequential models among them."""
+    """The layers of a row that have weights, those in models among them."""
     places: list[_Place] = []
     flatten = None
     todo = list(layers)
     while todo:
         layer = todo.pop(0)
-        if isinstance(layer, keras.Sequential):
-            todo[:0] = [x for x in layers_as_given(layer) if not isinstance(x, kl.InputLayer)]
+        graph = functional(layer)
+        if graph is not None:
+            inside = dict.fromkeys(node.operation for node in calls(graph))
+            todo[:0] = [x for x in inside if isinstance(x, keras.Layer)]
         elif isinstance(layer, kl.Flatten):
             flatten = layer
         elif layer.weights:

@@ -23,12 +23,19 @@ from keras import KerasTensor as Tensor
 from keras.layers import Layer, TorchModuleWrapper
 
 from vggtorch.keras_graph import Functional, calls_of, producing_call
-from vggtorch.surgery.built_in import forget_preprocessing_, refuse_half, with_flips
+from vggtorch.surgery.built_in import (
+    forget_before_,
+    forget_images_,
+    forget_preprocessing_,
+    refuse_half,
+    with_flips,
+)
 from vggtorch.surgery.composition import compose_
 from vggtorch.surgery.copying import copy_
+from vggtorch.surgery.crossing import Crossing
 from vggtorch.surgery.distillation import distill_
 from vggtorch.surgery.masks import reads
-from vggtorch.surgery.rebuild import Change, rebuilt, splice, splice_all
+from vggtorch.surgery.splicing import Change, rebuilt, splice, splice_all
 from vggtorch.surgery.wiring import Wiring, distinct, layer_names, owner
 
 New: TypeAlias = Layer | torch.nn.Module | Sequence[Layer | torch.nn.Module]
@@ -40,8 +47,9 @@ def truncate(
     """The part of `model` that computes the outputs of `layers`, as a model of its own.
 
     One name gives one output, a list of names a list of outputs in that order. With `start`, the
-    part begins after that layer: the tensor it puts out is the new model's input. Inputs that are
-    no longer needed are dropped.
+    part begins after that layer: the tensor it puts out is the new model's input. If that is no
+    image any more, the weight set is forgotten, with a warning. Inputs that are no longer needed
+    are dropped.
 
     >>> import vggtorch as vt
     >>> vgg = vt.VGG16(weights=None, include_top=False, input_shape=(32, 32, 3))
@@ -60,13 +68,15 @@ def truncate(
     for name, tensor in zip(names, outputs, strict=True):
         if producing_call(tensor).is_input:
             raise ValueError(f"truncate at {name!r} leaves no layer: {name!r} is an input.")
+    ends = outputs[0] if isinstance(layers, str) else outputs
     if start is None:
-        inputs = wiring.inputs_of(outputs)
-    else:
-        inputs = wiring.output_of(start)
-        refuse_half(wiring, inputs)
-        wiring.check_cut(inputs, names, outputs)
-    return rebuilt(wiring, inputs, outputs[0] if isinstance(layers, str) else outputs)
+        return rebuilt(wiring, wiring.inputs_of(outputs), ends)
+    begin = wiring.output_of(start)
+    refuse_half(wiring, begin)
+    wiring.check_cut(begin, names, outputs)
+    result = rebuilt(wiring, begin, ends)
+    forget_images_(result, wiring, begin)
+    return result
 
 
 def stack(model: keras.Model, head: New) -> Functional:
@@ -101,6 +111,8 @@ def insert(model: keras.Model, after: str, layers: New) -> Functional:
     """`model` with new layers after the layer `after`, for all that read its output.
 
     Where `after` is called several times, the new layers follow each call and are shared as it is.
+    New layers that read the images before all others make the model forget its weight set, with a
+    warning, unless they leave colours alone.
 
     >>> import keras, vggtorch as vt
     >>> vgg = vt.VGG16(weights=None, include_top=False, input_shape=(32, 32, 3))
@@ -114,7 +126,10 @@ def insert(model: keras.Model, after: str, layers: New) -> Functional:
     wiring = Wiring(model, "insert")
     place, name = wiring.find(after)
     pairs = [(t, t) for t in place.outputs_of(name)]
-    return splice(wiring, pairs, _new_layers(wiring, layers), place)
+    added = _new_layers(wiring, layers)
+    result = splice(wiring, pairs, added, place)
+    forget_before_(result, place, added)
+    return result
 
 
 def remove(model: keras.Model, layers: str | Iterable[str]) -> Functional:
@@ -176,7 +191,8 @@ def replace(
 
     `layers` is one layer, or a set of layers with one way in and one way out (branches between
     them included, if all their layers are named). Where one layer is called several times, `new`
-    replaces each call and is shared as it was.
+    replaces each call and is shared as it was. Layers may stand in a nested model and around it,
+    "vgg16/block5_conv3" and "head", say: `new` then stands where the last of them stood.
 
     With `init=None`, `new` keeps the weights it has, or its random ones. "copy" gives
     the new layers the weights of the replaced ones, in their order and by equal shapes: for other
@@ -210,20 +226,28 @@ def replace(
             f"{'without' if images is None else 'with'} images."
         )
     wiring = Wiring(model, "replace")
-    place, names = wiring.find_all(layer_names(layers, "replace"))
-    groups = with_flips(place, place.nodes_of(names))
-    if len(names) > 1:
-        groups = [[node for group in groups for node in group]]
-    pairs = [place.way_through(group) for group in groups]
-    replaced = list(dict.fromkeys(node.operation for group in groups for node in group))
+    names = layer_names(layers, "replace")
     added = _new_layers(wiring, new)
     if init == "compose" and len(added) != 1:
         raise ValueError(
             f"replace with init='compose' needs one new layer, received {len(added)}: what one "
             f"chain composes to can't be shared out among several."
         )
-    result = splice(wiring, pairs, added, place)
-    forget_preprocessing_(result, place, replaced)
+    if len({id(wiring.find(name)[0].model) for name in names}) > 1:
+        crossing = Crossing(wiring, names, added)
+        changes, place, nodes = crossing.changes, crossing.place, crossing.replaced
+        graphs = crossing.graphs()
+    else:
+        place = wiring.find(names[0])[0]
+        groups = with_flips(place, place.nodes_of([wiring.find(name)[1] for name in names]))
+        if len(names) > 1:
+            groups = [[node for group in groups for node in group]]
+        changes = [(place, [place.way_through(group) for group in groups], added)]
+        nodes, graphs = [node for group in groups for node in group], [place]
+    replaced = list(dict.fromkeys(node.operation for node in nodes))
+    result = splice_all(wiring, changes)
+    for graph in graphs:
+        forget_preprocessing_(result, graph, replaced)
     if init == "copy":
         copy_(replaced, added)
     elif init == "compose":

@@ -1,10 +1,9 @@
 """A new model from an old one: the one walk that every surgery ends in.
 
-A surgery that changes a graph is a splice: whoever read tensor A now reads tensor B, after some new
-layers. One that cuts it names the tensors where the new model begins and ends. Both come down to
-`rebuilt`, which walks the old graph once, copies each layer with its weights at its first call, and
-calls the copies as the old layers were called. A nested model is a layer whose copy is made by the
-same walk. What is shared between models stays shared, because all walks have one set of copies.
+It goes through the old graph once, copies each layer with its weights at its first call, and calls
+the copies as the old layers were called. A nested model is a layer whose copy is made by the same
+walk; its inputs follow what it is called with, so that its own layers say what they can take. What
+is shared between models stays shared, because all walks have one set of copies.
 """
 
 from __future__ import annotations
@@ -36,7 +35,6 @@ from vggtorch.keras_graph import (
 )
 from vggtorch.models import remember_, remembered
 from vggtorch.surgery.masks import automatic_masks, carried_masks, reads
-from vggtorch.surgery.naming import settle_names_
 from vggtorch.surgery.remaking import (
     carry_,
     check_state,
@@ -48,70 +46,7 @@ from vggtorch.surgery.remaking import (
 )
 from vggtorch.surgery.wiring import Wiring, call_inputs, holds, needed, owner
 
-Change = tuple[Wiring, Sequence[tuple[Tensor, Tensor]], Sequence[Layer]]
 Adapt = Callable[[Layer, Layer], dict[int, torch.Tensor] | None]
-
-
-def splice(
-    wiring: Wiring,
-    pairs: Sequence[tuple[Tensor, Tensor]],
-    new: Sequence[Layer],
-    place: Wiring | None = None,
-) -> Functional:
-    """A new model in which whoever read one tensor of a pair reads `new` applied to the other.
-
-    The tensors are those of `place`, a model nested in `wiring`'s, where it isn't that model
-    itself.
-    """
-    return splice_all(wiring, [(place or wiring, pairs, new)])
-
-
-def splice_all(wiring: Wiring, changes: Sequence[Change]) -> Functional:
-    """A new model with several splices: (where its tensors are, its pairs, its new layers).
-
-    The new layers are built only once the whole graph has been seen to fit, with copies of them
-    in their place.
-    """
-    instead: Instead = {}
-    for _, pairs, new in changes:
-        instead.update({id(before): (now, new) for before, now in pairs})
-    taken: dict[int, set[str]] = {}  # by the id of a model, the names that its layers have
-    for place, _, new in changes:
-        if id(place.model) not in taken:
-            ends = [*place.outputs, *place.functional.inputs]
-            kept = needed(ends, {key: now for key, (now, _) in instead.items()})
-            taken[id(place.model)] = {node.operation.name for node in kept}
-        settle_names_(new, taken[id(place.model)])
-        taken[id(place.model)] |= {layer.name for layer in new}
-    inputs, outputs = wiring.functional.input, wiring.functional.output
-    new_layers = {id(layer): layer for _, _, new in changes for layer in new}
-    if new_layers:
-        trial = Rebuild(wiring, weights=False)
-        copies = {key: trial.copy(layer, wiring) for key, layer in new_layers.items()}
-        trial.instead = {
-            key: (now, [copies[id(layer)] for layer in new]) for key, (now, new) in instead.items()
-        }
-        trial.model(wiring, inputs, outputs)
-    return Rebuild(wiring, instead).model(wiring, inputs, outputs)
-
-
-def rebuilt(wiring: Wiring, inputs: Any, outputs: Any) -> Functional:
-    """A new model from `inputs` to `outputs`, both structures of the old graph's tensors.
-
-    They may be tensors of nested models that are called once, which are then cut to what is needed
-    of them.
-    """
-    rebuild = Rebuild(wiring)
-    ends = keras.tree.flatten(outputs)
-    rebuild.starts = [t for t in keras.tree.flatten(inputs) if not _made_in(wiring, t)]
-    rebuild.ends = [t for t in ends if not _made_in(wiring, t)]
-    return rebuild.model(wiring, inputs, outputs)
-
-
-def _made_in(wiring: Wiring, tensor: Tensor) -> bool:
-    return producing_call(tensor) in wiring.nodes
-
-
 Instead = dict[int, tuple[Tensor, Sequence[Layer]]]
 
 
@@ -124,7 +59,7 @@ class Rebuild:
         names: by the id of a layer or operation, the name that its copy gets.
         dissolves: whether nested models are dissolved into the graph around them.
         shapes: of the inputs that are to have others, by the ids of the old tensors, batch
-            included; given at all, nested models follow what they are called with.
+            included.
         adapt: gives the values for weights whose shapes have changed, by the old weights' ids.
         vanished: the ids of tensors that nobody reads any more, and that are not made.
         starts, ends: tensors of nested models at which the new model begins and ends.
@@ -143,7 +78,7 @@ class Rebuild:
     ):
         self.instead = dict(instead or {})
         self.weights, self.names, self.dissolves = weights, dict(names or {}), dissolves
-        self.follows, self.adapt = shapes is not None, adapt
+        self.adapt = adapt
         self.vanished: Collection[int] = ()
         self.starts: Sequence[Tensor] = ()
         self.ends: Sequence[Tensor] = ()
@@ -152,6 +87,7 @@ class Rebuild:
         self._settled: set[int] = set()  # ids of old layers whose copies have their values
         self._values: dict[int, keras.Variable] = {}  # id of an old variable -> the new one
         self._shapes = dict(shapes or {})
+        self._followers: set[int] = set()  # ids of nested models that get inputs of other shapes
 
     def change(self, changed: Mapping[int, Layer], vanished: Collection[int]) -> None:
         """Let other layers be called in the place of copies, by the ids of the old ones.
@@ -249,7 +185,7 @@ class Rebuild:
         if training is not None and reads_training(old):
             kwargs["training"] = training
         graph = functional(old)
-        if self.follows and graph is not None:
+        if graph is not None:
             self._follow(graph, node, reading)
         new = self.copy(old, wiring)
         try:
@@ -355,7 +291,7 @@ class Rebuild:
         if not self._copied_by_graph(old):
             return remade(old, name)
         inner = Wiring(old, wiring.verb, f"{wiring.prefix}{old.name}/")
-        plain = type(old) is keras.Sequential and not self.follows
+        plain = type(old) is keras.Sequential and not self._follows(old)
         if plain and not self._changed(functional(old)):
             return self._sequential(old, inner, name)
         return self.model(inner, inner.functional.input, inner.functional.output)
@@ -381,7 +317,7 @@ class Rebuild:
             return False
         if is_plain_functional(layer) or type(layer) is keras.Sequential:
             return True
-        return self.follows or self._changed(graph, deep=True)
+        return self._follows(layer) or self._changed(graph, deep=True)
 
     def _changed(self, graph: Functional, deep: bool = False) -> bool:
         """Whether something is to be other in a graph itself, or deep inside of it."""
@@ -438,8 +374,13 @@ class Rebuild:
     def _follow(self, graph: Functional, node: Node, reading: Callable[[Tensor], Tensor]) -> None:
         """Let the inputs of a nested model have the shapes of what it is now called with."""
         for inner, outer in zip(graph.inputs, call_inputs(graph, node), strict=True):
-            if reading(outer).shape != outer.shape:
+            settled = id(producer(inner)) in self._settled  # it has its shape from `change`
+            if not settled and reading(outer).shape != outer.shape:
                 self._shapes[id(inner)] = reading(outer).shape
+                self._followers.add(id(node.operation))
+
+    def _follows(self, layer: Any) -> bool:
+        return id(layer) in self._followers
 
     def _name_mask_(self, old: Any, new: Any) -> None:
         """Give the operations that compute a mask the names of those that computed it before."""

@@ -104,18 +104,6 @@ class Wiring:
             wiring = wiring.inside(step)
         return wiring, own
 
-    def find_all(self, names: Sequence[str]) -> tuple[Wiring, list[str]]:
-        """The one graph that several layers stand in, and their own names."""
-        found = [self.find(name) for name in names]
-        if len({id(wiring.model) for wiring, _ in found}) > 1:
-            pairs = zip(names, found, strict=True)
-            places = ", ".join(f"{name!r} in {w.model.name!r}" for name, (w, _) in pairs)
-            raise ValueError(
-                f"{self.verb} received layers of several models: {places}. Name layers of one, or "
-                f"make one graph of them first: vt.flatten(model)."
-            )
-        return found[0][0], [own for _, own in found]
-
     def origin(self, tensor: Tensor) -> Node:
         """The call in this graph that makes a tensor, or that calls the nested model it is in."""
         call = producing_call(tensor)

@@ -1,0 +1,80 @@
+"""Splices: whoever read tensor A now reads tensor B, after some new layers; and cuts.
+
+That is what every surgery by name comes down to. The new model is made by `rebuild`'s one walk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+from keras import KerasTensor as Tensor
+from keras.layers import Layer
+
+from vggtorch.keras_graph import Functional, producing_call
+from vggtorch.surgery.naming import settle_names_
+from vggtorch.surgery.rebuild import Instead, Rebuild
+from vggtorch.surgery.wiring import Wiring, needed
+
+Change = tuple[Wiring, Sequence[tuple[Tensor, Tensor]], Sequence[Layer]]
+
+
+def splice(
+    wiring: Wiring,
+    pairs: Sequence[tuple[Tensor, Tensor]],
+    new: Sequence[Layer],
+    place: Wiring | None = None,
+) -> Functional:
+    """A new model in which whoever read one tensor of a pair reads `new` applied to the other.
+
+    The tensors are those of `place`, a model nested in `wiring`'s, where it isn't that model
+    itself.
+    """
+    return splice_all(wiring, [(place or wiring, pairs, new)])
+
+
+def splice_all(wiring: Wiring, changes: Sequence[Change]) -> Functional:
+    """A new model with several splices: (where its tensors are, its pairs, its new layers).
+
+    The new layers are built only once the whole graph has been seen to fit, with copies of them
+    in their place.
+    """
+    instead: Instead = {}
+    for _, pairs, new in changes:
+        instead.update({id(before): (now, new) for before, now in pairs})
+    taken: dict[int, set[str]] = {}  # by the id of a model, the names that its layers have
+    for place, _, new in changes:
+        if id(place.model) not in taken:
+            ends = [*place.outputs, *place.functional.inputs]
+            kept = needed(ends, {key: now for key, (now, _) in instead.items()})
+            taken[id(place.model)] = {node.operation.name for node in kept}
+        settle_names_(new, taken[id(place.model)])
+        taken[id(place.model)] |= {layer.name for layer in new}
+    inputs, outputs = wiring.functional.input, wiring.functional.output
+    new_layers = {id(layer): layer for _, _, new in changes for layer in new}
+    if new_layers:
+        trial = Rebuild(wiring, weights=False)
+        copies = {key: trial.copy(layer, wiring) for key, layer in new_layers.items()}
+        trial.instead = {
+            key: (now, [copies[id(layer)] for layer in new]) for key, (now, new) in instead.items()
+        }
+        trial.model(wiring, inputs, outputs)
+    return Rebuild(wiring, instead).model(wiring, inputs, outputs)
+
+
+def rebuilt(wiring: Wiring, inputs: Any, outputs: Any) -> Functional:
+    """A new model from `inputs` to `outputs`, both structures of the old graph's tensors.
+
+    They may be tensors of nested models that are called once, which are then cut to what is needed
+    of them.
+    """
+    rebuild = Rebuild(wiring)
+    ends = keras.tree.flatten(outputs)
+    rebuild.starts = [t for t in keras.tree.flatten(inputs) if not _made_in(wiring, t)]
+    rebuild.ends = [t for t in ends if not _made_in(wiring, t)]
+    return rebuild.model(wiring, inputs, outputs)
+
+
+def _made_in(wiring: Wiring, tensor: Tensor) -> bool:
+    return producing_call(tensor) in wiring.nodes
