@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from contract import same_snapshot, snapshot
-from small import L, images, vgg
+from small import SIZE, L, images, vgg
 
 import vggtorch as vt
 from vggtorch.models import remember_
@@ -166,6 +166,27 @@ def test_layers_without_an_activation_between_them_become_one():
     _, found = vt.compress(model, 6, images(30, 12), steps=0)  # and from there on
     assert found.times >= 6
     assert found.likeness["fc2"] > 0.9
+
+
+def test_layers_of_nested_models_are_replaced_too():
+    inner, image = vgg(), keras.Input((SIZE, SIZE, 3))
+    pooled = L.GlobalAveragePooling2D()(inner(image))
+    outer = keras.Model(image, L.Dense(3, name="logits")(pooled), name="outer")
+    model = keras.Sequential([keras.Input((SIZE, SIZE, 3)), outer])
+    before = model.get_weights()
+    keep = ["outer/small/block1_conv1", "small/block3_conv2", "logits"]
+    result, found = vt.compress(model, 2, images(), steps=0, keep=keep)
+    changed = {row.layer for row in found.layers if row.method}
+    assert changed and changed <= {"block1_conv2", "block2_conv1", "block2_conv2", "block3_conv1"}
+    flat = vt.flatten(model)
+    for name in ("block1_conv1", "block3_conv2", "logits"):
+        for a, b in zip(result.get_layer(name).weights, flat.get_layer(name).weights, strict=True):
+            np.testing.assert_array_equal(a, b)
+    x = images(4)
+    likeness = np.corrcoef(model.predict(x).ravel(), result.predict(x).ravel())[0, 1]
+    assert likeness > 0.9
+    for a, b in zip(before, model.get_weights(), strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 def test_the_weight_set_and_frozen_layers_are_kept():

@@ -20,7 +20,8 @@ from vggtorch.compression.report import Compression, LayerChange
 from vggtorch.compression.resuming import Notebook
 from vggtorch.compression.sites import Site
 from vggtorch.compression.work import Work, open_progress
-from vggtorch.keras_graph import graph_of
+from vggtorch.keras_graph import functional, graph_of
+from vggtorch.surgery import flatten
 
 By = Literal["multiply-adds", "seconds"]
 
@@ -55,8 +56,8 @@ def compress(
     The last of the layers in the place of `block3_conv2` has its name, its activation and its
     settings; those before it are called `block3_conv2_rank` (low rank), `block3_conv2_vertical` and
     `_horizontal` (separated), `block3_conv2_narrow` and `_core` (bottleneck). All other layers,
-    the weight set and the input stay. Convolutions with groups or dilation, layers that are called
-    more than once, and those inside of nested models stay as they are.
+    the weight set and the input stay. Convolutions with groups or dilation and layers that are
+    called more than once stay as they are. Nested models are dissolved first, as `flatten` does it.
 
     The methods:
 
@@ -88,7 +89,7 @@ def compress(
         by: what is to be less: "multiply-adds", or "seconds", measured on this machine, for one
             image, on the device of the weights.
         methods: those to choose from.
-        keep: names of layers that stay as they are.
+        keep: names of layers that stay as they are, "vgg16/block1_conv1" inside of nested models.
         seconds: wall-clock time at most; what the closed forms leave of it is for the training.
         steps: optimizer steps at most, each on eight crops; 0 leaves the closed forms.
         seed: decides the held-out images, the positions and the crops.
@@ -105,6 +106,11 @@ def compress(
             (it says which one can), or a folder that holds another run.
     """
     graph_of(model, "compress")
+    if any(functional(layer) is not None for layer in model.layers):
+        model = flatten(model)
+        flat = {layer.name for layer in model.layers}
+        keep = [last if (last := name.rpartition("/")[2]) in flat else name.replace("/", "_")
+                for name in keep]  # fmt: skip
     _check(model, times, by, methods, keep, steps)
     photographs = split(model, images, seed)
     settings = {
