@@ -176,7 +176,7 @@ def test_layers_of_nested_models_are_replaced_too():
     before = model.get_weights()
     keep = ["outer/small/block1_conv1", "small/block3_conv2", "logits"]
     result, found = vt.compress(model, 2, images(), steps=0, keep=keep)
-    changed = {row.layer for row in found.layers if row.method}
+    changed = {row.name for row in found.layers if row.method}
     assert changed and changed <= {"block1_conv2", "block2_conv1", "block2_conv2", "block3_conv1"}
     flat = vt.flatten(model)
     for name in ("block1_conv1", "block3_conv2", "logits"):
