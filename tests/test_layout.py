@@ -17,7 +17,13 @@ ROOMS = (
     *("weights", "models", "lowering", "surgery", "features", "measuring"),
     *("compression", "training"),
 )
-ENTRANCES = ("demo", "options", "commands", "cli")  # what a user starts; they may import everything
+ENTRANCES = (
+    "demo",
+    "options",
+    "commands",
+    "training_commands",
+    "cli",
+)  # what a user starts; they may import everything
 ORDER = (*GROUND, *ROOMS, *ENTRANCES)
 FILES = sorted(path for path in PACKAGE.rglob("*.py"))
 

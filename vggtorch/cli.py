@@ -16,19 +16,12 @@ from typing import Annotated, Any, Literal
 import typer
 
 import vggtorch as vt
-from vggtorch import commands, files
+from vggtorch import commands, files, training_commands
 from vggtorch.architectures import ARCHITECTURES
-from vggtorch.options import (
-    Architecture,
-    ArchitectureName,
-    Weights,
-    as_options,
-    with_options_of_train_config,
-)
+from vggtorch.options import ArchitectureName, Weights, as_options
 from vggtorch.text import LONGEST_MESSAGE, visible, visible_lines
-from vggtorch.training import Interrupted, Terminated, TrainConfig
+from vggtorch.training import Interrupted, Terminated
 
-Advice = Literal["auto", "similar", "different", "none"]
 Cost = Literal["multiply-adds", "seconds"]
 Model = Annotated[
     str,
@@ -288,7 +281,7 @@ app.command(epilog=_examples("push run ann/cats --private", "predict hf://ann/ca
 )
 
 
-@app.command(
+app.command(
     epilog=_examples(
         "finetune photos",
         "finetune photos --crop-mode squash --epochs 5 --lr 3e-4 -b 32 -o run2",
@@ -297,78 +290,10 @@ app.command(epilog=_examples("push run ann/cats --private", "predict hf://ann/ca
         "finetune pets --label-pattern '^(.+)_[0-9]+'",
         "finetune train validation --unfreeze 3:block5_conv1",
     )
+)(training_commands.finetune)
+app.command("lr_find", epilog=_examples("lr_find photos", "lr_find photos --picture rates.svg"))(
+    training_commands.lr_find
 )
-@with_options_of_train_config
-def finetune(
-    context: typer.Context,
-    train: Annotated[
-        str,
-        typer.Argument(
-            metavar="DATA",
-            help="A folder with one folder for each class, or with train, val, test; or a .csv or "
-            ".jsonl file of paths and labels, and splits perhaps.",
-        ),
-    ],
-    validation: Annotated[
-        str | None,
-        typer.Argument(metavar="VALIDATION", help="The same; by default part of DATA."),
-    ] = None,
-    architecture: Architecture = "vgg16",
-    weights: Annotated[
-        str | None,
-        typer.Option(help="A weight set's name or a path; by default the best that can be had."),
-    ] = None,
-    advise: Annotated[
-        Advice,
-        typer.Option(
-            help="Rules of thumb choose what isn't given: for any images, for such as are similar "
-            "to ImageNet's or different, or none."
-        ),
-    ] = "auto",
-    **options: Any,
-) -> None:
-    """Fine-tune on a folder of images; writes the model, its card and a report."""
-    from accelerate import PartialState
-
-    from vggtorch.models import best_weight_set, constructor
-    from vggtorch.training import count_images, find_splits, settle_config
-
-    given: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, list) else value
-        for name, value in options.items()
-        if (source := context.get_parameter_source(name)) and source.name != "DEFAULT"
-    }
-    # What can't be right is refused before the weights are loaded; some settings need the plan's.
-    TrainConfig(**{k: v for k, v in given.items() if advise == "none" or k not in _TOGETHER})
-    count_images(find_splits(Path(train)).train, given.get("label_pattern"))
-    if weights is None:
-        weights, missing = best_weight_set(architecture)
-        because = missing.partition("\n")[0]
-        _show(f"Weights: {weights}" + (f" (no better ones: {because})" if because else ""))
-    size = given.get("image_size", 224)
-    model = constructor(architecture)(
-        weights=weights, include_top=False, input_shape=(size, size, 3)
-    )
-    if advise == "none":
-        config = TrainConfig(**given)
-    else:
-        config = settle_config(model, train, None, given, None if advise == "auto" else advise)
-    try:
-        history = vt.finetune(model, train, validation, config)
-    except Interrupted as stop:  # which typer would swallow
-        raise typer.Abort from stop
-    if PartialState().is_main_process:
-        run = Path(config.output_dir)
-        vt.save_trained(history, run)
-        vt.write_report(history, run / "report.html")
-        for name, found in (("validation", history.evaluation), ("test", history.test_evaluation)):
-            if found is not None:
-                _show(f"Accuracy on {len(found.labels)} {name} images: {found.accuracy:.3f}")
-        _show(f"Wrote {run / 'model.keras'}, {run / 'README.md'} and {run / 'report.html'}.")
-
-
-# Settings of which one may need another that the plan sets.
-_TOGETHER = ("cut", "unfreeze", "freeze")
 
 
 def _carry_on(arguments: Sequence[str]) -> str:

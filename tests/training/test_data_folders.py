@@ -51,7 +51,7 @@ def test_a_run_on_train_and_test_holds_out_a_part_of_train(tmp_path, config):
     assert len(read.validation) == 6
     assert len(read.training) == 18
     assert all("train" in p.parts for p in read.validation.paths + read.training.paths)
-    assert read.test is not None and all("test" in p.parts for p in read.test.paths)
+    assert isinstance(read.test, data.Folder) and all("test" in p.parts for p in read.test.paths)
     # A validation folder of the user's own is told apart from the classes too.
     other = tiny.pictures(tmp_path / "other", each=1)
     read = read_data(tmp_path / "data", other, config, images)

@@ -5,12 +5,15 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import xml.etree.ElementTree
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tiny
 
+import vggtorch as vt
+from vggtorch.cli import main
 from vggtorch.training.rate_search import find_learning_rate
 
 
@@ -59,3 +62,23 @@ def test_a_loss_that_is_never_finite_is_an_error(config):
     train.tensors[0][:] = math.nan
     with pytest.raises(ValueError, match="isn't finite at the lowest learning rate, 1e-06"):
         find_learning_rate(tiny.network(), train, config)
+
+
+@pytest.mark.slow
+def test_the_command_draws_its_suggestion(tmp_path, capsys, images, monkeypatch):
+    """It is that of the function, on the same network and plan."""
+    monkeypatch.chdir(tmp_path)
+    weights = tmp_path / "random.safetensors"
+    vt.save_weights(vt.VGG11(weights=None, include_top=False, input_shape=(32, 32, 3)), weights)
+    options = ["--architecture", "vgg11", "--weights", str(weights), "--image-size", "32"]
+    few = ["--steps", "6", "--lowest", "1e-5", "-b", "8"]
+    assert main(["lr_find", str(images), *options, *few]) == 0
+    model = vt.VGG11(weights=weights, include_top=False, input_shape=(32, 32, 3))
+    expected = find_learning_rate(model, images, batch_size=8, steps=6, lowest=1e-5)
+    assert (
+        f"Suggested: --lr {expected.suggestion:.2g}\nWrote lr_find.svg." in capsys.readouterr().out
+    )
+    drawing = xml.etree.ElementTree.parse(tmp_path / "lr_find.svg").getroot()
+    assert f"suggested {expected.suggestion:.2g}" in "".join(drawing.itertext())
+    assert main(["lr_find", str(images), *options, "--steps", "1"]) == 1
+    assert "--steps 1; expected rates" in capsys.readouterr().err

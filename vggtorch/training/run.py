@@ -63,6 +63,7 @@ def read_data(
                 given, images, augment, config.on_unreadable, config.seed, config.label_pattern
             )
             return folder, data.shuffled(len(folder), config.batch_size, config.seed)
+        assert not isinstance(given, Mapping)
         return data.as_source(given, config.seed, config.batch_size, images)
 
     splits = _splits(train)

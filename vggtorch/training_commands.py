@@ -1,0 +1,142 @@
+"""The commands that train: finetune, and lr_find, which looks for its learning rate."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+import vggtorch as vt
+from vggtorch.options import Architecture, with_options_of_train_config
+from vggtorch.text import visible_lines
+from vggtorch.training import Interrupted, TrainConfig
+
+if TYPE_CHECKING:
+    import keras
+
+Advice = Literal["auto", "similar", "different", "none"]
+Data = Annotated[
+    str,
+    typer.Argument(
+        metavar="DATA",
+        help="A folder with one folder for each class, or with train, val, test; or a .csv or "
+        ".jsonl file of paths and labels, and splits perhaps.",
+    ),
+]
+PretrainedWeights = Annotated[
+    str | None,
+    typer.Option(help="A weight set's name or a path; by default the best that can be had."),
+]
+Advise = Annotated[
+    Advice,
+    typer.Option(
+        help="Rules of thumb choose what isn't given: for any images, for such as are similar "
+        "to ImageNet's or different, or none."
+    ),
+]
+
+# Settings of which one may need another that the plan sets.
+_TOGETHER = ("cut", "unfreeze", "freeze")
+
+
+@with_options_of_train_config
+def finetune(
+    context: typer.Context,
+    train: Data,
+    validation: Annotated[
+        str | None,
+        typer.Argument(metavar="VALIDATION", help="The same; by default part of DATA."),
+    ] = None,
+    architecture: Architecture = "vgg16",
+    weights: PretrainedWeights = None,
+    advise: Advise = "auto",
+    **options: Any,
+) -> None:
+    """Fine-tune on a folder of images; writes the model, its card and a report."""
+    from accelerate import PartialState
+
+    model, config = _model_and_config(context, train, architecture, weights, advise, options)
+    try:
+        history = vt.finetune(model, train, validation, config)
+    except Interrupted as stop:  # which typer would swallow
+        raise typer.Abort from stop
+    if PartialState().is_main_process:
+        run = Path(config.output_dir)
+        vt.save_trained(history, run)
+        vt.write_report(history, run / "report.html")
+        for name, found in (("validation", history.evaluation), ("test", history.test_evaluation)):
+            if found is not None:
+                _show(f"Accuracy on {len(found.labels)} {name} images: {found.accuracy:.3f}")
+        _show(f"Wrote {run / 'model.keras'}, {run / 'README.md'} and {run / 'report.html'}.")
+
+
+@with_options_of_train_config
+def lr_find(
+    context: typer.Context,
+    train: Data,
+    picture: Annotated[
+        str, typer.Option(metavar="FILE", help="Where loss by learning rate is drawn, as SVG.")
+    ] = "lr_find.svg",
+    lowest: Annotated[float, typer.Option(help="The first learning rate.")] = 1e-6,
+    highest: Annotated[
+        float, typer.Option(help="The last, unless the loss diverges before.")
+    ] = 1.0,
+    steps: Annotated[int, typer.Option(help="Optimizer steps from the first to the last.")] = 100,
+    architecture: Architecture = "vgg16",
+    weights: PretrainedWeights = None,
+    advise: Advise = "auto",
+    **options: Any,
+) -> None:
+    """Find a learning rate for finetune, by a short run in which it rises; draws the loss."""
+    from accelerate import PartialState
+
+    from vggtorch.training import plot_rates
+
+    model, config = _model_and_config(context, train, architecture, weights, advise, options)
+    search = vt.find_learning_rate(
+        model, train, config, lowest=lowest, highest=highest, steps=steps
+    )
+    if PartialState().is_main_process:
+        plot_rates(search, picture)
+        _show(f"Suggested: --lr {search.suggestion:.2g}\nWrote {picture}.")
+
+
+def _model_and_config(
+    context: typer.Context,
+    train: str,
+    architecture: str,
+    weights: str | None,
+    advise: Advice,
+    options: dict[str, Any],
+) -> tuple[keras.Model, TrainConfig]:
+    """The pretrained network without its top, and how the options have it train.
+
+    What can't be right is refused before the weights are loaded.
+    """
+    from vggtorch.models import best_weight_set, constructor
+    from vggtorch.training import count_images, find_splits, settle_config
+
+    given: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in options.items()
+        if (source := context.get_parameter_source(name)) and source.name != "DEFAULT"
+    }
+    # Some settings need the plan's.
+    TrainConfig(**{k: v for k, v in given.items() if advise == "none" or k not in _TOGETHER})
+    count_images(find_splits(Path(train)).train, given.get("label_pattern"))
+    if weights is None:
+        weights, missing = best_weight_set(architecture)
+        because = missing.partition("\n")[0]
+        _show(f"Weights: {weights}" + (f" (no better ones: {because})" if because else ""))
+    size = given.get("image_size", 224)
+    model = constructor(architecture)(
+        weights=weights, include_top=False, input_shape=(size, size, 3)
+    )
+    if advise == "none":
+        return model, TrainConfig(**given)
+    return model, settle_config(model, train, None, given, None if advise == "auto" else advise)
+
+
+def _show(text: object) -> None:
+    print(visible_lines(text))
