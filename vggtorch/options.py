@@ -36,6 +36,17 @@ def _stages(values: list[str] | None) -> list[tuple[int, str]]:
     return stages
 
 
+def _class_weight(text: str | None) -> str | tuple[float, ...] | None:
+    """`balanced`, or numbers separated by commas."""
+    if text is None or text == "balanced":
+        return text
+    try:
+        return tuple(float(number) for number in text.split(","))
+    except ValueError:
+        expected = "expected balanced, or numbers such as 1,2.5"
+        raise typer.BadParameter(f"{text!r} was received; {expected}") from None
+
+
 SHORT = {"learning_rate": "--lr", "batch_size": "-b", "output_dir": "-o"}  # beside the long names
 
 
@@ -50,6 +61,9 @@ def with_options_of_train_config(command: Callable[..., None]) -> Callable[..., 
         if field.name == "unfreeze":
             hint, default = list[str], []
             details |= {"metavar": "EPOCH:LAYER", "callback": _stages}
+        if field.name == "class_weight":
+            hint = str | None
+            details |= {"metavar": "WEIGHTS", "callback": _class_weight}
         parameters.append(
             inspect.Parameter(
                 field.name,

@@ -13,7 +13,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset, WeightedRandomSampler
 
 from vggtorch.models import preprocess
-from vggtorch.training import data
+from vggtorch.training import data, reading
 
 
 def test_folder_reads_what_torchvisions_image_folder_lists(tmp_path):
@@ -202,8 +202,8 @@ def test_loaders_without_batches_and_datasets_without_length_are_refused():
 def test_workers_change_nothing(tmp_path):
     folder = data.read_folder(tiny.pictures(tmp_path / "data"), 16, augment="trivial")
     keys = [[(i, 3), (i + 1, 4)] for i in range(4)]
-    alone = [x for x, _ in data.loaded(folder, keys, num_workers=0)]
-    helped = [x for x, _ in data.loaded(folder, keys, num_workers=2)]
+    alone = [x for x, _ in reading.loaded(folder, keys, num_workers=0)]
+    helped = [x for x, _ in reading.loaded(folder, keys, num_workers=2)]
     assert all(map(torch.equal, alone, helped))
 
 

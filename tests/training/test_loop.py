@@ -140,7 +140,7 @@ def test_two_processes_give_the_losses_of_one(images, tmp_path):
         "PYTHONPATH": os.pathsep.join(map(str, (script.parents[2], script.parents[1]))),
         "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1",
     }  # fmt: skip
-    for name in ("images", "cached"):
+    for name in ("mixed", "cached"):
         results = []
         for processes in (1, 2):
             folder = tmp_path / f"{name}{processes}"

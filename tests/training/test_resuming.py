@@ -21,6 +21,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "freeze": "block2_pool", "unfreeze": ((1, "block2_conv1"),), "augment": "crop",
         "cache_copies": 3, "layer_decay": 0.5, "batch_norm": True,
     },
+    "mixed": {
+        "mixup": 0.4, "cutmix": 1.0, "sampling": "balanced", "class_weight": "balanced",
+        "augment": "crop", "label_smoothing": 0.1,
+    },
     "head": {"head": "mlp", "freeze": "block2_pool", "schedule": "constant"},
 }  # fmt: skip
 

@@ -15,10 +15,12 @@ from vggtorch.training.loop import finetune
 
 if __name__ == "__main__":
     folder, images = map(Path, sys.argv[1:])
+    mixing = {"mixup": 0.4, "cutmix": 1.0, "class_weight": (1.0, 2.0, 0.5)}
     config = TrainConfig(
         epochs=3, batch_size=17, seed=3,  # of 18 images, so that a process gets none of the last
         freeze="block1_pool", unfreeze=((1, "block1_conv1"),), image_size=16, augment="crop",
         cache_copies=2, cache="cached" in folder.name, output_dir=str(folder),
+        **(mixing if "mixed" in folder.name else {}),
     )  # fmt: skip
     network = tiny.network(3, dropout=0.0, batch_norm=True)
     network.get_layer("block2_conv1").kernel.regularizer = keras.regularizers.L2(0.1)

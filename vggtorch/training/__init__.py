@@ -4,9 +4,10 @@ Read `config` first, which says what can be asked for, and `loop`, which does it
 What the loop calls, in the order in which it calls: `opening` (the configuration by advice, and the
 first lines that a run says), `run` (the data, the device, and the state that a checkpoint holds),
 `tables` and `folders` (which images there are, and their classes), `items` (what data sets of
-others give), `data` (images by index and augmentation), `heads` (new layers on top), `identity`
-(what makes a run the run that it is), `optimization` (what trains, how fast), `features` (frozen
-layers run once), `step` (one optimizer step), `evaluation` (how well it does), `checkpoints` (their
+others give), `data` (images by index and augmentation), `reading` (batches of them), `balance`
+(classes of unequal size), `heads` (new layers on top), `identity` (what makes a run the run that it
+is), `optimization` (what trains, how fast), `features` (frozen layers run once), `step` (one
+optimizer step), `mixing` (mixup and cutmix), `evaluation` (how well it does), `checkpoints` (their
 file), `stopping` (Ctrl-C) and `display` (the progress bar). Around the loop stand `advice` (a
 configuration by rules of thumb), `rate_search` (a learning rate), `charts`, `report`, `keeping` and
 `card` (drawings, the page, the model and its card). What is done with a trained model stands in

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -58,6 +58,18 @@ class TrainConfig:
     schedule: Literal["cosine", "constant"] = _option("cosine", "What follows the warm-up.")
     weight_decay: float = _option(0.01, "Weight decay of kernels; biases and norms have none.")
     label_smoothing: float = _option(0.0, "Share of the target spread over all classes.")
+    mixup: float = _option(
+        0.0, "Mix each image with another: alpha of mixup's Beta distribution; 0 mixes none."
+    )
+    cutmix: float = _option(
+        0.0, "Paste a part of another image: alpha of cutmix's Beta distribution; 0 pastes none."
+    )
+    class_weight: str | Sequence[float] | Mapping[str | int, float] | None = _option(
+        None, "Of each class's loss: balanced, or a number for each class, separated by commas."
+    )
+    sampling: Literal["shuffled", "balanced"] = _option(
+        "shuffled", "Every image once in an epoch, or draw every class equally often."
+    )
     max_grad_norm: float | None = _option(None, "A gradient with a larger norm is scaled to this.")
     ema_decay: float | None = _option(
         None, "Keep a moving average of the weights, with this decay, and use that."
@@ -125,6 +137,7 @@ class TrainConfig:
                 ):
                     raise ValueError(f"Received {name}={value!r}; expected {expected}.")
         _check_pattern(self.label_pattern)
+        _check_class_weight(self.class_weight)
         if self.head is None and self.cut is not None:
             raise ValueError(
                 f"Received cut={self.cut!r} without a head. Name one (head='multilevel', say), or "
@@ -141,6 +154,20 @@ class TrainConfig:
                 f"Received unfreeze={self.unfreeze!r}, and nothing is frozen. Name the layer that "
                 f"the run starts frozen up to: freeze='block5_pool'."
             )
+
+
+def _check_class_weight(given: Any) -> None:
+    """See that weights of classes are `balanced`, or numbers of which one is above 0."""
+    if given is None or given == "balanced":
+        return
+    numbers = list(given.values() if isinstance(given, Mapping) else given)
+    if isinstance(given, str) or not all(
+        isinstance(n, int | float) and math.isfinite(n) and n >= 0 for n in numbers
+    ):
+        raise ValueError(
+            f"Received class_weight={given!r}; expected 'balanced', or a number from 0 for each "
+            f"class."
+        )
 
 
 def _check_pattern(pattern: str | None) -> None:
@@ -177,7 +204,7 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
     ("num_workers seed", lambda v: _is_whole(v) and v >= 0, "a whole number from 0"),
     ("learning_rate", lambda v: v > 0, "a number above 0"),
     ("max_grad_norm", lambda v: v > 0, "a number above 0, or None"),
-    ("weight_decay", lambda v: v >= 0, "a number from 0"),
+    ("weight_decay mixup cutmix", lambda v: v >= 0, "a number from 0"),
     ("layer_decay", lambda v: 0 < v <= 1, "a number above 0 and at most 1"),
     ("warmup label_smoothing", lambda v: 0 <= v < 1, "a number from 0 and below 1"),
     ("validation_split", lambda v: 0 < v < 1, "a number between 0 and 1"),

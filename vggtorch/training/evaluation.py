@@ -13,8 +13,9 @@ from torch.nn import functional as F
 
 from vggtorch import keras_graph
 from vggtorch.lowering import between
-from vggtorch.training.data import Source, in_order, loaded
+from vggtorch.training.data import Source, in_order
 from vggtorch.training.heads import logits_network
+from vggtorch.training.reading import loaded
 from vggtorch.training.step import network_input
 
 

@@ -26,9 +26,9 @@ from vggtorch.training.data import (
     as_input,
     fingerprint,
     in_order,
-    loaded,
 )
 from vggtorch.training.identity import network_digest
+from vggtorch.training.reading import loaded
 
 
 def frozen_end(model: keras.Model) -> keras.KerasTensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from vggtorch.keras_graph import graph_of
 from vggtorch.lowering import synchronize_
 from vggtorch.models import remember_
 from vggtorch.training import checkpoints
+from vggtorch.training.balance import class_weights
 from vggtorch.training.config import TrainConfig
 from vggtorch.training.data import (
     BatchPlan,
@@ -31,15 +33,14 @@ from vggtorch.training.data import (
     Source,
     arithmetic_of,
     augmentation_index,
-    clear_errors,
     images_for,
-    shared_batches,
 )
 from vggtorch.training.display import Display, open_display
 from vggtorch.training.evaluation import Evaluation, evaluate
 from vggtorch.training.features import cached_features, frozen_end
 from vggtorch.training.heads import check_frozen, class_names, logits_network, with_head
 from vggtorch.training.identity import check_identity, identity_of
+from vggtorch.training.mixing import mixes
 from vggtorch.training.opening import first_lines, settle_config
 from vggtorch.training.optimization import (
     averaged,
@@ -47,6 +48,7 @@ from vggtorch.training.optimization import (
     learning_rate,
     set_learning_rate_,
 )
+from vggtorch.training.reading import clear_errors, shared_batches
 from vggtorch.training.run import (
     Images,
     Progress,
@@ -170,7 +172,8 @@ def _finetune(
     classes = class_names(model, read.classes)
     images = dataclasses.replace(images, label_names=read.classes)
     remember_(model, images)
-    state = first_state(model, config, accelerator.device)
+    weight = class_weights(config, read.training, classes)
+    state = first_state(model, config, accelerator.device, weight)
     mine = identity_of(config, read, model, accelerator.mixed_precision)
     progress = state.progress
     last, best = (Path(config.output_dir) / name for name in ("last.pt", "best.pt"))
@@ -216,7 +219,9 @@ def _finetune(
             began = time.perf_counter() - progress.seconds
             module.train()
             left = keys[progress.step :]
-            for batch in shared_batches(stage.training, left, config.num_workers, accelerator):
+            for batch in shared_batches(
+                stage.training, left, config.num_workers, accelerator, in_pairs=mixes(config)
+            ):
                 rate = learning_rate(config, progress.done, steps)
                 set_learning_rate_(state.optimizer, rate)
                 with stop.held():
@@ -315,6 +320,9 @@ def _is_stale(epoch: int, best_epoch: int, patience: int | None) -> bool:
     return patience is not None and epoch - 1 - best_epoch >= patience
 
 
+AGAIN = 10_007  # odd, so that an image comes mirrored the second time
+
+
 @dataclass(frozen=True)
 class Stage:
     """What runs between two changes of what is frozen.
@@ -331,18 +339,26 @@ class Stage:
     is_cached: bool
 
     def keys(self, plan: BatchPlan, epoch: int) -> list[list[Key]]:
-        """What each batch of an epoch consists of; features take turns among their copies."""
-        return [
-            [(i, i + epoch if self.is_cached else augmentation_index(i, epoch)) for i in batch]
-            for batch in plan(epoch)
-        ]
+        """What each batch of an epoch consists of; features take turns among their copies.
+
+        An image that an epoch has several times is augmented in another way each time.
+        """
+        times: Counter[int] = Counter()
+
+        def key(index: int) -> Key:
+            turn = epoch + AGAIN * times[index]
+            times[index] += 1
+            return index, index + turn if self.is_cached else augmentation_index(index, turn)
+
+        return [[key(index) for index in batch] for batch in plan(epoch)]
 
 
 def prepare(
     model: keras.Model, read: RunData, config: TrainConfig, accelerator: Any, show: Display
 ) -> Stage:
     """The part of a model that trains as it is frozen now, and what goes into it."""
-    end = frozen_end(model) if config.cache else model.inputs[0]
+    # Mixed images are new in every step: what frozen layers make of them can't be kept.
+    end = frozen_end(model) if config.cache and not mixes(config) else model.inputs[0]
     module = logits_network(model, end)
     # In pieces, batch norm is of each piece, in one process and in several.
     whole = config.gradient_accumulation_steps == 1

@@ -16,6 +16,7 @@ from vggtorch.training.config import TrainConfig
 from vggtorch.training.data import Folder
 from vggtorch.training.folders import count_images, find_splits
 from vggtorch.training.items import label_names
+from vggtorch.training.mixing import mixes
 from vggtorch.training.run import Images, RunData
 from vggtorch.weight_sets import DataConfig
 
@@ -24,6 +25,7 @@ _ELSEWHERE = {
     "lr": "learning_rate", "bs": "batch_size", "batch": "batch_size", "size": "image_size",
     "img_size": "image_size", "output": "output_dir", "folder": "output_dir", "opt": "optimizer",
     "smoothing": "label_smoothing", "workers": "num_workers", "clip_grad": "max_grad_norm",
+    "mixup_alpha": "mixup", "cutmix_alpha": "cutmix", "class_weights": "class_weight",
     "num_train_epochs": "epochs", "validation_data": "validation", "wd": "weight_decay",
 }  # fmt: skip
 NAMED = 12  # classes that the first lines list
@@ -100,6 +102,8 @@ def first_lines(
         f"Input: {height}x{width}, crop mode {images.crop_mode}, crop share {images.crop_pct:g}, "
         f"{images.interpolation}; weight set {images.weight_set or 'not known'}"
     )
+    if mixes(config) and config.cache and config.freeze is not None:
+        lines.append("Frozen layers run in every step: mixed images are new each time")
     trained = sum(v.value.numel() for v in model.trainable_variables)
     names = [layer.name for layer in model.layers if layer.trainable_variables]
     shown = names if len(names) <= 4 else [names[0], "...", names[-1]]

@@ -10,13 +10,16 @@ from typing import Any
 import keras
 
 from vggtorch.keras_graph import graph_of
+from vggtorch.training.balance import class_weights
 from vggtorch.training.config import TrainConfig
-from vggtorch.training.data import BatchPlan, Key, images_for, shared_batches
+from vggtorch.training.data import BatchPlan, Key, images_for
 from vggtorch.training.display import open_display
 from vggtorch.training.heads import class_names, with_head
 from vggtorch.training.loop import Stage, prepare
+from vggtorch.training.mixing import mixes
 from vggtorch.training.opening import settle_config
 from vggtorch.training.optimization import freeze_for_, frozen_layers_kept, set_learning_rate_
+from vggtorch.training.reading import shared_batches
 from vggtorch.training.run import Images, assign_, first_state, make_accelerator, read_data
 from vggtorch.training.step import train_step_
 
@@ -87,7 +90,7 @@ def find_learning_rate(
     read = read_data(train, None, config, images_for(model, config))
     if config.head is not None:
         model = with_head(model, config, len(read.classes))
-    class_names(model, read.classes)
+    classes = class_names(model, read.classes)
     accelerator = make_accelerator(config.precision)
     device = model.variables[0].value.device
     before = [v.value.detach().clone() for v in model.variables]
@@ -96,14 +99,17 @@ def find_learning_rate(
     average = 0.0
     with frozen_layers_kept(model):
         try:
-            state = first_state(model, config, accelerator.device)
+            weight = class_weights(config, read.training, classes)
+            state = first_state(model, config, accelerator.device, weight)
             freeze_for_(model, config, 0)
             with open_display(accelerator.is_main_process, None) as show:
                 stage = prepare(model, read, config, accelerator, show)
                 module = accelerator.prepare_model(stage.module).train()
                 show.begin("learning rate", steps * config.batch_size)
                 keys = list(itertools.islice(_endless(stage, read.plan), steps))
-                batches = shared_batches(stage.training, keys, config.num_workers, accelerator)
+                batches = shared_batches(
+                    stage.training, keys, config.num_workers, accelerator, in_pairs=mixes(config)
+                )
                 for done, batch in enumerate(batches):
                     state.progress.done = done
                     rates.append(lowest * (highest / lowest) ** (done / (steps - 1)))

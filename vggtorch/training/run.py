@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from vggtorch.keras_graph import all_layers
 from vggtorch.training import checkpoints, data
+from vggtorch.training.balance import balanced, labels_of
 from vggtorch.training.config import Augment, TrainConfig
 from vggtorch.training.data import BatchPlan, DatasetSource, Folder
 from vggtorch.training.folders import find_splits
@@ -64,6 +65,11 @@ def read_data(
             )
             return folder, data.shuffled(len(folder), config.batch_size, config.seed)
         assert not isinstance(given, Mapping)
+        if config.sampling == "balanced" and isinstance(given, DataLoader) and given is train:
+            raise ValueError(
+                "Received sampling='balanced' with a DataLoader, whose own sampler decides. Pass "
+                "its Dataset, or a DataLoader with a WeightedRandomSampler."
+            )
         return data.as_source(given, config.seed, config.batch_size, images)
 
     splits = _splits(train)
@@ -79,6 +85,8 @@ def read_data(
     if held_out:
         training, held = data.hold_out(training, config.validation_split)
         plan = data.shuffled(len(training), config.batch_size, config.seed)
+    if config.sampling == "balanced":
+        plan = balanced(labels_of(training), config.batch_size, config.seed)
     test = read(splits.test, "none")[0] if splits.test is not None else None
     held = _with_classes_of(training, held, "validation")
     test = _with_classes_of(training, test, "test")
@@ -192,9 +200,15 @@ class RunState:
     average: dict[int, torch.Tensor]  # of `trained`, over the steps; empty without ema_decay
     optimizer: torch.optim.Optimizer
     progress: Progress
+    class_weight: torch.Tensor | None = None  # (classes,), of each class's loss
 
 
-def first_state(model: keras.Model, config: TrainConfig, device: torch.device) -> RunState:
+def first_state(
+    model: keras.Model,
+    config: TrainConfig,
+    device: torch.device,
+    class_weight: torch.Tensor | None = None,
+) -> RunState:
     """The state in which a run begins, with the model on the device.
 
     Raises:
@@ -210,9 +224,9 @@ def first_state(model: keras.Model, config: TrainConfig, device: torch.device) -
     trained = trained_parameters(model, config)
     average = {i: p.detach().clone() for i, p in trained.items()} if config.ema_decay else {}
     optimizer = make_optimizer(model, trained, config, device)
-    return RunState(
-        model, trained, average, optimizer, Progress(pieces=config.gradient_accumulation_steps)
-    )
+    progress = Progress(pieces=config.gradient_accumulation_steps)
+    weight = None if class_weight is None else class_weight.to(device)
+    return RunState(model, trained, average, optimizer, progress, weight)
 
 
 def state_dict(state: RunState) -> dict[str, Any]:

@@ -12,8 +12,10 @@ import torch
 from torch.nn import functional as F
 
 from vggtorch.training.config import TrainConfig
-from vggtorch.training.data import Batch, arithmetic_of, as_input, seeded
+from vggtorch.training.data import arithmetic_of, as_input, seeded
+from vggtorch.training.mixing import mixed
 from vggtorch.training.optimization import update_average_
+from vggtorch.training.reading import Batch
 from vggtorch.training.run import RunState
 
 
@@ -32,7 +34,8 @@ def train_step_(
         FloatingPointError: the loss or its gradient isn't finite; then the step isn't taken.
     """
     progress = state.progress
-    _check_labels(state.model, batch.labels)
+    for labels in (batch.labels, *([batch.partners[1]] if batch.partners else [])):
+        _check_labels(state.model, labels)
     while True:
         try:
             total = _gradients_(state, module, batch, config, accelerator)
@@ -74,19 +77,36 @@ def _gradients_(
     device, progress = accelerator.device, state.progress
     state.optimizer.zero_grad()
     total = torch.zeros(2, dtype=torch.float64, device=device)
-    images, labels = (tensor.chunk(progress.pieces) for tensor in (batch.images, batch.labels))
+    images, targets, labels = batch.images, batch.labels, batch.labels
+    if batch.partners is not None:
+        partners, partner_labels = batch.partners
+        images, targets = mixed(
+            network_input(images, state.model, device),
+            labels.to(device),
+            (network_input(partners, state.model, device), partner_labels.to(device)),
+            state.model.output_shape[1],
+            config,
+            progress.done,
+        )
+        labels = targets.argmax(1)  # the class of the larger share
+    pieces = [tensor.chunk(progress.pieces) for tensor in (images, targets, labels)]
     with seeded(config.seed, progress.done, accelerator.process_index):
         if device.type == "cuda":
             torch.cuda.manual_seed(torch.initial_seed())
-        for i, (x, y) in enumerate(zip(images, labels, strict=True)):
-            x, y = network_input(x, state.model, device), y.to(device)
-            is_last = i == len(images) - 1
+        for i, (x, target, y) in enumerate(zip(*pieces, strict=True)):
+            x = network_input(x, state.model, device)
+            target, y = target.to(device), y.to(device)
+            is_last = i == len(pieces[0]) - 1
             penalty = regularization(state.model) if is_last else x.new_zeros(())
             with contextlib.nullcontext() if is_last else accelerator.no_sync(module):
                 with accelerator.autocast():
                     outputs = module(x)
                 loss = F.cross_entropy(
-                    outputs.float(), y, reduction="sum", label_smoothing=config.label_smoothing
+                    outputs.float(),
+                    target,
+                    weight=state.class_weight,
+                    reduction="sum",
+                    label_smoothing=config.label_smoothing,
                 )
                 # DistributedDataParallel takes the mean over processes; here over the images.
                 accelerator.backward(loss * accelerator.num_processes / batch.size + penalty)

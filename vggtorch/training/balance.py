@@ -1,0 +1,79 @@
+"""Classes of unequal size: weights of their losses, and batches that draw them equally often."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+
+from vggtorch.training.config import TrainConfig
+from vggtorch.training.data import BatchPlan, DatasetSource, Folder
+
+
+def labels_of(source: Folder | DatasetSource) -> list[int]:
+    """Every image's label; of a Dataset they are known only after it was read."""
+    return list(source.labels) if isinstance(source, Folder) else source.plain[1]
+
+
+def class_weights(
+    config: TrainConfig, source: Folder | DatasetSource, names: Sequence[str]
+) -> torch.Tensor | None:
+    """What each class's loss is multiplied by, (classes,); None where it is 1 for all.
+
+    `balanced` is scikit-learn's: images / (classes * images of the class).
+
+    Raises:
+        ValueError: weights of other classes than there are, or labels beyond them.
+    """
+    given = config.class_weight
+    if given is None:
+        return None
+    if isinstance(given, str):
+        return torch.from_numpy(len(source) / len(names) / _counts(source, names)).float()
+    if isinstance(given, Mapping):
+        found = dict.fromkeys(range(len(names)), 1.0)
+        for key, weight in given.items():
+            index = names.index(key) if key in names else key
+            if index not in found:
+                raise ValueError(
+                    f"Received class_weight={dict(given)!r}; there is no class {key!r}, only "
+                    f"{', '.join(names)}."
+                )
+            found[int(index)] = float(weight)
+        return torch.tensor(list(found.values()))
+    if len(given) != len(names):
+        raise ValueError(
+            f"Received class_weight={given!r}, {len(given)} numbers for {len(names)} classes. "
+            f"Expected one for each, in the order {', '.join(names)}."
+        )
+    return torch.tensor(given, dtype=torch.float32)
+
+
+def _counts(source: Folder | DatasetSource, names: Sequence[str]) -> np.ndarray:
+    """How many images each class has."""
+    counts = np.bincount(labels_of(source), minlength=len(names))
+    if not counts.all() or len(counts) > len(names):
+        empty = [name for name, count in zip(names, counts, strict=False) if not count]
+        raise ValueError(
+            f"Balanced classes need an image of each of the {len(names)}; the training data has "
+            f"labels up to {len(counts) - 1}, and none of {', '.join(empty) or 'those above'}."
+        )
+    return counts
+
+
+def balanced(labels: Sequence[int], batch_size: int, seed: int) -> BatchPlan:
+    """Each epoch draws as many images as there are, with replacement, every class equally often.
+
+    As torch's WeightedRandomSampler does with 1 / (images of the class), from (seed, epoch).
+    """
+    counts = np.bincount(labels)
+    chances = 1 / counts[labels]
+    chances /= chances.sum()
+
+    def plan(epoch: int) -> list[list[int]]:
+        rng = np.random.default_rng([seed, epoch])
+        order = rng.choice(len(labels), size=len(labels), p=chances).tolist()
+        return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+
+    return plan
