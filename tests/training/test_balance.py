@@ -86,7 +86,9 @@ def test_the_settings_train(tmp_path, config):
     few = tiny.pictures(tmp_path / "few", each=3)
     shutil.copytree(few / "red", folder / "red")
     losses = []
-    for i, changes in enumerate(({}, {"class_weight": "balanced"}, {"sampling": "balanced"})):
+    settings: list[dict[str, Any]]
+    settings = [{}, {"class_weight": "balanced"}, {"sampling": "balanced"}]
+    for i, changes in enumerate(settings):
         changed = dataclasses.replace(config, epochs=1, output_dir=f"{config.output_dir}{i}")
         changed = dataclasses.replace(changed, **changes)
         losses.append(tiny.curve(finetune(tiny.network(), folder, config=changed))[0])
@@ -94,7 +96,8 @@ def test_the_settings_train(tmp_path, config):
 
 
 def test_what_can_t_be_balanced_is_refused(config, capsys):
-    for given in ("even", (1.0, -1.0), (1.0, float("nan")), {"red": "much"}):
+    wrong: tuple[Any, ...] = ("even", (1.0, -1.0), (1.0, float("nan")), {"red": "much"})
+    for given in wrong:
         with pytest.raises(ValueError, match="expected 'balanced', or a number from 0"):
             TrainConfig(class_weight=given)
     with pytest.raises(ValueError, match=r"2 numbers for 3 classes\. .* order blue, green, red"):

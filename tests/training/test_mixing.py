@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,7 +22,8 @@ from vggtorch.training.mixing import mixed
 @pytest.mark.parametrize("step", [0, 7])
 def test_what_is_mixed_is_what_torchvision_mixes(name, kind, step):
     x, y = torch.rand(5, 10, 12, 3), torch.tensor([0, 2, 1, 1, 0])
-    config = TrainConfig(seed=3, **{name: 0.7})
+    alpha: dict[str, Any] = {name: 0.7}
+    config = TrainConfig(seed=3, **alpha)
     found, shares = mixed(x, y, (x.roll(1, 0), y.roll(1, 0)), 3, config, step)
     with data.seeded(3, step, mixing._TAG):
         expected, labels = kind(alpha=0.7, num_classes=3)(x.permute(0, 3, 1, 2), y)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import tiny  # isort: skip  (before keras: it selects Keras's torch backend)
 import keras
@@ -15,7 +16,7 @@ from vggtorch.training.loop import finetune
 
 if __name__ == "__main__":
     folder, images = map(Path, sys.argv[1:])
-    mixing = {"mixup": 0.4, "cutmix": 1.0, "class_weight": (1.0, 2.0, 0.5)}
+    mixing: dict[str, Any] = {"mixup": 0.4, "cutmix": 1.0, "class_weight": (1.0, 2.0, 0.5)}
     config = TrainConfig(
         epochs=3, batch_size=17, seed=3,  # of 18 images, so that a process gets none of the last
         freeze="block1_pool", unfreeze=((1, "block1_conv1"),), image_size=16, augment="crop",
