@@ -137,12 +137,31 @@ def test_several_networks_are_refused_and_never_called_damaged(
     with pytest.raises(ValueError, match=r"holds several state_dicts: \['G'\], \['D'\]") as caught:
         read(tmp_path / "a.pth", {"G": state, "D": state})
     assert "damaged" not in str(caught.value)
-    two = Wrapped(student=small, teacher=Small())
-    with pytest.raises(ValueError, match=r"begin with student\., teacher\.\. Load one") as caught:
-        read(tmp_path / "a.pth", two.state_dict())
-    assert "damaged" not in str(caught.value)
     with pytest.raises(ValueError, match=r"a\.pth can't be loaded: it holds a list, and no state"):
         read(tmp_path / "a.pth", [torch.zeros(2)])
+
+
+def test_networks_side_by_side_keep_their_names_and_averages_are_left(
+    tmp_path: Path, small: Small
+) -> None:
+    other = Small()
+    two = Wrapped(left=small, right=nn.DataParallel(other))
+    checkpoint = read(tmp_path / "a.pth", two.state_dict())
+    expected = {f"left.{key}": tensor for key, tensor in small.state_dict().items()}
+    expected |= {f"right.{key}": tensor for key, tensor in other.state_dict().items()}
+    assert_same(checkpoint.tensors, expected)
+    mean_teacher = Wrapped(student=small, teacher=other)
+    checkpoint = read(tmp_path / "b.pth", mean_teacher.state_dict())
+    assert_same(checkpoint.tensors, dict(small.state_dict()))
+    assert checkpoint.note is not None
+    assert "'student.' was taken, and not 'teacher.'. To take another" in checkpoint.note
+    counted = {**small.state_dict(), "tp": torch.zeros(3, dtype=torch.long)}
+    checkpoint = read(tmp_path / "c.pth", counted)
+    assert_same(checkpoint.tensors, dict(small.state_dict()))
+    assert checkpoint.note == "Whole numbers that are no weights were left: tp."
+    whole = {**small.state_dict(), "classifier.weight": torch.zeros(2, 4, dtype=torch.int8)}
+    with pytest.raises(ValueError, match=r"classifier.weight has dtype torch.int8, expected float"):
+        read(tmp_path / "d.pth", whole)
 
 
 def test_torchvisions_features_alone_and_under_another_name(tmp_path: Path) -> None:

@@ -2,11 +2,11 @@
 
 Read `vgg` first (the constructors), then `filling` (a model's variables by name, and how they get
 values), `torch_form` (a model's weights as torch has them), `matching` (which tensor belongs to
-which weight), `leftovers` (whether what belongs nowhere may be), `prefixed` (networks under a
-prefix), `loading` (`load_weights`, `save_weights`, `convert`), `memory` (how a model remembers what
-it expects of an image), `images` (files and PIL images as upright RGB), `fitting` (those at the
-model's size) and `preprocessing` (images into what a weight set expects, and probabilities into
-names).
+which weight), `rows` (VGG's layers by their shapes alone), `leftovers` (whether what belongs
+nowhere may be), `prefixed` (networks under a prefix), `loading` (`load_weights`, `save_weights`,
+`convert`), `memory` (how a model remembers what it expects of an image), `images` (files and PIL
+images as upright RGB), `fitting` (those at the model's size) and `preprocessing` (images into what
+a weight set expects, and probabilities into names).
 """
 
 from vggtorch.models.filling import best_weight_set, fill_, named_variables

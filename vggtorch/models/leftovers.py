@@ -19,7 +19,7 @@ from vggtorch.architectures import ARCHITECTURES
 from vggtorch.keras_graph import raw_value
 from vggtorch.models.filling import VGG_LAYERS, named_variables
 from vggtorch.models.matching import Match, match
-from vggtorch.models.torch_form import FEATURE_LAYERS
+from vggtorch.models.rows import FEATURES
 from vggtorch.weights import Checkpoint
 
 # VGG's layers in network order; those of the smaller networks are among the largest one's.
@@ -45,7 +45,8 @@ def check(
         Names in the checkpoint that were left and that a user would not expect to be.
     """
     title = "The state_dict" if isinstance(source, Mapping) else repr(str(source))
-    in_file = [*(layer for layer, _ in found.left.values()), *map(_layer, found.names)]
+    in_file = [*(layer or key for key, (layer, _) in found.left.items())]
+    in_file += map(_layer, found.names)
     in_file, in_model = _once(in_file), _once(map(_layer, [*found.missing, *found.names]))
     if not found.names or (partial and not found.values):
         raise ValueError(
@@ -77,16 +78,20 @@ def _unexpected(found: Match, backbone: bool) -> list[str]:
     if shared:
         beyond = {*_ORDER[: min(shared)], *_ORDER[max(shared) + 1 :]}
     if backbone:
-        return [key for key, (layer, _) in found.left.items() if layer in FEATURE_LAYERS]
+        return [key for key, (layer, _) in found.left.items() if layer in FEATURES]
     return [key for key, (layer, _) in found.left.items() if layer not in beyond]
 
 
 def _is_expected(key: str, found: Match) -> bool:
-    """Whether a tensor was left that one expects to be: VGG's own classifier, and Dense layers."""
+    """Whether a tensor was left that one expects to be.
+
+    That is so of VGG's own classifier, of Dense layers, and of another network that stands beside
+    the one that was asked for.
+    """
     layer, _ = found.left[key]
     shapes = [shape for other, shape in found.left.values() if other == layer]
     ranks = sorted(len(shape) for shape in shapes)
-    return layer in VGG_LAYERS or ranks in ([2], [1, 2])
+    return layer.endswith(tuple(VGG_LAYERS)) or ranks in ([2], [1, 2])
 
 
 def _layer(key: str) -> str:
@@ -116,7 +121,12 @@ def _advice(missing: list[str], in_file: list[str], found: Match) -> str:
 
 
 def values_for(
-    model: keras.Model, checkpoint: Checkpoint, source: str | PathLike, *, backbone: bool
+    model: keras.Model,
+    checkpoint: Checkpoint,
+    source: str | PathLike,
+    *,
+    backbone: bool,
+    prefix: str = "",
 ) -> dict[str, torch.Tensor]:
     """The tensors of a checkpoint for a model that was built on the meta device, by their names.
 
@@ -125,16 +135,17 @@ def values_for(
         checkpoint: what `weights.converted` gave of the source.
         source: the user's words for it.
         backbone: the model is VGG's convolutions: the file may have any head, which is left.
+        prefix: of the network's layers; those of the file have it, or none.
 
     Raises:
         ValueError: names or shapes that differ, with both lists.
     """
     named = named_variables(model)
-    variables = {key: v for key, v in named.items() if raw_value(v).is_meta}
-    found = match(model, variables, checkpoint)
+    variables = {key.removeprefix(prefix): v for key, v in named.items() if raw_value(v).is_meta}
+    found = match(model, variables, checkpoint, prefix=prefix)
     left = check(found, source, backbone=backbone)
     tell(checkpoint, found, left)
-    return found.values
+    return {prefix + key: value for key, value in found.values.items()}
 
 
 def tell(checkpoint: Checkpoint, found: Match, left: list[str]) -> None:
@@ -143,14 +154,15 @@ def tell(checkpoint: Checkpoint, found: Match, left: list[str]) -> None:
         warnings.warn(checkpoint.note, stacklevel=4)
     if found.renamed:
         warnings.warn(
-            f"Automatic names differ and were matched by their order, since all shapes agree: "
+            f"Names differ and were matched by their order, since all shapes agree: "
             f"{weights.shortened(found.renamed)}.",
             stacklevel=4,
         )
     if left:
+        layers = _once(found.left[key][0] or key for key in left)
         warnings.warn(
             f"These layers of the file are not Dense layers of a head, and were left: "
-            f"{weights.shortened(_once(found.left[key][0] for key in left))}. If one of them "
-            f"stands between the convolutions, those compute something else without it.",
+            f"{weights.shortened(layers)}. If one of them stands "
+            f"between the convolutions, those compute something else without it.",
             stacklevel=4,
         )

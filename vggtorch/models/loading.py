@@ -20,7 +20,7 @@ from vggtorch.models.filling import VGG_LAYERS, fill_, named_variables, path_of
 from vggtorch.models.leftovers import check, tell, values_for
 from vggtorch.models.matching import match
 from vggtorch.models.memory import remember_, weight_set
-from vggtorch.models.prefixed import load_prefixed_, prefixes_of
+from vggtorch.models.prefixed import Network, names_layers_of, networks_of, prefixes_of
 from vggtorch.models.torch_form import in_torch_form
 from vggtorch.models.vgg import constructor
 from vggtorch.weight_sets import WEIGHT_SETS
@@ -76,12 +76,13 @@ def load_weights(
     """Load weights into a model by layer name, in place; also into keras.applications' own.
 
     A model that was cut takes its part of a published checkpoint, and layers that were added to it
-    keep their values. Networks whose layers have a prefix get a weight set's values each. Nothing
+    keep their values. Networks whose layers have a prefix each get the values of a weight set, or
+    of a file of plain names; of a file with several networks, `left_` gets those of `left`. Nothing
     is changed unless everything fits.
 
     Names that wrappers and trainers of torch add are taken off. Where Keras's automatic names
-    differ (`dense` was saved, the model has `dense_1`), layers are matched by their order if all
-    shapes agree, with a warning.
+    differ (`dense` was saved, the model has `dense_1`), and where VGG's convolutions have other
+    names, layers are matched by their order if all shapes agree, with a warning.
 
     Args:
         model: any Keras model with VGG's layers, or the one that a file was saved from.
@@ -114,9 +115,9 @@ def load_weights(
         >>> print(vt.load_weights(model, mine, partial=True))
         2 of 4 weights loaded; kept as they were: block1_conv1/kernel, block1_conv1/bias
     """
-    if isinstance(source, str) and source in WEIGHT_SETS and not partial and prefixes_of(model):
-        load_prefixed_(model, source)
-        return remember_(model, source)
+    prefixed = bool(prefixes_of(model))
+    if prefixed and isinstance(source, str) and source in WEIGHT_SETS:
+        return _load_networks_(model, source, None, partial)
     variables = named_variables(model)
     shapes = {
         key: tuple(variable.shape)
@@ -130,22 +131,47 @@ def load_weights(
         checkpoint = weights.converted(source)
     else:
         checkpoint = weights.converted(path_of(source, candidates, include_top=include_top))
+    if prefixed and not names_layers_of(model, checkpoint):
+        return _load_networks_(model, source, checkpoint, partial)
     found = match(model, variables, checkpoint)
-    tell(checkpoint, found, check(found, source, partial=partial))
-    for key, value in found.values.items():
-        variables[key].assign(value)
+    left = check(found, source, partial=partial)
+    return _loaded_(model, [Network("", variables, checkpoint, found, left)], partial)
+
+
+def _load_networks_(
+    model: keras.Model, source: Source, checkpoint: weights.Checkpoint | None, partial: bool
+) -> keras.Model | PartialLoad:
+    """Load a checkpoint of plain names, or each network's own, into networks under prefixes."""
+    return _loaded_(model, networks_of(model, source, checkpoint, partial=partial), partial)
+
+
+def _loaded_(
+    model: keras.Model, networks: list[Network], partial: bool
+) -> keras.Model | PartialLoad:
+    """Give a model what was found for it, all of it or, with `partial`, a part."""
+    for one in networks:
+        tell(one.checkpoint, one.found, one.left)
+    for one in networks:
+        for key, value in one.found.values.items():
+            one.variables[key].assign(value)
+    values = {one.prefix + key for one in networks for key in one.found.values}
+    variables = named_variables(model)
     # The layer that sees the image decides what the model expects of one.
-    if not partial or next(iter(variables)) in found.values:
-        _remember_anew(model, checkpoint.weight_set)
+    if not partial or next(iter(variables)) in values:
+        _remember_anew(model, networks[0].checkpoint.weight_set)
     if not partial:
         return model
-    loaded = {id(variables[key]) for key in found.values}
+    loaded = {id(variables[key]) for key in values}
+    unused = [
+        [*one.found.left, *(n for key, n in one.found.names.items() if key not in one.found.values)]
+        for one in networks
+    ]
     return PartialLoad(
         model,
-        loaded=tuple(key for key in variables if key in found.values),
-        left=(*found.left, *(name for key, name in found.names.items() if key not in found.values)),
+        loaded=tuple(key for key in variables if key in values),
+        left=tuple(name for name in unused[0] if all(name in names for names in unused)),
         kept=tuple(key for key, variable in variables.items() if id(variable) not in loaded),
-        differing=tuple(found.differing),
+        differing=tuple(one.prefix + text for one in networks for text in one.found.differing),
     )
 
 

@@ -3,9 +3,11 @@
 Names decide. Where a checkpoint names the same layers otherwise, they are matched by what is sure
 all the same, in this order:
 
-- what stands before all names of the network, such as the name of the model that it was nested in;
+- what stands before all names of the network, such as the name of the model that it was nested in,
+  or the prefix of its layers;
 - Keras's automatic names, where `dense` became `dense_1`: by their order, if all shapes agree;
-- weights without names, as Keras's own files have them: by their order in the layer.
+- weights without names, as Keras's own files have them: by their order in the layer;
+- VGG's convolutions under other names: by their order, if all of them stand in one row (`rows`).
 
 Whether what is left over may be, `leftovers` says.
 """
@@ -21,6 +23,7 @@ import keras
 import torch
 
 from vggtorch.keras_graph import Functional, state_of, to_snake_case
+from vggtorch.models.rows import FEATURES, in_order
 from vggtorch.models.torch_form import places_of, torch_rules
 from vggtorch.weights import Checkpoint, Rule, Shape
 
@@ -71,7 +74,11 @@ class _Entry:
 
 
 def match(
-    model: keras.Model, variables: Mapping[str, keras.Variable], checkpoint: Checkpoint
+    model: keras.Model,
+    variables: Mapping[str, keras.Variable],
+    checkpoint: Checkpoint,
+    *,
+    prefix: str = "",
 ) -> Match:
     """Find the tensor of each of a model's weights.
 
@@ -79,27 +86,34 @@ def match(
         model: any Keras model.
         variables: those of `named_variables(model)` that shall get values.
         checkpoint: with Keras's names where they are known, as `weights.converted` gives it.
+        prefix: of the layers of one network in the model, whose `variables` are named without it.
 
     Raises:
         ValueError: several networks in the checkpoint could be the model's.
     """
     tensors = checkpoint.tensors
-    slots = _slots(model, variables, checkpoint, {})
+    slots = _slots(model, variables, checkpoint, {}, prefix)
     entries = [_Entry.of(key) for key in tensors]
     if checkpoint.unnamed:
         places = _by_class(model, (), ())
-        entries = _without_prefix(entries, _slots(model, variables, checkpoint, places))
+        by_place = _slots(model, variables, checkpoint, places)
+        entries = _without_prefix(entries, by_place, prefix, checkpoint.origin)
         names = {place: path for path, place in places.items()}
         entries = [replace(entry, path=names.get(entry.path, entry.path)) for entry in entries]
     else:
-        entries = _without_prefix(entries, slots)
-    automatic = _automatic(model, ()) | _inside_layers(model, variables)
+        entries = _without_prefix(entries, slots, prefix, checkpoint.origin)
+        entries = _without_text(entries, slots, prefix)
+    # VGG's layers, which is all that a network under a prefix has, have no automatic names.
+    automatic = {} if prefix else _automatic(model, ()) | _inside_layers(model, variables)
     entries, renamed = _in_order(entries, slots, automatic, variables, tensors)
     found = Match(renamed=renamed)
     for entry in entries:
         slot = slots.get((entry.kind, (*entry.path, entry.name))) or _nearly(entry, slots)
         if slot is not None and slot[0] not in found.names:
             found.names[slot[0]] = entry.key
+    unnamed = [k for k in variables if k.partition("/")[0] in FEATURES and k not in found.names]
+    if unnamed:
+        _by_row(variables, tensors, entries, slots, found)
     if checkpoint.ordered:
         depths = (None, 1) if checkpoint.ordered == "models" else (None,)
         _by_place(model, variables, tensors, entries, found, depths)
@@ -149,6 +163,7 @@ def _slots(
     variables: Mapping[str, keras.Variable],
     checkpoint: Checkpoint,
     places: Mapping[Path, Path],
+    prefix: str = "",
 ) -> dict[tuple[str, Path], Slot]:
     """The places that a model has for tensors of Keras's names and for those of torch's.
 
@@ -160,8 +175,9 @@ def _slots(
         slots["keras", (*places.get(tuple(path), tuple(path)), name)] = key, None
     torchvision = checkpoint.origin in ("torchvision", "timm")
     for rule in torch_rules(model, torchvision=torchvision):
-        if rule.keras_key in variables:
-            slots["torch", tuple(rule.torch_key.split("."))] = rule.keras_key, rule
+        key = rule.keras_key.removeprefix(prefix)
+        if key in variables:
+            slots["torch", tuple(rule.torch_key.removeprefix(prefix).split("."))] = key, rule
     return slots
 
 
@@ -183,8 +199,12 @@ def _by_class(model: keras.Model, path: Path, place: Path) -> dict[Path, Path]:
 # What stands before the names
 
 
-def _without_prefix(entries: list[_Entry], slots: Mapping[tuple[str, Path], Slot]) -> list[_Entry]:
+def _without_prefix(
+    entries: list[_Entry], slots: Mapping[tuple[str, Path], Slot], wanted: str, origin: str
+) -> list[_Entry]:
     """The entries without the name of the model around the network, or of a wrapper's attribute.
+
+    Of several networks that fit, the one that has the name of the `wanted` prefix is taken.
 
     Raises:
         ValueError: several networks in the checkpoint fit as well.
@@ -205,13 +225,48 @@ def _without_prefix(entries: list[_Entry], slots: Mapping[tuple[str, Path], Slot
     best = [prefix for prefix, count in found.items() if count == most]
     if () in best or not most:
         return entries
+    if named := [p for p in best if wanted and p[-1] == wanted.rstrip("_.-")]:
+        best = named
     if len(best) > 1:
         listed = " and ".join(repr("/".join(prefix)) for prefix in best)
+        between = "/" if origin == "keras" else "."
+        begin = between.join([*best[0], ""])
         raise ValueError(
             f"The checkpoint holds several networks that fit the model: {listed}. Load one of them "
-            f"by itself (vt.load_weights(model, {{name: tensor}}) takes a dict)."
+            f"by itself (vt.load_weights(model, {{k.removeprefix({begin!r}): t for k, t in "
+            f"tensors.items() if k.startswith({begin!r})}})), or all of them into a model that "
+            f"holds networks of these names."
         )
     return [stripped(entry, best[0]) for entry in entries]
+
+
+def _without_text(
+    entries: list[_Entry], slots: Mapping[tuple[str, Path], Slot], wanted: str
+) -> list[_Entry]:
+    """The entries of a network whose layers have a prefix in the file, without it.
+
+    Raises:
+        ValueError: there are several such networks, and none has the `wanted` prefix.
+    """
+    ours = {path[0] for _, path in slots}
+    theirs = {entry.path[-1]: None for entry in entries if entry.path}
+    if FEATURES.isdisjoint(ours) or not ours.isdisjoint(theirs):
+        return entries
+    found = {name[: -len(end)]: None for name in theirs for end in FEATURES if name.endswith(end)}
+    if not found:
+        return entries
+    if len(found) > 1 and wanted not in found:
+        listed = " and ".join(map(repr, found))
+        raise ValueError(
+            f"The checkpoint holds several networks, whose layers have the prefixes {listed}. "
+            f"Build the model with one of them, prefix={next(iter(found))!r}."
+        )
+    prefix = wanted if wanted in found else next(iter(found))
+
+    def plain(path: Path) -> Path:
+        return (*path[:-1], path[-1].removeprefix(prefix)) if path else path
+
+    return [replace(entry, path=plain(entry.path)) for entry in entries]
 
 
 # Automatic names
@@ -315,6 +370,33 @@ def _renaming(
 
 
 # Places
+
+
+def _by_row(
+    variables: Mapping[str, keras.Variable],
+    tensors: Mapping[str, torch.Tensor],
+    entries: Iterable[_Entry],
+    slots: Mapping[tuple[str, Path], Slot],
+    found: Match,
+) -> None:
+    """Pair VGG's convolutions with those of a file that calls them otherwise."""
+    entries = list(entries)
+    row = in_order(
+        {key: tuple(variable.shape) for key, variable in variables.items()},
+        ((e.path, e.name, e.kind == "torch", tuple(tensors[e.key].shape)) for e in entries),
+    )
+    names = {
+        key: name for key, name in found.names.items() if key.partition("/")[0] not in FEATURES
+    }
+    for entry in entries:
+        if entry.path in row:
+            slot = slots.get((entry.kind, (row[entry.path], entry.name)))
+            if slot is not None:
+                names[slot[0]] = entry.key
+    if row:
+        found.names = names
+        pairs = {"/".join(path): name for path, name in row.items()}
+        found.renamed += [f"{old} is {new}" for old, new in pairs.items() if old != new]
 
 
 def _by_place(

@@ -1,12 +1,26 @@
-"""Published weights for networks whose layers have a prefix, of which a model may have several."""
+"""Networks whose layers have a prefix, of which a model may have several, and files of plain names.
+
+A network under a prefix is matched with a checkpoint as if it had none. A checkpoint of several
+networks gives each prefix the one of its name: to `left_` what is `left/...` or `left_...` there.
+"""
 
 from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from os import PathLike
+from typing import Any
 
 import keras
 
 from vggtorch import weights
 from vggtorch.architectures import ARCHITECTURES
 from vggtorch.models.filling import VGG_LAYERS, named_variables, path_of
+from vggtorch.models.leftovers import check
+from vggtorch.models.matching import Match, match
+from vggtorch.weight_sets import WEIGHT_SETS
+from vggtorch.weights import Checkpoint
 
 
 def prefixes_of(model: keras.Model) -> list[str]:
@@ -19,33 +33,72 @@ def prefixes_of(model: keras.Model) -> list[str]:
     return list(dict.fromkeys(name.removesuffix(layer) for name, layer in blocks))
 
 
-def load_prefixed_(model: keras.Model, weight_set: str) -> None:
-    """Load a published weight set into each network of a model whose layers have a prefix.
+def names_layers_of(model: keras.Model, checkpoint: Checkpoint) -> bool:
+    """Whether a checkpoint has a layer of the model by its very name."""
+    parts = {part for key in checkpoint.tensors for part in re.split(r"[./]", key)}
+    return any(layer.name in parts for layer in model.layers if layer.weights)
+
+
+@dataclass(frozen=True)
+class Network:
+    """One network under a prefix, and what of a checkpoint belongs to it.
+
+    Attributes:
+        prefix: of the names of its layers.
+        variables: its weights by the names that they would have without it.
+        checkpoint: what they are loaded from.
+        found: what belongs together.
+        left: names that a user would not expect to be left.
+    """
+
+    prefix: str
+    variables: Mapping[str, keras.Variable]
+    checkpoint: Checkpoint
+    found: Match
+    left: list[str]
+
+
+def networks_of(
+    model: keras.Model,
+    source: str | PathLike | Mapping[str, Any],
+    checkpoint: Checkpoint | None,
+    *,
+    partial: bool = False,
+) -> list[Network]:
+    """Each network of a model under a prefix, with what belongs to it.
+
+    Args:
+        model: one whose networks have prefixes.
+        source: the user's words for the checkpoint.
+        checkpoint: what is there of it; None for a weight set, of which each network has its own.
+        partial: whatever belongs together is enough.
 
     Raises:
-        ValueError: a network's weights aren't those of the published one; nothing is changed then.
+        ValueError: a network's weights aren't those of the checkpoint; names the prefix.
     """
-    values = []
+    made = []
     for prefix in prefixes_of(model):
         variables = {
             key.removeprefix(prefix): variable
             for key, variable in named_variables(model).items()
             if key.startswith(prefix) and key.removeprefix(prefix).partition("/")[0] in VGG_LAYERS
         }
-        shapes = {key: tuple(variable.shape) for key, variable in variables.items()}
-        top = any(key.startswith(("fc1/", "fc2/", "predictions/")) for key in shapes)
-        networks = weights.identify(shapes) or list(ARCHITECTURES.values())
-        tensors = weights.converted(path_of(weight_set, networks, include_top=top)).tensors
-        differing = [
-            prefix + key
-            for key, shape in shapes.items()
-            if key not in tensors or tuple(tensors[key].shape) != shape
-        ]
-        if differing:
+        one = checkpoint or _published(str(source), variables)
+        try:
+            found = match(model, variables, one, prefix=prefix)
+            left = check(found, source, partial=partial)
+        except ValueError as error:
+            title = repr(source) if str(source) in WEIGHT_SETS else "The checkpoint"
             raise ValueError(
-                f"{weight_set!r} does not fit the network with the prefix {prefix!r}: it has no "
-                f"weights, or weights of other shapes, for {weights.shortened(differing)}."
-            )
-        values += [(variable, tensors[key]) for key, variable in variables.items()]
-    for variable, value in values:
-        variable.assign(value)
+                f"{title} does not fit the network with the prefix {prefix!r}: {error}"
+            ) from error
+        made.append(Network(prefix, variables, one, found, left))
+    return made
+
+
+def _published(weight_set: str, variables: Mapping[str, keras.Variable]) -> Checkpoint:
+    """The published weights of the network that has these variables."""
+    shapes = {key: tuple(variable.shape) for key, variable in variables.items()}
+    top = any(key.startswith(("fc1/", "fc2/", "predictions/")) for key in shapes)
+    networks = weights.identify(shapes) or list(ARCHITECTURES.values())
+    return weights.converted(path_of(weight_set, networks, include_top=top))

@@ -20,12 +20,10 @@ import torch
 from keras import layers
 
 from vggtorch import weights
-from vggtorch.architectures import ARCHITECTURES
 from vggtorch.keras_graph import LayerScale, calls, functional
 from vggtorch.models.filling import VGG_LAYERS, named_variables
+from vggtorch.models.rows import FEATURES
 from vggtorch.weights import Rule, Shape
-
-FEATURE_LAYERS = frozenset(layer.name for a in ARCHITECTURES.values() for layer in a.features())
 
 _CONVOLUTIONS = (
     layers.Conv1D, layers.Conv2D, layers.Conv3D,
@@ -186,7 +184,7 @@ def in_torch_form(model: keras.Model, *, timm: bool = False) -> dict[str, torch.
 
 def _torchvision_part(tensors: Mapping[str, torch.Tensor]) -> set[str]:
     """The weights that torchvision has names for: a whole VGG, a part, or its convolutions."""
-    for names in (VGG_LAYERS, FEATURE_LAYERS):
+    for names in (VGG_LAYERS, FEATURES):
         part = {k: tuple(t.shape) for k, t in tensors.items() if k.split("/")[0] in names}
         if weights.identify(part):
             return set(part)

@@ -11,9 +11,9 @@ from keras import layers
 
 from vggtorch.architectures import ARCHITECTURES, CLASSES, Architecture, architecture_named
 from vggtorch.keras_graph import device, obtain_input_shape
-from vggtorch.models.filling import fill_, named_variables, path_of
+from vggtorch.models.filling import fill_, path_of
 from vggtorch.models.leftovers import values_for
-from vggtorch.models.memory import remember_, weight_set
+from vggtorch.models.memory import remember_
 from vggtorch.models.preprocessing import as_layers
 from vggtorch.weight_sets import WEIGHT_SETS
 from vggtorch.weights import converted
@@ -86,8 +86,8 @@ def _build(
     classifier_activation: str | Callable | None,
     name: str,
     dropout: float,
-    include_preprocessing: bool | str,
-    prefix: str = "",
+    include_preprocessing: bool,
+    prefix: str,
 ) -> keras.Model:
     if pooling not in (None, "avg", "max"):
         raise ValueError(f"Received pooling={pooling!r}; expected None, 'avg' or 'max'.")
@@ -147,7 +147,6 @@ def _build(
             )
         if include_preprocessing:
             known = weight_set or "imagenet"
-            known = include_preprocessing if isinstance(include_preprocessing, str) else known
             image = as_layers(image, known, prefix)
         outputs = _connect(
             image,
@@ -161,7 +160,8 @@ def _build(
         )
         model = keras.Model(inputs, outputs, name=name)
     if weights is not None and checkpoint is not None:
-        fill_(model, values_for(model, checkpoint, weights, backbone=not include_top))
+        values = values_for(model, checkpoint, weights, backbone=not include_top, prefix=prefix)
+        fill_(model, values)
     return remember_(model, weight_set)
 
 
@@ -189,44 +189,20 @@ def _constructor(plain_name: str) -> Callable[..., keras.Model]:
         if not isinstance(prefix, str) or "/" in prefix:
             raise ValueError(f"Received prefix={prefix!r}; expected a text without '/'.")
         architecture = ARCHITECTURES[plain_name + ("_bn" if batch_norm else "")]
-        make = partial(
-            _build,
+        return _build(
             architecture,
+            weights,
             include_top=include_top,
+            input_tensor=input_tensor,
+            input_shape=input_shape,
             pooling=pooling,
             classes=classes,
             classifier_activation=classifier_activation,
             name=name or architecture.name,
             dropout=dropout,
-        )
-        if not prefix or weights is None:
-            return make(
-                weights,
-                input_tensor=input_tensor,
-                input_shape=input_shape,
-                include_preprocessing=include_preprocessing,
-                prefix=prefix,
-            )
-        # The weights are found by the plain names; the network under the prefix then has them.
-        shape = input_shape if input_tensor is None else input_tensor.shape[1:]
-        plain = make(
-            weights,
-            input_tensor=None,
-            input_shape=shape,
             include_preprocessing=include_preprocessing,
+            prefix=prefix,
         )
-        known = weight_set(plain)
-        with keras.device("meta"):
-            model = make(
-                None,
-                input_tensor=input_tensor,
-                input_shape=input_shape,
-                include_preprocessing=(known or False) if include_preprocessing else False,
-                prefix=prefix,
-            )
-        values = named_variables(plain).items()
-        fill_(model, {prefix + key: variable.value for key, variable in values})
-        return remember_(model, known)
 
     title = plain_name.upper()
     build.__name__ = build.__qualname__ = title

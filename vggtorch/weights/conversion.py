@@ -28,6 +28,7 @@ from vggtorch.text import visible
 
 Shape = tuple[int, ...]
 TORCHVISION = re.compile(r"(?:features|classifier)\.\d+\.\w+$")  # torchvision's names of weights
+_INSIDE = re.compile(r"(.+)\.features\.\d+\.\w+$")  # the same, of one network among several
 
 
 @dataclass(frozen=True)
@@ -247,7 +248,7 @@ def to_keras(tensors: Mapping[str, torch.Tensor], form: str) -> dict[str, torch.
 
     Args:
         tensors: as the file names them.
-        form: whose names these are: `keras`, `torchvision`, `timm` or `onnx`.
+        form: whose names these are: `keras`, `torchvision`, `timm`, `torch` or `onnx`.
 
     Raises:
         ValueError: tensors that fit no VGG network.
@@ -277,11 +278,43 @@ def to_views(tensors: Mapping[str, torch.Tensor], form: str) -> dict[str, torch.
     elif form == "onnx":
         return _views(_onnx_to_torchvision(tensors))
     kept = {k: v for k, v in tensors.items() if not k.endswith(".num_batches_tracked")}
+    side_by_side = {match[1]: "" for key in kept if (match := _INSIDE.match(key))}
+    if side_by_side:
+        return _networks(kept, list(side_by_side))
     vgg = {key for key in kept if TORCHVISION.match(key)}
     if not _fits({key: kept[key] for key in vgg}):  # a classifier of the user's own
         vgg = {key for key in vgg if key.startswith("features.")}
+        vgg -= _appended({key: tuple(kept[key].shape) for key in vgg})
     converted = _converted({key: kept[key] for key in vgg}) if vgg else {}
     return converted | {key: tensor for key, tensor in kept.items() if key not in vgg}
+
+
+def _networks(tensors: Mapping[str, torch.Tensor], names: Iterable[str]) -> dict[str, torch.Tensor]:
+    """As `to_views`, of networks that stand side by side: `left/block1_conv1/kernel`."""
+    views: dict[str, torch.Tensor] = {}
+    left = dict(tensors)
+    for name in names:
+        inside = [key for key in left if key.startswith(f"{name}.")]
+        one = {key.removeprefix(f"{name}."): left.pop(key) for key in inside}
+        for key, tensor in flattened(to_views(one, "torchvision")).items():
+            known = "/" in key
+            views[f"{name.replace('.', '/')}/{key}" if known else f"{name}.{key}"] = tensor
+    return views | left
+
+
+def _appended(shapes: Mapping[str, Shape]) -> set[str]:
+    """What follows the last layer of a network in its numbered row, as detectors append layers."""
+    for candidate in _candidates(shapes, "torch"):
+        last = max(map(_number, candidate.table))
+        behind = all(_number(key) > last for key in candidate.unexpected)
+        if behind and not candidate.missing and not candidate.differing:
+            return set(candidate.unexpected)
+    return set()
+
+
+def _number(key: str) -> int:
+    kind, number, _ = key.split(".")
+    return int(number) if kind == "features" else -1
 
 
 def _fits(tensors: Mapping[str, torch.Tensor]) -> bool:

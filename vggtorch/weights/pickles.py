@@ -193,9 +193,10 @@ class _Machine:
         elif name == "GLOBAL":
             if argument not in _CALLS and argument not in _STORAGES and argument not in _DTYPES:
                 raise UnsupportedError(  # a whole nn.Module, say
-                    f"it asks for {argument.replace(' ', '.')[:100]!r}, and only plain tensors, "
-                    f"names and numbers are read. Save the state_dict alone: "
-                    f"torch.save(model.state_dict(), path)"
+                    f"it asks for {argument.replace(' ', '.')[:70]!r}, and only plain tensors, "
+                    f"names and numbers are read. Save the state_dict alone, "
+                    f"torch.save(model.state_dict(), path), or pass what torch makes of the file, "
+                    f"if you trust it: torch.load(path, weights_only=False)"
                 )
             self._push(_Value("global", argument))
         elif name == "REDUCE":

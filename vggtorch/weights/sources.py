@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 from collections import OrderedDict
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -28,6 +29,11 @@ from vggtorch.weights.published import PUBLISHED, Published, publication_of, pub
 from vggtorch.weights.state_dicts import UnsupportedError
 
 Form = Literal["torchvision", "timm", "torch", "keras", "onnx"]
+
+# What torch's and Keras's weights are called; other whole numbers in a state_dict only count.
+_WEIGHT = re.compile(
+    r"(?:weight|bias|running_\w+|kernel|gamma|beta|moving_\w+|embeddings|num_batches_tracked)$"
+)
 
 
 @dataclass(frozen=True)
@@ -224,16 +230,31 @@ def from_memory(state: Mapping[str, Any]) -> Checkpoint:
     if any(isinstance(value, np.ndarray) for value in state.values()):
         state = {k: torch.tensor(v) if isinstance(v, np.ndarray) else v for k, v in state.items()}
     tensors, weight_set, note = state_dicts.state_dict_in(state)
-    tensors = _named(tensors)
+    tensors, notes = _named(tensors)
+    note = " ".join([note or "", *notes]).strip() or None
     for key, reason in _wrong(tensors).items():
         raise ValueError(f"The state_dict can't be loaded: {key} {reason}.")
     form = _form(tensors)
     return Checkpoint(tensors, form, weight_set, Path("state_dict"), form, note=note)
 
 
-def _named(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Tensors by plain names, where they have torch's."""
-    return tensors if any("/" in key for key in tensors) else state_dicts.plain_names(tensors)
+def _named(tensors: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """Tensors by plain names, where they have torch's, and what to tell the user."""
+    if any("/" in key for key in tensors):
+        return tensors, []
+    plain, note = state_dicts.plain_names(tensors)
+    notes = [note] if note else []
+    counts = [
+        key
+        for key, tensor in plain.items()
+        if not (tensor.is_floating_point() or tensor.is_complex() or _WEIGHT.search(key))
+    ]
+    if counts and len(counts) < len(plain):
+        notes.append(
+            f"Whole numbers that are no weights were left: {conversion.shortened(counts)}."
+        )
+        plain = {key: tensor for key, tensor in plain.items() if key not in counts}
+    return plain, notes
 
 
 def _read_values(
@@ -242,7 +263,13 @@ def _read_values(
     """Tensors and metadata of a file, and what is wrong with each tensor that isn't a weight."""
     try:
         tensors, metadata = reader(path)
-        tensors = tensors if reader is onnx.read else _named(tensors)
+        if reader is not onnx.read:
+            tensors, notes = _named(tensors)
+            if notes:
+                metadata = {
+                    **metadata,
+                    "note": " ".join([metadata.get("note", ""), *notes]).strip(),
+                }
         return tensors, metadata, _wrong(tensors)
     except UnsupportedError as error:
         raise ValueError(f"{path} can't be loaded: {files.first_line(error)}.") from error

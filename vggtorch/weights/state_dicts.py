@@ -2,8 +2,8 @@
 
 A trainer puts a state_dict inside of a checkpoint, and wrappers put names before the network's own:
 DataParallel's `module.`, torch.compile's `_orig_mod.`, a Lightning module's `model.`. Here the
-state_dict is found and its names become those that the network itself has. Nothing is guessed: two
-networks in one file are refused.
+state_dict is found and its names become those that the network itself has. Nothing is guessed: of
+two networks in one file each keeps its name.
 """
 
 from __future__ import annotations
@@ -137,15 +137,19 @@ _FEATURES = re.compile(rf"^(?:(.*)\.)?features\.\d+\.{_VARIABLE}$")
 _NUMBERED = re.compile(rf"^(?:(.*)\.)?\d+\.{_VARIABLE}$")
 
 
-def plain_names(tensors: Tensors) -> Tensors:
+def plain_names(tensors: Tensors) -> tuple[Tensors, str | None]:
     """A state_dict's tensors by the names that the network itself gives them.
 
     Names of wrappers are taken out, and what stands before `features.` (or before the numbers of
     the convolutions, where a network keeps torchvision's `features` under another name) is too.
-    Counters, such as the `n_averaged` of torch's averaged models, are left out.
+    Where several networks stand side by side, their names stay: `left.features.0.weight`; but of a
+    network and averages of it, the network alone is taken. Counters, such as the `n_averaged` of
+    torch's averaged models, are left out.
+
+    Returns:
+        The tensors, and what to tell the user: which network was not taken.
 
     Raises:
-        UnsupportedError: several networks in one state_dict.
         ValueError: two tensors whose plain names are the same.
     """
     plain: Tensors = {}
@@ -157,13 +161,38 @@ def plain_names(tensors: Tensors) -> Tensors:
         if name in plain:
             raise ValueError(f"a name stands in it with and without 'module.': {name}")
         plain[name] = tensor
-    before = {match[1] or "" for key in plain if (match := _FEATURES.match(key))}
-    if before:
-        return _lifted(plain, before, "")
-    before = {
-        match[1] or "" for key in plain if (match := _NUMBERED.match(key)) and _begins(plain, match)
-    }
-    return _lifted(plain, before, "features.") if before else plain
+    before, to = {match[1] or "" for key in plain if (match := _FEATURES.match(key))}, ""
+    if not before:
+        matches = (match for key in plain if (match := _NUMBERED.match(key)))
+        before, to = {match[1] or "" for match in matches if _begins(plain, match)}, "features."
+    averages = {prefix for prefix in before if _AVERAGED.search(prefix)}
+    note = None
+    if averages and averages != before:
+        before -= averages
+        plain = {
+            k: t for k, t in plain.items() if not k.startswith(tuple(f"{p}." for p in averages))
+        }
+        note = (
+            f"The state_dict holds several networks; {_listed(before)} was taken, and not "
+            f"{_listed(averages)}. To take another, load it by itself: {_alone(min(averages))}."
+        )
+    if len(before) == 1 or "" in before:
+        prefix = "" if "" in before else f"{min(before)}."
+        return _lifted(plain, prefix, to), note
+    for prefix in before if to else ():  # each of several has torchvision's names behind its own
+        plain = _lifted(plain, f"{prefix}.", f"{prefix}.{to}")
+    return plain, note
+
+
+def _listed(prefixes: set[str]) -> str:
+    return " and ".join(repr(f"{prefix}.") for prefix in sorted(prefixes))
+
+
+def _alone(prefix: str) -> str:
+    return (
+        f"vt.load_weights(model, {{k.removeprefix('{prefix}.'): t for k, t in state_dict.items() "
+        f"if k.startswith('{prefix}.')}})"
+    )
 
 
 def _counts_batches(key: str) -> bool:
@@ -176,17 +205,8 @@ def _begins(tensors: Tensors, match: re.Match[str]) -> bool:
     return first is not None and first.ndim == 4 and tuple(first.shape) == (WIDTHS[0], 3, 3, 3)
 
 
-def _lifted(tensors: Tensors, before: set[str], to: str) -> Tensors:
+def _lifted(tensors: Tensors, prefix: str, to: str) -> Tensors:
     """The tensors of one network with what stands before their names replaced by `to`."""
-    if len(before) > 1 and "" not in before:
-        listed = ", ".join(sorted(f"{prefix}." for prefix in before))
-        first = min(before)
-        raise UnsupportedError(
-            f"it holds several networks, whose names begin with {listed}. Load one of them by "
-            f"itself: vt.load_weights(model, {{k.removeprefix('{first}.'): t for k, t in "
-            f"state_dict.items() if k.startswith('{first}.')}})"
-        )
-    prefix = "" if "" in before else f"{min(before)}."
     lifted: Tensors = {}
     for key, tensor in tensors.items():
         inside = key.startswith(prefix) and (not to or re.match(r"\d+\.", key[len(prefix) :]))
