@@ -6,10 +6,7 @@ MkDocs calls the functions whose names begin with `on_`.
 from __future__ import annotations
 
 import io
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -60,9 +57,10 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Fill in what pages ask for: the help of every command, and links out of docs/."""
     if "<!-- commands -->" in markdown:
         markdown = markdown.replace("<!-- commands -->", commands_help())
-    if "<!-- benchmarks -->" in markdown:
-        text = (ROOT / "benchmarks" / "README.md").read_text()
-        markdown = markdown.replace("<!-- benchmarks -->", text.split("\n", 1)[1])
+    for mark, name in (("<!-- benchmarks -->", "README.md"), ("<!-- tried -->", "tried.md")):
+        if mark in markdown:
+            _, text = (ROOT / "benchmarks" / name).read_text().split("\n", 1)  # less the title
+            markdown = markdown.replace(mark, text.replace("](README.md)", "](speed.md)"))
     return markdown
 
 
@@ -139,20 +137,20 @@ def features_picture() -> bytes:
 
 def commands_help() -> str:
     """The help of every command, as Markdown."""
+    from typer.testing import CliRunner
+
     from vggtorch.cli import app
 
     commands: list[Any] = app.registered_commands
-    names = [command.name or command.callback.__name__ for command in commands]
-    names += [group.name for group in app.registered_groups]
+    names = [str(c.name or c.callback.__name__.replace("_", "-")) for c in commands]
+    names += [str(group.name) for group in app.registered_groups]
     parts = []
-    for name in sorted(str(name).replace("_", "-") for name in names):
-        text = subprocess.run(
-            [sys.executable, "-m", "vggtorch", name, "--help"],
-            capture_output=True,
-            text=True,
-            check=True,
-            env=os.environ | {"COLUMNS": "92", "TERM": "dumb"},
-        ).stdout
-        text = re.sub(r"\x1b\[[0-9;]*m", "", text).strip()
+    for name in sorted(names):
+        result = CliRunner().invoke(
+            app, [name, "--help"], env={"COLUMNS": "92", "TERM": "dumb"}, prog_name="vggtorch"
+        )
+        if result.exit_code:
+            raise RuntimeError(f"vggtorch {name} --help: {result.output}")
+        text = re.sub(r"\x1b\[[0-9;]*m", "", result.output).strip()
         parts.append(f"## vggtorch {name}\n\n```text\n{text}\n```\n")
     return "\n".join(parts)

@@ -1,4 +1,4 @@
-"""Lets mkdocstrings take our docstrings' Example for what it calls Examples: code that runs."""
+"""Lets mkdocstrings see the examples in our docstrings, under "Example:" and in the text."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ import griffe
 
 
 class Examples(griffe.Extension):
-    """Renames the section in every docstring that is read."""
+    """Renames the section, and puts a fence around what stands in the text."""
 
     def on_instance(self, *, obj: griffe.Object, **_: Any) -> None:
         """Called by griffe for each module, class, function and attribute."""
         if obj.docstring is not None:
-            obj.docstring.value = obj.docstring.value.replace("\nExample:\n", "\nExamples:\n")
+            paragraphs = obj.docstring.value.replace("\nExample:\n", "\nExamples:\n").split("\n\n")
+            obj.docstring.value = "\n\n".join(
+                f"```pycon\n{p}\n```" if p.startswith(">>> ") else p for p in paragraphs
+            )

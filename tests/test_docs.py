@@ -23,6 +23,15 @@ def test_every_block_runs_in_order(page, tmp_path, monkeypatch):
     assert run_blocks(page)
 
 
+def test_the_page_of_commands_has_the_help_of_each(monkeypatch):
+    monkeypatch.syspath_prepend(DOCS)
+    import building
+
+    page = building.on_page_markdown((DOCS / "command-line.md").read_text(), page=None)
+    for name in ("finetune", "compress", "lr_find", "weights"):
+        assert f"\n## vggtorch {name}\n\n```text\nUsage: vggtorch {name} " in page
+
+
 def in_menu(items):
     for item in items:
         inside = item if isinstance(item, str) else next(iter(item.values()))

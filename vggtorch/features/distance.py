@@ -34,7 +34,10 @@ class LPIPS(nn.Module):
             `FeatureExtractor` takes them.
         linear: the weights by channel: a file of the lpips package (`vgg.pth`) or its tensors by
             name, such as "lin0.model.1.weight". By default the file of the installed package.
-        normalization, value_range, data_format, checkpoint: as `FeatureExtractor` has them.
+        normalization: as `FeatureExtractor` has it, like all that follow.
+        value_range: what black and white are in the images given.
+        data_format: layout of the images.
+        checkpoint: compute maps again in backward.
 
     Raises:
         ValueError: linear layers that don't fit, or what FeatureExtractor refuses.

@@ -26,6 +26,8 @@ _SHORT_NAME = re.compile(r"(relu|conv)([1-5])_([1-4])|pool([1-5])")
 class FeatureExtractor(nn.Module):
     """The values of several layers in one pass over the images; nothing behind them is computed.
 
+    Called on images it returns a dict with the value of each tap, in their order.
+
     The network is `to_torch`'s, cut behind the last tap, so a ReLU that is part of a Keras layer is
     a layer of its own: "block1_conv2" is the value before it, "block1_conv2_relu" the one after
     it. The short names "conv1_2", "relu1_2" and "pool1" stand for VGG's layers too, and a layer of
@@ -50,9 +52,6 @@ class FeatureExtractor(nn.Module):
         trainable: leave the weights as trainable as they are in the model.
         checkpoint: compute maps again in backward, as `to_torch` does: the same gradients for
             large images from still less memory, in about 1.3 times the time.
-
-    Returns:
-        The module. Called on images it returns a dict with the value of each tap, in their order.
 
     Raises:
         ValueError: a layer that isn't there or is called several times, a model without one image
