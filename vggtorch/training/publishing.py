@@ -7,6 +7,7 @@ import shutil
 import tempfile
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import keras
 
@@ -107,7 +108,7 @@ def _card(folder: Path, repository: str, license: str | None) -> str:
     path = folder / "README.md"
     text = path.read_text(encoding="utf-8").replace(LOADING, ON_HUB.format(repository))
     try:
-        card = ModelCard(text)
+        card: Any = ModelCard(text)
     except Exception as error:  # what its parser makes of foreign YAML
         raise ValueError(
             f"The front matter of {path} can't be read: {files.first_line(error)}. Mend it, or let "
