@@ -51,6 +51,7 @@ from .training import save_trained as save_trained
 from .training import write_features as write_features
 from .training import write_predictions as write_predictions
 from .training import write_report as write_report
+from .training import write_test_report as write_test_report
 
 __all__: list[str]
 __version__: str

@@ -269,7 +269,7 @@ app.command(
         "predict run 'photos/**/*.jpg' --out predictions.jsonl --top 3",
     )
 )(commands.predict)
-app.command(epilog=_examples("evaluate run data/test", "evaluate run data --out figures.json"))(
+app.command(epilog=_examples("evaluate run data/test", "evaluate run data --out report.html"))(
     commands.evaluate
 )
 app.command(

@@ -82,7 +82,8 @@ def evaluate(
         ),
     ],
     out: Annotated[
-        str | None, typer.Option("--out", "-o", metavar="FILE", help="Figures as .json.")
+        str | None,
+        typer.Option("--out", "-o", metavar="FILE", help="Figures as .json, or a report as .html."),
     ] = None,
     batch_size: BatchSize = 32,
     num_workers: Annotated[int, typer.Option(help="Processes that read images.")] = 0,
@@ -92,6 +93,8 @@ def evaluate(
     ] = None,
 ) -> None:
     """How well a trained model does on labelled images that nothing was chosen by."""
+    if out and not out.endswith((".json", ".html")):
+        raise ValueError(f"Received out={out}; expected a name that ends in .json or .html.")
     network = _network(model, "imagenet")
     found, source = vt.evaluate_folder(
         network,
@@ -112,7 +115,10 @@ def evaluate(
             f"  {visible(row.name):{width}}  {row.images:6}  {row.precision:9.3f}  "
             f"{row.recall:6.3f}  {row.f1:5.3f}"
         )
-    if out:
+    if out and out.endswith(".html"):
+        vt.write_test_report(network, source, found, out)
+        print(f"Wrote {visible(out)}.")
+    elif out:
         content: dict[str, Any] = {"images": len(found.labels), **figures}
         content["classes"] = {row.name: row.__dict__ for row in rows}
         content["confusion"] = found.confusion.tolist()

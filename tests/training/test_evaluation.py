@@ -12,7 +12,7 @@ from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 from torch.utils.data import TensorDataset
 
 from vggtorch.training.data import as_source
-from vggtorch.training.evaluation import Evaluation, activation_map, evaluate
+from vggtorch.training.evaluation import Evaluation, activation_maps, evaluate
 from vggtorch.training.heads import logits_network
 
 
@@ -70,18 +70,27 @@ def test_the_map_is_grad_cam_by_its_definition():
             expected += weight * features[0, :, :, channel].detach().numpy()
         expected = np.maximum(expected, 0)
         largest.append(expected.max())
-        found = activation_map(model, image, index)
+        (found,) = activation_maps(model, image[None], [index])
         np.testing.assert_allclose(found, expected / max(expected.max(), 1e-12), atol=1e-4)
     assert max(largest) > 0
     model.get_layer("predictions").activation = keras.activations.softmax
-    np.testing.assert_array_equal(activation_map(model, image, 2), found)
+    np.testing.assert_array_equal(activation_maps(model, image[None], [2])[0], found)
+
+
+def test_maps_of_several_images_are_those_of_each():
+    model = tiny.network(dropout=0.0)
+    images = torch.rand(3, 16, 16, 3, generator=torch.Generator().manual_seed(1)) * 255
+    together = activation_maps(model, images, [2, 0, 1])
+    for image, index, found in zip(images, (2, 0, 1), together, strict=True):
+        (alone,) = activation_maps(model, image[None], [index])
+        np.testing.assert_allclose(found, alone, atol=1e-5)
 
 
 def test_a_network_without_maps():
     image = keras.Input((4, 4, 3))
     x = keras.layers.Dense(2, activation="softmax")(keras.layers.Flatten()(image))
     with pytest.raises(ValueError, match="no layer with a height and a width"):
-        activation_map(keras.Model(image, x, name="flat"), torch.rand(4, 4, 3), 0)
+        activation_maps(keras.Model(image, x, name="flat"), torch.rand(1, 4, 4, 3), [0])
 
 
 @pytest.mark.parametrize("classes", [3, 8])

@@ -6,14 +6,17 @@ import json
 import os
 import subprocess
 import sys
+from typing import Any
 
 import numpy as np
 import pytest
 import tiny
 import torch
+from huggingface_hub import ModelCard
 
 from vggtorch.models import preprocess, weight_set
 from vggtorch.training import keeping
+from vggtorch.training.loop import finetune
 
 
 @pytest.mark.slow
@@ -64,3 +67,19 @@ def test_the_card_says_what_one_has_to_know(history, tmp_path):
         f"| val_accuracy | {best['val_accuracy']:.4g} |", "(None, 16, 16, 3)",
     ):  # fmt: skip
         assert expected in card
+
+
+def test_the_card_has_the_test_figures_under_the_name_of_the_data(tmp_path):
+    tiny.pictures(tmp_path / "photos" / "train")
+    tiny.pictures(tmp_path / "photos" / "test", each=3, seed=2)
+    run = tmp_path / "run"
+    history = finetune(tiny.network(), tmp_path / "photos", epochs=1, output_dir=str(run))
+    keeping.save_trained(history, run, command="vggtorch finetune photos")
+    data: Any = ModelCard((run / "README.md").read_text()).data
+    found = {(r.dataset_name, r.dataset_split) for r in data.eval_results}
+    assert found == {("photos", "test"), ("photos", "validation")}
+    assert history.test_evaluation is not None
+    accuracy = next(r for r in data.eval_results if r.metric_name == "accuracy")
+    assert accuracy.dataset_split == "test"  # what counts stands first
+    assert accuracy.metric_value == pytest.approx(history.test_evaluation.accuracy)
+    assert data.license is None  # the weights are nobody's

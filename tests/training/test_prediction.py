@@ -114,6 +114,7 @@ def test_images_none_of_which_can_be_read(run, tmp_path, capsys):
         ("predict {run} nothing.png", "There is no file nothing.png."),
         ("predict {run} {photos} --out found.txt", "expected a name that ends in .csv or .jsonl"),
         ("evaluate {run} nowhere", "nowhere isn't a folder."),
+        ("evaluate {run} {photos} -o a.txt", "expected a name that ends in .json or .html"),
         ("features {run} {photos} --layer fc9 --out f", "fc9"),
     ],
 )
@@ -140,6 +141,9 @@ def test_evaluate_scores_the_test_images(run, tmp_path, capsys):
     assert figures["accuracy"] == pytest.approx((found == truth).mean())
     assert figures["images"] == 12 and set(figures["classes"]) == {"blue", "green", "red"}
     assert np.array(figures["confusion"]).sum() == 12
+    page = tmp_path / "test.html"
+    assert main(["evaluate", str(run), str(tmp_path / "data"), "-o", str(page)]) == 0
+    assert f"{figures['accuracy']:.1%} of 12 right" in page.read_text()
 
 
 def test_classes_are_told_by_their_names(run, tmp_path):

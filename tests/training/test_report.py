@@ -13,11 +13,15 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 import tiny
+import torch
 from PIL import Image
 
-from vggtorch.training import charts, report
+from vggtorch.training import charts, pictures, report
 from vggtorch.training.config import TrainConfig
+from vggtorch.training.confusion import LARGE, confusion_html
+from vggtorch.training.evaluation import Evaluation
 from vggtorch.training.loop import finetune
+from vggtorch.training.prediction import evaluate_folder
 from vggtorch.training.rate_search import RateSearch
 
 
@@ -48,16 +52,61 @@ def test_the_page_holds_all_and_needs_nothing(history, tmp_path):
     assert f"{evaluation.accuracy:.1%} of {len(history.validation)} right" in text
     for name in (*history.classes, "learning_rate", "label_smoothing"):
         assert name in text
-    mistakes = len(evaluation.worst_mistakes(12))
-    assert mistakes > 0
-    assert len(page.images) == 2 * mistakes  # the picture, and its map
-    for source in page.images:
+    samples = sum(map(len, chosen(evaluation, 12)))
+    assert samples > 0
+    # The picture and its map; and six files beside what became of them.
+    assert len(page.images) == 2 * samples + 2 * 6
+    for source in page.images[: 2 * samples]:
         picture = Image.open(io.BytesIO(base64.b64decode(source.partition("base64,")[2])))
-        assert picture.size == (160, 160)
+        assert picture.size == (192, 192)
+    sizes = [
+        Image.open(io.BytesIO(base64.b64decode(source.partition("base64,")[2]))).size
+        for source in page.images[2 * samples :]
+    ]
+    assert sizes == [(192, 160), (192, 192)] * 6  # 24x20 became 16x16
+    for title in ("Wrong and sure", "Unsure", "Right and sure", "What the network saw", "Grad-CAM"):
+        assert title in text
     drawings = re.findall("<svg.*?</svg>", path.read_text(encoding="utf-8"))
     assert len(drawings) == 3
     for drawing in drawings:
         ElementTree.fromstring(drawing)
+
+
+def chosen(evaluation, count):
+    wrong = evaluation.worst_mistakes(count)
+    return wrong, pictures.unsure(evaluation, count // 2), pictures.right(evaluation, count // 2)
+
+
+def test_samples_are_wrong_unsure_and_right_by_their_names():
+    logits = torch.tensor(
+        [[9.0, 0, 0], [8, 0, 0], [0, 5, 4.9], [0, 9, 0], [0, 0, 2], [7, 0, 0], [0, 0, 9]]
+    )
+    found = Evaluation(logits, torch.tensor([0, 0, 1, 1, 2, 2, 0]))
+    wrong, unsure, right = chosen(found, 8)
+    assert wrong == [6, 5]  # the surest first
+    assert unsure == [2, 4, 5, 1]  # the two most probable classes closest
+    assert right == [0, 3, 4, 1]  # each class's surest, then its second
+
+
+def test_a_test_set_has_a_page_of_its_own(history, tmp_path):
+    folder = tiny.pictures(tmp_path / "holdout", each=3, seed=3)
+    found, images = evaluate_folder(history.model, folder)
+    report.write_test_report(history.model, images, found, tmp_path / "t.html", command="x")
+    text = (tmp_path / "t.html").read_text()
+    assert "tiny on holdout" in text and f"Test: {found.accuracy:.1%} of 9 right" in text
+    assert "macro F1" in text and "Grad-CAM" in text and "Confusion" in text
+    assert "Epochs" not in text and str(tmp_path) not in text
+
+
+def test_samples_are_of_the_test_images_where_there_are_some(tmp_path):
+    tiny.pictures(tmp_path / "data" / "train")
+    tiny.pictures(tmp_path / "data" / "test", each=3, seed=2)
+    history = finetune(
+        tiny.network(), tmp_path / "data", epochs=1, output_dir=str(tmp_path / "run")
+    )
+    report.write_report(history, tmp_path / "report.html")
+    text = (tmp_path / "report.html").read_text()
+    assert "Test images, and what spoke" in text and "Validation images, and what" not in text
 
 
 def test_a_curve_goes_where_its_values_go():
@@ -109,7 +158,7 @@ def test_the_page_has_the_test_figures_and_no_folders_of_this_machine(tmp_path):
     text = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert history.test_evaluation is not None
     assert f"Test: {history.test_evaluation.accuracy:.1%} of 9 right" in text
-    assert "of 9 test images right" in text and "Grad-CAM" in text
+    assert "test accuracy, " in text and "Grad-CAM" in text
     assert str(tmp_path) not in text
     # What differs from the defaults stands before what doesn't.
     assert text.index("output_dir") < text.index("Settings at their defaults")
@@ -122,10 +171,17 @@ def test_the_confusion_scales(classes):
     confusion = np.diag(rng.integers(5, 9, classes))
     confusion[1, 2] = 4
     names = [f"class {i}" for i in range(classes)]
-    found = report._confusion(names, confusion)
+    found = confusion_html(names, confusion)
     assert "class 1 taken for class 2: 4 of" in found
-    assert ("<td>" not in found) and found.count("<td") == classes**2
-    assert (">4</td>" in found) == (classes < report.LARGE)  # numbers where there is room
+    assert "class 1 as class 2: 4" in found  # under the pointer
+    if classes < LARGE:
+        assert found.count("<td") == classes**2 and ">4</td>" in found
+    else:  # only cells that hold something, and as many names as there is room for
+        drawing = ElementTree.fromstring(re.findall("<svg.*</svg>", found)[0])
+        cells = [cell for cell in drawing.iter("rect") if cell.find("title") is not None]
+        assert len(cells) == np.count_nonzero(confusion)
+        assert 20 < len(list(drawing.iter("text"))) <= 2 * classes
+        assert len(found) < 50_000
 
 
 @pytest.mark.parametrize(

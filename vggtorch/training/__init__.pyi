@@ -21,6 +21,7 @@ from .rate_search import RateSearch as RateSearch
 from .rate_search import find_learning_rate as find_learning_rate
 from .report import plot_rates as plot_rates
 from .report import write_report as write_report
+from .report import write_test_report as write_test_report
 from .run import load_checkpoint_ as load_checkpoint_
 from .stopping import Interrupted as Interrupted
 from .stopping import Terminated as Terminated

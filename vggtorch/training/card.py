@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import keras
@@ -14,6 +15,7 @@ from vggtorch.training.checkpoints import version_text
 from vggtorch.training.data import DEFAULT_SIZE, Folder
 from vggtorch.training.evaluation import Evaluation
 from vggtorch.training.loop import History
+from vggtorch.training.tables import SPLITS
 from vggtorch.weights import PUBLISHED, publications
 
 if TYPE_CHECKING:
@@ -86,7 +88,7 @@ def _results(history: History) -> Iterator[EvalResult]:
     from huggingface_hub import EvalResult
 
     for split, images, found in evaluations(history):
-        name = images.root.resolve().name if isinstance(images, Folder) else "own images"
+        name = _name_of(images.root) if isinstance(images, Folder) else "own images"
         for figure, value in found.figures().items():
             if math.isfinite(value):
                 yield EvalResult(
@@ -98,6 +100,12 @@ def _results(history: History) -> Iterator[EvalResult]:
                     metric_name=figure,
                     metric_value=round(value, 6),
                 )
+
+
+def _name_of(root: Path) -> str:
+    """What a set of images is called: a folder's name, or where that is a split's, its parent's."""
+    root = root.resolve()
+    return root.parent.name if root.name.lower() in SPLITS else root.name
 
 
 def _text(history: History, model: keras.Model, command: str) -> str:

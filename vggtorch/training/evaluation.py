@@ -172,29 +172,30 @@ def evaluate(
     )
 
 
-def activation_map(model: keras.Model, image: torch.Tensor, index: int) -> np.ndarray:
-    """Where in an image (H, W, 3) a class's score comes from, as (h, w) of 0 to 1.
+def activation_maps(model: keras.Model, images: torch.Tensor, classes: Sequence[int]) -> np.ndarray:
+    """Where in each image (N, H, W, 3) the score of a class comes from, as (N, h, w) of 0 to 1.
 
-    The map is of the last layer that has a height and a width. Source: Selvaraju et al.,
+    The maps are of the last layer that has a height and a width. Source: Selvaraju et al.,
     "Grad-CAM: Visual Explanations from Deep Networks", 2017.
 
     Raises:
-        ValueError: the model has no such layer that all the image passes through.
+        ValueError: the model has no such layer that all of an image passes through.
     """
     maps = _last_maps(model)
     device = model.variables[0].value.device
     with torch.no_grad():
-        features = between(model.inputs[0], maps).eval()(network_input(image[None], model, device))
+        features = between(model.inputs[0], maps).eval()(network_input(images, model, device))
     features.requires_grad_()
-    score = logits_network(model, maps).eval()(features)[0, index]
-    (gradient,) = torch.autograd.grad(score, features)
+    scores = logits_network(model, maps).eval()(features)
+    chosen = scores[torch.arange(len(images)), torch.as_tensor(classes)]
+    (gradient,) = torch.autograd.grad(chosen.sum(), features)  # no image looks at another
     weights = gradient.mean((1, 2), keepdim=True)
-    heat = (weights * features.detach()).sum(-1)[0].clamp_min(0)
-    return (heat / heat.max().clamp_min(1e-12)).cpu().numpy()
+    heat = (weights * features.detach()).sum(-1).clamp_min(0)
+    return (heat / heat.amax((1, 2), keepdim=True).clamp_min(1e-12)).cpu().numpy()
 
 
 def _last_maps(model: keras.Model) -> keras.KerasTensor:
-    for call in reversed(keras_graph.calls(keras_graph.graph_of(model, "activation_map"))):
+    for call in reversed(keras_graph.calls(keras_graph.graph_of(model, "activation_maps"))):
         tensor = call.output_tensors[0]
         if not call.is_input and len(tensor.shape) == 4:
             try:

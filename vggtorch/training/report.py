@@ -1,30 +1,30 @@
-"""What people read of a run: one HTML page, and the drawing of a search for the learning rate.
+"""What people read of a run or a test: one HTML page; and the drawing of a search for the rate.
 
 The page holds its pictures and drawings itself, so that it can be sent and kept as one file.
 """
 
 from __future__ import annotations
 
-import base64
 import dataclasses
 import html
-import io
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import keras
 import numpy as np
-import torch
-from PIL import Image
 
 from vggtorch import files
 from vggtorch.text import LONGEST_MESSAGE, as_command, in_html, visible, without_folders
+from vggtorch.training.card import evaluations
 from vggtorch.training.charts import chart, curves_svg
 from vggtorch.training.checkpoints import version_text
 from vggtorch.training.config import TrainConfig
-from vggtorch.training.data import Folder
-from vggtorch.training.evaluation import Evaluation, activation_map
+from vggtorch.training.confusion import confusion_html
+from vggtorch.training.data import DatasetSource, Folder
+from vggtorch.training.evaluation import Evaluation
 from vggtorch.training.loop import History
+from vggtorch.training.pictures import galleries, inputs
 from vggtorch.training.rate_search import RateSearch
 
 
@@ -37,47 +37,13 @@ def plot_rates(search: RateSearch, path: str | Path) -> None:
     _write(path, chart(lines, title, "log10(learning rate)", mark))
 
 
-def _picture(pixels: np.ndarray, text: str, size: int = 160) -> str:
-    """Pixels (H, W, 3) as an <img> tag."""
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).resize((size, size)).save(buffer, "JPEG", quality=85)
-    code = base64.b64encode(buffer.getvalue()).decode()
-    return (
-        f'<img width="{size}" height="{size}" alt="{in_html(text)}" '
-        f'src="data:image/jpeg;base64,{code}">'
-    )
-
-
-def _pixels(image: torch.Tensor) -> np.ndarray:
-    """An image as it is seen; one that is ready for the network is stretched to 0 ... 255."""
-    if image.dtype == torch.uint8:
-        return image.numpy()
-    image = image.float()
-    span = (image.max() - image.min()).clamp_min(1e-12)
-    return ((image - image.min()) / span * 255).byte().numpy()
-
-
-def _heat(pixels: np.ndarray, heat: np.ndarray) -> np.ndarray:
-    """A map over the grey image, from blue over green to red: seen on images of any colour."""
-    height, width = pixels.shape[:2]
-    mapped = Image.fromarray((heat * 255).astype(np.uint8))
-    share = np.asarray(mapped.resize((width, height), Image.Resampling.BICUBIC)) / 255
-    grey = pixels.mean(2, keepdims=True).repeat(3, 2)
-    colours = np.array(
-        [[40, 60, 160], [30, 160, 160], [120, 200, 60], [250, 200, 40], [220, 40, 30]]
-    )
-    stops = np.linspace(0, 1, len(colours))
-    painted = np.stack([np.interp(share, stops, colours[:, i]) for i in range(3)], -1)
-    return (0.45 * grey + 0.55 * painted).clip(0, 255).astype(np.uint8)
-
-
 def write_report(
     history: History,
     path: str | Path,
     command: str | None = None,
     mistakes: int = 12,
 ) -> None:
-    """Write one HTML file: headline, curves, figures by class, confusion, the worst mistakes.
+    """Write one HTML file: headline, curves, figures by class, confusion, samples with Grad-CAM.
 
     >>> import tempfile, keras, torch, vggtorch as vt
     >>> model = keras.Sequential(
@@ -93,47 +59,102 @@ def write_report(
         history: what `finetune` returned.
         path: the file.
         command: what made it; by default this process's command line.
-        mistakes: how many pictures of images that the model got wrong.
+        mistakes: how many pictures of images that the model got wrong; of unsure and right ones
+            half as many each.
 
     Raises:
         OSError: the file couldn't be written.
     """
-    command = command or as_command(sys.argv)
-    made_by = html.escape(visible(command, LONGEST_MESSAGE))
-    title = f"{in_html(history.model.name)}, {len(history.classes)} classes"
+    scored = list(evaluations(history))
     sections = [_headline(history), _curves(history)]
-    if history.evaluation is not None:
-        sections.append(_summary(history.classes, history.evaluation, "Validation"))
-        sections.append(_mistakes(history, history.evaluation, mistakes))
-    if history.test_evaluation is not None:
-        sections.append(_summary(history.classes, history.test_evaluation, "Test"))
-    _write(
-        path,
+    for place, (name, images, found) in enumerate(scored):
+        # Samples are of those images that nothing was chosen by, where there are such.
+        count = mistakes if place == 0 else 0
+        sections.append(_scored(history.model, name, images, history.classes, found, count))
+    if scored and (seen := inputs(scored[0][1])):
+        sections.append(
+            f"<section><h2>What the network saw</h2><p>{_geometry(history)} On the left the file, "
+            f"on the right what became of it.</p>{seen}</section>"
+        )
+    sections.append(_settings(history))
+    title = f"{in_html(history.model.name)}, {len(history.classes)} classes"
+    _write(path, _page(title, sections, command))
+
+
+def write_test_report(
+    model: keras.Model,
+    images: Folder,
+    found: Evaluation,
+    path: str | Path,
+    command: str | None = None,
+    mistakes: int = 12,
+) -> None:
+    """Write the part of a report that says how a model did on images, as one HTML file.
+
+    >>> import pathlib, tempfile, keras, vggtorch as vt
+    >>> from PIL import Image
+    >>> model = keras.Sequential(
+    ...     [keras.Input((8, 8, 3)), keras.layers.Flatten(), keras.layers.Dense(2)]
+    ... )
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     for name in ("blue", "red"):
+    ...         pathlib.Path(folder, name).mkdir()
+    ...         Image.new("RGB", (9, 9), name).save(f"{folder}/{name}/1.png")
+    ...     found, images = vt.evaluate_folder(model, folder)
+    ...     vt.write_test_report(model, images, found, f"{folder}/report.html")
+
+    Args:
+        model: which `found` is of.
+        images: in the order of `found`; as `evaluate_folder` gives both.
+        found: what the model said.
+        path: the file.
+        command: what made it; by default this process's command line.
+        mistakes: as in `write_report`.
+
+    Raises:
+        OSError: the file couldn't be written.
+    """
+    scored = _scored(model, "test", images, images.classes, found, mistakes)
+    cards = _cards(_split_cards("test", found))
+    title = f"{in_html(model.name)} on {in_html(images.root.resolve().name)}"
+    _write(path, _page(title, [cards, scored], command))
+
+
+def _page(title: str, sections: Iterable[str], command: str | None) -> str:
+    made_by = html.escape(visible(command or as_command(sys.argv), LONGEST_MESSAGE))
+    return (
         f"<!doctype html><html lang=en><meta charset=utf-8>"
         f'<meta name="viewport" content="width=device-width,initial-scale=1">'
         f"<title>{title}</title>{STYLE}<main><h1>{title}</h1>{''.join(sections)}"
-        f"{_settings(history)}<footer>Made by <code>{made_by}</code> with {version_text()}."
-        f"</footer></main></html>",
+        f"<footer>Made by <code>{made_by}</code> with {version_text()}.</footer></main></html>"
     )
 
 
 def _headline(history: History) -> str:
     """The figures that one looks for first."""
     cards = []
-    for name, found in (("test", history.test_evaluation), ("validation", history.evaluation)):
-        if found is not None:
-            right = round(found.accuracy * len(found.labels))
-            cards.append((f"{found.accuracy:.1%}", f"of {len(found.labels)} {name} images right"))
-            cards[-1] = (cards[-1][0], f"{cards[-1][1]} ({right})")
-    best = history.epochs[history.best_epoch]
-    cards.append((f"{history.best_epoch + 1} of {len(history.epochs)}", "best epoch"))
-    cards.append((f"{best['loss']:.3g}", "training loss there"))
-    cards.append((f"{sum(e['seconds'] for e in history.epochs):.0f} s", "in all epochs"))
-    return (
-        "<section class=cards>"
-        + "".join(f"<div><b>{value}</b>{in_html(name)}</div>" for value, name in cards)
-        + "</section>"
-    )
+    for name, _, found in evaluations(history):
+        cards += _split_cards(name, found)
+    best = f"{history.best_epoch + 1} of {len(history.epochs)}"
+    cards.append((best, "is the best epoch, whose weights these are"))
+    cards.append((_duration(sum(e["seconds"] for e in history.epochs)), "in all epochs"))
+    return _cards(cards)
+
+
+def _split_cards(name: str, found: Evaluation) -> list[tuple[str, str]]:
+    right, images = round(found.accuracy * len(found.labels)), len(found.labels)
+    return [(f"{found.accuracy:.1%}", f"{name} accuracy, {right} of {images} images right")]
+
+
+def _cards(cards: Sequence[tuple[str, str]]) -> str:
+    inside = "".join(f"<div><b>{value}</b>{in_html(text)}</div>" for value, text in cards)
+    return f"<section class=cards>{inside}</section>"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s" if seconds >= 1 else f"{seconds:.2f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def _curves(history: History) -> str:
@@ -156,15 +177,63 @@ def _curves(history: History) -> str:
         for i, epoch in enumerate(history.epochs)
     )
     head = "".join(f"<th>{_said(name)}</th>" for name in names)
+    shown = " open" if len(history.epochs) <= SHORT else ""
     return (
-        f"<section><h2>Epochs</h2><div class=charts>{charts}</div><details><summary>As a table"
-        f"</summary><div class=wide><table><tr><th>epoch</th>{head}</tr>{rows}</table></div>"
+        f"<section><h2>Epochs</h2><div class=charts>{charts}</div><details{shown}><summary>As a "
+        f"table</summary><div class=wide><table><tr><th>epoch</th>{head}</tr>{rows}</table></div>"
         f"</details></section>"
     )
 
 
 def _said(name: str) -> str:
     return name.replace("val_", "validation ").replace("_", " ")
+
+
+def _scored(
+    model: keras.Model,
+    name: str,
+    images: Folder | DatasetSource,
+    classes: Sequence[str],
+    found: Evaluation,
+    mistakes: int,
+) -> str:
+    """All that is known of how images were scored."""
+    figures = "".join(
+        f"<div><dt>{figure}</dt><dd>{value:.4f}</dd></div>"
+        for figure, value in found.figures().items()
+    )
+    rows = "".join(
+        f"<tr><th>{in_html(c.name)}</th><td>{c.images}</td><td>{c.precision:.3f}</td>"
+        f"<td>{c.recall:.3f}</td><td class=bar style='--share:{c.f1:.0%}'>{c.f1:.3f}</td></tr>"
+        for c in found.per_class(classes)
+    )
+    shown = " open" if len(classes) <= LARGEST_OPEN else ""
+    samples = galleries(model, images, classes, found, mistakes) if mistakes else ""
+    if samples:
+        samples = (
+            f"<h2>{name.capitalize()} images, and what spoke for the answer</h2><p>On the right of "
+            f"each, Grad-CAM: where in the image the score of the predicted class comes from, red "
+            f"for most. Bars are probabilities; the true class has a green one.</p>{samples}"
+        )
+    return (
+        f"<section><h2>{name.capitalize()}: {found.accuracy:.1%} of {len(found.labels)} right</h2>"
+        f"<dl class=figures>{figures}</dl><div class=split><div><h3>By class</h3><details{shown}>"
+        f"<summary>{len(classes)} classes</summary><div class=wide><table><tr><th>class</th>"
+        f"<th>images</th><th>precision</th><th>recall</th><th>F1</th></tr>{rows}</table></div>"
+        f"</details></div><div>{confusion_html(classes, found.confusion)}</div></div></section>"
+        + (f"<section>{samples}</section>" if samples else "")
+    )
+
+
+def _geometry(history: History) -> str:
+    images = history.data_config
+    return (
+        f"Images were brought to {images.size[0]}x{images.size[1]}, crop mode {images.crop_mode}, "
+        f"crop share {images.crop_pct:g}, {images.interpolation}; weight set "
+        f"{in_html(images.weight_set or 'not known')}."
+        if images.size
+        else ""
+    )
 
 
 def _settings(history: History) -> str:
@@ -177,18 +246,11 @@ def _settings(history: History) -> str:
     fields = dataclasses.fields(TrainConfig)
     own = [f for f in fields if getattr(history.config, f.name) != f.default]
     others = [f for f in fields if f not in own]
-    images = history.data_config
-    seen = (
-        f"Images were brought to {images.size[0]}x{images.size[1]}, crop mode {images.crop_mode}, "
-        f"crop share {images.crop_pct:g}, {images.interpolation}; weight set "
-        f"{in_html(images.weight_set or 'not known')}."
-        if images.size
-        else ""
-    )
     return (
-        f"<section><h2>Settings</h2><p>{seen}</p><table>{''.join(map(row, own))}</table><details>"
-        f"<summary>Settings at their defaults</summary><table>{''.join(map(row, others))}</table>"
-        f"</details></section>"
+        f"<section><h2>Settings that differ from the defaults</h2><p>{_geometry(history)}</p>"
+        f"<div class=wide><table class=settings>{''.join(map(row, own))}</table></div><details>"
+        f"<summary>Settings at their defaults</summary><div class=wide><table class=settings>"
+        f"{''.join(map(row, others))}</table></div></details></section>"
     )
 
 
@@ -197,108 +259,54 @@ def _write(path: str | Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+SHORT = 12  # epochs whose table is open
+LARGEST_OPEN = 25  # classes whose table is open
 STYLE = """<style>
 :root{color-scheme:light dark;--ink:#1c2024;--page:#fff;--soft:#f2f4f6;--line:#d8dde2;
---best:#e3f1e8}
+--best:#e3f1e8;--bar:#cfe2f3;--true:#bfe3cd}
 @media (prefers-color-scheme:dark){:root{--ink:#e6e9ec;--page:#15181b;--soft:#20252a;--line:#363d44;
---best:#1f3a2a}}
+--best:#1f3a2a;--bar:#23435f;--true:#235239}}
+*{box-sizing:border-box}
 body{font:15px/1.5 system-ui,sans-serif;color:var(--ink);background:var(--page);margin:0}
-main{max-width:1100px;margin:auto;padding:1rem}
-h1{font-size:1.5rem}h2{font-size:1.15rem;margin-top:2rem}
-.cards{display:flex;flex-wrap:wrap;gap:.75rem}
-.cards div{background:var(--soft);border-radius:.5rem;padding:.75rem 1rem;flex:1 1 9rem}
-.cards b{display:block;font-size:1.7rem;line-height:1.2}
+main{max-width:1200px;margin:auto;padding:1rem}
+h1{font-size:1.6rem;margin:.5rem 0 1rem}h2{font-size:1.25rem;margin:2.5rem 0 .75rem}
+h3{font-size:1rem;margin:1.5rem 0 .25rem}p{margin:.25rem 0 .75rem;max-width:48rem}
+.cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(11rem,1fr));gap:.75rem}
+.cards div{background:var(--soft);border-radius:.5rem;padding:.75rem 1rem}
+.cards b{display:block;font-size:1.9rem;line-height:1.2}
+.figures{display:grid;grid-template-columns:repeat(auto-fill,minmax(8.5rem,1fr));gap:.5rem;margin:0}
+.figures div{border-left:3px solid var(--line);padding-left:.6rem}
+dt{opacity:.75;font-size:.9rem}dd{margin:0;font-weight:600;font-variant-numeric:tabular-nums}
 .charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,320px),1fr));gap:1rem}
+.split{display:flex;flex-wrap:wrap;column-gap:2.5rem}.split>div{max-width:100%}
+.split svg{width:min(46rem,calc(100vw - 2rem))}
 .wide{overflow-x:auto}table{border-collapse:collapse;font-variant-numeric:tabular-nums}
-td,th{padding:.2rem .6rem;text-align:right;font-weight:normal}th{opacity:.75}
+td,th{padding:.2rem .6rem;text-align:right;font-weight:normal}
+th:first-child{text-align:left;padding-left:0}th{opacity:.75}
 tr{border-bottom:1px solid var(--line)}.best{background:var(--best)}
-.confusion td{min-width:1.4rem;text-align:center}
-.small td,.small th{padding:0;font-size:0;height:7px}
-.turned th{writing-mode:vertical-rl;text-align:left;padding:.4rem .2rem}
-.pictures{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,330px),1fr));gap:1rem}
-figure{margin:0}figcaption{overflow-wrap:anywhere}img{max-width:49%;height:auto;border-radius:.25rem}
-code{background:var(--soft);overflow-wrap:anywhere}footer{margin-top:2rem;opacity:.75}
-summary{cursor:pointer;margin:.5rem 0}
-@media print{details>*{display:block}section,figure{break-inside:avoid}}
+.settings td{text-align:left;overflow-wrap:anywhere}
+.bar{background:linear-gradient(90deg,var(--bar) var(--share),transparent var(--share))}
+.confusion{font-size:.87rem}.confusion td{min-width:1.6rem;padding:.2rem .3rem;text-align:center}
+.confusion th:first-child{position:sticky;left:0;background:var(--page);opacity:1}
+.confusion tr{border-color:transparent}.confusion td{border:1px solid var(--line)}
+.turned th{vertical-align:bottom;padding:.4rem .2rem}
+.turned span{writing-mode:vertical-rl;transform:rotate(180deg)}
+.pictures{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,250px),1fr));gap:1rem}
+figure{margin:0;background:var(--soft);border-radius:.5rem;padding:.6rem}
+.pair{display:flex;gap:.4rem;align-items:center}.pair img{flex:1 1 0;min-width:0;height:auto;
+border-radius:.25rem}
+figcaption{margin-top:.4rem;overflow-wrap:anywhere}small{display:block;opacity:.75}
+ol{list-style:none;margin:.25rem 0;padding:0}
+li{margin:.1rem 0}ol li{display:flex;justify-content:space-between;gap:.5rem;padding:0 .4rem;
+border-radius:.2rem;
+background:linear-gradient(90deg,var(--bar) var(--share),transparent var(--share))}
+ol .true{--bar:var(--true)}ul{margin:.25rem 0;padding-left:1.2rem}
+code{background:var(--soft);overflow-wrap:anywhere}footer{margin-top:2.5rem;opacity:.75}
+summary{cursor:pointer;margin:.25rem 0}
+@media print{body{font-size:11px}*{print-color-adjust:exact;-webkit-print-color-adjust:exact}
+:root{--ink:#000;--page:#fff;--soft:#f2f4f6;--line:#d8dde2;--best:#e3f1e8;--bar:#cfe2f3;
+--true:#bfe3cd}
+details::details-content{content-visibility:visible;block-size:auto}
+figure,tr,svg,.confusion,.cards,.figures{break-inside:avoid}h2,h3{break-after:avoid}
+.wide{overflow:visible}.pictures{grid-template-columns:repeat(3,minmax(0,1fr))}}
 </style>"""
-LARGE = 25  # classes, from which on the confusion is drawn without numbers
-
-
-def _summary(classes: Sequence[str], evaluation: Evaluation, name: str) -> str:
-    rows = "".join(
-        f"<tr><th>{in_html(c.name)}</th><td>{c.images}</td><td>{c.precision:.3f}</td>"
-        f"<td>{c.recall:.3f}</td><td>{c.f1:.3f}</td></tr>"
-        for c in evaluation.per_class(classes)
-    )
-    figures = "".join(
-        f"<tr><th>{figure}</th><td>{value:.4f}</td></tr>"
-        for figure, value in evaluation.figures().items()
-    )
-    return (
-        f"<section><h2>{name}: {evaluation.accuracy:.1%} of {len(evaluation.labels)} right</h2>"
-        f"<table>{figures}</table><details open><summary>By class</summary><div class=wide><table>"
-        f"<tr><th>class</th><th>images</th><th>precision</th><th>recall</th><th>F1</th></tr>{rows}"
-        f"</table></div></details>{_confusion(classes, evaluation.confusion)}</section>"
-    )
-
-
-def _confusion(classes: Sequence[str], confusion: np.ndarray) -> str:
-    """The confusion as a table, coloured by share of the class; of many classes without numbers."""
-    shares = confusion / confusion.sum(1, keepdims=True).clip(1)
-    is_large = len(classes) >= LARGE
-    names = [in_html(name) for name in classes]
-    body = "".join(
-        f"<tr><th>{'' if is_large else name}</th>"
-        + "".join(
-            f'<td style="background:rgba(59,130,196,{share:.2f})" '
-            f'title="{name} as {other}: {count}">'
-            f"{'' if is_large or not count else count}</td>"
-            for other, count, share in zip(names, counts, row, strict=True)
-        )
-        + "</tr>"
-        for name, counts, row in zip(names, confusion, shares, strict=True)
-    )
-    columns = "" if is_large else "".join(f"<th>{name}</th>" for name in names)
-    wrong = confusion * (1 - np.eye(len(classes), dtype=confusion.dtype))
-    pairs = [divmod(int(i), len(classes)) for i in np.argsort(-wrong, axis=None, kind="stable")[:8]]
-    worst = "".join(
-        f"<li>{names[i]} taken for {names[j]}: {wrong[i, j]} of {confusion[i].sum()}</li>"
-        for i, j in pairs
-        if wrong[i, j]
-    )
-    return (
-        f"<h3>Confusion (rows: true, columns: predicted)</h3><div class=wide><table "
-        f'class="confusion{" small" if is_large else ""}"><tr class=turned><th></th>{columns}</tr>'
-        f"{body}</table></div>" + (f"<p>Most often confused:</p><ul>{worst}</ul>" if worst else "")
-    )
-
-
-def _mistakes(history: History, evaluation: Evaluation, count: int) -> str:
-    figures = []
-    source = history.validation
-    assert source is not None
-    for index in evaluation.worst_mistakes(count):
-        (image,), _ = source[[(index, 0)]]
-        predicted = int(evaluation.probabilities[index].argmax())
-        true = history.classes[int(evaluation.labels[index])]
-        certainty = evaluation.probabilities[index, predicted]
-        name = f"image {index}"
-        if isinstance(source, Folder):
-            name = "/".join(source.paths[index].parts[-2:])
-        pixels, caption = _pixels(image), f"{true} taken for {history.classes[predicted]}"
-        try:
-            heat = activation_map(history.model, image, predicted)
-            mapped = _picture(_heat(pixels, heat), f"Grad-CAM of {history.classes[predicted]}")
-        except ValueError:  # a network without feature maps
-            mapped = ""
-        figures.append(
-            f"<figure>{_picture(pixels, caption)} {mapped}<figcaption>{in_html(caption)} "
-            f"({certainty:.0%})<br><small>{in_html(name)}</small></figcaption></figure>"
-        )
-    return (
-        "<section><h2>Worst mistakes</h2><p>Beside each image Grad-CAM: where what spoke for the "
-        f"predicted class is, red for most.</p><div class=pictures>{''.join(figures)}</div>"
-        "</section>"
-        if figures
-        else "<section><h2>No mistakes</h2></section>"
-    )
