@@ -280,7 +280,9 @@ def test_every_field_is_an_option(config_of):
         crop_mode="border", crop_pct=0.9, interpolation="bicubic",
         augment="crop", on_unreadable="skip", validation_split=0.3, num_workers=1, cache=False,
         cache_copies=2, cache_dtype="float16", cache_dir="c", output_dir="r", checkpoint_steps=9,
-        resume=True, tensorboard=True, seed=4,
+        resume=True, seed=4, label_pattern="([0-9])", mixup=0.2, cutmix=1.0,
+        class_weight=(1.0, 2.5), sampling="balanced", metrics=("auroc", "macro_f1"), monitor="loss",
+        log_with=("wandb",),
     )  # fmt: skip
     words = []
     for field in dataclasses.fields(vt.TrainConfig):
@@ -291,8 +293,11 @@ def test_every_field_is_an_option(config_of):
         elif field.name == "unfreeze":
             for epoch, layer in value:
                 words += [flag, f"{epoch}:{layer}"]
+        elif field.name == "class_weight":
+            words += [flag, ",".join(map(str, value))]
         else:
-            words += [flag, str(value)]
+            for one in value if isinstance(value, tuple) else [value]:
+                words += [flag, str(one)]
     assert config_of("--advise", "none", *words) == changed
 
 

@@ -38,6 +38,7 @@ from .surgery import stack as stack
 from .surgery import truncate as truncate
 from .surgery import unfreeze_ as unfreeze_
 from .surgery import with_input as with_input
+from .training import Callback as Callback
 from .training import TrainConfig as TrainConfig
 from .training import advise as advise
 from .training import evaluate_folder as evaluate_folder

@@ -61,6 +61,11 @@ def with_options_of_train_config(command: Callable[..., None]) -> Callable[..., 
         if field.name == "unfreeze":
             hint, default = list[str], []
             details |= {"metavar": "EPOCH:LAYER", "callback": _stages}
+        elif typing.get_origin(hint) is tuple:
+            hint, default = list[str], []
+            details |= {"metavar": "NAME"}
+        elif field.name in ("optimizer", "schedule"):
+            hint = str
         if field.name == "class_weight":
             hint = str | None
             details |= {"metavar": "WEIGHTS", "callback": _class_weight}

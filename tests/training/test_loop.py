@@ -170,8 +170,10 @@ def test_patience(config):
 
 def test_tensorboard(images, config):
     loader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    history = finetune(tiny.network(), images, config=dataclasses.replace(config, tensorboard=True))
-    events = loader.EventAccumulator(config.output_dir)
+    history = finetune(
+        tiny.network(), images, config=dataclasses.replace(config, log_with=("tensorboard",))
+    )
+    events = loader.EventAccumulator(f"{config.output_dir}/vggtorch")
     events.Reload()
     found = [event.value for event in events.Scalars("val_loss")]
     np.testing.assert_allclose(found, tiny.curve(history, "val_loss"), rtol=1e-6)

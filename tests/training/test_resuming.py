@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import numpy as np
 import pytest
 import tiny
 import torch
+from torch.optim import lr_scheduler
 
 from vggtorch.training import loop
 from vggtorch.training.loop import finetune
@@ -20,6 +22,17 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "thawing": {
         "freeze": "block2_pool", "unfreeze": ((1, "block2_conv1"),), "augment": "crop",
         "cache_copies": 3, "layer_decay": 0.5, "batch_norm": True,
+    },
+    "torch's schedule": {
+        "optimizer": functools.partial(torch.optim.SGD, momentum=0.5), "schedule": "OneCycleLR",
+        "layer_decay": 0.5, "metrics": ("auroc",), "monitor": "loss",
+    },
+    "milestones": {
+        "schedule": lambda optimizer: lr_scheduler.SequentialLR(
+            optimizer,
+            [lr_scheduler.LinearLR(optimizer), lr_scheduler.MultiStepLR(optimizer, [3, 5])],
+            [2],
+        ),
     },
     "mixed": {
         "mixup": 0.4, "cutmix": 1.0, "sampling": "balanced", "class_weight": "balanced",

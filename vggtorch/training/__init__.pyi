@@ -1,5 +1,6 @@
 from .advice import Plan as Plan
 from .advice import advise as advise
+from .callbacks import Callback as Callback
 from .config import TrainConfig as TrainConfig
 from .data import read_folder as read_folder
 from .evaluation import Evaluation as Evaluation

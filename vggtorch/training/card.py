@@ -15,6 +15,7 @@ from vggtorch.training.checkpoints import version_text
 from vggtorch.training.data import DEFAULT_SIZE, Folder
 from vggtorch.training.evaluation import Evaluation
 from vggtorch.training.loop import History
+from vggtorch.training.optimization import name_of
 from vggtorch.training.tables import SPLITS
 from vggtorch.weights import PUBLISHED, publications
 
@@ -138,8 +139,9 @@ metadata (`data_config`) of a model that is exported to ONNX.
 - Pretrained weights: {images.weight_set or "not known"}
 - Cut at {in_markdown(config.cut or "the end")}, head {config.head or "its own"}, frozen up to
   {in_markdown(config.freeze)}
-- Training: {len(history.epochs)} epochs of batches of {config.batch_size}, {config.optimizer},
-  learning rate {config.learning_rate:g}, augmentation {config.augment}, seed {config.seed}
+- Training: {len(history.epochs)} epochs of batches of {config.batch_size},
+  {in_markdown(name_of(config.optimizer))}, learning rate {config.learning_rate:g},
+  augmentation {config.augment}, seed {config.seed}
 - Made by {as_code(command)} with {version_text()}
 
 Epoch {history.best_epoch + 1}, whose weights these are:

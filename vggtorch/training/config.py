@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Augment = Literal["none", "flip", "crop", "trivial"]
+Metric = Literal["accuracy", "top5_accuracy", "macro_f1", "auroc", "calibration_error", "loss"]
+METRICS: tuple[str, ...] = typing.get_args(Metric)
 
 
 def _option(default: Any, text: str) -> Any:
@@ -49,13 +51,21 @@ class TrainConfig:
     gradient_accumulation_steps: int = _option(
         1, "Pieces that a process runs its part of a batch in, to need less memory."
     )
-    optimizer: str = _option("adamw", "Name of one in torch.optim; sgd has a momentum of 0.9.")
+    optimizer: str | Callable[..., Any] = field(
+        default="adamw",
+        metadata={"help": "Name of one in torch.optim; sgd has a momentum of 0.9."},
+    )
     learning_rate: float = _option(1e-3, "Learning rate of the head, at the end of the warm-up.")
     layer_decay: float = _option(
         1.0, "Each block trains with this times the learning rate of the block above."
     )
-    warmup: float = _option(0.1, "Share of all steps in which the learning rate rises.")
-    schedule: Literal["cosine", "constant"] = _option("cosine", "What follows the warm-up.")
+    warmup: float = _option(
+        0.1, "Share of all steps in which the learning rate rises, before cosine or constant."
+    )
+    schedule: str | Callable[..., Any] = field(
+        default="cosine",
+        metadata={"help": "Of the learning rate: cosine, constant or one of torch's schedulers."},
+    )
     weight_decay: float = _option(0.01, "Weight decay of kernels; biases and norms have none.")
     label_smoothing: float = _option(0.0, "Share of the target spread over all classes.")
     mixup: float = _option(
@@ -73,6 +83,13 @@ class TrainConfig:
     max_grad_norm: float | None = _option(None, "A gradient with a larger norm is scaled to this.")
     ema_decay: float | None = _option(
         None, "Keep a moving average of the weights, with this decay, and use that."
+    )
+    metrics: tuple[str, ...] = _option(
+        (), f"Figures of each epoch's validation: {', '.join(METRICS[1:-1])}."
+    )
+    monitor: Metric = field(
+        default="accuracy",
+        metadata={"help": "What the best epoch is best in, on validation images."},
     )
     patience: int | None = _option(None, "Stop after this many epochs without improvement.")
     precision: Literal["fp32", "bf16"] = _option("fp32", "Precision that the layers compute in.")
@@ -117,7 +134,9 @@ class TrainConfig:
     resume: bool = _option(
         False, "Carry on from the last checkpoint in the output folder, if there is one."
     )
-    tensorboard: bool = _option(False, "Write curves for TensorBoard into the output folder.")
+    log_with: tuple[Any, ...] = _option(
+        (), "Accelerate's trackers that get each epoch's figures: tensorboard, wandb, mlflow."
+    )
     seed: int = _option(0, "Where all random numbers start.")
 
     def __post_init__(self) -> None:
@@ -137,6 +156,19 @@ class TrainConfig:
                 ):
                     raise ValueError(f"Received {name}={value!r}; expected {expected}.")
         _check_pattern(self.label_pattern)
+        for metric in self.metrics:
+            if metric not in METRICS:
+                raise ValueError(
+                    f"Received metrics={metric!r}; expected some of {', '.join(METRICS)}. (Figures "
+                    f"of your own come by a vt.Callback.)"
+                )
+        for name in ("optimizer", "schedule"):
+            if not isinstance(made := getattr(self, name), str) and not callable(made):
+                raise ValueError(
+                    f"Received {name}={type(made).__name__}(...), which is made already, and what "
+                    f"it is for isn't there yet. Pass what makes it: "
+                    f"functools.partial({type(made).__name__}, ...)."
+                )
         _check_class_weight(self.class_weight)
         if self.head is None and self.cut is not None:
             raise ValueError(

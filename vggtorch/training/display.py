@@ -1,18 +1,17 @@
-"""What people see while a network trains: a progress bar, and curves for TensorBoard."""
+"""What people see while a network trains: a progress bar, and the figures of each epoch."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 
 class Display:
-    """A progress bar on stderr, and curves for TensorBoard if asked."""
+    """A progress bar on stderr."""
 
-    def __init__(self, progress: Any, writer: Any) -> None:
-        self._progress, self._writer, self._task = progress, writer, None
+    def __init__(self, progress: Any) -> None:
+        self._progress, self._task = progress, None
 
     def begin(self, text: str, images: int, done: int = 0) -> None:
         """A new bar for so many images, some of them done already."""
@@ -30,21 +29,14 @@ class Display:
         self._progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def end(self, epoch: int, result: dict[str, float]) -> None:
-        """Show an epoch's figures, and keep them for TensorBoard."""
+        """Show an epoch's figures."""
         figures = "  ".join(f"{name} {value:.4g}" for name, value in result.items())
         self._progress.console.print(f"epoch {epoch + 1}  {figures}")
-        for name, value in result.items():
-            if self._writer is not None:
-                self._writer.add_scalar(name, value, epoch)
 
 
 @contextlib.contextmanager
-def open_display(is_main: bool, tensorboard: Path | None) -> Iterator[Display]:
-    """Show progress in the main process; curves go into the folder `tensorboard`.
-
-    Raises:
-        ValueError: TensorBoard isn't installed.
-    """
+def open_display(is_main: bool) -> Iterator[Display]:
+    """Show progress in the main process."""
     from rich import progress as bars
     from rich.console import Console
 
@@ -52,16 +44,6 @@ def open_display(is_main: bool, tensorboard: Path | None) -> Iterator[Display]:
         def render(self, task: bars.Task) -> str:
             return f"{task.speed or 0:.0f} images/s"
 
-    writer = None
-    if tensorboard is not None and is_main:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise ValueError(
-                "Received tensorboard=True, and TensorBoard isn't installed: "
-                "pip install 'vggtorch[tensorboard]'."
-            ) from error
-        writer = SummaryWriter(tensorboard)
     columns = (
         bars.TextColumn("{task.description}"),
         bars.BarColumn(),
@@ -72,8 +54,4 @@ def open_display(is_main: bool, tensorboard: Path | None) -> Iterator[Display]:
     )
     console = Console(stderr=True, quiet=not is_main)
     with bars.Progress(*columns, console=console, disable=not is_main) as progress:
-        try:
-            yield Display(progress, writer)
-        finally:
-            if writer is not None:
-                writer.close()
+        yield Display(progress)

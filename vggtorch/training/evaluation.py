@@ -117,6 +117,12 @@ class Evaluation:
         gaps = torch.zeros(16, dtype=torch.float64).index_add(0, bins, certainty - right)
         return float(gaps.abs().sum() / len(right))
 
+    def figure(self, name: str) -> float:
+        """One of the figures by its name among `METRICS`, the settings'."""
+        if name == "top5_accuracy":
+            return self.top_k_accuracy(5)
+        return getattr(self, name)
+
     def figures(self) -> dict[str, float]:
         """All figures by name; top-5 accuracy where there are more than five classes."""
         found = {"accuracy": self.accuracy}

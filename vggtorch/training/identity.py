@@ -7,7 +7,9 @@ and the weight set that they belong to, the images, the batches, and the version
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
+import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -21,12 +23,13 @@ from vggtorch.models import weight_set
 from vggtorch.training import checkpoints
 from vggtorch.training.config import TrainConfig
 from vggtorch.training.data import DatasetSource, Folder, fingerprint
+from vggtorch.training.optimization import name_of
 from vggtorch.training.run import RunData
 
 Identity = dict[str, Any]
 
 _ELSEWHERE = {  # settings that don't decide how a run ends
-    "output_dir", "cache_dir", "resume", "num_workers", "tensorboard", "checkpoint_steps",
+    "output_dir", "cache_dir", "resume", "num_workers", "log_with", "checkpoint_steps",
 }  # fmt: skip
 
 
@@ -41,7 +44,7 @@ def identity_of(config: TrainConfig, read: RunData, model: keras.Model, precisio
         precision: that the layers compute in.
     """
     settings = {
-        field.name: getattr(config, field.name)
+        field.name: _plain(getattr(config, field.name))
         for field in dataclasses.fields(TrainConfig)
         if field.name not in _ELSEWHERE
     }
@@ -65,6 +68,23 @@ def identity_of(config: TrainConfig, read: RunData, model: keras.Model, precisio
         "batches": batches,
         "versions": checkpoints.versions(),
     }
+
+
+def _plain(value: Any) -> Any:
+    """A setting as a checkpoint keeps it: of a function its name, and a hash of what it does."""
+    if isinstance(value, functools.partial):
+        bound = (value.args, sorted(value.keywords.items()))
+        return f"{_plain(value.func)} {_described(bound)}"
+    if not callable(value):
+        return value
+    name = f"{getattr(value, '__module__', '')}.{name_of(value)}"
+    code = getattr(value, "__code__", None)
+    if code is None:
+        return name
+    cells = [cell.cell_contents for cell in getattr(value, "__closure__", None) or ()]
+    consts = [c for c in code.co_consts if not inspect.iscode(c)]
+    does = [code.co_code, code.co_names, *map(_described, (consts, cells, value.__defaults__))]
+    return f"{name} {hashlib.sha256(repr(does).encode()).hexdigest()[:16]}"
 
 
 def check_identity(path: Path, content: dict[str, Any], now: Identity, model: keras.Model) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,13 @@ from vggtorch.lowering import synchronize_
 from vggtorch.models import remember_
 from vggtorch.training import checkpoints
 from vggtorch.training.balance import class_weights
+from vggtorch.training.callbacks import (
+    call,
+    check_callbacks,
+    check_figures,
+    check_trackers,
+    tracked,
+)
 from vggtorch.training.config import TrainConfig
 from vggtorch.training.data import (
     BatchPlan,
@@ -42,12 +49,7 @@ from vggtorch.training.heads import check_frozen, class_names, logits_network, w
 from vggtorch.training.identity import check_identity, identity_of
 from vggtorch.training.mixing import mixes
 from vggtorch.training.opening import first_lines, settle_config
-from vggtorch.training.optimization import (
-    averaged,
-    freeze_for_,
-    learning_rate,
-    set_learning_rate_,
-)
+from vggtorch.training.optimization import averaged, freeze_for_
 from vggtorch.training.reading import clear_errors, shared_batches
 from vggtorch.training.run import (
     Images,
@@ -61,6 +63,7 @@ from vggtorch.training.run import (
     restore_,
     state_dict,
 )
+from vggtorch.training.schedules import after_epoch_, after_step_, make_scheduler, set_rate_
 from vggtorch.training.step import regularization, train_step_
 from vggtorch.training.stopping import Interrupted, Terminated, stoppable
 from vggtorch.weight_sets import DataConfig
@@ -76,7 +79,8 @@ class History:
     Attributes:
         model: the trained Keras model, with the weights of the best epoch.
         epochs: loss, accuracy, val_loss, val_accuracy, learning_rate and seconds of each.
-        best_epoch: the epoch (from 0) with the highest validation accuracy; the last without one.
+        best_epoch: the epoch (from 0) that is best on the validation images, in accuracy if
+            `config.monitor` says nothing else; the last one without validation.
         classes: their names by index; numbers where the data has no names.
         config: what the run was told to do.
         data_config: how its images became what the model takes; the model remembers it.
@@ -103,6 +107,8 @@ def finetune(
     train: Images,
     validation: Images | None = None,
     config: TrainConfig | None = None,
+    *,
+    callbacks: Sequence[Any] = (),
     **settings: Any,
 ) -> History:
     """Fine-tune a model that ends in class probabilities or logits.
@@ -134,6 +140,7 @@ def finetune(
             out.
         config: a TrainConfig, or a Plan that `advise` made. Without it, a model that ends in
             feature maps is trained by advice, with a new head; its first lines say how and why.
+        callbacks: what is called in between, objects with methods of `Callback`.
         **settings: fields of TrainConfig that go before it, such as `epochs=5`.
 
     Raises:
@@ -145,9 +152,11 @@ def finetune(
     """
     graph_of(model, "finetune")
     config = settle_config(model, train, config, settings)
-    accelerator = make_accelerator(config.precision)
+    check_callbacks(callbacks)
+    check_trackers(config.log_with)
+    accelerator = make_accelerator(config.precision, config.log_with, config.output_dir)
     with locked(Path(config.output_dir)) if accelerator.is_main_process else nullcontext():
-        return _finetune(model, train, validation, config, accelerator)
+        return _finetune(model, train, validation, config, accelerator, callbacks)
 
 
 def _finetune(
@@ -156,15 +165,13 @@ def _finetune(
     validation: Images | None,
     config: TrainConfig,
     accelerator: Accelerator,
+    callbacks: Sequence[Any],
 ) -> History:
     """What `finetune` does, in a folder that no other run is at work in."""
     images = images_for(model, config)
     read = read_data(train, validation, config, images)
-    if config.patience is not None and read.validation is None:
-        raise ValueError(
-            f"Received patience={config.patience} and no validation data to see improvement on. "
-            f"Pass validation, or patience=None."
-        )
+    if read.validation is None:
+        _check_unvalidated(config)
     if config.head is not None:
         before = model
         model = with_head(model, config, len(read.classes))
@@ -175,6 +182,9 @@ def _finetune(
     weight = class_weights(config, read.training, classes)
     state = first_state(model, config, accelerator.device, weight)
     mine = identity_of(config, read, model, accelerator.mixed_precision)
+    steps = sum(len(read.plan(epoch)) for epoch in range(config.epochs))
+    scheduler = make_scheduler(config, state.optimizer, steps)
+    state = dataclasses.replace(state, scheduler=scheduler)
     progress = state.progress
     last, best = (Path(config.output_dir) / name for name in ("last.pt", "best.pt"))
     if last.exists():
@@ -195,18 +205,18 @@ def _finetune(
                 content["evaluation"] = found and (found.logits, found.labels)
             checkpoints.write(last, content, also=best if is_best else None)
 
-    steps = sum(len(read.plan(epoch)) for epoch in range(config.epochs))
-    curves = Path(config.output_dir) if config.tensorboard else None
     stage = None
     with (
         stoppable(accelerator.num_processes == 1) as stop,
-        open_display(accelerator.is_main_process, curves) as show,
+        tracked(config, accelerator) as log,
+        open_display(accelerator.is_main_process) as show,
         left_behind(last, progress, save, show),
         clear_errors(config.num_workers),
     ):
         freeze_for_(model, config, progress.epoch)
         show.say(first_lines(model, read, config, images, accelerator.device))
-        while progress.epoch < config.epochs and not (
+        call(callbacks, "on_train_begin", model, config)
+        while (progress.epoch < config.epochs and not progress.stopped) and not (
             progress.step == 0 and _is_stale(progress.epoch, progress.best_epoch, config.patience)
         ):
             epoch = progress.epoch
@@ -222,10 +232,11 @@ def _finetune(
             for batch in shared_batches(
                 stage.training, left, config.num_workers, accelerator, in_pairs=mixes(config)
             ):
-                rate = learning_rate(config, progress.done, steps)
-                set_learning_rate_(state.optimizer, rate)
+                rate = set_rate_(scheduler, state.optimizer, config, progress.done, steps)
                 with stop.held():
                     loss, correct = train_step_(state, module, batch, config, accelerator)
+                    after_step_(scheduler)
+                    progress.rate = rate
                     progress.step += 1
                     progress.done += 1
                     progress.loss += loss
@@ -235,10 +246,11 @@ def _finetune(
                     show.advance(batch.size, progress.loss / progress.images)
                     if progress.step % config.checkpoint_steps == 0 and progress.step < len(keys):
                         save()
+                call(callbacks, "on_step_end", progress.done - 1, loss / batch.size)
             result = {
                 "loss": progress.loss / progress.images,
                 "accuracy": progress.correct / progress.images,
-                "learning_rate": learning_rate(config, progress.done - 1, steps),
+                "learning_rate": progress.rate,
             }
             found = None
             if stage.validation is not None:
@@ -253,16 +265,23 @@ def _finetune(
                     )
                     result["val_loss"] = found.loss + regularization(model).item()
                 result["val_accuracy"] = found.accuracy
+                chosen = dict.fromkeys((*config.metrics, config.monitor))
+                result |= {f"val_{n}": found.figure(n) for n in chosen if f"val_{n}" not in result}
             result["seconds"] = time.perf_counter() - began
+            progress.stopped = call(callbacks, "on_epoch_end", epoch, result, found)
+            check_figures(result)
             with stop.held():
+                after_epoch_(scheduler, result.get("val_loss", result["loss"]))
                 progress.epochs.append(result)
-                is_best = _is_better(result, progress.epochs[progress.best_epoch])
+                best_so_far = progress.epochs[progress.best_epoch]
+                is_best = _is_better(result, best_so_far, config.monitor)
                 if is_best:
                     progress.best_epoch = epoch
                 progress.epoch, progress.step = epoch + 1, 0
                 progress.loss, progress.correct, progress.images, progress.seconds = 0.0, 0, 0, 0.0
                 save(is_best, found)
                 show.end(epoch, result)
+                log(result, epoch)
     accelerator.wait_for_everyone()
     content = checkpoints.read(best)
     load_weights_(model, content, best)
@@ -277,7 +296,7 @@ def _finetune(
             num_workers=config.num_workers,
             accelerator=accelerator,
         )
-    return History(
+    history = History(
         model,
         progress.epochs,
         progress.best_epoch,
@@ -289,6 +308,8 @@ def _finetune(
         read.test,
         tested,
     )
+    call(callbacks, "on_train_end", history)
+    return history
 
 
 @contextmanager
@@ -307,11 +328,24 @@ def left_behind(
         raise
 
 
-def _is_better(result: dict[str, float], best: dict[str, float]) -> bool:
+def _check_unvalidated(config: TrainConfig) -> None:
+    """See that nothing asks for figures of validation images where there are none."""
+    asked = {"patience": config.patience, "monitor": config.monitor, "metrics": config.metrics}
+    for name, value in asked.items():
+        if value != getattr(TrainConfig, name):
+            shown = value[0] if isinstance(value, tuple) else value
+            raise ValueError(
+                f"Received {name}={shown!r} and no validation data to see it on. Pass validation, "
+                f"or leave {name} out."
+            )
+
+
+def _is_better(result: dict[str, float], best: dict[str, float], monitor: str) -> bool:
     """Whether an epoch beats the best one; without validation the later one does."""
     if "val_loss" not in result or result is best:
         return True
-    merits = [(epoch["val_accuracy"], -epoch["val_loss"]) for epoch in (result, best)]
+    sign = -1 if monitor in ("loss", "calibration_error") else 1
+    merits = [(sign * e[f"val_{monitor}"], -e["val_loss"]) for e in (result, best)]
     return merits[0] > merits[1]
 
 

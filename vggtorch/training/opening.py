@@ -26,6 +26,8 @@ _ELSEWHERE = {
     "img_size": "image_size", "output": "output_dir", "folder": "output_dir", "opt": "optimizer",
     "smoothing": "label_smoothing", "workers": "num_workers", "clip_grad": "max_grad_norm",
     "mixup_alpha": "mixup", "cutmix_alpha": "cutmix", "class_weights": "class_weight",
+    "scheduler": "schedule", "lr_scheduler": "schedule", "sched": "schedule",
+    "tensorboard": "log_with", "report_to": "log_with", "eval_metric": "monitor",
     "num_train_epochs": "epochs", "validation_data": "validation", "wd": "weight_decay",
 }  # fmt: skip
 NAMED = 12  # classes that the first lines list

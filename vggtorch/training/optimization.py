@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import functools
 import inspect
 import math
 from collections.abc import Callable, Iterator
@@ -88,22 +89,57 @@ def make_optimizer(
         }
         for (block, is_kernel), members in groups.items()
     ]
-    kind = optimizer_class(config.optimizer)
+    given = config.optimizer
+    kind: Callable[..., Any] = optimizer_class(given) if isinstance(given, str) else given
+    if isinstance(given, functools.partial):
+        for bound, setting in (("lr", "learning_rate"), ("weight_decay", "weight_decay")):
+            if bound in given.keywords:
+                raise ValueError(
+                    f"Received optimizer={name_of(given)!r}, whose {bound} would not count: it "
+                    f"changes by group and step. Pass {setting}={given.keywords[bound]!r} instead."
+                )
     options: dict[str, Any] = {"lr": config.learning_rate}
-    accepted = inspect.signature(kind).parameters
+    accepted = set(inspect.signature(kind).parameters)
     if kind is torch.optim.SGD:
         options |= {"momentum": 0.9, "fused": device.type == "cuda"}  # on a CPU, fused is slower
     elif "fused" in accepted and kind in (torch.optim.AdamW, torch.optim.Adam):
         options["fused"] = device.type in ("cuda", "cpu")
-    if "weight_decay" not in accepted:
+    if inspect.isclass(kind) and "weight_decay" not in accepted:
         described = [{k: v for k, v in g.items() if k != "weight_decay"} for g in described]
     try:
-        return kind(described, **options)
+        made = kind(described) if _takes_no_rate(kind) else kind(described, **options)
     except (TypeError, ValueError) as error:
         raise ValueError(
-            f"Received optimizer={config.optimizer!r}, which can't train this network: "
+            f"Received optimizer={name_of(given)!r}, which can't train this network: "
             f"{files.first_line(error)}"
         ) from error
+    if not isinstance(made, torch.optim.Optimizer) or len(made.param_groups) != len(described):
+        raise ValueError(
+            f"Received optimizer={name_of(given)!r}, which makes a {type(made).__name__}; expected "
+            f"a torch.optim.Optimizer of the groups that it is called with."
+        )
+    return made
+
+
+def _takes_no_rate(kind: Callable[..., Any]) -> bool:
+    """Whether a callable takes no learning rate, which each step sets anyway."""
+    if inspect.isclass(kind) or isinstance(kind, functools.partial):
+        return False
+    parameters = inspect.signature(kind).parameters.values()
+    return not any(p.name == "lr" or p.kind is p.VAR_KEYWORD for p in parameters)
+
+
+def name_of(given: Any) -> str:
+    """How a setting reads: the name of a class or a function, with its bound arguments.
+
+    >>> import functools, torch
+    >>> name_of(functools.partial(torch.optim.SGD, momentum=0.95))
+    'SGD(momentum=0.95)'
+    """
+    if isinstance(given, functools.partial):
+        bound = [*map(repr, given.args), *(f"{k}={v!r}" for k, v in given.keywords.items())]
+        return f"{name_of(given.func)}({', '.join(bound)})"
+    return getattr(given, "__qualname__", type(given).__name__) if callable(given) else str(given)
 
 
 def optimizer_class(name: str) -> type[torch.optim.Optimizer]:

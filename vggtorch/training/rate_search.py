@@ -102,7 +102,7 @@ def find_learning_rate(
             weight = class_weights(config, read.training, classes)
             state = first_state(model, config, accelerator.device, weight)
             freeze_for_(model, config, 0)
-            with open_display(accelerator.is_main_process, None) as show:
+            with open_display(accelerator.is_main_process) as show:
                 stage = prepare(model, read, config, accelerator, show)
                 module = accelerator.prepare_model(stage.module).train()
                 show.begin("learning rate", steps * config.batch_size)

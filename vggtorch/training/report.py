@@ -24,6 +24,7 @@ from vggtorch.training.confusion import confusion_html
 from vggtorch.training.data import DatasetSource, Folder
 from vggtorch.training.evaluation import Evaluation
 from vggtorch.training.loop import History
+from vggtorch.training.optimization import name_of
 from vggtorch.training.pictures import galleries, inputs
 from vggtorch.training.rate_search import RateSearch
 
@@ -240,7 +241,7 @@ def _settings(history: History) -> str:
     """The settings that differ from the defaults, then all others."""
 
     def row(field: dataclasses.Field) -> str:
-        value = in_html(without_folders(getattr(history.config, field.name)))
+        value = in_html(without_folders(name_of(getattr(history.config, field.name))))
         return f"<tr><th>{field.name}</th><td>{value}</td></tr>"
 
     fields = dataclasses.fields(TrainConfig)

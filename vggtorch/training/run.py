@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -137,8 +137,13 @@ def _with_classes_of(training: Any, other: Any, name: str) -> Any:
     )
 
 
-def make_accelerator(precision: str) -> Accelerator:
-    """Hugging Face's Accelerator, which knows the processes, the device and the precision."""
+def make_accelerator(
+    precision: str, log_with: Sequence[Any] = (), folder: str | None = None
+) -> Accelerator:
+    """Hugging Face's Accelerator, which knows the processes, the device and the precision.
+
+    Its trackers `log_with` write into the folder what they write to files.
+    """
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
 
@@ -148,7 +153,12 @@ def make_accelerator(precision: str) -> Accelerator:
     if kept.get("_mixed_precision", precision) != precision:
         AcceleratorState._reset_state()  # an earlier run in this process had another precision
     # Told that it is on a CPU, Accelerate joins torchrun's processes on a machine without GPUs too.
-    return Accelerator(mixed_precision=precision, cpu=not torch.accelerator.is_available())
+    return Accelerator(
+        mixed_precision=precision,
+        cpu=not torch.accelerator.is_available(),
+        log_with=list(log_with) or None,
+        project_dir=folder,
+    )
 
 
 @contextlib.contextmanager
@@ -186,6 +196,8 @@ class Progress:
     correct: int = 0
     images: int = 0
     seconds: float = 0.0  # in this epoch
+    rate: float = 0.0  # the head's learning rate in the last step
+    stopped: bool = False  # by a callback
     pieces: int = 1  # that a process runs its part of a batch in
     best_epoch: int = 0
     epochs: list[dict[str, float]] = field(default_factory=list)
@@ -201,6 +213,7 @@ class RunState:
     optimizer: torch.optim.Optimizer
     progress: Progress
     class_weight: torch.Tensor | None = None  # (classes,), of each class's loss
+    scheduler: torch.optim.lr_scheduler.LRScheduler | None = None  # where it is torch's
 
 
 def first_state(
@@ -235,6 +248,7 @@ def state_dict(state: RunState) -> dict[str, Any]:
         "variables": [v.value.detach() for v in state.model.variables],
         "average": state.average,
         "optimizer": state.optimizer.state_dict(),
+        "scheduler": {} if state.scheduler is None else state.scheduler.state_dict(),
         "progress": dataclasses.asdict(state.progress),
     }
 
@@ -245,6 +259,8 @@ def restore_(state: RunState, content: dict[str, Any], path: Path) -> None:
     for i, value in content["average"].items():
         state.average[i].copy_(value)
     state.optimizer.load_state_dict(content["optimizer"])
+    if state.scheduler is not None:
+        state.scheduler.load_state_dict(content["scheduler"])
     for name, value in content["progress"].items():
         setattr(state.progress, name, value)
 

@@ -1,0 +1,160 @@
+"""What users have called in between, what it may change, and where an epoch's figures go."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+import tiny
+import torchmetrics
+from accelerate import tracking
+from accelerate.tracking import GeneralTracker
+
+from vggtorch.training import loop
+from vggtorch.training.callbacks import Callback, check_callbacks, check_trackers
+from vggtorch.training.config import METRICS, TrainConfig
+from vggtorch.training.loop import finetune
+
+
+class Recorder(Callback):
+    def __init__(self):
+        self.calls: list[tuple] = []
+
+    def on_train_begin(self, model, config):
+        self.calls.append(("begin", model.name))
+
+    def on_step_end(self, step, loss):
+        self.calls.append(("step", step, loss))
+
+    def on_epoch_end(self, epoch, figures, evaluation):
+        f1 = torchmetrics.F1Score("multiclass", num_classes=3, average="macro")
+        figures["val_f1"] = f1(evaluation.logits, evaluation.labels)
+        self.calls.append(("epoch", epoch, dict(figures)))
+
+    def on_train_end(self, history):
+        self.calls.append(("end", history))
+
+
+def test_callbacks_are_called_in_between_and_may_add_figures(config):
+    seen = Recorder()
+    config = dataclasses.replace(config, epochs=2, batch_size=10, metrics=("macro_f1", "auroc"))
+    history = finetune(tiny.network(), tiny.dataset(), tiny.dataset(9), config, callbacks=[seen])
+    names = [call[0] for call in seen.calls]
+    assert names == ["begin", "step", "step", "epoch", "step", "step", "epoch", "end"]
+    steps = [call for call in seen.calls if call[0] == "step"]
+    assert [step for _, step, _ in steps] == [0, 1, 2, 3]
+    for epoch in (0, 1):
+        mean = np.mean([loss for _, _, loss in steps[2 * epoch : 2 * epoch + 2]])
+        assert mean == pytest.approx(history.epochs[epoch]["loss"])
+        row = history.epochs[epoch]
+        assert row["val_f1"] == pytest.approx(row["val_macro_f1"], abs=1e-6)
+        assert isinstance(row["val_f1"], float)
+    assert history.evaluation is not None
+    assert history.epochs[history.best_epoch]["val_auroc"] == history.evaluation.auroc
+    assert seen.calls[-1][1] is history
+
+
+class Stop:
+    """No subclass; some of the methods do."""
+
+    def on_epoch_end(self, epoch, figures, evaluation):
+        return np.array(epoch == 1)
+
+
+def test_a_callback_may_end_the_run_which_is_then_at_its_end(config):
+    config = dataclasses.replace(config, epochs=5, resume=True)
+    history = finetune(tiny.network(), tiny.dataset(), config=config, callbacks=[Stop()])
+    assert len(history.epochs) == 2
+    again = finetune(tiny.network(), tiny.dataset(), config=config)
+    assert again.epochs == history.epochs
+
+
+def test_the_best_epoch_is_best_in_what_is_monitored():
+    best = {"val_loss": 1.0, "val_accuracy": 0.5, "val_auroc": 0.7, "val_calibration_error": 0.2}
+    other = {"val_loss": 0.9, "val_accuracy": 0.4, "val_auroc": 0.8, "val_calibration_error": 0.3}
+    chosen = {m: loop._is_better(other, best, m) for m in ("accuracy", "auroc", "loss")}
+    assert chosen == {"accuracy": False, "auroc": True, "loss": True}
+    assert not loop._is_better(other, best, "calibration_error")
+
+
+def test_every_metric_has_a_figure(history):
+    figures = history.evaluation.figures()
+    for name in METRICS:
+        said = {"macro_f1": "macro F1", "auroc": "AUROC"}.get(name, name.replace("_", " "))
+        expected = figures.get(said, 1.0)  # of three classes, all are among the first five
+        assert history.evaluation.figure(name) == expected
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"metrics": ("auroc",)}, "metrics='auroc' and no validation data"),
+        ({"monitor": "loss"}, "monitor='loss' and no validation data"),
+    ],
+)
+def test_figures_of_no_images_are_refused(config, settings, message):
+    with pytest.raises(ValueError, match=message):
+        finetune(tiny.network(), tiny.dataset(), config=config, **settings)
+    with pytest.raises(ValueError, match="metrics='recall'; expected some of accuracy, top5"):
+        TrainConfig(metrics=("recall",))
+
+
+def test_other_callbacks_are_refused(config):
+    with pytest.raises(ValueError, match=r"of keras.*EarlyStopping with on_.*; expected an object"):
+        check_callbacks([keras.callbacks.EarlyStopping()])
+    with pytest.raises(ValueError, match="callback of builtins.int; expected"):
+        check_callbacks([5])
+
+    class Wrong(Callback):
+        def on_epoch_end(self, epoch, figures, evaluation):
+            figures["note"] = "good"
+
+    with pytest.raises(ValueError, match="put note='good' among the figures; expected a number"):
+        finetune(tiny.network(), tiny.dataset(), config=config, callbacks=[Wrong()])
+
+
+class Kept(GeneralTracker):
+    """As one of Accelerate's is written."""
+
+    name = "kept"
+    requires_logging_directory = False
+
+    def __init__(self):
+        super().__init__()
+        self.rows: list[tuple[int, dict]] = []
+        self.settings: dict[str, Any] = {}
+        self.ended = 0
+
+    @property
+    def tracker(self):
+        return self.rows
+
+    def store_init_configuration(self, values):
+        self.settings = values
+
+    def log(self, values, step=None, **_):
+        self.rows.append((step, values))
+
+    def finish(self):
+        self.ended += 1
+
+
+def test_trackers_of_accelerate_get_settings_and_figures(config):
+    kept = Kept()
+    config = dataclasses.replace(config, log_with=(kept,), unfreeze=())
+    history = finetune(tiny.network(), tiny.dataset(), config=config)
+    assert [step for step, _ in kept.rows] == [0, 1, 2]
+    assert [values for _, values in kept.rows] == history.epochs
+    assert kept.settings["epochs"] == 3 and kept.settings["optimizer"] == "adamw"
+    assert kept.ended == 1
+
+
+def test_trackers_that_aren_t_there_are_refused(monkeypatch):
+    with pytest.raises(ValueError, match="log_with='wandbb'; expected some of .*wandb.*General"):
+        check_trackers(["wandbb"])
+    monkeypatch.setattr(tracking, "_available_trackers", [])
+    with pytest.raises(ValueError, match="log_with='mlflow', whose package isn't installed: pip i"):
+        check_trackers(["mlflow"])

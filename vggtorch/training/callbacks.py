@@ -1,0 +1,152 @@
+"""What users have called in between, and trackers that keep an epoch's figures."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import keras
+
+from vggtorch.training.config import TrainConfig
+from vggtorch.training.evaluation import Evaluation
+from vggtorch.training.optimization import name_of
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from vggtorch.training.loop import History
+
+
+class Callback:
+    """What `finetune` calls while it trains; a class of your own overrides what it needs.
+
+    All of it is called in every process (`accelerate.PartialState().is_main_process` tells them
+    apart). A run that was killed inside an epoch and resumed repeats the steps since its last
+    checkpoint, and calls for them again.
+
+    >>> import tempfile, keras, torch, vggtorch as vt
+    >>> class UntilGood(vt.Callback):
+    ...     def on_epoch_end(self, epoch, figures, evaluation):
+    ...         figures["val_errors"] = (1 - figures["val_accuracy"]) * len(evaluation.labels)
+    ...         return figures["val_errors"] <= 3
+    >>> images, labels = torch.rand(3, 8, 8, 3), torch.arange(3)
+    >>> data = torch.utils.data.TensorDataset(images, labels)
+    >>> model = keras.Sequential(
+    ...     [keras.Input((8, 8, 3)), keras.layers.Flatten(), keras.layers.Dense(3)]
+    ... )
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     history = vt.finetune(
+    ...         model, data, data, callbacks=[UntilGood()], epochs=9, output_dir=folder
+    ...     )
+    >>> len(history.epochs), "val_errors" in history.epochs[0]
+    (1, True)
+    """
+
+    def on_train_begin(self, model: keras.Model, config: TrainConfig) -> None:
+        """The model is as it will train, with its new head, or as a checkpoint has it."""
+
+    def on_step_end(self, step: int, loss: float) -> None:
+        """After an optimizer step (from 0, over all epochs), with the mean loss of its batch."""
+
+    def on_epoch_end(
+        self, epoch: int, figures: dict[str, float], evaluation: Evaluation | None
+    ) -> bool | None:
+        """After an epoch (from 0); True ends the run after it.
+
+        Args:
+            epoch: which one.
+            figures: its row of `history.epochs`. What is put in stands there too, and in trackers.
+            evaluation: logits and labels of all validation images, which torchmetrics takes:
+                `torchmetrics.functional.auroc(evaluation.probabilities, ...)`.
+        """
+
+    def on_train_end(self, history: History) -> None:
+        """At the end, with what `finetune` returns."""
+
+
+def check_callbacks(callbacks: Sequence[Any]) -> None:
+    """See that each has some of Callback's methods, and no others that would never be called.
+
+    Raises:
+        ValueError: another kind of object, such as a callback of Keras.
+    """
+    known = [name for name in vars(Callback) if name.startswith("on_")]
+    for callback in callbacks:
+        own = [n for n in dir(callback) if n.startswith("on_") and callable(getattr(callback, n))]
+        if not own or set(own) - set(known):
+            other = ", ".join(sorted(set(own) - set(known))[:3])
+            raise ValueError(
+                f"Received a callback of {type(callback).__module__}.{type(callback).__name__}"
+                + (f" with {other}" if other else "")
+                + f"; expected an object with some of {', '.join(known)} (see vt.Callback)."
+            )
+
+
+def call(callbacks: Sequence[Any], name: str, *arguments: Any) -> bool:
+    """Call a method of all callbacks that have it; whether one of them said yes."""
+    answers = [getattr(c, name)(*arguments) for c in callbacks if hasattr(c, name)]
+    return any(bool(answer) for answer in answers)  # NumPy's and torch's True too
+
+
+def check_figures(figures: dict[str, Any]) -> None:
+    """Make plain numbers of an epoch's figures, in place; ValueError for what isn't a number."""
+    for name, value in figures.items():
+        try:
+            figures[name] = float(value)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(
+                f"A callback has put {name}={value!r} among the figures; expected a number."
+            ) from error
+
+
+def check_trackers(given: Sequence[Any]) -> None:
+    """See that trackers are Accelerate's, and that their packages are installed.
+
+    Raises:
+        ValueError: another name, or a package that isn't installed.
+    """
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, get_available_trackers
+
+    available = {str(name) for name in get_available_trackers()}
+    for one in given:
+        if isinstance(one, GeneralTracker):
+            continue
+        if str(one) not in LOGGER_TYPE_TO_CLASS:
+            raise ValueError(
+                f"Received log_with={one!r}; expected some of "
+                f"{', '.join(sorted(map(str, LOGGER_TYPE_TO_CLASS)))}, or an "
+                f"accelerate.tracking.GeneralTracker."
+            )
+        if str(one) not in available:
+            extra = "'vggtorch[tensorboard]'" if one == "tensorboard" else f"{one}"
+            raise ValueError(
+                f"Received log_with={one!r}, whose package isn't installed: pip install {extra}."
+            )
+
+
+@contextlib.contextmanager
+def tracked(
+    config: TrainConfig, accelerator: Accelerator
+) -> Iterator[Callable[[dict[str, float], int], None]]:
+    """Begin and end what the trackers keep of a run; inside, log an epoch's figures."""
+    if not config.log_with:
+        yield lambda figures, epoch: None
+        return
+    accelerator.init_trackers("vggtorch", config=_settings(config))
+    try:
+        yield lambda figures, epoch: accelerator.log(figures, step=epoch)
+    finally:
+        for tracker in accelerator.trackers:  # end_training would end torch's processes too
+            tracker.finish()
+
+
+def _settings(config: TrainConfig) -> dict[str, Any]:
+    """The settings as trackers take them: numbers, and all else as text."""
+    found = {f.name: getattr(config, f.name) for f in dataclasses.fields(TrainConfig)}
+    return {
+        name: value if isinstance(value, bool | int | float) else name_of(value)
+        for name, value in found.items()
+        if name != "log_with"
+    }
