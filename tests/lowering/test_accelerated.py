@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import keras
@@ -121,4 +122,66 @@ def test_settings_of_layers_may_change(training: bool) -> None:
     assert not torch.allclose(found, before)
     assert_close(found.detach(), twin(x, training=training).detach(), 1e-4)
     model(x, training=True).square().sum().backward()
+    assert all(v.value.grad is not None for v in model.trainable_variables)
+
+
+def _lora(layer: keras.Layer) -> None:
+    layer.enable_lora(2)
+    layer.lora_kernel_b.assign(np.ones(layer.lora_kernel_b.shape))
+
+
+def _own_call(layer: keras.Layer) -> None:
+    call = layer.call
+    layer.call = lambda *args, **kwargs: call(*args, **kwargs) * 2
+
+
+CHANGES: dict[str, Callable[[keras.Layer], None]] = {
+    "LoRA": _lora,
+    "quantization": lambda layer: layer.quantize("int8"),
+    "dtype": lambda layer: setattr(layer, "dtype_policy", keras.DTypePolicy("mixed_bfloat16")),
+    "penalty": lambda layer: setattr(layer, "activity_regularizer", keras.regularizers.L2(1.0)),
+    "call": _own_call,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_whatever_is_set_on_a_layer_afterwards_counts(change: str) -> None:
+    model, twin = accelerate_(small_vgg()), small_vgg()
+    x = images(model)
+    model(x)
+    for network in (model, twin):
+        keras.utils.set_random_seed(0)
+        CHANGES[change](network.get_layer("fc1"))
+    tolerance = 1e-2 if change == "dtype" else 1e-4  # bfloat16 has 8 bits
+    assert_close(model(x).detach(), twin(x).detach(), tolerance)
+    assert len(model.losses) == len(twin.losses) == (change == "penalty")
+
+
+def test_a_model_may_be_accelerated_while_keras_works_out_shapes() -> None:
+    """Then its weights may have no values yet, as in a Sequential model that fit builds."""
+    model = keras.Sequential([layers.Dense(2)])
+
+    class Building(keras.Model):
+        def call(self, x: torch.Tensor) -> torch.Tensor:
+            if not model.built:
+                model.build(x.shape)
+                accelerate_(model)
+            return model(x)
+
+    outer = Building()
+    outer.compile("sgd", "mse")
+    x = np.ones((4, 3), "float32")
+    outer.fit(x, np.zeros((4, 2), "float32"), verbose=0)
+    found = outer.predict(x, verbose=0)
+    accelerate_(model, enabled=False)
+    np.testing.assert_allclose(found, outer.predict(x, verbose=0), rtol=1e-6)
+
+
+def test_a_network_made_in_inference_mode_learns() -> None:
+    model = accelerate_(small_vgg())
+    x = images(model)
+    model.get_layer("block1_conv1").activation = keras.activations.tanh
+    with torch.inference_mode():
+        model(x)  # makes it anew
+    model(x, training=True).sum().backward()
     assert all(v.value.grad is not None for v in model.trainable_variables)

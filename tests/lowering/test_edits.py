@@ -288,3 +288,30 @@ def test_checkpoints_take_two_backwards() -> None:
         found.append((one, two, module.network.block2_bn1.running_mean.clone()))
     for actual, expected in zip(*found, strict=True):
         assert_close(actual, expected, 1e-4)
+
+
+def test_a_traced_copy_follows_train_and_eval() -> None:
+    """Tracers take batch norm, dropout and what depends on the size as one step each."""
+    image = keras.Input((15, 16, 3))
+    x = layers.Conv2D(4, 3, strides=2, padding="same", activation="sparsemax")(image)
+    x = layers.BatchNormalization()(layers.MaxPooling2D(padding="same")(x))
+    x = layers.Dropout(0.5, noise_shape=(None, 1, 1, None))(layers.UnitNormalization()(x))
+    x = layers.AveragePooling2D(3, 2, padding="same")(x)
+    network = to_torch(keras.Model(image, layers.GlobalMaxPooling2D()(x))).train()
+    traced = torch.fx.symbolic_trace(network)
+    assert [type(m) for m in traced.children()] == [type(m) for m in network.children()]
+    for size in (15, 12):
+        x = torch.randn(2, size, 16, 3)
+        assert_close(traced.eval()(x), network.eval()(x))
+    torch.manual_seed(0)
+    found = traced.train()(x)
+    torch.manual_seed(0)
+    assert_close(found.detach(), network.train()(x).detach())
+
+
+def test_a_child_that_is_gone_is_named() -> None:
+    network = to_torch(small_vgg()).eval()
+    network(torch.zeros(2, 16, 16, 3))
+    del network.block2_bn1
+    with pytest.raises(AttributeError, match="no attribute 'block2_bn1'"):
+        network(torch.zeros(2, 16, 16, 3))

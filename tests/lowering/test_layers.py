@@ -143,3 +143,18 @@ def test_masks_are_kept() -> None:
     model = keras.Model(tokens, layers.LSTM(3)(layers.BatchNormalization()(layers.Dense(4)(x))))
     ids = torch.tensor([[1, 2, 0, 0, 0], [3, 4, 5, 0, 0]])
     assert_close(on_keras(model).eval()(ids).detach(), model(ids).detach())
+
+
+def test_subclasses_and_layers_with_a_call_of_their_own_run_as_they_are() -> None:
+    class Halved(layers.Reshape):
+        def call(self, x: torch.Tensor) -> torch.Tensor:
+            return super().call(x) / 2
+
+    image = keras.Input((6, 4, 3))
+    doubled, merged = layers.Permute((2, 1, 3)), layers.Add()
+    for layer in (doubled, merged):
+        layer.call = lambda x, call=layer.call: call(x) * 2
+    model = keras.Model(image, [Halved((24, 3))(image), doubled(image), merged([image, image])])
+    x = images(model)
+    for actual, expected in zip(on_keras(model)(x), model(x), strict=True):
+        assert_close(actual, expected)

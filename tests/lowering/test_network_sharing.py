@@ -45,6 +45,17 @@ def test_a_weight_of_another_shape_parts_and_says_so():
     assert model.get_layer("conv").kernel.shape == (3, 3, 3, 4)
 
 
+def test_weights_without_values_part_and_say_so():
+    model = model_of()
+    before = model.get_weights()
+    network = vt.to_torch(model).eval()
+    with pytest.warns(UserWarning, match="4 weights .* or no values"):
+        network.to("meta")
+    assert network(torch.empty(2, 8, 8, 3, device="meta")).shape == (2, 2)
+    network.to_empty(device="cpu")
+    assert all((a == b).all() for a, b in zip(model.get_weights(), before, strict=True))
+
+
 def test_state_dict_has_what_keras_has_replaced():
     model = model_of()
     network = vt.to_torch(model)

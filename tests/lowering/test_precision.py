@@ -97,3 +97,16 @@ def test_a_large_batch_of_mixed_precision_is_cast(monkeypatch: pytest.MonkeyPatc
         assert_close(y.detach(), exact.detach(), 2e-2)
         y.float().sum().backward()
         assert fc.kernel.value.grad.dtype == torch.float32
+
+
+def test_reshapes_compute_in_the_policys_dtype_too() -> None:
+    keras.config.set_dtype_policy("mixed_bfloat16")
+    image = keras.Input((16, 15, 3))
+    x = keras.layers.Conv2D(4, 3)(keras.layers.Permute((2, 1, 3))(image))
+    rows = keras.layers.Reshape((45, 16))(image)
+    model = keras.Model(image, [keras.layers.Dense(3)(x), keras.layers.Conv1D(4, 3)(rows), rows])
+    keras.config.set_dtype_policy("float32")
+    inputs = images(model)
+    for actual, expected in zip(on_keras(model)(inputs), model(inputs), strict=True):
+        assert_close(actual.detach().float(), expected.detach().float(), 1e-2)
+        assert actual.dtype == expected.dtype

@@ -1,7 +1,7 @@
 """A Keras model as a network of torch's own modules on the same memory, run fast; and its export.
 
-Read in this order: `ties` (Keras variables and torch parameters on one memory), `batch_norm` and
-`layer_modules` (what torch.nn has no exact module for), `sites`, `products` and `converters` (Keras
+Read in this order: `ties` (Keras variables and torch parameters on one memory), `layer_modules` and
+`batch_norm` (what torch.nn has no exact module for), `sites`, `products` and `converters` (Keras
 layers as torch.nn's modules), `kernels` (what torch computes faster than its public functions do),
 `fused` (steps that do the work of several modules), `steps` (a torch.fx graph as a list of steps,
 and what makes it faster), `running` (how steps run: in groups, and again in backward), `plan` (all

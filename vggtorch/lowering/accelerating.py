@@ -10,15 +10,16 @@ import torch
 
 from vggtorch import keras_graph
 from vggtorch.lowering.on_keras import OnKeras
+from vggtorch.lowering.writing import WRITTEN
 
 
 def accelerate_(model: keras.Model, compile: bool = False, enabled: bool = True) -> keras.Model:
     """Make a Keras model run its torch network in fit, evaluate, predict and calls, in place.
 
     The network is that of `to_torch`, with its fast plan. Results, callbacks, metrics, saving and
-    surgery stay what they are; neither a saved model nor a clone of this one is accelerated. A
-    layer's activation, rate, strides and the like may be set afterwards: the next call has them.
-    Returns the model.
+    surgery stay what they are; neither a saved model nor a clone of this one is accelerated. What
+    is set on a layer afterwards (an activation, a rate, a dtype policy, LoRA, quantization) the
+    next call has. Returns the model.
 
     Args:
         model: what `to_torch` takes.
@@ -40,14 +41,19 @@ def accelerate_(model: keras.Model, compile: bool = False, enabled: bool = True)
         keras_graph.override_call_(model, None)
         return model
     graph = keras_graph.graph_of(model, "accelerate_")
-    module = OnKeras(graph, model.name)
-    run = torch.compile(module) if compile else module
     inside = keras_graph.all_layers(model, include_self=False)
-    settings = _settings(inside)
     fixes_training = any(
         call.arguments.kwargs.get("training") is not None for call in keras_graph.calls(graph)
     )
     laid_out: Any = None  # the optimizer whose slots have the layout of their kernels
+    module: Any = None
+    run: Any = None
+    settings: list[_Settings] = []
+
+    def renew() -> None:
+        nonlocal module, run, settings
+        module, settings = OnKeras(graph, model.name), _settings(inside)
+        run = torch.compile(module) if compile else module
 
     def call(inputs: Any, training: bool | None = None, mask: Any = None) -> Any:
         # Keras's own way where it works out shapes, which it does on tensors that are not real,
@@ -58,11 +64,9 @@ def accelerate_(model: keras.Model, compile: bool = False, enabled: bool = True)
         values = keras_graph.standardize_inputs(graph, inputs)
         if any(x is None or x.is_meta or keras_graph.has_mask(x) for x in values):
             return type(model).call(model, inputs, training=training, mask=mask)
-        nonlocal module, run, settings, laid_out
-        now = _settings(inside)
-        if not all(map(operator.is_, now, settings)):  # somebody has set an attribute of a layer
-            module, settings = OnKeras(graph, model.name), now
-            run = torch.compile(module) if compile else module
+        nonlocal laid_out
+        if module is None or not (torch.compiler.is_compiling() or _are(settings)):
+            renew()
         if module.training != bool(training):
             module.train(bool(training))
         optimizer = getattr(model, "optimizer", None)  # None before compile()
@@ -71,21 +75,33 @@ def accelerate_(model: keras.Model, compile: bool = False, enabled: bool = True)
             laid_out = optimizer
         return run(*values)
 
+    if not keras_graph.in_stateless_scope():  # where weights may have no values yet
+        renew()
     keras_graph.override_call_(model, call)
     return model
 
 
-# What a network takes over from Keras's layers, beside their weights and `trainable`.
-_SETTINGS = (
-    "activation", "alpha", "axis", "data_format", "dilation_rate", "epsilon", "interpolation",
-    "max_value", "momentum", "negative_slope", "noise_shape", "offset", "padding", "pool_size",
-    "rate", "scale", "size", "strides", "target_shape", "threshold",
-)  # fmt: skip
+# Of a layer: its attributes, how many these are, the names of those that count, and their values.
+_Settings = tuple[dict[str, Any], int, list[str], list[Any]]
 
 
-def _settings(inside: list[keras.Layer]) -> list[Any]:
-    """The objects that are these attributes of the layers now; setting one puts another there."""
-    return [vars(layer).get(name) for layer in inside for name in _SETTINGS]
+def _settings(inside: list[keras.Layer]) -> list[_Settings]:
+    """What the network has taken over from the layers, beside their weights and `trainable`."""
+    found = []
+    for layer in inside:
+        if type(layer) in WRITTEN:  # the others run as Keras runs them
+            own = vars(layer)
+            names = ["_dtype_policy", *(n for n in own if n[0] != "_" and n != "training")]
+            found.append((own, len(own), names, [own.get(name) for name in names]))
+    return found
+
+
+def _are(settings: list[_Settings]) -> bool:
+    """Whether the layers still have these very objects as their attributes, and no new ones."""
+    return all(
+        len(own) == number and all(map(operator.is_, map(own.get, names), values))
+        for own, number, names, values in settings
+    )
 
 
 def _lay_out_slots_(optimizer: keras.Optimizer, model: keras.Model) -> None:

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vggtorch.lowering.layer_modules import Leaf
+
 
 def train_batch_norm(
     x: Tensor,
@@ -34,9 +36,6 @@ def train_batch_norm(
         mean.lerp_(batch_mean, step)
         variance.lerp_(biased, step)
     return y
-
-
-torch.fx.wrap("train_batch_norm")  # a tracer records the call, which depends on the batch's size
 
 
 class _SumOverProcesses(torch.autograd.Function):
@@ -86,7 +85,7 @@ def train_over_processes(
     return y.to(x.dtype)
 
 
-class KerasBatchNorm(nn.modules.batchnorm._BatchNorm):
+class KerasBatchNorm(Leaf, nn.modules.batchnorm._BatchNorm):
     """Batch norm by Keras's rules: a biased moving variance, and inference while it is frozen.
 
     Attributes:

@@ -217,14 +217,19 @@ _MIXED = {
 }
 
 
+def is_usual(layer: keras.Layer) -> bool:
+    """Whether a layer does what its class does, and no more: no penalty, no `call` of its own."""
+    return layer.activity_regularizer is None and "call" not in vars(layer)
+
+
 def convert(site: Site) -> list[Piece] | None:
     """The modules of a layer, in the order in which they run; None where Keras must run it.
 
-    A layer that has an activity regulariser, or reads a masked tensor, is such a one.
+    A layer that isn't usual, or reads a masked tensor, is such a one.
     """
     layer = site.layer
     converter = CONVERTERS.get(type(layer))
-    if converter is None or layer.activity_regularizer is not None:
+    if converter is None or not is_usual(layer):
         return None
     if site.is_mixed and layer.variables and type(layer) not in _MIXED:
         return None

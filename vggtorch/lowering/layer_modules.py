@@ -21,7 +21,18 @@ from vggtorch import keras_graph
 from vggtorch.lowering.ties import warn_parted
 
 
-class _Mixed(nn.Module):
+class Leaf(nn.Module):
+    """A module that tracers of torch.fx take as one step, as they do those of torch.nn.
+
+    They go by `__module__`. Written down inside out it would be bound to its mode, or to one size.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.__module__ = "torch.nn"
+
+
+class _Mixed(Leaf):
     """A product that computes in its input's dtype, with weights in another one.
 
     Keras's mixed dtype policies do so. `torch.nn` has it by autocast alone.
@@ -63,7 +74,7 @@ class MixedLinear(_Mixed, nn.Linear):
         return F.linear(x, *self.cast(x))
 
 
-class WideLayerNorm(nn.LayerNorm):
+class WideLayerNorm(Leaf, nn.LayerNorm):
     """nn.LayerNorm that computes in float32 and puts out another dtype, as Keras does."""
 
     def __init__(self, *args: Any, compute_dtype: torch.dtype, **kwargs: Any) -> None:
@@ -76,7 +87,7 @@ class WideLayerNorm(nn.LayerNorm):
         return y.to(self.compute_dtype)
 
 
-class GlobalMaxPool(nn.Module):
+class GlobalMaxPool(Leaf):
     """The maximum of each map; x is (N, C, ...).
 
     Where several pixels have it, each gets its share of the gradient, as in Keras.
@@ -104,10 +115,7 @@ def pad_same(
     return F.pad(x, pads, mode=mode) if any(pads) else x
 
 
-torch.fx.wrap("pad_same")  # a tracer records the call, since the padding depends on the size
-
-
-class SamePad(nn.Module):
+class SamePad(Leaf):
     """Keras's padding="same" where no constant padding is right for every image size."""
 
     def __init__(
@@ -128,7 +136,7 @@ class SamePad(nn.Module):
         return f"kernel={self.kernel}, stride={self.stride}, mode={self.mode!r}"
 
 
-class SameAvgPool(nn.Module):
+class SameAvgPool(Leaf):
     """Keras's average pool with padding="same"; x is (N, C, ...).
 
     Zeros that pad both sides alike don't count in the mean; where Keras must pad one side more, it
@@ -159,10 +167,7 @@ def avg_pool_same(x: Tensor, size: Sequence[int], stride: Sequence[int]) -> Tens
     return y
 
 
-torch.fx.wrap("avg_pool_same")
-
-
-class Normalize(nn.Module):
+class Normalize(Leaf):
     """(x - mean) / deviation, on Keras's layout.
 
     Attributes:
@@ -184,7 +189,7 @@ class Normalize(nn.Module):
         return (x - mean) / variance.sqrt().clamp(min=self.least)
 
 
-class Scale(nn.Module):
+class Scale(Leaf):
     """x * weight, a number for each channel, which is the last axis."""
 
     weight: Tensor
@@ -193,7 +198,7 @@ class Scale(nn.Module):
         return x * self.weight
 
 
-class SharedDropout(nn.Module):
+class SharedDropout(Leaf):
     """Dropout that keeps or drops along some axes at once, as Keras's `noise_shape` says."""
 
     def __init__(self, rate: float, noise_shape: Sequence[int | None]) -> None:
@@ -207,7 +212,7 @@ class SharedDropout(nn.Module):
         return x * F.dropout(x.new_ones(shape), self.rate)
 
 
-class Rescale(nn.Module):
+class Rescale(Leaf):
     """x * scale + offset; each is a number, or has the shape of one number for each channel."""
 
     scale: Tensor
@@ -226,7 +231,7 @@ class Rescale(nn.Module):
 _BUILT_IN = {id(getattr(keras.activations, name)) for name in dir(keras.activations)}
 
 
-class KerasFunction(nn.Module):
+class KerasFunction(Leaf):
     """An activation function of Keras or of the user, on Keras's layout.
 
     `is_by_image`: what one image becomes doesn't depend on the others.
@@ -248,7 +253,7 @@ class _Argument:
     index: int
 
 
-class KerasLayer(nn.Module):
+class KerasLayer(Leaf):
     """A layer, or an operation of keras.ops, that runs as Keras runs it, on Keras's layout.
 
     Its variables are the module's own parameters (what Keras doesn't train, buffers), under their
@@ -288,12 +293,6 @@ class KerasLayer(nn.Module):
             self.names.append(name)
 
     def forward(self, *inputs: Tensor) -> Any:
-        if any(isinstance(x, torch.fx.Proxy) for x in inputs):
-            raise ValueError(
-                f"torch.fx can't trace into {self._title()}, which runs as Keras runs it. The "
-                f"network is a GraphModule already: take its .graph, or trace with a Tracer whose "
-                f"is_leaf_module is true for {type(self).__name__}."
-            )
         (operation,) = self.operation
         args, kwargs = keras.tree.map_structure(
             lambda x: inputs[x.index] if isinstance(x, _Argument) else x, self.arguments

@@ -68,7 +68,7 @@ class TorchNetwork(torch.fx.GraphModule):
         if self._plan is None or not self._plan.is_current():
             try:
                 self._plan = Plan(self._written, self, self.meta.get("checkpoint", False))
-            except NotImplementedError:
+            except (KeyError, NotImplementedError):  # a child is gone, or the graph is edited
                 return None
         return self._plan
 

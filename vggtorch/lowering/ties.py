@@ -102,11 +102,12 @@ class Tie:
         return self.layout.to_torch(keras_graph.raw_value(self.variable))
 
     def can_hold(self) -> bool:
-        """Whether the torch tensor still has the dtype and the shape to stand for the variable."""
+        """Whether the torch tensor's dtype and shape, and its having values, still are Keras's."""
         value = keras_graph.raw_value(self.variable)
         return (
             type(self.tensor) in (Tensor, nn.Parameter)
             and self.tensor.dtype == value.dtype
+            and self.tensor.is_meta == value.is_meta
             and self.tensor.shape.numel() == value.shape.numel()
         )
 
@@ -115,8 +116,8 @@ def warn_parted(variables: Sequence[keras.Variable]) -> None:
     """Say that these Keras variables don't follow their torch tensors any more."""
     warnings.warn(
         f"{len(variables)} weights of the torch network, {variables[0].path} first, now have "
-        f"another dtype or form than their Keras variables: from here on they stand alone, and the "
-        f"Keras model keeps the weights that it had.",
+        f"another dtype or form than their Keras variables, or no values: from here on they stand "
+        f"alone, and the Keras model keeps the weights that it had.",
         stacklevel=2,
     )
 

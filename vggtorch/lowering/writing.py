@@ -21,7 +21,7 @@ from keras import layers
 from torch import nn
 
 from vggtorch import keras_graph
-from vggtorch.lowering.converters import convert
+from vggtorch.lowering.converters import CONVERTERS, convert, is_usual
 from vggtorch.lowering.layer_modules import KerasLayer
 from vggtorch.lowering.network import TorchNetwork
 from vggtorch.lowering.sites import Axes, Piece, Site
@@ -107,6 +107,7 @@ def check_data_format(data_format: str | None) -> None:
         )
 
 
+@torch.inference_mode(False)  # what is made in it, an accelerated model's first call, can't learn
 def network_of(
     graph: keras.Function,
     name: str,
@@ -152,6 +153,8 @@ _MERGES: dict[type, Callable[..., Any]] = {
     layers.Minimum: torch.minimum,
     layers.Average: torch.add,
 }
+# The layers that become torch's modules or functions, where they are set so that these can do it.
+WRITTEN = {*CONVERTERS, *_MERGES, layers.Concatenate, layers.Permute, layers.Reshape}
 _OPERATORS: dict[str, Callable[..., Any]] = {
     "Add": torch.add,
     "Subtract": torch.sub,
@@ -254,7 +257,8 @@ class _Builder:
         if _masks_inside(call.operation) or any(id(t) in self.hidden for t in call.input_tensors):
             self.hidden |= {id(tensor) for tensor in call.outputs}
             masked = True
-        if masked or not (self._as_torch(call) or self._merge(call) or self._nested(call)):
+        ways = (self._reshape, self._as_torch, self._merge, self._nested)
+        if masked or not any(write(call) for write in ways):
             self._by_keras(call)
 
     def _set(self, tensor: keras.KerasTensor, axes: str, node: torch.fx.Node) -> None:
@@ -289,20 +293,12 @@ class _Builder:
                 ]
             )
         modules = self.names[key]
-        if isinstance(layer, layers.Reshape | layers.Permute):
-            self._reshape(call)
-            return True
         if not modules:
             return False
         axes = modules[0][1]
         if axes == "any":
             axes = self._common([tensor])
-        node = self.value(tensor, axes)
-        floats = "float" in tensor.dtype and "float" in layer.compute_dtype
-        # Keras casts a layer's input, but for a LayerNormalization's, which computes in float32.
-        if floats and layer.autocast and tensor.dtype != layer.compute_dtype:
-            dtype = keras_graph.torch_dtype(layer.compute_dtype)
-            node = self.graph.call_method("to", (node, dtype))
+        node = self._cast(call, axes)
         for name, wanted in modules:
             if wanted not in ("any", axes) and rank > 2:
                 node = self._permuted(node, rank, to_first=wanted == "first")
@@ -311,17 +307,35 @@ class _Builder:
         self._set(call.outputs[0], axes, node)
         return True
 
+    def _cast(self, call: keras_graph.Node, axes: str) -> torch.fx.Node:
+        """A layer's one input in the dtype that the layer computes in, as Keras casts it.
+
+        It doesn't cast a LayerNormalization's, which computes in float32.
+        """
+        layer, (tensor,) = call.operation, call.input_tensors
+        node, given, wanted = self.value(tensor, axes), _dtype(tensor), layer.compute_dtype
+        if layer.autocast and given != wanted and "float" in given and "float" in wanted:
+            return self.graph.call_method("to", (node, keras_graph.torch_dtype(wanted)))
+        return node
+
     def _axes(self, axes: Axes, layer: Any) -> str:
         """The order of axes that a module wants; in a channels_first layer both are the same."""
         return "keras" if getattr(layer, "data_format", "") == "channels_first" else axes
 
-    def _reshape(self, call: keras_graph.Node) -> None:
-        layer, x = call.operation, self.value(call.input_tensors[0], "keras")
-        if isinstance(layer, layers.Permute):
+    def _reshape(self, call: keras_graph.Node) -> bool:
+        """Write down a call of a layer that gives the same numbers with other axes."""
+        layer = call.operation
+        if type(layer) not in (layers.Reshape, layers.Permute):
+            return False
+        if not is_usual(layer) or not _is_plain(call):
+            return False
+        x = self._cast(call, "keras")
+        if type(layer) is layers.Permute:
             node = self.graph.call_method("permute", (x, 0, *layer.dims))
         else:
             node = self._reshaped(x, len(call.input_tensors[0].shape), layer.target_shape)
         self._set(call.outputs[0], "keras", node)
+        return True
 
     def _reshaped(self, x: torch.fx.Node, rank: int, shape: Sequence[int]) -> torch.fx.Node:
         """All but the batch in another shape, not by the batch's size, which an export fixes."""
@@ -336,15 +350,15 @@ class _Builder:
         """Write down a sum, product, concatenation, or an operator between tensors and numbers."""
         operation, tensors = call.operation, list(call.input_tensors)
         ranks = {len(t.shape) for t in tensors}
-        same = len(ranks) == 1 and len({t.dtype for t in (*tensors, *call.outputs)}) == 1
-        if not same or "int" in tensors[0].dtype or "bool" in tensors[0].dtype:
+        dtypes = {_dtype(t) for t in (*tensors, *call.outputs)}
+        if len(ranks) != 1 or len(dtypes) != 1 or "float" not in (dtype := dtypes.pop()):
             return False
         kind = type(operation)
         if isinstance(operation, keras.Layer):
             known = kind in _MERGES or kind is layers.Concatenate
-            if not known or len(tensors) < 2 or operation.activity_regularizer is not None:
+            if not known or len(tensors) < 2 or not is_usual(operation):
                 return False
-            if operation.compute_dtype != tensors[0].dtype or not _is_plain(call):
+            if operation.compute_dtype != dtype or not _is_plain(call):
                 return False
         elif (
             keras_graph.operation_kind(operation) not in _OPERATORS
@@ -421,6 +435,13 @@ def _identifier(name: str) -> str:
     """A name that Python takes for an argument or a class."""
     name = "".join(c if c.isalnum() else "_" for c in name)
     return name if name.isidentifier() and not keyword.iskeyword(name) else f"_{name}"
+
+
+def _dtype(tensor: keras.KerasTensor) -> str:
+    """The dtype that a value has; a symbolic tensor keeps what its layer's was when it was made."""
+    layer = keras_graph.producer(tensor)
+    known = type(layer) in WRITTEN and layer.autocast and "float" in tensor.dtype
+    return str(layer.compute_dtype if known else tensor.dtype)
 
 
 def _masks_inside(operation: Any) -> bool:
