@@ -3,18 +3,18 @@
 Read `vgg` first (the constructors), then `filling` (a model's variables by name, and how they get
 values), `torch_form` (a model's weights as torch has them), `matching` (which tensor belongs to
 which weight), `rows` (VGG's layers by their shapes alone), `leftovers` (whether what belongs
-nowhere may be), `prefixed` (networks under a prefix), `loading` (`load_weights`, `save_weights`,
-`convert`), `memory` (how a model remembers what it expects of an image), `images` (files and PIL
+nowhere may be), `prefixed` (networks under a prefix), `loading` (`load_weights`, `save_weights`),
+`converting`, `memory` (how a model remembers what it expects of an image), `images` (files and PIL
 images as upright RGB), `fitting` (those at the model's size) and `preprocessing` (images into what
 a weight set expects, and probabilities into names).
 """
 
+from vggtorch.models.converting import convert
 from vggtorch.models.filling import best_weight_set, fill_, named_variables
 from vggtorch.models.fitting import fitted, fitted_arrays, recipe
 from vggtorch.models.images import SUFFIXES, PixelGate, read_image, to_rgb
 from vggtorch.models.loading import (
     PartialLoad,
-    convert,
     load_model,
     load_weights,
     model_from_name,

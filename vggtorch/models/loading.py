@@ -1,30 +1,34 @@
-"""Weights into models and out of them by layer name, and checkpoints from one form into another."""
+"""Weights into models and out of them by layer name."""
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import re
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from math import isqrt
+from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal, overload
 
 import keras
-import torch
 
 from vggtorch import files, weights
-from vggtorch.architectures import ARCHITECTURES, CLASSES, GRID, WIDTHS, architecture_named
-from vggtorch.models.filling import VGG_LAYERS, fill_, named_variables, path_of
-from vggtorch.models.leftovers import check, tell, values_for
+from vggtorch.architectures import ARCHITECTURES
+from vggtorch.models.filling import VGG_LAYERS, named_variables, path_of
+from vggtorch.models.leftovers import check, tell
 from vggtorch.models.matching import match
-from vggtorch.models.memory import remember_, weight_set
+from vggtorch.models.memory import (
+    data_config,
+    remember_checkpoint_,
+    remembered,
+    weight_set,
+)
 from vggtorch.models.prefixed import Network, names_layers_of, networks_of, prefixes_of
 from vggtorch.models.torch_form import in_torch_form
 from vggtorch.models.vgg import constructor
-from vggtorch.weight_sets import WEIGHT_SETS
-from vggtorch.weights import Shape
+from vggtorch.weight_sets import WEIGHT_SETS, DataConfig
 
 Source = str | PathLike | Mapping[str, Any]
 
@@ -158,7 +162,7 @@ def _loaded_(
     variables = named_variables(model)
     # The layer that sees the image decides what the model expects of one.
     if not partial or next(iter(variables)) in values:
-        _remember_anew(model, networks[0].checkpoint.weight_set)
+        _remember_anew(model, networks[0].checkpoint, list(variables)[-1] in values)
     if not partial:
         return model
     loaded = {id(variables[key]) for key in values}
@@ -175,21 +179,24 @@ def _loaded_(
     )
 
 
-def _remember_anew(model: keras.Model, name: str | None) -> None:
-    """Let a model remember the weight set of what it has loaded, and say where that isn't known.
+def _remember_anew(model: keras.Model, checkpoint: weights.Checkpoint, labelled: bool) -> None:
+    """Let a model remember what its new weights expect, and say where that isn't known.
 
-    A network that is nested in the model remembers it, and the model itself only if it did before.
+    A network that is nested in the model remembers it, and the model itself only if it did before;
+    it has the names of the classes if its last layer is `labelled`, loaded too.
     """
     network = _first_network(model)
     before = weight_set(network) or weight_set(model)
-    remember_(network, name)
-    if weight_set(model) is not None:
-        remember_(model, name)
-    if name is None and before is not None:
+    shape = keras.tree.flatten([t.shape for t in model.outputs]) if labelled else []
+    classes = (shape[-1] or 0) if len(model.outputs) == 1 and shape else 0
+    remember_checkpoint_(network, checkpoint, classes if network is model else 0)
+    if network is not model and weight_set(model) is not None:
+        remember_checkpoint_(model, checkpoint, classes)
+    if checkpoint.weight_set is None and before is not None:
         warnings.warn(
             f"The file does not say which weight set its weights belong to, so {network.name!r} no "
             f"longer remembers {before!r}: name it, preprocess(images, {before!r}), if they do.",
-            stacklevel=3,
+            stacklevel=4,
         )
 
 
@@ -202,7 +209,7 @@ def _first_network(model: keras.Model) -> keras.Model:
 
 
 def save_weights(model: keras.Model, path: str | PathLike) -> None:
-    """Save a model's weights and its weight set; the ending chooses the form.
+    """Save a model's weights, and what it expects of an image; the ending chooses the form.
 
     Args:
         model: any Keras model.
@@ -224,88 +231,25 @@ def save_weights(model: keras.Model, path: str | PathLike) -> None:
         ...     list(torch.load(f"{folder}/mine.pth"))  # torchvision's names where it has them
         ['features.0.weight', 'features.0.bias', 'mine.weight', 'mine.bias']
     """
-    name = weight_set(model) or weight_set(_first_network(model))
+    network = model if remembered(model) != DataConfig() else _first_network(model)
+    name, said = weight_set(network), None
+    if remembered(network) != DataConfig():
+        config = dataclasses.replace(data_config(network), preprocessing_inside=False)
+        said = json.dumps(config.as_dict())
     if str(path).endswith(".weights.h5"):
         import h5py
 
         with files.atomic(path) as temporary:
             model.save_weights(temporary)
-            if name is not None:
-                with h5py.File(temporary, "r+") as file:  # Keras looks at no attribute of the root
-                    file.attrs["vggtorch_weight_set"] = name
+            with h5py.File(temporary, "r+") as file:  # Keras looks at no attribute of the root
+                notes = {"vggtorch_weight_set": name, "vggtorch_data_config": said}
+                file.attrs.update({key: text for key, text in notes.items() if text is not None})
     elif str(path).endswith((".pth", ".bin")):
         tensors = in_torch_form(model, timm=str(path).endswith(".bin"))
-        weights.write(path, tensors, name)
+        weights.write(path, tensors, name, said)
     else:
         tensors = {key: variable.value for key, variable in named_variables(model).items()}
-        weights.write(path, tensors, name)
-
-
-def _renamed(
-    path: str | PathLike, tensors: Mapping[str, torch.Tensor]
-) -> Mapping[str, torch.Tensor]:
-    """VGG's Keras-named tensors as they are, or as torchvision's (.pth) or timm's (.bin)."""
-    if str(path).endswith(".pth"):
-        return weights.keras_to_torchvision(tensors)
-    if str(path).endswith(".bin"):
-        return weights.keras_to_timm(tensors)
-    return tensors
-
-
-def convert(
-    source: str | PathLike, target: str | PathLike, architecture: str | None = None
-) -> list[tuple[str, Shape, str, Shape]]:
-    """Write a checkpoint in another form.
-
-    Args:
-        source: a weight set or a checkpoint of any form that can be read.
-        target: the ending chooses the form: `.safetensors`, `.pth` (torchvision's names), `.bin`
-            (timm's), `.weights.h5`, or with the network around the weights `.keras` or `.h5`.
-        architecture: a name in ARCHITECTURES; recognised from the tensors where it isn't given.
-
-    Returns:
-        Name and shape in the source, name and shape in the target of each tensor, in network order.
-
-    Raises:
-        ValueError: the source fits no network, or not this one, or the target has another ending.
-        OSError: the source can't be had or the target can't be written.
-    """
-    checkpoint = weights.read(path_of(source, [architecture_named(architecture or "vgg16")]))
-    tensors = weights.to_keras(checkpoint.tensors, checkpoint.form)
-    network = weights.architecture_of(tensors, architecture)
-    order = [rule.keras_key for rule in weights.rules(network, include_top=True)]
-    tensors = {key: tensors[key] for key in order if key in tensors}
-    if str(target).endswith((".h5", ".keras")):
-        # Keras orders these forms by the layers of a model, so one is built around the tensors.
-        grid, classes = GRID, CLASSES
-        if top := "predictions/bias" in tensors:
-            grid = isqrt(tensors["fc1/kernel"].shape[0] // WIDTHS[-1])
-            classes = len(tensors["predictions/bias"])
-        size = grid * 2 ** len(WIDTHS)
-        with keras.device("meta"):
-            model = constructor(network.name)(
-                weights=None, include_top=top, classes=classes, input_shape=(size, size, 3)
-            )
-        keras_named = replace(checkpoint, form="keras", tensors=tensors)
-        values = values_for(model, keras_named, source, backbone=False)
-        remember_(fill_(model, values), checkpoint.weight_set)
-        if str(target).endswith(".weights.h5"):
-            save_weights(model, target)
-        else:
-            with files.atomic(target) as temporary:
-                model.save(temporary)
-    else:
-        weights.write(target, _renamed(target, tensors), checkpoint.weight_set)
-    before = weights.traced(
-        checkpoint.tensors, lambda read: weights.to_keras(read, checkpoint.form)
-    )
-    after = weights.traced(tensors, lambda read: _renamed(target, read))
-    written = _renamed(target, tensors)
-    return [
-        (name, tuple(checkpoint.tensors[name].shape), key, tuple(written[key].shape))
-        for key in after
-        for name in [before[after[key]]]
-    ]
+        weights.write(path, tensors, name, said)
 
 
 KEPT = ("config.json", "metadata.json", "model.weights.h5")  # a model that Keras keeps as a folder

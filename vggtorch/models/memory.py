@@ -8,6 +8,7 @@ layers, for models that users make of them: keras.Model(vgg.input, ...).
 from __future__ import annotations
 
 import dataclasses
+import json
 from typing import Any
 
 import keras
@@ -23,6 +24,7 @@ from vggtorch.keras_graph import (
     remembers,
 )
 from vggtorch.weight_sets import DataConfig
+from vggtorch.weights import Checkpoint
 
 PREPROCESSING_SUFFIX = "_preprocessing"  # of the name of the layer that preprocesses inside a model
 
@@ -154,6 +156,25 @@ def _input_size(model: keras.Model) -> tuple[int, int] | None:
     if height is None and width is None:
         return None
     return height or width, width or height
+
+
+def remember_checkpoint_(model: keras.Model, checkpoint: Checkpoint, classes: int) -> keras.Model:
+    """Let a model remember what the model expected whose weights it now has, in place.
+
+    What the model itself does to images stays its own, and its size where that is fixed. It has the
+    names of classes if it has all of the `classes` that were loaded into its outputs; 0 for none.
+    """
+    if checkpoint.data_config is None:
+        return remember_(model, checkpoint.weight_set)
+    before, config = remembered(model), DataConfig.from_dict(json.loads(checkpoint.data_config))
+    named = classes > 0 and len(config.label_names) == classes
+    config = dataclasses.replace(
+        config,
+        weight_set=checkpoint.weight_set,
+        preprocessing_inside=before.preprocessing_inside,
+        label_names=config.label_names if named else () if classes else before.label_names,
+    )
+    return remember_(model, config)
 
 
 def remember_(model: keras.Model, config: str | DataConfig | None) -> keras.Model:

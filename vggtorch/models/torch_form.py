@@ -182,6 +182,17 @@ def in_torch_form(model: keras.Model, *, timm: bool = False) -> dict[str, torch.
     return state
 
 
+def names_in_torch(model: keras.Model, *, timm: bool = False) -> dict[str, str]:
+    """The names that `in_torch_form` gives -> those of the model's weights."""
+    tensors = {key: variable.value for key, variable in named_variables(model).items()}
+    part = _torchvision_part(tensors)
+    convert = weights.keras_to_timm if timm else weights.keras_to_torchvision
+    vgg = {key: tensor for key, tensor in tensors.items() if key in part}
+    names = weights.traced(vgg, convert) if vgg else {}
+    rules = torch_rules(model, torchvision=bool(part))
+    return names | {r.torch_key: r.keras_key for r in rules if r.keras_key not in part}
+
+
 def _torchvision_part(tensors: Mapping[str, torch.Tensor]) -> set[str]:
     """The weights that torchvision has names for: a whole VGG, a part, or its convolutions."""
     for names in (VGG_LAYERS, FEATURES):

@@ -13,7 +13,7 @@ from vggtorch.architectures import ARCHITECTURES, CLASSES, Architecture, archite
 from vggtorch.keras_graph import device, obtain_input_shape
 from vggtorch.models.filling import fill_, path_of
 from vggtorch.models.leftovers import values_for
-from vggtorch.models.memory import remember_
+from vggtorch.models.memory import remember_checkpoint_
 from vggtorch.models.preprocessing import as_layers
 from vggtorch.weight_sets import WEIGHT_SETS
 from vggtorch.weights import converted
@@ -162,7 +162,8 @@ def _build(
     if weights is not None and checkpoint is not None:
         values = values_for(model, checkpoint, weights, backbone=not include_top, prefix=prefix)
         fill_(model, values)
-    return remember_(model, weight_set)
+        return remember_checkpoint_(model, checkpoint, classes if include_top else 0)
+    return model
 
 
 def _constructor(plain_name: str) -> Callable[..., keras.Model]:

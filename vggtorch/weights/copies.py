@@ -26,7 +26,7 @@ from vggtorch.weights.published import PUBLISHED
 from vggtorch.weights.sources import Checkpoint
 
 # Another layout makes all copies anew.
-_LAYOUT = "keras, output channels first, fc1 unflattened, other layers under their own names"
+_LAYOUT = "keras, output channels first, fc1 unflattened, others under their names, data_config"
 _UNTOUCHED = 315532800  # 1980-01-01 in seconds, exact on every file system
 
 
@@ -116,9 +116,11 @@ def _make_copy(source: Path, copy: Path) -> Checkpoint:
     metadata = {"source": str(source), "form": checkpoint.form}
     said = {
         "weight_set": checkpoint.weight_set,
+        "data_config": checkpoint.data_config,
         "note": checkpoint.note,
         "ordered": checkpoint.ordered,
         "unnamed": "yes" if checkpoint.unnamed else None,
+        "whole": "yes" if checkpoint.whole else None,
     }
     metadata |= {name: text for name, text in said.items() if text}
     with files.atomic(copy) as temporary:

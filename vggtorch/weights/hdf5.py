@@ -6,11 +6,11 @@ file as a script, with a time limit, and maps the values itself:
     python -P hdf5.py FILE
 
 prints as JSON, in `spans`, each weight's name -> [byte where its values begin, shape, dtype], and
-beside it what the file says of the model: `config`, `weight_set`, `unnamed`, where layers have
-their place in the model instead of a name, and `ordered`, what it is whose weights stand in the
-order of Keras: `layers`, or `models` with all that is in them. What is wrong with the file is one
-line on standard error; the exit status 3 says that it is whole, but nothing that is read here. FILE
-may be a .keras archive.
+beside it what the file says of the model: `config`, `weight_set`, `data_config`, `unnamed`, where
+layers have their place in the model instead of a name, and `ordered`, what it is whose weights
+stand in the order of Keras: `layers`, or `models` with all that is in them. What is wrong with the
+file is one line on standard error; the exit status 3 says that it is whole, but nothing that is
+read here. FILE may be a .keras archive.
 
 Names are `layer/variable`, with the nested model's name before them. Keras's own form has no names
 of variables: they are `kernel` and `bias`, or batch norm's, where there is no doubt, and numbers.
@@ -186,13 +186,14 @@ def found(path: str) -> dict[str, Any]:
             if spans.keys() & variables.keys():
                 raise UnsupportedError(f"layer {layer} is there twice")
             spans.update(variables)
-        for name in ("model_config", "vggtorch_weight_set"):
+        for name in ("model_config", "vggtorch_weight_set", "vggtorch_data_config"):
             text = root.attrs.get(name)
             said[name] = text.decode() if isinstance(text, bytes) else text
     return {
         "spans": spans,
         "config": said["model_config"],
         "weight_set": said["vggtorch_weight_set"],
+        "data_config": said["vggtorch_data_config"],
         "unnamed": unnamed,
         "ordered": ordered,
     }

@@ -69,7 +69,7 @@ def read_zip(path: Path) -> tuple[Tensors, Mapping[str, str]]:
                 file.seek(member.header_offset + 26)
                 start = file.tell() + 4 + sum(struct.unpack("<HH", file.read(4)))
             tensors, said = _h5_tensors(path, start)
-            return tensors, {**said, **_remembered(config)}
+            return tensors, {**said, **_remembered(config), "whole": "yes"}
     if not any(name.endswith("data.pkl") for name in names):
         raise ValueError("the archive holds neither PyTorch's nor Keras's weights")
     return _unwrapped(pickles.unpickled(path, mmap=True))
@@ -82,9 +82,7 @@ def read_pickle(path: Path) -> tuple[Tensors, Mapping[str, str]]:
 
 def _unwrapped(loaded: object) -> tuple[Tensors, Mapping[str, str]]:
     """The state_dict in what torch.load gave, and what is said beside it."""
-    tensors, weight_set, note = state_dicts.state_dict_in(loaded)
-    said = {"weight_set": weight_set, "note": note}
-    return tensors, {key: text for key, text in said.items() if text}
+    return state_dicts.state_dict_in(loaded)
 
 
 # HDF5
@@ -132,9 +130,10 @@ def _h5_tensors(path: Path, start: int) -> tuple[Tensors, dict[str, str]]:
         if begin < 0 or begin + length > size:
             raise ValueError(f"{key} claims more values than are stored")
         tensors[key] = _mapped(storage, begin, length, _H5_DTYPES[code], shape)
-    said = _remembered(json.loads(found["config"])) if found["config"] else {}
-    if found["weight_set"]:
-        said["weight_set"] = found["weight_set"]
+    said = {}
+    if found["config"]:
+        said = {**_remembered(json.loads(found["config"])), "whole": "yes"}
+    said |= {name: found[name] for name in ("weight_set", "data_config") if found[name]}
     said["ordered"] = found["ordered"]
     if found["unnamed"]:
         said["unnamed"] = "yes"
@@ -142,7 +141,7 @@ def _h5_tensors(path: Path, start: int) -> tuple[Tensors, dict[str, str]]:
 
 
 def _remembered(config: object) -> dict[str, str]:
-    """The weight set that a model's configuration tells of, its nested models' included.
+    """What a model's configuration tells of images, its nested models' included.
 
     It stands in a model's `data_config` or, as earlier versions wrote it, in the name of its class,
     such as vggtorch>OxfordModel.
@@ -150,18 +149,24 @@ def _remembered(config: object) -> dict[str, str]:
     kinds = {f"{name.capitalize()}Model": name for name in WEIGHT_SETS}
     kinds |= {name: name for name in WEIGHT_SETS}
     found, left = set(), [config]
+    whole: dict[str, None] = {}  # what models say themselves, the outermost first
     while left:
         value = left.pop()
         if isinstance(value, dict):
             said = value.get("data_config")
             names = [value.get("registered_name"), value.get("class_name")]
-            names.append(said.get("weight_set") if isinstance(said, dict) else None)
+            if isinstance(said, dict):
+                names.append(said.get("weight_set"))
+                whole[json.dumps(said)] = None
             found |= {kinds.get(str(name).rpartition(">")[2]) for name in names}
             left += value.values()
         elif isinstance(value, list):
             left += value
     found.discard(None)
-    return {"weight_set": str(found.pop())} if len(found) == 1 else {}
+    if len(found) > 1 or not (found or whole):
+        return {}
+    told = {"weight_set": str(found.pop())} if found else {}
+    return told | ({"data_config": next(iter(whole))} if whole else {})
 
 
 def _mapped(

@@ -8,6 +8,7 @@ Nothing here knows Keras or a network.
 from __future__ import annotations
 
 import errno
+import json
 import os
 import re
 from collections import OrderedDict
@@ -23,7 +24,7 @@ import torch
 
 from vggtorch import files
 from vggtorch.text import visible
-from vggtorch.weight_sets import weight_set_named
+from vggtorch.weight_sets import DataConfig, weight_set_named
 from vggtorch.weights import conversion, downloads, hub, onnx, readers, safetensors, state_dicts
 from vggtorch.weights.published import PUBLISHED, Published, publication_of, publications
 from vggtorch.weights.state_dicts import UnsupportedError
@@ -55,6 +56,9 @@ class Checkpoint:
         unnamed: its layers have the places that they had in their model for names, as Keras 2 wrote
             them: "conv2d_1/kernel".
         note: what a user should hear of the file, such as which part of it was not taken.
+        data_config: all that the model whose weights they are expected of an image, as the JSON of
+            `DataConfig.as_dict`, where the file tells.
+        whole: the file holds the model itself, as Keras's .keras and .h5 do.
     """
 
     tensors: dict[str, torch.Tensor]
@@ -65,6 +69,8 @@ class Checkpoint:
     ordered: str | None = None
     unnamed: bool = False
     note: str | None = None
+    data_config: str | None = None
+    whole: bool = False
 
 
 # Finding
@@ -205,6 +211,11 @@ def read(path: str | os.PathLike) -> Checkpoint:
             weight_set_named(weight_set)
         except ValueError as error:
             raise ValueError(f"{path} is damaged: {error}") from error
+    if "data_config" in metadata:
+        try:
+            hash(DataConfig.from_dict(json.loads(metadata["data_config"])))
+        except Exception as error:  # whatever hostile text makes
+            raise ValueError(f"{path} is damaged: {files.first_line(error)}") from error
     form = "onnx" if reader is onnx.read else _form(tensors)
     return Checkpoint(tensors, form, weight_set, path, form, **said_of(metadata))
 
@@ -215,6 +226,8 @@ def said_of(metadata: Mapping[str, str]) -> dict[str, Any]:
         "ordered": metadata.get("ordered"),
         "unnamed": "unnamed" in metadata,
         "note": metadata.get("note"),
+        "data_config": metadata.get("data_config"),
+        "whole": "whole" in metadata,
     }
 
 
@@ -229,13 +242,15 @@ def from_memory(state: Mapping[str, Any]) -> Checkpoint:
     """
     if any(isinstance(value, np.ndarray) for value in state.values()):
         state = {k: torch.tensor(v) if isinstance(v, np.ndarray) else v for k, v in state.items()}
-    tensors, weight_set, note = state_dicts.state_dict_in(state)
+    tensors, said = state_dicts.state_dict_in(state)
     tensors, notes = _named(tensors)
-    note = " ".join([note or "", *notes]).strip() or None
+    note = " ".join([said.get("note", ""), *notes]).strip()
+    said = {**said, "note": note} if note else said
     for key, reason in _wrong(tensors).items():
         raise ValueError(f"The state_dict can't be loaded: {key} {reason}.")
     form = _form(tensors)
-    return Checkpoint(tensors, form, weight_set, Path("state_dict"), form, note=note)
+    path = Path("state_dict")
+    return Checkpoint(tensors, form, said.get("weight_set"), path, form, **said_of(said))
 
 
 def _named(tensors: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], list[str]]:
@@ -325,7 +340,10 @@ def _form(tensors: Mapping[str, torch.Tensor]) -> Form:
 
 
 def write(
-    path: str | os.PathLike, tensors: Mapping[str, torch.Tensor], weight_set: str | None = None
+    path: str | os.PathLike,
+    tensors: Mapping[str, torch.Tensor],
+    weight_set: str | None = None,
+    data_config: str | None = None,
 ) -> None:
     """Write named tensors to a .safetensors, .pth or .bin file, whole or not at all.
 
@@ -333,6 +351,7 @@ def write(
         path: its ending chooses the form.
         tensors: name -> tensor, on any device.
         weight_set: kept in the metadata of either form.
+        data_config: kept there too: all that a model expects of an image, as JSON.
 
     Raises:
         ValueError: another ending.
@@ -343,15 +362,15 @@ def write(
         raise ValueError(
             f"Received {str(path)!r}; expected a name that ends in .safetensors, .pth or .bin."
         )
+    texts = {"weight_set": weight_set, "data_config": data_config}
+    metadata = {name: text for name, text in texts.items() if text}
     with files.atomic(path) as temporary:
         if path.suffix == ".safetensors":
-            metadata = {"weight_set": weight_set} if weight_set else {}
             safetensors.write(temporary, tensors, metadata)
         else:
             state = OrderedDict((k, t.detach().cpu().contiguous()) for k, t in tensors.items())
             # Where torch keeps the versions of modules: no name of a tensor, so load_state_dict
             # takes the dict as it is.
-            said = {"version": 1} | ({"weight_set": weight_set} if weight_set else {})
-            vars(state)["_metadata"] = OrderedDict({"": said})
+            vars(state)["_metadata"] = OrderedDict({"": {"version": 1, **metadata}})
             with temporary.open("wb") as file:  # torch's own writer doesn't say that a disk is full
                 torch.save(state, file)

@@ -33,28 +33,29 @@ _AVERAGED = re.compile(r"ema|swa|averag|teacher", re.IGNORECASE)
 _DEEPEST = 4  # dicts inside of dicts that are looked into
 
 
-def state_dict_in(loaded: object) -> tuple[Tensors, str | None, str | None]:
+def state_dict_in(loaded: object) -> tuple[Tensors, dict[str, str]]:
     """The state_dict in what torch.load gave.
 
     Args:
         loaded: a state_dict, or dicts around one, as a training checkpoint has them.
 
     Returns:
-        The tensors by their names, the weight set that `save_weights` has noted beside them, and
-        what to tell the user: which other state_dict of the file was not taken.
+        The tensors by their names, and what is said of them: the `weight_set` and `data_config`
+        that `save_weights` has noted beside them, and a `note` for the user, which other state_dict
+        of the file was not taken.
 
     Raises:
         UnsupportedError: none, or several of which none is the usual one.
         ValueError: values that are no tensors.
     """
     found = dict(_state_dicts(loaded, ()))
-    note = None
+    texts: dict[str, str] = {}
     if found:
         way = _likeliest(list(found))
         chosen: Any = found[way]
         others = [_subscript(other) for other in found if other != way]
         if others:
-            note = (
+            texts["note"] = (
                 f"The file holds several state_dicts; {_subscript(way)} was taken, and not "
                 f"{' or '.join(others)}. To take another, load it by itself: "
                 f"vt.load_weights(model, torch.load(path){others[0]})."
@@ -70,8 +71,10 @@ def state_dict_in(loaded: object) -> tuple[Tensors, str | None, str | None]:
         )
     said = getattr(chosen, "_metadata", None)
     said = said.get("") if isinstance(said, Mapping) else None
-    weight_set = said.get("weight_set") if isinstance(said, Mapping) else None
-    return _checked(chosen), weight_set if isinstance(weight_set, str) else None, note
+    for name in ("weight_set", "data_config"):
+        if isinstance(said, Mapping) and isinstance(said.get(name), str):
+            texts[name] = said[name]
+    return _checked(chosen), texts
 
 
 def _state_dicts(value: object, way: Way) -> Iterator[tuple[Way, Mapping[Any, Any]]]:

@@ -1,0 +1,122 @@
+"""Checkpoints from one form into another."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from math import isqrt
+from os import PathLike
+
+import keras
+import torch
+
+from vggtorch import files, weights
+from vggtorch.architectures import CLASSES, GRID, WIDTHS, architecture_named
+from vggtorch.models.filling import fill_, named_variables, path_of
+from vggtorch.models.leftovers import values_for
+from vggtorch.models.loading import load_model, save_weights
+from vggtorch.models.memory import remember_checkpoint_
+from vggtorch.models.torch_form import in_torch_form, names_in_torch
+from vggtorch.models.vgg import constructor
+from vggtorch.weights import Shape
+
+
+def _renamed(
+    path: str | PathLike, tensors: Mapping[str, torch.Tensor]
+) -> Mapping[str, torch.Tensor]:
+    """VGG's Keras-named tensors as they are, or as torchvision's (.pth) or timm's (.bin)."""
+    if str(path).endswith(".pth"):
+        return weights.keras_to_torchvision(tensors)
+    if str(path).endswith(".bin"):
+        return weights.keras_to_timm(tensors)
+    return tensors
+
+
+def convert(
+    source: str | PathLike, target: str | PathLike, architecture: str | None = None
+) -> list[tuple[str, Shape, str, Shape]]:
+    """Write a checkpoint in another form.
+
+    A file of weights alone can be that of a VGG network, or of a part of one: what kinds of layers
+    others are it does not say. A whole model, `.keras` or Keras's `.h5`, can be any.
+
+    Args:
+        source: a weight set or a checkpoint of any form that can be read.
+        target: the ending chooses the form: `.safetensors`, `.pth` (torchvision's names), `.bin`
+            (timm's), `.weights.h5`, or with the network around the weights `.keras` or `.h5`.
+        architecture: a name in ARCHITECTURES; recognised from the tensors where it isn't given.
+
+    Returns:
+        Name and shape in the source, name and shape in the target of each tensor, in network order.
+
+    Raises:
+        ValueError: the source fits no network, or not this one, or the target has another ending.
+        OSError: the source can't be had or the target can't be written.
+    """
+    path = path_of(source, [architecture_named(architecture or "vgg16")])
+    checkpoint = weights.read(path)
+    tensors = weights.to_keras(checkpoint.tensors, checkpoint.form)
+    try:
+        network = weights.architecture_of(tensors, architecture)
+    except ValueError as error:
+        if architecture is None and checkpoint.whole:
+            return _convert_model(path, target)
+        raise ValueError(
+            f"{error} A file of weights does not say what kinds of layers others are; a model that "
+            f"was saved whole (.keras) does, and can be converted (where you have the model: "
+            f"vt.load_weights(model, source), then vt.save_weights(model, target))."
+        ) from error
+    order = [rule.keras_key for rule in weights.rules(network, include_top=True)]
+    tensors = {key: tensors[key] for key in order if key in tensors}
+    if str(target).endswith((".h5", ".keras")):
+        # Keras orders these forms by the layers of a model, so one is built around the tensors.
+        grid, classes = GRID, CLASSES
+        if top := "predictions/bias" in tensors:
+            grid = isqrt(tensors["fc1/kernel"].shape[0] // WIDTHS[-1])
+            classes = len(tensors["predictions/bias"])
+        size = grid * 2 ** len(WIDTHS)
+        with keras.device("meta"):
+            model = constructor(network.name)(
+                weights=None, include_top=top, classes=classes, input_shape=(size, size, 3)
+            )
+        keras_named = replace(checkpoint, form="keras", tensors=tensors)
+        values = values_for(model, keras_named, source, backbone=False)
+        remember_checkpoint_(fill_(model, values), checkpoint, classes if top else 0)
+        if str(target).endswith(".weights.h5"):
+            save_weights(model, target)
+        else:
+            with files.atomic(target) as temporary:
+                model.save(temporary)
+    else:
+        said = checkpoint.weight_set, checkpoint.data_config
+        weights.write(target, _renamed(target, tensors), *said)
+    before = weights.traced(
+        checkpoint.tensors, lambda read: weights.to_keras(read, checkpoint.form)
+    )
+    after = weights.traced(tensors, lambda read: _renamed(target, read))
+    written = _renamed(target, tensors)
+    return [
+        (name, tuple(checkpoint.tensors[name].shape), key, tuple(written[key].shape))
+        for key in after
+        for name in [before[after[key]]]
+    ]
+
+
+def _convert_model(
+    source: str | PathLike, target: str | PathLike
+) -> list[tuple[str, Shape, str, Shape]]:
+    """As `convert`, of a model that was saved whole."""
+    model = load_model(source)
+    before = {key: tuple(variable.shape) for key, variable in named_variables(model).items()}
+    if str(target).endswith((".pth", ".bin")):
+        timm = str(target).endswith(".bin")
+        state, names = in_torch_form(model, timm=timm), names_in_torch(model, timm=timm)
+        after = {old: (new, tuple(state[new].shape)) for new, old in names.items()}
+    else:
+        after = {key: (key, shape) for key, shape in before.items()}
+    if str(target).endswith((".keras", ".h5")) and not str(target).endswith(".weights.h5"):
+        with files.atomic(target) as temporary:
+            model.save(temporary)
+    else:
+        save_weights(model, target)
+    return [(key, before[key], *after[key]) for key in before if key in after]
