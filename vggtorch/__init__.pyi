@@ -49,6 +49,7 @@ from .training import predict_files as predict_files
 from .training import push_to_hub as push_to_hub
 from .training import read_features as read_features
 from .training import save_trained as save_trained
+from .training import show_batch as show_batch
 from .training import write_features as write_features
 from .training import write_predictions as write_predictions
 from .training import write_report as write_report

@@ -294,6 +294,9 @@ app.command(
 app.command("lr_find", epilog=_examples("lr_find photos", "lr_find photos --picture rates.svg"))(
     training_commands.lr_find
 )
+app.command(
+    "show_batch", epilog=_examples("show_batch photos", "show_batch photos --augment crop")
+)(training_commands.show_batch)
 
 
 def _carry_on(arguments: Sequence[str]) -> str:

@@ -1,4 +1,4 @@
-"""The commands that train: finetune, and lr_find, which looks for its learning rate."""
+"""The commands that train: finetune; lr_find and show_batch, which look before."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 import vggtorch as vt
+from vggtorch import files
 from vggtorch.options import Architecture, with_options_of_train_config
 from vggtorch.text import visible_lines
 from vggtorch.training import Interrupted, TrainConfig
@@ -68,6 +69,8 @@ def finetune(
         for name, found in (("validation", history.evaluation), ("test", history.test_evaluation)):
             if found is not None:
                 _show(f"Accuracy on {len(found.labels)} {name} images: {found.accuracy:.3f}")
+        if config.temperature_scaling:
+            _show(f"Temperature {history.temperature:.3f}, in the last layer's weights")
         _show(f"Wrote {run / 'model.keras'}, {run / 'README.md'} and {run / 'report.html'}.")
 
 
@@ -100,6 +103,27 @@ def lr_find(
     if PartialState().is_main_process:
         plot_rates(search, picture)
         _show(f"Suggested: --lr {search.suggestion:.2g}\nWrote {picture}.")
+
+
+@with_options_of_train_config
+def show_batch(
+    context: typer.Context,
+    train: Data,
+    picture: Annotated[
+        str, typer.Option(metavar="FILE", help="Where the images are drawn, as PNG or JPEG.")
+    ] = "batch.png",
+    count: Annotated[int, typer.Option(help="How many images, at most those of a batch.")] = 16,
+    architecture: Architecture = "vgg16",
+    weights: PretrainedWeights = None,
+    advise: Advise = "auto",
+    **options: Any,
+) -> None:
+    """Draw what the network would see: the first images, augmented, with their labels."""
+    model, config = _model_and_config(context, train, architecture, weights, advise, options)
+    drawn = vt.show_batch(model, train, config, count=count)
+    with files.atomic(picture, body=(OSError, ValueError)) as temporary:
+        drawn.save(temporary)
+    _show(f"Wrote {picture}.")
 
 
 def _model_and_config(

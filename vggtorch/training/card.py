@@ -109,6 +109,16 @@ def _name_of(root: Path) -> str:
     return root.parent.name if root.name.lower() in SPLITS else root.name
 
 
+def _scaled(history: History) -> str:
+    """What was done to the weights after the epoch."""
+    if not history.config.temperature_scaling:
+        return ""
+    return (
+        f", before a temperature of {history.temperature:.3f}, fitted on the validation images, "
+        f"went into the last layer"
+    )
+
+
 def _text(history: History, model: keras.Model, command: str) -> str:
     config, best = history.config, history.epochs[history.best_epoch]
     curves = "\n".join(f"| {name} | {value:.4g} |" for name, value in best.items())
@@ -144,7 +154,7 @@ metadata (`data_config`) of a model that is exported to ONNX.
   augmentation {config.augment}, seed {config.seed}
 - Made by {as_code(command)} with {version_text()}
 
-Epoch {history.best_epoch + 1}, whose weights these are:
+Epoch {history.best_epoch + 1}, whose weights these are{_scaled(history)}:
 
 | figure | value |
 |---|---|

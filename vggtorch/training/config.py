@@ -91,6 +91,9 @@ class TrainConfig:
         default="accuracy",
         metadata={"help": "What the best epoch is best in, on validation images."},
     )
+    temperature_scaling: bool = _option(
+        False, "Divide logits so that probabilities fit the validation images; kept in the model."
+    )
     patience: int | None = _option(None, "Stop after this many epochs without improvement.")
     precision: Literal["fp32", "bf16"] = _option("fp32", "Precision that the layers compute in.")
     image_size: int | None = _option(

@@ -143,6 +143,14 @@ def class_names(model: keras.Model, classes: tuple[str, ...]) -> tuple[str, ...]
     return classes or tuple(map(str, range(shape[1])))
 
 
+def last_layer(model: keras.Model) -> keras.layers.Layer:
+    """The layer that makes a model's output, inside the models that it may be nested in."""
+    layer = producer(model.outputs[0])
+    while isinstance(layer, keras.Model):
+        layer = producer(layer.outputs[0])
+    return layer
+
+
 def logits_network(model: keras.Model, start: keras.KerasTensor) -> OnKeras:
     """What a model does from a tensor on, as a torch network that puts out logits.
 
@@ -152,9 +160,7 @@ def logits_network(model: keras.Model, start: keras.KerasTensor) -> OnKeras:
     Raises:
         ValueError: the model ends in another activation, so that it puts out neither.
     """
-    layer = producer(model.outputs[0])
-    while isinstance(layer, keras.Model):
-        layer = producer(layer.outputs[0])
+    layer = last_layer(model)
     activation = getattr(layer, "activation", keras.activations.linear)
     allowed = (keras.activations.softmax, keras.activations.linear)
     if isinstance(layer, layers.Softmax) or activation not in allowed:

@@ -66,6 +66,7 @@ from vggtorch.training.run import (
 from vggtorch.training.schedules import after_epoch_, after_step_, make_scheduler, set_rate_
 from vggtorch.training.step import regularization, train_step_
 from vggtorch.training.stopping import Interrupted, Terminated, stoppable
+from vggtorch.training.temperature import check_temperature, divide_logits_, fitted_temperature
 from vggtorch.weight_sets import DataConfig
 
 if TYPE_CHECKING:
@@ -88,6 +89,8 @@ class History:
         evaluation: what the best epoch's network said of them.
         test: the images that nothing was chosen by: those of a folder `test` beside `train`.
         test_evaluation: what that network said of these, once, at the end.
+        temperature: what the last layer's weights were divided by at the end, after `epochs`; the
+            run's checkpoints have them as they were.
     """
 
     model: keras.Model
@@ -100,6 +103,7 @@ class History:
     evaluation: Evaluation | None
     test: Folder | DatasetSource | None = None
     test_evaluation: Evaluation | None = None
+    temperature: float = 1.0
 
 
 def finetune(
@@ -176,6 +180,8 @@ def _finetune(
         before = model
         model = with_head(model, config, len(read.classes))
         check_frozen(before, model, config)
+    if config.temperature_scaling:
+        check_temperature(model)
     classes = class_names(model, read.classes)
     images = dataclasses.replace(images, label_names=read.classes)
     remember_(model, images)
@@ -286,6 +292,11 @@ def _finetune(
     content = checkpoints.read(best)
     load_weights_(model, content, best)
     evaluation = content["evaluation"] and Evaluation(*content["evaluation"])
+    temperature = 1.0
+    if config.temperature_scaling and evaluation is not None:
+        temperature = fitted_temperature(evaluation)
+        divide_logits_(model, temperature)
+        evaluation = Evaluation(evaluation.logits / temperature, evaluation.labels)
     tested = None
     if read.test is not None:
         tested = evaluate(
@@ -307,6 +318,7 @@ def _finetune(
         evaluation,
         read.test,
         tested,
+        temperature,
     )
     call(callbacks, "on_train_end", history)
     return history
@@ -330,8 +342,8 @@ def left_behind(
 
 def _check_unvalidated(config: TrainConfig) -> None:
     """See that nothing asks for figures of validation images where there are none."""
-    asked = {"patience": config.patience, "monitor": config.monitor, "metrics": config.metrics}
-    for name, value in asked.items():
+    for name in ("patience", "monitor", "metrics", "temperature_scaling"):
+        value = getattr(config, name)
         if value != getattr(TrainConfig, name):
             shown = value[0] if isinstance(value, tuple) else value
             raise ValueError(
