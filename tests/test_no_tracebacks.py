@@ -127,6 +127,7 @@ def test_a_hostile_configuration(kept, place, capsys, command):
         assert refused(arguments, capsys, "m.keras"), name
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
 @pytest.mark.parametrize("command", ["inspect", "predict", "convert"])
 def test_what_is_no_file_at_all(place, capsys, command):
     (place / "folder.keras").mkdir()
@@ -166,7 +167,10 @@ def test_what_nobody_thought_of_is_one_line_too(monkeypatch, capsys):
 
 class Killed(torch.utils.data.TensorDataset):
     content_name = "killed"
-    number: int | None = signal.SIGKILL
+
+    def __init__(self, number: int | None) -> None:
+        super().__init__(*tiny.dataset().tensors)
+        self.number = number
 
     def __getitem__(self, index):
         if torch.utils.data.get_worker_info() is not None and index == 7:
@@ -176,17 +180,18 @@ class Killed(torch.utils.data.TensorDataset):
         return super().__getitem__(index)
 
 
+@pytest.mark.skipif(os.name != "posix", reason="needs a signal that kills")
 @pytest.mark.parametrize(
-    ("number", "message"),
-    [(signal.SIGKILL, "was killed, for want of memory perhaps"), (None, "^image 7 is gone$")],
-)  # fmt: skip
-def test_a_worker_that_dies_or_raises(tmp_path, monkeypatch, number, message):
-    monkeypatch.setattr(Killed, "number", number)
+    ("name", "message"),
+    [("SIGKILL", "was killed, for want of memory perhaps"), (None, "^image 7 is gone$")],
+)
+def test_a_worker_that_dies_or_raises(tmp_path, name, message):
+    number = getattr(signal, name) if name else None
     config = TrainConfig(
         epochs=1, batch_size=6, num_workers=1, cache=False, output_dir=str(tmp_path / "run")
     )
     with pytest.raises(ValueError, match=message):
-        finetune(tiny.network(), Killed(*tiny.dataset().tensors), config=config)
+        finetune(tiny.network(), Killed(number), config=config)
 
 
 def test_a_dataset_of_nothing(tmp_path):

@@ -177,7 +177,7 @@ def inspect(
     _show(vt.inspect(network) if original is None else vt.compare(original, network))
     if draw:
         with files.atomic(draw) as temporary:
-            temporary.write_text(vt.draw(network, original))
+            temporary.write_text(vt.draw(network, original), encoding="utf-8")
 
 
 @app.command(
@@ -228,7 +228,7 @@ def compress(
     with files.atomic(out) as temporary:
         small.save(temporary)
     with files.atomic(drawing) as temporary:
-        temporary.write_text(vt.draw(small, network))
+        temporary.write_text(vt.draw(small, network), encoding="utf-8")
     print(f"Wrote {out} and {drawing}.")
 
 

@@ -427,7 +427,7 @@ def run(page: str | Path = "vggtorch-demo.html") -> DemoResult:
         weight_set, by_pretrained, by_random, fitted, similarity, compressed, milliseconds, page
     )
     with files.atomic(page) as temporary:
-        temporary.write_text(_page(result, photos, test[0], drawing))
+        temporary.write_text(_page(result, photos, test[0], drawing), encoding="utf-8")
     console.print(_table(result))
     console.print(f"All of it with pictures: [bold]{page}[/] ({time.monotonic() - start:.0f} s)")
     return result

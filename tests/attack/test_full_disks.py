@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import os
-import resource
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,6 +31,7 @@ from vggtorch.training import (
 )
 from vggtorch.weights import copies, sources
 
+resource = pytest.importorskip("resource", reason="needs limits on a process, as on POSIX")
 pytestmark = pytest.mark.slow
 
 

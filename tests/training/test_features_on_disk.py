@@ -54,8 +54,7 @@ def test_the_file_is_numpys(folder, tmp_path):
 
 def test_a_disk_that_fills_while_features_are_written(folder, tmp_path, monkeypatch):
     """A limit of the file's size stands for the disk; a memory map would end in SIGBUS there."""
-    import resource
-
+    resource = pytest.importorskip("resource", reason="needs limits on a process, as on POSIX")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (5000, limits[1]))
     try:

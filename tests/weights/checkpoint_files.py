@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import h5py
 import keras
 import numpy as np
+import pytest
 import torch
 
 
@@ -112,6 +112,7 @@ def onnx_state() -> dict[str, torch.Tensor]:
 @contextmanager
 def full_disk() -> Iterator[None]:
     """Inside, no file of this process can grow beyond 1000 bytes; pytest's own output neither."""
+    resource = pytest.importorskip("resource", reason="needs limits on a process, as on POSIX")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
     try:

@@ -244,6 +244,7 @@ def _find_from(address: str, digest: str) -> bytes:
         return sources.find("imagenet", include_top=True).read_bytes()
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 def test_eight_processes_cost_one_download(tmp_path: Path, server: str) -> None:
     arguments = [(f"{server}/slow/vgg16.pth", DIGEST)] * 8
     with multiprocessing.get_context("fork").Pool(8) as pool:

@@ -43,6 +43,7 @@ def read_only_folder() -> Iterator[Path]:
         folder.chmod(0o755)
 
 
+@pytest.mark.skipif(not hasattr(os, "seteuid"), reason="needs POSIX's permissions")
 def test_read_only_folder(read_only_folder: Path) -> None:
     path = read_only_folder / "a.safetensors"
     old = path.read_bytes()
