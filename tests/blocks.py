@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
+
+from vggtorch.cli import main
 
 BLOCK = re.compile(r"^```(python|bash)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 
@@ -29,11 +31,7 @@ def _run(command: str) -> None:
     if not program:
         return
     assert program == "vggtorch", f"{command}: only vggtorch's own commands can be run"
-    result = subprocess.run(
-        [sys.executable, "-m", "vggtorch", *arguments],
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert result.returncode == 0, result.stderr
-    assert result.stdout
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        assert main(arguments) == 0, command
+    assert printed.getvalue(), command

@@ -30,10 +30,13 @@ def build(name, **arguments):
         return constructor(weights=None, batch_norm=name.endswith("_bn"), **arguments)
 
 
-def torchvision_network(name):
+def torchvision_network(name, size):
     """torchvision's network with random weights, and batch norm statistics that matter."""
     torch.manual_seed(0)
-    reference = torchvision.models.get_model(name).eval()
+    reference = torchvision.models.get_model(name, init_weights=size == 224).eval()
+    if size != 224:
+        reference.avgpool = torch.nn.Identity()
+        reference.classifier[0] = torch.nn.Linear(512 * (size // 32) ** 2, 4096)
     for module in reference.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             assert module.running_mean is not None and module.running_var is not None
@@ -50,10 +53,12 @@ def assert_close(received, expected, name, tolerance=1e-4):
     assert error <= tolerance, f"{name}: {error:.2e}"
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
-def test_logits_and_every_blocks_output_equal_torchvisions(name):
-    reference = torchvision_network(name)
-    images = torch.from_numpy(vt.preprocess(PHOTOS, "imagenet", size=224))
+@pytest.mark.parametrize(
+    ("name", "size"), [*((name, 64) for name in ARCHITECTURES), ("vgg16", 224), ("vgg19_bn", 224)]
+)
+def test_logits_and_every_blocks_output_equal_torchvisions(name, size):
+    reference = torchvision_network(name, size)
+    images = torch.from_numpy(vt.preprocess(PHOTOS, "imagenet", size=size))
     pools = [m for m in reference.features if isinstance(m, torch.nn.MaxPool2d)]
     outputs: list[torch.Tensor] = []
     for pool in pools:
@@ -62,7 +67,7 @@ def test_logits_and_every_blocks_output_equal_torchvisions(name):
         logits = reference(images.movedim(-1, 1))
 
     state = reference.state_dict()
-    model = build(name, classifier_activation=None)
+    model = build(name, classifier_activation=None, input_shape=(size, size, 3))
     tensors = conversion.torchvision_to_keras(state)
     models.fill_(model, tensors)
     inside = keras.Model(model.input, [model.get_layer(b).output for b in BLOCKS] + model.outputs)

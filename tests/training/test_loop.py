@@ -13,6 +13,7 @@ import keras
 import numpy as np
 import pytest
 import tiny
+import two_processes
 from torch.utils.data import DataLoader
 
 from vggtorch.training import checkpoints, data
@@ -140,17 +141,16 @@ def test_two_processes_give_the_losses_of_one(images, tmp_path):
         "PYTHONPATH": os.pathsep.join(map(str, (script.parents[2], script.parents[1]))),
         "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1",
     }  # fmt: skip
-    for name in ("mixed", "cached"):
-        results = []
-        for processes in (1, 2):
-            folder = tmp_path / f"{name}{processes}"
-            launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-            subprocess.run(
-                [sys.executable, *(launch if processes == 2 else []), script, folder, images],
-                env=environment, check=True, capture_output=True, timeout=300,
-            )  # fmt: skip
-            results.append(json.loads((folder / "history.json").read_text()))
-        one, two = results
+    (tmp_path / "one").mkdir()
+    (tmp_path / "two").mkdir()
+    two_processes.train(tmp_path / "one", images)
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    subprocess.run(
+        [sys.executable, *launch, script, tmp_path / "two", images],
+        env=environment, check=True, capture_output=True, timeout=300,
+    )  # fmt: skip
+    for name in ("mixed.json", "cached.json"):
+        one, two = (json.loads((tmp_path / n / name).read_text()) for n in ("one", "two"))
         assert (one["processes"], two["processes"]) == (1, 2)
         for a, b in zip(one["epochs"], two["epochs"], strict=True):
             for figure in set(a) - {"seconds"}:

@@ -1,4 +1,4 @@
-"""Train on this process's part of each batch and write the losses: started by torchrun."""
+"""Train on this process's part of each batch and write the losses, by torchrun or alone."""
 
 from __future__ import annotations
 
@@ -14,19 +14,24 @@ from accelerate import PartialState
 from vggtorch.training.config import TrainConfig
 from vggtorch.training.loop import finetune
 
-if __name__ == "__main__":
-    folder, images = map(Path, sys.argv[1:])
+
+def train(folder: Path, images: Path) -> None:
+    """Images mixed and weighted, and images from a cache; the losses of both in the folder."""
     mixing: dict[str, Any] = {"mixup": 0.4, "cutmix": 1.0, "class_weight": (1.0, 2.0, 0.5)}
-    config = TrainConfig(
-        epochs=3, batch_size=17, seed=3,  # of 18 images, so that a process gets none of the last
-        freeze="block1_pool", unfreeze=((1, "block1_conv1"),), image_size=16, augment="crop",
-        cache_copies=2, cache="cached" in folder.name, output_dir=str(folder),
-        **(mixing if "mixed" in folder.name else {}),
-    )  # fmt: skip
-    network = tiny.network(3, dropout=0.0, batch_norm=True)
-    network.get_layer("block2_conv1").kernel.regularizer = keras.regularizers.L2(0.1)
-    history = finetune(network, images, config=config)
-    if PartialState().is_main_process:
-        result = {"processes": PartialState().num_processes, "epochs": history.epochs}
-        (folder / "history.json").write_text(json.dumps(result))
+    for name, options in (("mixed", mixing), ("cached", {"cache": True})):
+        config = TrainConfig(
+            epochs=3, batch_size=17, seed=3,  # of 18 images: a process gets none of the last
+            freeze="block1_pool", unfreeze=((1, "block1_conv1"),), image_size=16, augment="crop",
+            cache_copies=2, output_dir=str(folder / name), **{"cache": False} | options,
+        )  # fmt: skip
+        network = tiny.network(3, dropout=0.0, batch_norm=True)
+        network.get_layer("block2_conv1").kernel.regularizer = keras.regularizers.L2(0.1)
+        history = finetune(network, images, config=config)
+        if PartialState().is_main_process:
+            result = {"processes": PartialState().num_processes, "epochs": history.epochs}
+            (folder / f"{name}.json").write_text(json.dumps(result))
+
+
+if __name__ == "__main__":
+    train(*map(Path, sys.argv[1:]))
     PartialState().destroy_process_group()
