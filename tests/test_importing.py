@@ -23,9 +23,18 @@ OUTSIDE = """
 
 
 @pytest.mark.slow
-def test_importing_selects_the_torch_backend():
-    result = run("import vggtorch, keras; print(keras.config.backend())", KERAS_BACKEND="jax")
-    assert result.stdout == "torch\n", result.stderr
+def test_importing_selects_the_torch_backend_and_watches_for_keras():
+    """Asking where Keras is must not end the watch that registers our models with it."""
+    result = run(
+        """
+        import importlib.util, vggtorch
+        importlib.util.find_spec("keras")
+        import keras
+        print(keras.config.backend(), "vggtorch>OxfordModel" in keras.saving.get_custom_objects())
+        """,
+        KERAS_BACKEND="jax",
+    )
+    assert result.stdout == "torch True\n", result.stderr
 
 
 def test_another_running_backend_is_a_clear_error():
@@ -93,31 +102,14 @@ def test_a_name_that_is_not_there_is_an_attribute_error():
         vt.VGG15  # type: ignore[attr-defined]  # noqa: B018
 
 
-@pytest.mark.parametrize(
-    "first",
-    [
-        "vggtorch",
-        pytest.param("keras", marks=pytest.mark.slow),
-        pytest.param("vggtorch.keras_graph", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("first", ["vggtorch", "keras", "vggtorch.keras_graph"])
 def test_keras_alone_loads_our_models_once_vggtorch_was_imported(first, tmp_path):
     model = tiny.network()
     OxfordModel(model.inputs, model.outputs).save(tmp_path / "tiny.keras")
     code = f"import {first}, vggtorch, keras; print(type(keras.saving.load_model('tiny.keras')))"
     result = run(code, cwd=tmp_path, KERAS_BACKEND="torch", PYTHONPATH=str(ROOT))
     assert "OxfordModel" in result.stdout, result.stderr
-
-
-@pytest.mark.slow
-def test_asking_where_keras_is_leaves_the_watch_for_it_in_place():
-    result = run("""
-        import importlib.util, vggtorch
-        importlib.util.find_spec("keras")
-        import keras
-        print("vggtorch>OxfordModel" in keras.saving.get_custom_objects())
-    """)
-    assert result.stdout == "True\n", result.stderr
 
 
 @pytest.fixture(scope="module")

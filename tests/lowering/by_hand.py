@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -30,6 +31,19 @@ def with_head(base: keras.Model) -> keras.Model:
     return shaken(vt.stack(base, head))
 
 
+def made_once(make: Callable[[], keras.Model]) -> Callable[[], keras.Model]:
+    """A function that gives a new copy, each time, of what `make` gave the first time."""
+    kept = functools.cache(make)
+
+    def copied() -> keras.Model:
+        model = keras.models.clone_model(kept())
+        model.set_weights(kept().get_weights())
+        return model
+
+    return copied
+
+
+@made_once
 def vgg11_bn() -> keras.Model:
     keras.utils.set_random_seed(0)
     return with_head(
@@ -58,19 +72,23 @@ def vgg11_bn_by_hand(model: keras.Model) -> nn.Module:
     return nn.Sequential(*features, nn.AdaptiveAvgPool2d(1), nn.Flatten(), linear)
 
 
-def resnet50() -> keras.Model:
+@made_once
+def resnet() -> keras.Model:
     keras.utils.set_random_seed(0)
     make = keras.applications.ResNet50
-    return with_head(make(weights=None, include_top=False, input_shape=(64, 64, 3)))
+    whole = make(weights=None, include_top=False, input_shape=(64, 64, 3))
+    return with_head(keras.Model(whole.input, whole.get_layer("conv3_block2_out").output))
 
 
-class ResNet50(nn.Module):
-    """Keras's ResNet50: its convolutions have biases, and a block's stride is in its first one.
+class ResNet(nn.Module):
+    """Keras's ResNet50 as far as the second block of its second stage.
+
+    Its convolutions have biases, and a block's stride is in its first one.
 
     Source: He et al., "Deep Residual Learning for Image Recognition", 2015.
     """
 
-    STAGES = ((64, 3, 1), (128, 4, 2), (256, 6, 2), (512, 3, 2))  # channels, blocks, stride
+    STAGES = ((64, 3, 1), (128, 2, 2))  # channels, blocks, stride
 
     def __init__(self, order: list[str]) -> None:
         """`order`: in which the children are registered, so that lists of them can be compared."""
@@ -122,9 +140,9 @@ class ResNet50(nn.Module):
         return x
 
 
-def resnet50_by_hand(model: keras.Model) -> nn.Module:
+def resnet_by_hand(model: keras.Model) -> nn.Module:
     network = to_torch(model)
-    hand = ResNet50([name for name, _ in network.named_children()])
+    hand = ResNet([name for name, _ in network.named_children()])
     hand.load_state_dict(network.state_dict())
     return hand
 
@@ -149,7 +167,7 @@ class Kind:
         return to_torch(model, data_format="channels_first").eval()
 
 
-_BLOCK = ("conv2_block1_1_conv", "conv2_block1_1_bn", "conv2_block1_1_relu", "conv5_block3_out")
+_BLOCK = ("conv2_block1_1_conv", "conv2_block1_1_bn", "conv2_block1_1_relu", "conv3_block2_out")
 KINDS = {
     "vgg11_bn": Kind(
         vgg11_bn,
@@ -158,5 +176,5 @@ KINDS = {
         32,
         {"block1_conv1": "0", "block1_bn1": "1", "block1_relu1": "2", "block5_pool": "28"},
     ),
-    "resnet50": Kind(resnet50, resnet50_by_hand, 64, 32, dict(zip(_BLOCK, _BLOCK, strict=True))),
+    "resnet": Kind(resnet, resnet_by_hand, 64, 32, dict(zip(_BLOCK, _BLOCK, strict=True))),
 }

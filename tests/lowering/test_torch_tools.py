@@ -1,7 +1,7 @@
 """What torch's own tools do with `to_torch(model)` and with the same network by hand: the same.
 
-The networks are VGG11 with batch norm and ResNet50 with a pooled head; by_hand.py has both in
-torch.nn.
+The networks are VGG11 with batch norm and the bottom of ResNet50, both with a pooled head;
+by_hand.py has both in torch.nn.
 """
 
 import copy

@@ -1,4 +1,4 @@
-"""Train `to_torch(model)` by DDP and by FSDP2 on two processes: started by torchrun."""
+"""Gradients by DDP and by FSDP2 on two processes are those of one: started by torchrun."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import vggtorch as vt  # isort: skip  (first: it selects Keras's torch backend)
 import keras
 import torch
 import torch.distributed as dist
+from small_vgg import images, on_keras, small_vgg
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -19,10 +20,29 @@ def network() -> tuple[keras.Model, TorchNetwork]:
     return vgg, vt.to_torch(vgg, data_format="channels_first")
 
 
+def on_the_models_own_parameters(rank: int) -> None:
+    """DDP on OnKeras, which fit runs, with checkpointing and without."""
+    grads = []
+    for run in ("whole", "half", "half, checkpointed"):
+        model = small_vgg()
+        model.get_layer("block2_bn1").trainable = False
+        module = on_keras(model, checkpoint=run.endswith("checkpointed")).train()
+        if run == "whole":
+            module(images(model)).square().sum(1).mean().backward()
+        else:
+            half = images(model)[rank * 2 : rank * 2 + 2]
+            parallel = DistributedDataParallel(module)  # which must live until the gradients do
+            parallel(half).square().sum(1).mean().backward()
+        grads.append([v.value.grad for v in model.trainable_variables])
+    for found in grads[1:]:
+        torch.testing.assert_close(found, grads[0], rtol=1e-4, atol=1e-6)
+
+
 def main() -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     rank = dist.get_rank()
+    on_the_models_own_parameters(rank)
     x = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(1))
     mine = x[2 * rank : 2 * rank + 2]
 

@@ -152,19 +152,24 @@ def test_a_second_run_in_the_folder_is_refused_at_its_start(settings, monkeypatc
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_the_command_says_how_to_carry_on(tmp_path, monkeypatch, capsys, number, status):
+def test_the_command_says_how_to_carry_on(tmp_path, monkeypatch, capsys):
     import vggtorch as vt
     from vggtorch.cli import main
 
     monkeypatch.chdir(tmp_path)
     tiny.pictures(tmp_path / "some images", each=2)
     vt.save_weights(vt.VGG11(weights=None, include_top=False), "a.safetensors")
-    command = "finetune 'some images' --architecture vgg11 --weights a.safetensors"
-    command += " --image-size 32 --head linear --freeze block5_pool --epochs 1"
-    monkeypatch.setattr(loop, "train_step_", signalling(loop.train_step_, number))
-    assert main(shlex.split(command)) == status
-    lines = [line for line in capsys.readouterr().err.splitlines() if line]
-    assert lines[-1] == f"vggtorch: carry the run on with vggtorch {command} --resume"
-    assert main(shlex.split(lines[-1])[7:]) == 0
+    command = "finetune 'some images' --architecture vgg11 --weights a.safetensors --epochs 3"
+    command += " --image-size 32 --head linear --cut block2_pool --freeze block2_pool"
+    step, carry_on = loop.train_step_, f"{command} --resume"
+    for number, status, words in (
+        (signal.SIGINT, 130, command),
+        (signal.SIGTERM, 143, carry_on),
+    ):
+        monkeypatch.setattr(loop, "train_step_", signalling(step, number))
+        assert main(shlex.split(words)) == status
+        lines = [line for line in capsys.readouterr().err.splitlines() if line]
+        assert lines[-1] == f"vggtorch: carry the run on with vggtorch {carry_on}"
+    monkeypatch.setattr(loop, "train_step_", step)
+    assert main(shlex.split(carry_on)) == 0
     assert (tmp_path / "run" / "model.keras").exists()

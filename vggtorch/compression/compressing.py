@@ -47,14 +47,14 @@ def compress(
 
     >>> import numpy as np, vggtorch as vt
     >>> vgg = vt.VGG11(weights=None, include_top=False, input_shape=(32, 32, 3))
-    >>> vgg = vt.truncate(vgg, "block3_pool")
+    >>> vgg = vt.truncate(vgg, "block2_pool")
     >>> photographs = np.random.default_rng(0).uniform(-100, 100, (20, 32, 32, 3))
     >>> smaller, found = vt.compress(vgg, 2, photographs, steps=1)
     >>> found.times > 2, list(found.likeness)
-    (True, ['block1_pool', 'block2_pool', 'block3_pool'])
+    (True, ['block1_pool', 'block2_pool'])
 
-    The last of the layers in the place of `block3_conv2` has its name, its activation and its
-    settings; those before it are called `block3_conv2_rank` (low rank), `block3_conv2_vertical` and
+    The last of the layers in the place of `block2_conv1` has its name, its activation and its
+    settings; those before it are called `block2_conv1_rank` (low rank), `block2_conv1_vertical` and
     `_horizontal` (separated), `block3_conv2_narrow` and `_core` (bottleneck). All other layers,
     the weight set and the input stay. Convolutions with groups or dilation and layers that are
     called more than once stay as they are. Nested models are dissolved first, as `flatten` does it.

@@ -71,7 +71,7 @@ def bench(model: keras.Model, batch: int = 8, *, size: int = 224, repeats: int =
     unchanged, but for the order of its kernels in memory.
 
     >>> import vggtorch as vt
-    >>> vgg = vt.VGG16(weights=None, include_top=False, input_shape=(32, 32, 3))
+    >>> vgg = vt.VGG11(weights=None, include_top=False, input_shape=(32, 32, 3))
     >>> [way.name for way in vt.bench(vgg, batch=1, repeats=1).inference][:2]
     ['Keras', 'vggtorch']
 
