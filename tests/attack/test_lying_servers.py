@@ -121,6 +121,7 @@ def test_the_right_file_in_any_manner(tmp_path: Path, server: dict, manner: str)
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith("w.pth")] == ["w.pth"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("manner", [*LIES, *SLOW])
 def test_a_lie_is_an_error_and_soon(tmp_path: Path, server: dict, manner: str) -> None:
     server["say"] = LIES.get(manner, manner)

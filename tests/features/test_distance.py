@@ -21,6 +21,7 @@ def peer(torchvision_vgg):
     return network.requires_grad_(False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpoint", [False, True])
 def test_values_and_gradients_are_those_of_the_package(vgg, peer, images, checkpoint):
     ours = vt.LPIPS(vgg, normalization="imagenet", value_range=(-1, 1), checkpoint=checkpoint)

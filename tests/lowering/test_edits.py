@@ -119,6 +119,7 @@ EDITS: dict[str, Callable[[Any], Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*stand alone")
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("edit", EDITS.values(), ids=EDITS)

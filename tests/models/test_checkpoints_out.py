@@ -101,6 +101,7 @@ def cut(name: str | None) -> keras.Model:
     return remember_(vt.truncate(vgg, "block1_pool"), name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["pth", "bin", "safetensors", "weights.h5", "keras", "h5"])
 def test_the_weight_set_is_kept_in_every_form(tmp_path: Path, form: str) -> None:
     model, path = cut("oxford"), tmp_path / f"a.{form}"

@@ -28,6 +28,7 @@ def build_on_meta(constructor, **arguments):
         return constructor(weights=None, **arguments)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", KERAS)
 @pytest.mark.parametrize(
     "arguments",
@@ -163,6 +164,7 @@ def test_batch_norm_layers_are_torchvisions():
     assert names[start : start + 3] == ["block3_conv2", "block3_bn2", "block3_relu2"]
 
 
+@pytest.mark.slow
 def test_dropout_stands_after_fc1_and_fc2():
     model = build_on_meta(vt.VGG11, dropout=0.5)
     names = [layer.name for layer in model.layers]
@@ -183,6 +185,7 @@ def test_channels_first_models_take_the_same_weights(small, images):
         torch.testing.assert_close(received.movedim(1, -1), small(images), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_cut_model_takes_its_part_and_added_layers_keep_their_values(small, tmp_path):
     path = tmp_path / "small.pth"
     vt.save_weights(small, path)
@@ -243,6 +246,7 @@ def test_arguments_that_cannot_work_are_refused(arguments, message):
         vt.VGG16(**arguments)
 
 
+@pytest.mark.slow
 def test_another_networks_file_is_refused_with_both_lists(tmp_path):
     path = tmp_path / "vgg19.pth"
     vt.save_weights(vt.VGG19(weights=None, include_top=False, input_shape=(32, 32, 3)), path)
@@ -252,6 +256,7 @@ def test_another_networks_file_is_refused_with_both_lists(tmp_path):
         vt.VGG16(weights=path, include_top=False)
 
 
+@pytest.mark.slow
 def test_a_file_without_a_classifier_never_gives_a_random_top(small, tmp_path):
     path = tmp_path / "small.pth"
     vt.save_weights(small, path)

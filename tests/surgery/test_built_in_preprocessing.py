@@ -119,6 +119,7 @@ def test_preprocessing_inside_a_nested_model():
     assert weight_set(result) is None
 
 
+@pytest.mark.slow
 def test_the_weight_set_is_found_in_nested_and_originating_networks(tmp_path):
     vgg = plain()
     head = [kl.GlobalAveragePooling2D(), kl.Dense(3)]
@@ -151,6 +152,7 @@ def test_the_weight_set_is_found_in_nested_and_originating_networks(tmp_path):
     assert weight_set(keras.Model([image, size], joined)) == "oxford"
 
 
+@pytest.mark.slow
 def test_a_weight_set_that_isnt_clear_is_refused():
     image = keras.Input((32, 32, 3))
     scaled = keras.Model(image, plain()(kl.Rescaling(1 / 255)(image)))

@@ -279,6 +279,7 @@ def test_layers_out_of_order_are_refused():
         compose_([second, first], new)
 
 
+@pytest.mark.slow
 def test_a_bias_that_the_new_layer_has_no_place_for_is_warned_of():
     vgg = vt.VGG11(weights=None, include_top=False, input_shape=(32, 32, 3))
     vgg.get_layer("block3_conv2").bias.assign(np.full(256, 0.5))
@@ -287,6 +288,7 @@ def test_a_bias_that_the_new_layer_has_no_place_for_is_warned_of():
         vt.replace(vgg, ["block3_conv1", "block3_conv2"], new, init="compose")
 
 
+@pytest.mark.slow
 def test_the_preprocessing_inside_is_removed_whole():
     keras.utils.set_random_seed(0)
     inside = vt.VGG16(weights="oxford", include_top=False, include_preprocessing=True)

@@ -29,6 +29,7 @@ def vgg11(**options):
     return shake_(vt.VGG11(**options))
 
 
+@pytest.mark.slow
 def test_a_dilated_block_5_with_its_weights():
     """Block 5 at twice the resolution: pool 4 keeps the size, the convolutions are dilated."""
     model = vgg11()
@@ -48,6 +49,7 @@ def test_a_dilated_block_5_with_its_weights():
     torch.testing.assert_close(run(result, x), kl.MaxPooling2D()(y), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_batch_norm_between_convolution_and_activation():
     model = vgg11()
     old = model.get_layer("block2_conv1")

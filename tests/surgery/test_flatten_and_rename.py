@@ -126,6 +126,7 @@ def test_renamed_layers_are_the_same_under_other_names(name):
     assert all(key.startswith("left_") for key in keys)
 
 
+@pytest.mark.slow
 def test_renamed_models_load_what_they_save(tmp_path):
     """Flat models under new names: Keras's own files and the package's, and two in one model."""
     flat = shake_(flatten(outer()))

@@ -22,6 +22,7 @@ def values(model):
     return {path: x.get_weights() for path, x in layers(model).items() if hasattr(x, "get_weights")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(64, 96, 3), (None, None, 3), (32, 48, 3)])
 def test_another_size_keeps_all_weights(shape):
     model, _ = vgg()

@@ -36,6 +36,7 @@ def pictures(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
@@ -126,6 +127,7 @@ def test_what_is_asked_for_goes_before_what_the_model_remembers(remembered, aske
     assert (found.crop_mode, found.crop_pct) == expected
 
 
+@pytest.mark.slow
 def test_a_network_with_its_preprocessing_inside_is_not_given_it_twice(pictures, tmp_path):
     """The losses are those of the same network with the preprocessing outside."""
     losses = []

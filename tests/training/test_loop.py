@@ -93,6 +93,7 @@ def test_a_sequential_model_trains_as_the_functional_one_does(images, config, fr
     assert all(map(np.array_equal, tiny.weights(sequential), tiny.weights(functional)))
 
 
+@pytest.mark.slow
 def test_a_cached_prefix_changes_nothing(images, config):
     model, other = tiny.network(dropout=0.0), tiny.network(dropout=0.0)
     config = dataclasses.replace(config, freeze="block2_pool")

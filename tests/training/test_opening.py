@@ -46,6 +46,7 @@ def test_a_model_and_a_folder_are_enough(images, tmp_path, capsys):
         assert expected in said
 
 
+@pytest.mark.slow
 def test_the_multilevel_head_stands_on_the_last_three_pools():
     from vggtorch.training.heads import with_head
 
@@ -62,6 +63,7 @@ def test_the_multilevel_head_stands_on_the_last_three_pools():
     np.testing.assert_allclose(pooled, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_test_is_scored_once_at_the_end_and_chooses_nothing(tmp_path, monkeypatch):
     tiny.pictures(tmp_path / "data" / "train")
     tiny.pictures(tmp_path / "data" / "test", each=4, seed=3)

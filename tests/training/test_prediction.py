@@ -57,6 +57,7 @@ def test_files_folders_and_patterns(tmp_path, monkeypatch):
         assert str(caught.value).startswith(message)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_size", ["2", "100"])
 def test_predict_writes_a_row_for_each_image_and_passes_over_what_it_cant_read(
     run, photos, tmp_path, batch_size, capsys
@@ -176,6 +177,7 @@ def test_whatever_a_network_ends_in_its_probabilities_are_scored(tmp_path):
         vt.evaluate_folder(model, folder)
 
 
+@pytest.mark.slow
 def test_features_are_written_read_and_resumed(run, photos, tmp_path, capsys, monkeypatch):
     parquet = pytest.importorskip("pyarrow.parquet")
     out = tmp_path / "features.parquet"
@@ -204,6 +206,7 @@ def test_features_are_written_read_and_resumed(run, photos, tmp_path, capsys, mo
     assert "features of another run, with other shard_size." in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_processes_share_the_shards(run, photos, tmp_path):
     pytest.importorskip("pyarrow")
     model = keras.saving.load_model(run / "model.keras")

@@ -16,6 +16,7 @@ from vggtorch.training import checkpoints, data, step
 from vggtorch.training.loop import finetune
 
 
+@pytest.mark.slow
 def test_pieces_of_a_batch_add_up_to_it(config):
     losses = []
     for pieces in (1, 4):
@@ -27,6 +28,7 @@ def test_pieces_of_a_batch_add_up_to_it(config):
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_out_of_memory_runs_the_batch_in_pieces(config, monkeypatch):
     expected = tiny.curve(finetune(tiny.network(dropout=0.0), tiny.dataset(), config=config))
     real = torch.nn.functional.cross_entropy

@@ -57,6 +57,7 @@ def expected(settings, tmp_path):
 
 
 # 20 images train, in batches of 7, and 20 validate, in two epochs.
+@pytest.mark.slow
 @pytest.mark.parametrize("nth", [1, 8, 15, 20, 27, 40, 41])
 def test_a_run_stopped_while_images_are_read_ends_as_it_would_have(settings, expected, nth, capsys):
     handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
@@ -88,6 +89,7 @@ def signalling(function: Callable, number: int, calls: int = 1) -> Callable:
     return wrapped
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("what", ["train_step_", "evaluate", "_is_better", "regularization"])
 def test_a_step_and_an_epoch_end_before_a_run_is_stopped(

@@ -66,6 +66,7 @@ def test_options_that_the_data_contradicts(images, config):
         finetune(model, images, config=config)
 
 
+@pytest.mark.slow
 def test_unreadable_images_are_skipped_if_asked(config, tmp_path):
     folder = tiny.pictures(tmp_path / "data")
     (folder / "red" / "3.png").write_text("no image")

@@ -154,6 +154,7 @@ def test_flattening_fc1_of_a_copy_costs_no_memory(tmp_path: Path) -> None:
         assert is_mapped(copy.tensors["fc1/kernel"], copy.path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ending", ["safetensors", "pth", "weights.h5"])
 @pytest.mark.parametrize("room", [True, False])
 @pytest.mark.filterwarnings("ignore:Loading stays slow")
@@ -220,6 +221,7 @@ def _convert_and_count(path: Path, folder: Path) -> bool:
     return torch.equal(kernel, first_block()["features.0.weight"].permute(2, 3, 1, 0))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 def test_eight_processes_cost_one_conversion(path: Path, tmp_path: Path) -> None:
     folder = tmp_path / "converted by"

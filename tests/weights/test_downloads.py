@@ -111,6 +111,7 @@ def test_download_ends_with_the_right_file(
     assert [asked for _, asked in _Handler.asked] == ranges
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("manner", "message"),
     [
@@ -244,6 +245,7 @@ def _find_from(address: str, digest: str) -> bytes:
         return sources.find("imagenet", include_top=True).read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 def test_eight_processes_cost_one_download(tmp_path: Path, server: str) -> None:
     arguments = [(f"{server}/slow/vgg16.pth", DIGEST)] * 8

@@ -96,6 +96,7 @@ def test_what_is_here_is_found_and_verified_when_it_is_read(
     assert sources.read(first).weight_set == "imagenet"
 
 
+@pytest.mark.slow
 def test_oxford_comes_out_of_a_wheel_that_is_not_imported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -103,6 +103,7 @@ def test_archives_that_hide_something(tmp_path: Path) -> None:
         sources.read(path)
 
 
+@pytest.mark.slow
 def test_hdf5_that_reaches_out_of_itself(tmp_path: Path) -> None:
     other = tmp_path / "other.h5"
     write_legacy_weights(other, {"c/kernel": torch.zeros(2, 2)})

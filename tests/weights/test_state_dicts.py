@@ -47,6 +47,7 @@ class Wrapped(nn.Module):
             self.add_module(name, part)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrapper", ["data_parallel", "inside", "compiled", "ema", "both", "named"])
 def test_wrapped_networks_have_the_names_of_the_network(
     tmp_path: Path, small: Small, wrapper: str
