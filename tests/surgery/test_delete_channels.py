@@ -73,6 +73,15 @@ LAYERS_2D = {
     "cropping": lambda f: [kl.Cropping2D((1, 2), **channels(f))],
     "upsampling": lambda f: [kl.UpSampling2D((2, 3), **channels(f))],
     "resizing": lambda f: [kl.Resizing(5, 4, **channels(f))],
+    "center crop": lambda f: [kl.CenterCrop(3, 4, **channels(f))],
+    "means by function": lambda f: [
+        lambda x: keras.ops.mean(x, axis=(2, -1) if f == "first" else (1, 2)),
+    ],
+    "one axis by function": lambda f: [lambda x: keras.ops.max(x, axis=2, keepdims=True)],
+    "sums by function": lambda f: [
+        lambda x: keras.ops.sum(x, axis=-1 if f == "first" else -2),
+        kl.Flatten(**channels(f)),
+    ],
     "global": lambda f: [kl.GlobalMaxPooling2D(**channels(f))],
     "global kept": lambda f: [kl.GlobalAveragePooling2D(keepdims=True, **channels(f))],
     "flatten": lambda f: [kl.Flatten(**channels(f))],

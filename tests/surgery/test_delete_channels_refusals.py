@@ -60,6 +60,10 @@ MIXING = {
         [lambda x: keras.ops.cumsum(x, axis=-1)],
         r"\(Cumsum\) reads them, and may mix them",
     ),
+    "a mean of all": (
+        [lambda x: keras.ops.mean(x, axis=(1, -1))],
+        r"\(Mean\) reads them, and computes one value of all of them",
+    ),
     "one of one's own": ([MyConv(3, 1, name="x")], r"'x' \(MyConv\) reads them, and may mix them"),
     "reshape": ([kl.Reshape((4, 8, 2), name="x")], r"'x' \(Reshape\) .*leaves no axis along which"),
     "shuffle": (

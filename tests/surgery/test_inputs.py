@@ -210,6 +210,25 @@ def test_vgg_with_its_classifier_is_torchvisions_at_another_size(tmp_path):
     torch.testing.assert_close(run(result, x), expected, rtol=1e-4, atol=1e-5)
 
 
+def scaled(layer):
+    return keras.Sequential([keras.Input((4, 4, 3)), layer, kl.Conv2D(2, 1, name="conv")])
+
+
+SCALED = {"rescaling": kl.Rescaling([1.0, 2.0, 3.0]), "offset": kl.Rescaling(1.0, [1.0, 2.0, 3.0])}
+SCALED["normalization"] = kl.Normalization(mean=[1.0, 2.0, 3.0], variance=[1.0, 1.0, 2.0])
+
+
+@pytest.mark.parametrize("case", SCALED)
+@pytest.mark.parametrize("channels", [1, 4])
+def test_numbers_for_each_channel_are_not_spread_in_silence(case, channels):
+    model = scaled(SCALED[case])
+    with pytest.raises(ValueError, match=rf"can't give .* {channels} channels: it has numbers of"):
+        with_input(model, channels=channels)
+    assert with_input(model, (6, 5, 3)).output_shape == (None, 6, 5, 2)
+    one = scaled(kl.Rescaling(0.5, name="half"))
+    assert with_input(one, channels=channels).get_layer("conv").kernel.shape[2] == channels
+
+
 DEPTHWISE = [keras.Input((4, 4, 3)), kl.DepthwiseConv2D(3, name="deep")]
 NORM = [keras.Input((4, 4, 3)), kl.BatchNormalization(name="norm"), kl.Conv2D(2, 1, name="conv")]
 MAX: Any = "max"
@@ -219,6 +238,7 @@ REFUSED = {
     "rank": (lambda: with_input(first(), (8, 8)), r"shape \(8, 8\); expected 3 numbers"),
     "zero size": (lambda: with_input(first(), (0, 8, 3)), r"\(0, 8, 3\); expected 3 numbers"),
     "no channels": (lambda: with_input(first(), channels=0), "channels=0; expected 1 or more"),
+    "a truth value": (lambda: with_input(first(), channels=True), "channels=True; expected 1"),
     "two numbers of channels": (
         lambda: with_input(first(), (8, 8, 5), channels=4),
         r"channels=4 and the shape \(8, 8, 5\), which has 5",

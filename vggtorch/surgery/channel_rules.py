@@ -178,6 +178,20 @@ def _global_pool(flow: Flow, call: Call) -> Channels | None:
     return Channels(1, channels.ids)
 
 
+def _reduced(flow: Flow, call: Call) -> Channels | None:
+    """A mean, sum or maximum over other axes than theirs: `keras.ops.mean(x, axis=(1, 2))`."""
+    channels, rank = call.entering[0], len(call.shape)
+    if channels is None:
+        return None
+    given = call.layer.axis
+    axes = {a % rank for a in np.atleast_1d(range(rank) if given is None else given).tolist()}
+    if channels.axis in axes:
+        flow.hold(call, "computes one value of all of them")
+        return None
+    before = 0 if call.layer.keepdims else sum(axis < channels.axis for axis in axes)
+    return Channels(channels.axis - before, channels.ids)
+
+
 def _spread(call: Call, channels: Channels) -> Ids | None:
     """The id of every value of one image; None where a size is open."""
     sizes = call.shape[1:]
@@ -313,6 +327,7 @@ _LAYERS = {
     **dict.fromkeys((kl.Cropping1D, kl.Cropping2D, kl.Cropping3D), Rule(_spatial)),
     **dict.fromkeys((kl.UpSampling1D, kl.UpSampling2D, kl.UpSampling3D), Rule(_spatial)),
     **dict.fromkeys((kl.SpatialDropout1D, kl.SpatialDropout2D), Rule(_spatial)),
+    **dict.fromkeys((kl.CenterCrop, kl.RandomFlip), Rule(_spatial)),
     **dict.fromkeys((kl.SpatialDropout3D, kl.Resizing, kl.AveragePooling3D), Rule(_spatial)),
     **dict.fromkeys((kl.GlobalMaxPooling1D, kl.GlobalMaxPooling2D), Rule(_global_pool)),
     **dict.fromkeys((kl.GlobalAveragePooling1D, kl.GlobalAveragePooling2D), Rule(_global_pool)),
@@ -341,5 +356,6 @@ _OPERATIONS = {
     **dict.fromkeys(("HardTanh", "LeakyRelu", "LogSigmoid", "Relu", "Relu6"), Rule(_passing)),
     **dict.fromkeys(("Selu", "Sigmoid", "Silu", "SoftShrink", "Softplus"), Rule(_passing)),
     "Softsign": Rule(_passing),
+    **dict.fromkeys(("Amax", "Amin", "Max", "Mean", "Min", "Sum"), Rule(_reduced)),
     "Concatenate": Rule(_concatenate, joins=True),
 }

@@ -98,6 +98,8 @@ def with_input(
         result = rebuild.model(wiring, inputs, wiring.functional.output)
     except ValueError as error:
         raise ValueError(f"{error}{_advice(wiring)}") from error
+    if other:
+        _check_constants(result)
     if not other:
         return remember_(result, kept) if known else result
     for graph in Wiring(result, "with_input").all_graphs():
@@ -156,7 +158,7 @@ def _shapes(
                     f"with_input received channels={channels} and the shape {tuple(given)}, which "
                     f"has {new[axis]}."
                 )
-            if not isinstance(channels, int) or channels < 1:
+            if not isinstance(channels, int) or isinstance(channels, bool) or channels < 1:
                 raise ValueError(f"with_input received channels={channels!r}; expected 1 or more.")
             new[axis] = channels
         if new[axis] is None and old[axis] is not None:
@@ -198,6 +200,33 @@ def _adapted(
     value = raw_value(before)
     made = _kernel(value.detach().double().cpu().numpy(), after.shape[place], rule)
     return {id(before): torch.as_tensor(made).to(value)}
+
+
+def _check_constants(result: keras.Model) -> None:
+    """Raise where a layer has numbers of its own for each channel that there was before.
+
+    Keras sees that only when images come, and spreads them where one channel is left.
+    """
+    for graph in Wiring(result, "with_input").all_graphs():
+        for node in graph.nodes:
+            layer = node.operation
+            if isinstance(layer, keras.layers.Rescaling):
+                constants, axes = [layer.scale, layer.offset], [-1]
+            elif isinstance(layer, keras.layers.Normalization):
+                constants, axes = [layer.mean, layer.variance], [a for a in layer.axis if a]
+            else:
+                continue
+            shape = node.input_tensors[0].shape
+            for constant in (c for c in constants if np.ndim(c)):
+                for axis in axes:
+                    now, numbers = shape[axis], np.shape(constant)[axis]
+                    if numbers not in (1, now):
+                        raise ValueError(
+                            f"with_input can't give {graph.prefix + layer.name!r} "
+                            f"({type(layer).__name__}) {now} channels: it has numbers of its own "
+                            f"for each of {numbers}. Take it out, vt.remove, or put another in its "
+                            f"place, vt.replace, and change the input then."
+                        )
 
 
 def _kernel(kernel: np.ndarray, channels: int, rule: Rule) -> np.ndarray:
