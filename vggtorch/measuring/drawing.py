@@ -66,7 +66,7 @@ def draw(model: keras.Model, before: keras.Model | None = None, *, fold: bool = 
     Raises:
         ValueError: a model is not a graph of layers.
     """
-    boxes, folds = _boxes(model), []
+    boxes, folds = _boxes(model), list[_Fold]()
     if before is not None:
         _mark(boxes, _boxes(before))
     if fold:
