@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import re
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,7 @@ def on_files(files: Any, config: Any) -> Any:
     """Add the pictures to the site."""
     pictures: dict[str, str | bytes] = {
         "surgery.svg": surgery_picture(),
+        "report.svg": report_picture(),
         "costs.svg": costs_picture(),
         "features.png": features_picture(),
     }
@@ -73,6 +75,40 @@ def surgery_picture() -> str:
     bottom = vt.truncate(vgg, "block2_pool")
     conv = keras.layers.Conv2D(64, 5, padding="same", activation="relu", name="block1_conv")
     return vt.draw(vt.replace(bottom, ["block1_conv1", "block1_conv2"], conv), before=bottom)
+
+
+def report_picture() -> str:
+    """The curves that a report draws of ten epochs on handwritten digits, side by side."""
+    from sklearn.datasets import load_digits
+
+    from vggtorch.training.charts import WIDTH, curves_svg
+
+    digits = load_digits()
+    with tempfile.TemporaryDirectory() as folder:
+        for i in range(200):
+            place = Path(folder, "digits", str(digits.target[i]))
+            place.mkdir(parents=True, exist_ok=True)
+            Image.fromarray((digits.images[i] * 15).astype("uint8")).save(place / f"{i}.png")
+        vgg = vt.VGG16(weights="oxford", include_top=False, input_shape=(64, 64, 3))
+        epochs = vt.finetune(
+            vgg, Path(folder, "digits"), epochs=10, output_dir=f"{folder}/run"
+        ).epochs
+    charts = [
+        curves_svg({said: [e[key] for e in epochs] for key, said in lines.items()}, title)
+        for title, lines in (
+            ("Loss", {"loss": "training", "val_loss": "validation"}),
+            ("Accuracy", {"accuracy": "training", "val_accuracy": "validation"}),
+        )
+    ]
+    placed = (
+        f'<g transform="translate({i * WIDTH} 0)">{re.sub("^<svg[^>]*>|</svg>$", "", chart)}</g>'
+        for i, chart in enumerate(charts)
+    )
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {2 * WIDTH} 260" '
+        f'font-family="sans-serif" font-size="12"><rect width="100%" height="100%" fill="white"/>'
+        f"{''.join(placed)}</svg>"
+    )
 
 
 def costs_picture() -> str:
