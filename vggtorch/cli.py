@@ -90,7 +90,7 @@ def run_demo(
 )
 def convert(
     source: Annotated[
-        str, typer.Argument(metavar="SRC", help="A checkpoint, or a weight set's name.")
+        str, typer.Argument(metavar="SRC", help="A checkpoint, a whole model, or a weight set.")
     ],
     target: Annotated[
         str,

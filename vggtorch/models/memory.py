@@ -71,12 +71,19 @@ def remembered(model: keras.Model) -> DataConfig:
     found = getattr(type(model), "data_config", None)
     if isinstance(found, DataConfig):
         return found
-    if functional(model) is None:
+    if functional(model) is None or not _reads_rgb(model):
         return DataConfig()
     readers = image_readers(model)
     configs = {marked(x) if functional(x) is None else remembered(x) for x in readers}
     expected = configs.pop() if len(configs) == 1 else DataConfig()
     return dataclasses.replace(expected, label_names=())
+
+
+def _reads_rgb(model: keras.Model) -> bool:
+    """Whether what enters a model has three channels, and is no map from within a network."""
+    axis = -1 if keras.config.image_data_format() == "channels_last" else 1
+    maps = [tensor for tensor in graph_of(model, "preprocess").inputs if len(tensor.shape) == 4]
+    return not maps or any(tensor.shape[axis] in (3, None) for tensor in maps)
 
 
 def preprocesses(model: keras.Model) -> bool:
