@@ -80,6 +80,7 @@ def test_an_image_that_is_drawn_again_is_augmented_otherwise():
     assert second == (2, data.augmentation_index(2, 3))
 
 
+@pytest.mark.slow
 def test_the_settings_train(tmp_path, config):
     folder = tiny.pictures(tmp_path / "data")
     shutil.rmtree(folder / "red")

@@ -40,6 +40,7 @@ def cell(sheet: Image.Image, place: int, columns: int) -> np.ndarray:
     return np.asarray(sheet.crop((left, top, left + EDGE, top + EDGE)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [{"augment": "trivial"}, {"cutmix": 1.0, "mixup": 0.5}])
 def test_it_is_the_first_batch_of_a_run(images, config, settings, monkeypatch):
     config = dataclasses.replace(config, image_size=EDGE, cache=False, **settings)

@@ -38,6 +38,7 @@ class Recorder(Callback):
         self.calls.append(("end", history))
 
 
+@pytest.mark.slow
 def test_callbacks_are_called_in_between_and_may_add_figures(config):
     seen = Recorder()
     config = dataclasses.replace(config, epochs=2, batch_size=10, metrics=("macro_f1", "auroc"))
@@ -64,6 +65,7 @@ class Stop:
         return np.array(epoch == 1)
 
 
+@pytest.mark.slow
 def test_a_callback_may_end_the_run_which_is_then_at_its_end(config):
     config = dataclasses.replace(config, epochs=5, resume=True)
     history = finetune(tiny.network(), tiny.dataset(), config=config, callbacks=[Stop()])
@@ -142,6 +144,7 @@ class Kept(GeneralTracker):
         self.ended += 1
 
 
+@pytest.mark.slow
 def test_trackers_of_accelerate_get_settings_and_figures(config):
     kept = Kept()
     config = dataclasses.replace(config, log_with=(kept,), unfreeze=())

@@ -65,12 +65,14 @@ class Pairs(torch.utils.data.Dataset):
         return Image.open(self.folder.paths[index]), self.folder.labels[index]
 
 
+@pytest.mark.slow
 def test_a_dataset_of_hugging_face_trains_as_pairs_do(hugging_face, plain, config):
     history = finetune(tiny.network(), hugging_face, config=config)
     assert history.classes == ("blue", "green", "red")
     assert tiny.curve(history) == tiny.curve(plain)
 
 
+@pytest.mark.slow
 def test_a_dictionary_of_splits_is_a_data_set(hugging_face, config):
     first = hugging_face.train_test_split(0.25, seed=0)
     second = first["train"].train_test_split(0.25, seed=0)
@@ -98,6 +100,7 @@ def test_a_loader_with_a_function_of_its_own_may_give_a_dictionary(hugging_face,
     assert len(plan(0)) == 4
 
 
+@pytest.mark.slow
 def test_shards_of_webdataset_by_index_train_as_pairs_do(shard, plain, config, tmp_path):
     found: Any = datasets.load_dataset(
         "webdataset", data_files={"train": str(shard)}, split="train", cache_dir=str(tmp_path)
@@ -106,6 +109,7 @@ def test_shards_of_webdataset_by_index_train_as_pairs_do(shard, plain, config, t
     assert tiny.curve(history) == tiny.curve(plain)
 
 
+@pytest.mark.slow
 def test_shards_of_webdataset_as_a_stream_train_as_pairs_do(shard, plain, config):
     stream = webdataset.WebDataset(str(shard), shardshuffle=False).decode("pil")
     pairs: Any = stream.to_tuple("png", "cls")

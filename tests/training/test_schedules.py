@@ -67,6 +67,7 @@ def test_what_makes_a_scheduler_does_too():
     np.testing.assert_allclose(rates(config), plainly(make), rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_a_plateau_is_one_of_epochs(config):
     make = functools.partial(lr_scheduler.ReduceLROnPlateau, patience=0, threshold=10.0)
     config = dataclasses.replace(config, schedule=make, epochs=4)
@@ -75,6 +76,7 @@ def test_a_plateau_is_one_of_epochs(config):
     np.testing.assert_allclose(tiny.curve(history, "learning_rate"), [1e-3, 1e-4, 1e-5, 1e-6])
 
 
+@pytest.mark.slow
 def test_an_optimizer_by_what_makes_it_trains_as_torch_s_own_loop(config):
     config = dataclasses.replace(
         config, epochs=2, batch_size=20, schedule="constant", warmup=0.0, weight_decay=0.0,
@@ -132,6 +134,7 @@ def test_what_is_made_already_is_refused():
         TrainConfig(schedule=scheduler)
 
 
+@pytest.mark.slow
 def test_another_function_is_another_run(config):
     def resumed(schedule):
         changed = dataclasses.replace(config, epochs=1, resume=True, schedule=schedule)

@@ -60,6 +60,7 @@ def test_a_table_with_splits_is_read_as_pandas_wrote_it(table, config, form):
     assert not read.held_out
 
 
+@pytest.mark.slow
 def test_training_on_a_table_is_training_on_the_folder(table, config):
     frame, path = table
     frame.drop(columns="split").to_csv(path, index=False, header=False)

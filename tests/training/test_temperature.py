@@ -43,6 +43,7 @@ def test_images_that_can_t_tell_leave_it(labels):
         assert fitted_temperature(Evaluation(torch.eye(3) * 4, torch.tensor(labels))) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("activation", ["softmax", "linear"])
 def test_the_kept_model_says_what_the_evaluation_says(config, tmp_path, activation, monkeypatch):
     def run(**changes):

@@ -14,6 +14,7 @@ import torch
 from vggtorch.training.advice import Plan, Similarity, planned
 from vggtorch.training.config import TrainConfig
 from vggtorch.training.data import Folder
+from vggtorch.training.features import frozen_end
 from vggtorch.training.folders import count_images, find_splits
 from vggtorch.training.items import label_names
 from vggtorch.training.mixing import mixes
@@ -104,8 +105,8 @@ def first_lines(
         f"Input: {height}x{width}, crop mode {images.crop_mode}, crop share {images.crop_pct:g}, "
         f"{images.interpolation}; weight set {images.weight_set or 'not known'}"
     )
-    if mixes(config) and config.cache and config.freeze is not None:
-        lines.append("Frozen layers run in every step: mixed images are new each time")
+    if mixes(config) and config.cache and frozen_end(model) is not model.inputs[0]:
+        lines.append("Cached: nothing; frozen layers run in every step, as mixed images are new")
     trained = sum(v.value.numel() for v in model.trainable_variables)
     names = [layer.name for layer in model.layers if layer.trainable_variables]
     shown = names if len(names) <= 4 else [names[0], "...", names[-1]]
