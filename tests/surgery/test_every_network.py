@@ -47,8 +47,8 @@ def network(request):
     build = getattr(keras.applications, request.param)
     model = build(weights=None, include_top=False, input_shape=(size, size, 3))
     if enough is not None:
-        first = {layer.name for layer in model.layers[:enough]}
-        last = [name for name in waists(model) if name in first][-1]
+        taken = {layer.name for layer in model.layers[:enough]}
+        last = [name for name in waists(model) if name in taken][-1]
         model = keras.Model(model.input, output_of(model, last))
     shake_(remember_(model, "oxford"))
     first = next(layer for layer in model.layers if isinstance(layer, kl.Conv2D))

@@ -156,11 +156,11 @@ def test_the_worst_files_cost_little_time_and_memory(tmp_path: Path) -> None:
         for write in (zipped, legacy)
     ]
     # What passes and asks for as much as may be had.
-    names = plain("n" * 60) + b"q\x00]q\x01(" + b"h\x00" * 100_000 + b"e"
-    keys = b"}(" + b"".join(plain(k) + b"N" for k in range(25_000)) + b"u"
-    slots = b"}(" + b"".join(plain(k << 40) + b"N" for k in range(1 << 14)) + b"u"
-    tuples = b"]q\x00(" + plain(tuple(range(99)))[:-2] + b"q\x01" + b"h\x01" * 75_000 + b"e"
-    marks, lists = b"(" * 150_000, b"]" * 150_000
+    names = plain("n" * 60) + b"q\x00]q\x01(" + b"h\x00" * 30_000 + b"e"
+    keys = b"}(" + b"".join(plain(k) + b"N" for k in range(8_000)) + b"u"
+    slots = b"}(" + b"".join(plain(k << 40) + b"N" for k in range(1 << 12)) + b"u"
+    tuples = b"]q\x00(" + plain(tuple(range(99)))[:-2] + b"q\x01" + b"h\x01" * 25_000 + b"e"
+    marks, lists = b"(" * 40_000, b"]" * 40_000
     allowed = [
         write(tmp_path / f"allowed{i}{write.__name__}.pth", instructions)
         for i, instructions in enumerate((names, keys, slots, tuples, marks, lists))
