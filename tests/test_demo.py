@@ -18,6 +18,7 @@ def vgg_model():
     return vt.VGG16(weights="oxford", include_top=False, input_shape=(160, 160, 3))
 
 
+@pytest.mark.network
 def test_create_a_new_network_with_bottom_layers_taken_from_vgg(vgg_model):
     layer_dict = {layer.name: layer for layer in vgg_model.layers}
     x = layer_dict["block2_pool"].output
@@ -42,6 +43,7 @@ def test_create_a_new_network_with_bottom_layers_taken_from_vgg(vgg_model):
         layer.trainable = True
 
 
+@pytest.mark.network
 def test_remove_multiple_layers_and_insert_a_new_one_in_the_middle(vgg_model):
     layers = list(vgg_model.layers)
     new_conv = Conv2D(
@@ -61,6 +63,7 @@ def test_remove_multiple_layers_and_insert_a_new_one_in_the_middle(vgg_model):
         layer.trainable = True
 
 
+@pytest.mark.network
 def test_the_tutorials_way_works_on_the_results_of_surgery(vgg_model):
     head = [Flatten(), Dense(10, activation="softmax", name="top")]
     custom = vt.stack(vt.truncate(vgg_model, "block2_pool"), head)
@@ -75,6 +78,7 @@ def test_the_tutorials_way_works_on_the_results_of_surgery(vgg_model):
     )
 
 
+@pytest.mark.network
 @pytest.mark.slow
 def test_the_demo_runs_end_to_end(monkeypatch, capsys, tmp_path):
     some = dict(list(demo.photographs().items())[:4])
@@ -118,6 +122,7 @@ def test_crops_of_the_two_halves_are_disjoint_and_give_no_brightness_away():
     assert abs(images[labels == 0].mean() - images[labels == 1].mean()) < 1
 
 
+@pytest.mark.network
 @pytest.mark.slow
 def test_pretrained_layers_visibly_win(monkeypatch):
     """At a third of the crops; the demo's own figures are 0.80 and about 0.5."""

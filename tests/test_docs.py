@@ -16,6 +16,7 @@ def name(page):
     return page.relative_to(DOCS).as_posix()
 
 
+@pytest.mark.network
 @pytest.mark.slow
 @pytest.mark.parametrize("page", [p for p in PAGES if BLOCK.search(p.read_text())], ids=name)
 def test_every_block_runs_in_order(page, tmp_path, monkeypatch):

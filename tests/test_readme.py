@@ -10,6 +10,7 @@ from test_layout import ORDER
 README = Path(__file__).parent.parent / "README.md"
 
 
+@pytest.mark.network
 @pytest.mark.slow
 def test_every_block_runs_in_order(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -86,6 +86,7 @@ def test_each_normalisation_is_that_of_preprocess_in_every_range_and_layout(vgg,
     torch.testing.assert_close(byte.pixels.normalise(pixels), ready, rtol=0, atol=0)
 
 
+@pytest.mark.network
 def test_a_weight_set_is_loaded_with_its_own_normalisation(images):
     extractor = vt.FeatureExtractor("oxford", ["relu1_2"])
     vgg = vt.VGG16(weights="oxford", include_top=False)
@@ -97,6 +98,7 @@ def test_a_weight_set_is_loaded_with_its_own_normalisation(images):
     assert sum(p.numel() for p in extractor.parameters()) == 38_720
 
 
+@pytest.mark.network
 def test_a_model_remembers_its_weight_set_or_has_its_preprocessing_inside(images):
     inside = vt.VGG16(weights="oxford", include_top=False, include_preprocessing=True)
     received = vt.FeatureExtractor(inside, ["relu2_2"])(images)["relu2_2"]

@@ -90,6 +90,7 @@ def oxford():
     return vt.VGG16(weights="oxford", include_top=False)
 
 
+@pytest.mark.network
 def test_oxford_equals_onnx_runtime_on_the_same_file(oxford):
     graph = onnx.load(sources.find("oxford", "vgg16", include_top=False))
     (pool,) = [
@@ -108,6 +109,7 @@ def test_oxford_equals_onnx_runtime_on_the_same_file(oxford):
     assert_close(received, expected.transpose(0, 2, 3, 1), "block5_pool")
 
 
+@pytest.mark.network
 def test_oxford_in_keras_applications_own_model_gives_identical_outputs(oxford):
     theirs = keras.applications.VGG16(weights=None, include_top=False)
     vt.load_weights(theirs, "oxford")
@@ -128,6 +130,7 @@ def test_same_arrays_same_outputs_as_keras_applications_at_full_size(name):
         assert torch.equal(ours(images), theirs(images))
 
 
+@pytest.mark.network
 @pytest.mark.parametrize("cut", ["block5_pool", "block3_conv2", "block1_conv1"])
 @pytest.mark.parametrize("ending", [".pth", ".safetensors"])
 def test_without_top_and_truncated_models_survive_a_round_trip(oxford, cut, ending, tmp_path):
@@ -140,6 +143,7 @@ def test_without_top_and_truncated_models_survive_a_round_trip(oxford, cut, endi
     assert all(np.array_equal(a, b) for a, b in zip(received, expected, strict=True))
 
 
+@pytest.mark.network
 def test_a_saved_pth_is_what_torchvision_loads(oxford, tmp_path):
     path = tmp_path / "oxford.pth"
     vt.save_weights(oxford, path)

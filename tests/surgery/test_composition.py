@@ -288,6 +288,7 @@ def test_a_bias_that_the_new_layer_has_no_place_for_is_warned_of():
         vt.replace(vgg, ["block3_conv1", "block3_conv2"], new, init="compose")
 
 
+@pytest.mark.network
 @pytest.mark.slow
 def test_the_preprocessing_inside_is_removed_whole():
     keras.utils.set_random_seed(0)
