@@ -133,6 +133,7 @@ MISTAKES = [
         "Received --cut block3_pool with --freeze block4_pool, which lies above the cut",
     ),
     ("finetune images --weights VGG16_Weights.IMAGENET1K_V1", "is called imagenet here."),
+    ("finetune images --weights vgg13", "vgg13 is a network (--architecture vgg13)"),
     (
         "finetune images --weights oxford --image-size 32 --head linear --augment none "
         "--cache-copies 2 --freeze block5_pool",

@@ -53,8 +53,13 @@ def predict(
     batch_size: BatchSize = 32,
 ) -> None:
     """The most probable classes of images; status 1 if some can't be read."""
-    if model is None and len(images) > 1 and _is_model(images[0]):
-        model, *images = images
+    from vggtorch.training import image_files
+
+    if model is None and len(images) > 1:
+        if _is_model(images[0]):
+            model, *images = images
+        else:
+            image_files(images[:1])  # a run that isn't there is said before weights are fetched
     network = _network(model or architecture, weights)
     found = vt.predict_files(network, images, top=top, batch_size=batch_size)
     if out:

@@ -108,6 +108,14 @@ ERRORS = {
         lambda m: truncate(m, "block1_pol"),
         r"'vgg16' has no layer 'block1_pol'\. Did you mean 'block1_pool'.*Its layers: .*block2_p",
     ),
+    "torchvision's name": (
+        lambda m: truncate(m, "features.4"),
+        r"torchvision's features\.4 is 'block1_pool' here",
+    ),
+    "torchvision's ReLU": (
+        lambda m: truncate(m, "features.3"),
+        r"torchvision's features\.3 is 'block1_conv2' here",
+    ),
     "unknown start": (lambda m: truncate(m, "block2_pool", start="blck"), "no layer 'blck'"),
     "unknown in remove": (lambda m: remove(m, ["block1_conv1", "x"]), "no layer 'x'"),
     "unknown in freeze": (lambda m: freeze_(m, "block9"), "has no layer 'block9'"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 
 import keras
 import numpy as np
@@ -34,6 +35,9 @@ def test_heads(head, layers):
         f"head_{name}" for name in layers.split()
     ]
     assert model.output_shape == (None, 5)
+    with warnings.catch_warnings():  # it is called with images, not with a list of them
+        warnings.simplefilter("error")
+        model(np.zeros((1, 16, 16, 3), np.float32))
     assert weight_set(model) == "oxford"
     again = with_head(base, config, 5)
     assert all(map(np.array_equal, tiny.weights(model), tiny.weights(again)))

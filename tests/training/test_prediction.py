@@ -113,6 +113,8 @@ def test_images_none_of_which_can_be_read(run, tmp_path, capsys):
         ("predict --model nowhere a.png", "There is no nowhere. Expected the folder of a run"),
         ("predict --model . a.png", ". has no model.keras. Expected the folder of a run"),
         ("predict {run} nothing.png", "There is no file nothing.png."),
+        ("predict nowhere {photos}", "There is no file nowhere."),  # before weights are fetched
+        ("features {run} {photos} --layer features.2 --out f", "no layer 'features.2'"),
         ("predict {run} {photos} --out found.txt", "expected a name that ends in .csv or .jsonl"),
         ("evaluate {run} nowhere", "nowhere isn't a folder."),
         ("evaluate {run} {photos} -o a.txt", "expected a name that ends in .json or .html"),

@@ -142,6 +142,8 @@ def path_of(
     if not Path(source).exists():
         last = str(source).rpartition(".")[2]  # of VGG16_Weights.IMAGENET1K_V1, vgg16.tv_in1k
         hint = f" {last} is called {_ELSEWHERE[last]} here." if last in _ELSEWHERE else ""
+        if source in ARCHITECTURES:
+            hint = f" {source} is a network (architecture={str(source)!r}) that has such weights."
         raise ValueError(
             f"Received weights={str(source)!r}; expected one of {', '.join(WEIGHT_SETS)} or "
             f"the path of an existing file.{hint}"

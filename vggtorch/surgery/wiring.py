@@ -7,12 +7,14 @@ that no layer has, a path that goes around a cut, a set of layers with two ways 
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from typing import Any
 
 import keras
 from keras import KerasTensor as Tensor
 
+from vggtorch.architectures import ARCHITECTURES
 from vggtorch.keras_graph import (
     Functional,
     Node,
@@ -132,6 +134,7 @@ class Wiring:
         operation = self.operations.get(head)
         if rest and operation is not None and functional(operation) is None:
             hint += f" {head!r} ({type(operation).__name__}) is no graph of layers with names."
+        hint += _in_torchvision(self.model.name, name, self.operations)
         known = list(self.operations)
         listed = known if len(known) <= 40 else [*known[:20], "...", *known[-20:]]
         return ValueError(
@@ -269,6 +272,21 @@ class Wiring:
             edges = (f"{owner(t)!r} -> {reader}" for t, reader in ways_out)
             raise refusal("out", len(results), edges)
         return results[0], sources[0]
+
+
+def _in_torchvision(network: str, name: str, known: Iterable[str]) -> str:
+    """What a layer's name in torchvision, such as features.9, means here; empty if it isn't one."""
+    before = re.sub(r"\d+$", lambda number: str(int(number[0]) - 1), name)  # a ReLU's convolution
+    meant = {
+        layer.name
+        for each in (
+            [ARCHITECTURES[network]] if network in ARCHITECTURES else ARCHITECTURES.values()
+        )
+        for layer in (*each.features(), *each.classifier())
+        if layer.torch_path == name or (layer.torch_path == before and layer.kind != "pool")
+    }
+    meant &= set(known)
+    return f" torchvision's {name} is {meant.pop()!r} here." if len(meant) == 1 else ""
 
 
 def needed(

@@ -16,6 +16,7 @@ from .loop import History as History
 from .loop import finetune as finetune
 from .opening import settle_config as settle_config
 from .prediction import evaluate_folder as evaluate_folder
+from .prediction import image_files as image_files
 from .prediction import predict_files as predict_files
 from .prediction import write_predictions as write_predictions
 from .publishing import push_to_hub as push_to_hub

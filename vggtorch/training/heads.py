@@ -84,7 +84,7 @@ def with_head(model: keras.Model, config: TrainConfig, classes: int) -> keras.Mo
                 x = _batch_norm("head_norm2")(x)
                 x = layers.Dropout(0.5, name="head_dropout2")(x)
             x = layers.Dense(classes, activation="softmax", name="head_predictions")(x)
-        return remember_(keras.Model(base.inputs, x, name=model.name), remembered(model))
+        return remember_(keras.Model(base.input, x, name=model.name), remembered(model))
 
 
 def _levels(base: keras.Model) -> list[keras.KerasTensor]:

@@ -167,7 +167,10 @@ def folder_to_hub(
     revision = wanted.revision or revision
     if offline():
         raise OSError(f"Could not push to {wanted.name}: VGGTORCH_OFFLINE is set.")
-    _knock()
+    try:
+        _knock()
+    except OSError as error:
+        raise OSError(f"Could not push to {wanted.name}: {error}.") from error
     api = HfApi(endpoint=constants.ENDPOINT, library_name="vggtorch")
     with _client(wanted, "push to"):
         api.create_repo(wanted.name, private=private, exist_ok=True)
@@ -199,7 +202,7 @@ def _knock() -> None:
         except urllib.error.HTTPError:
             raise
         except OSError as error:
-            reason = files.first_line(error)
+            reason = files.first_line(getattr(error, "reason", None) or error)
             raise OSError(f"{constants.ENDPOINT} can't be reached ({reason})") from error
 
 
