@@ -114,7 +114,11 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict]:
 
 
 @pytest.mark.parametrize("manner", RIGHT)
-def test_the_right_file_in_any_manner(tmp_path: Path, server: dict, manner: str) -> None:
+def test_the_right_file_in_any_manner(
+    tmp_path: Path, server: dict, monkeypatch: pytest.MonkeyPatch, manner: str
+) -> None:
+    for name in ("TIMEOUT", "PATIENCE"):  # a busy machine may let an honest server wait
+        monkeypatch.setattr(downloads, name, 60.0)
     server["say"] = RIGHT[manner]
     downloads.download(server["url"], tmp_path / "w.pth", DIGEST)
     assert (tmp_path / "w.pth").read_bytes() == CONTENT
