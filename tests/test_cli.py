@@ -91,6 +91,7 @@ def test_weights_lists_what_is_known_and_here(arguments, capsys):
     assert "not here" not in oxford
 
 
+@pytest.mark.slow
 def test_export_writes_what_a_keras_file_computes(tmp_path, capsys):
     model = tiny.network()
     model.save(tmp_path / "tiny.keras")

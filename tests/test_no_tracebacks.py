@@ -98,6 +98,7 @@ def configs(content: bytes, tmp_path: Path) -> dict[str, str]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_damaged_model(kept, place, capsys, command):
     path = place / "m.keras"

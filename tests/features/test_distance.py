@@ -43,6 +43,7 @@ def test_values_and_gradients_are_those_of_the_package(vgg, peer, images, checkp
         torch.testing.assert_close(received, expected, rtol=0, atol=1e-9 * scale)
 
 
+@pytest.mark.slow
 def test_pixels_of_other_ranges_and_layouts_are_the_same_images(vgg, peer, images):
     expected = peer(images, images.flip(0), normalize=True)
     pixels = (images * 255).permute(0, 2, 3, 1)

@@ -36,6 +36,7 @@ def peer(torchvision_vgg):
     return create_feature_extractor(network, {name: tap for tap, name in TAPS.items()})
 
 
+@pytest.mark.slow
 def test_values_and_gradients_are_those_of_create_feature_extractor(vgg, peer, images):
     extractor = vt.FeatureExtractor(vgg, [*TAPS], normalization="imagenet")
     # In float64, where no value is so near 0 that the two see it on different sides of a ReLU.
@@ -169,6 +170,7 @@ def plain_network(extractor, x):
     return one_by_one(extractor.pixels.normalise(x))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("data_format", ["channels_first", "channels_last"])
 @pytest.mark.parametrize("size", [(48, 64), (45, 51)])
 def test_a_frozen_network_keeps_a_quarter_and_gives_the_same_gradients(vgg, data_format, size):

@@ -65,6 +65,7 @@ def test_outputs_and_gradients_equal_keras(name: str) -> None:
     assert kept == as_keras
 
 
+@pytest.mark.slow
 def test_vgg_without_batch_norm_is_bit_identical() -> None:
     model = application("VGG16", 64)
     x = images(model, 3)

@@ -160,6 +160,7 @@ def test_what_is_read_from_inside_or_differs_is_not_folded(vgg, repeated):
     assert folds(draw(vgg)) == []  # two or three convolutions are quicker read than unfolded
 
 
+@pytest.mark.slow
 def test_a_deep_network_becomes_readable():
     model = keras.applications.ResNet50(weights=None, input_shape=(32, 32, 3), include_top=False)
     svg = draw(model)

@@ -117,6 +117,7 @@ def any_layers() -> keras.Model:
     return keras.Model(image, layers.Dense(2, name="out")(layers.Flatten()(x)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["pth", "bin", "safetensors", "weights.h5", "h5"])
 @pytest.mark.parametrize("make", [any_layers, build])
 def test_a_model_that_was_saved_whole_is_converted(tmp_path: Path, make, form: str) -> None:

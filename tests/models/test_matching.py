@@ -84,7 +84,10 @@ def shared() -> keras.Model:
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("build", [images, sequences, nested, shared])
+@pytest.mark.parametrize(
+    "build",
+    [*(pytest.param(b, marks=pytest.mark.slow) for b in (images, sequences)), nested, shared],
+)
 def test_any_layers_survive_in_every_form(
     tmp_path: Path, build: Callable[[], keras.Model], form: str
 ) -> None:

@@ -45,6 +45,7 @@ def test_kernels_are_views_not_copies():
     assert kernel.data_ptr() == state["features.0.weight"].data_ptr()
 
 
+@pytest.mark.slow
 def test_fc1_turns_chw_into_hwc():
     state = {"classifier.0.weight": torch.randn(4096, 25088)}
     features = torch.randn(2, 512, 7, 7)
