@@ -159,6 +159,19 @@ def test_reshapes_leave_the_batch_open(tmp_path, ending, batch):
 
 
 @pytest.mark.parametrize("ending", RUN)
+def test_images_so_small_that_they_end_as_one_pixel(tmp_path, ending):
+    image = keras.Input((None, None, 3))
+    x = layers.MaxPooling2D(4)(layers.Conv2D(2, 3, padding="same", activation="relu")(image))
+    model = keras.Model(image, layers.MaxPooling2D(8)(x))
+    path = tmp_path / f"model{ending}"
+    vt.export(model, path)
+    for size in ((2, 32, 63), (1, 63, 32), (1, 64, 33)):
+        x = images(*size, 3) / 255
+        (found,) = RUN[ending](path, x)
+        np.testing.assert_allclose(found, model.predict(x, verbose=0), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("ending", RUN)
 @pytest.mark.parametrize("batch", [1, 4])
 def test_a_fixed_batch_stays_fixed(tmp_path, ending, batch):
     model = of_images(batch_size=batch)

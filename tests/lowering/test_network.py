@@ -457,24 +457,3 @@ def test_a_subclassed_model_and_a_wrong_layout_are_refused():
         to_torch(Mine())
     with pytest.raises(ValueError, match="Received data_format='NCHW'; expected"):
         to_torch(small(), data_format="NCHW")
-
-
-APPLICATIONS = [
-    "VGG16", "ResNet50", "ResNet50V2", "MobileNet", "MobileNetV2", "MobileNetV3Small",
-    "EfficientNetB0", "EfficientNetV2B0", "DenseNet121", "InceptionV3", "Xception",
-    "InceptionResNetV2", "ConvNeXtTiny",
-]  # fmt: skip
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", APPLICATIONS)
-def test_keras_applications_compute_what_keras_does(name):
-    size = 75
-    model = getattr(keras.applications, name)(
-        weights=None, include_top=False, pooling="avg", input_shape=(size, size, 3)
-    )
-    for variable in model.non_trainable_variables:
-        if "moving" in variable.path:
-            variable.assign(torch.rand(variable.shape) + 0.5)
-    x = images(2, size) * 255
-    assert relative(to_torch(model).eval()(x), run_keras(model, x)) < 1e-5

@@ -1,0 +1,94 @@
+"""keras.applications compute what Keras does: in inference and in training, one image in a group.
+
+`APPLICATIONS=all pytest tests/lowering/test_applications.py` tries all of them.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import keras
+import pytest
+import torch
+from keras.src.backend.common import dtypes
+from small_vgg import on_keras, randomise
+
+from vggtorch.lowering import running, to_torch
+
+ALL = [
+    name
+    for name, make in vars(keras.applications).items()
+    if name[0].isupper() and inspect.isfunction(make)
+]
+SOME = ["ConvNeXtTiny", "DenseNet121", "EfficientNetV2B0", "MobileNetV3Small", "ResNet50V2"]
+SIZES = {"InceptionV3": 75, "InceptionResNetV2": 75, "Xception": 71}
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread", "policy")]
+
+
+@pytest.fixture(autouse=True)
+def group_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One image in each group, always."""
+    monkeypatch.setattr(running, "GROUP_BYTES", 1)
+
+
+@pytest.fixture
+def policy(dtype: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Keras computes in this dtype throughout, also where it would do so in float32.
+
+    So it does with means, batch norm and numbers that tensors meet, whatever the policy.
+    """
+    monkeypatch.setitem(dtypes.BIT64_TO_BIT32_DTYPE, "float64", dtype)
+    keras.config.set_dtype_policy(dtype)
+    keras.config.set_floatx(dtype)
+    yield
+    keras.config.set_floatx("float32")
+    keras.config.set_dtype_policy("float32")
+
+
+def off(found: Any, expected: Any) -> float:
+    """The distance of all numbers together, by the length of what is expected."""
+    a, b = (torch.cat([t.detach().double().flatten() for t in ts]) for ts in (found, expected))
+    return float((a - b).norm() / b.norm())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("name", ALL if os.environ.get("APPLICATIONS") == "all" else SOME)
+def test_networks_equal_keras(name: str, dtype: str) -> None:
+    keras.utils.set_random_seed(0)
+    size = SIZES.get(name, 32)
+    make = getattr(keras.applications, name)
+    model = randomise(
+        make(weights=None, include_top=False, input_shape=(size, size, 3), pooling="avg")
+    )
+    for layer in model.layers:  # which draw anew in each run
+        for rate in {"rate", "drop_path_rate"} & set(vars(layer)):
+            setattr(layer, rate, 0.0)
+    x = 255 * torch.rand(3, size, size, 3, generator=torch.Generator().manual_seed(1))
+    x = x.to(getattr(torch, dtype))
+    trained = [v.value for v in model.trainable_variables]
+    state = [v.value for v in model.non_trainable_variables]
+    before = [value.clone() for value in state]
+    tolerance = 1e-10 if dtype == "float64" else 1e-5
+
+    with torch.no_grad():
+        expected = model(x, training=False)
+        found = to_torch(model).eval()(x)
+    assert found.dtype == expected.dtype
+    assert off([found], [expected]) < tolerance
+    module = on_keras(model)
+    # Batch norm over few pixels multiplies rounding: in float32 training can't be compared.
+    for training in (False, True)[: 2 if dtype == "float64" else 1]:
+        results = []
+        for run in (module.train(training), lambda x, t=training: model(x, training=t)):
+            y = run(x)
+            grads = torch.autograd.grad(y.square().mean(), trained)
+            results.append([[y], grads, [value.clone() for value in state] or [y]])
+            with torch.no_grad():
+                for value, was in zip(state, before, strict=True):
+                    value.copy_(was)
+        for mine, theirs in zip(*results, strict=True):
+            assert off(mine, theirs) < (1e-5 if training else tolerance)
