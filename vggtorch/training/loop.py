@@ -213,10 +213,10 @@ def _finetune(
 
     stage = None
     with (
-        stoppable(accelerator.num_processes == 1) as stop,
+        stoppable(accelerator.num_processes) as stop,
         tracked(config, accelerator) as log,
         open_display(accelerator.is_main_process) as show,
-        left_behind(last, progress, save, show),
+        left_behind(last, progress, save, show, accelerator),
         clear_errors(config.num_workers),
     ):
         freeze_for_(model, config, progress.epoch)
@@ -253,6 +253,7 @@ def _finetune(
                     if progress.step % config.checkpoint_steps == 0 and progress.step < len(keys):
                         save()
                 call(callbacks, "on_step_end", progress.done - 1, loss / batch.size)
+                stop.agree(accelerator)
             result = {
                 "loss": progress.loss / progress.images,
                 "accuracy": progress.correct / progress.images,
@@ -288,6 +289,7 @@ def _finetune(
                 save(is_best, found)
                 show.end(epoch, result)
                 log(result, epoch)
+            stop.agree(accelerator)
     accelerator.wait_for_everyone()
     content = checkpoints.read(best)
     load_weights_(model, content, best)
@@ -326,7 +328,7 @@ def _finetune(
 
 @contextmanager
 def left_behind(
-    last: Path, progress: Progress, save: Callable[[], None], show: Display
+    last: Path, progress: Progress, save: Callable[[], None], show: Display, accelerator: Any
 ) -> Iterator[None]:
     """Leave a checkpoint where a run is stopped, and say that it can be carried on."""
     try:
@@ -337,6 +339,7 @@ def left_behind(
             f"Stopped in epoch {progress.epoch + 1} after {progress.step} steps; {last} holds the "
             f"run, and resume=True carries it on."
         )
+        accelerator.wait_for_everyone()  # whoever launched them ends all when the first is gone
         raise
 
 

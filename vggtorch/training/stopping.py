@@ -8,6 +8,9 @@ import signal
 import threading
 from collections.abc import Iterator
 from types import FrameType
+from typing import Any
+
+import torch
 
 
 class Interrupted(KeyboardInterrupt):
@@ -24,10 +27,12 @@ class Terminated(SystemExit):
 class Stopping:
     """Turns the first signal into an exception, where a run can be left and carried on later.
 
-    A second one ends the run wherever it is.
+    A second one ends the run wherever it is. One of several processes can't stop while the others
+    wait for its part of a step: they agree on it, by `agree`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, together: bool) -> None:
+        self._together = together
         self._received: int | None = None
         self._is_held = False
         self._process = os.getpid()
@@ -41,7 +46,7 @@ class Stopping:
             raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
         else:
             self._received = number
-            if not self._is_held:
+            if not self._is_held and not self._together:
                 self._stop()
 
     @contextlib.contextmanager
@@ -52,7 +57,16 @@ class Stopping:
             yield
         finally:
             self._is_held = False
-        if self._received is not None:
+        if self._received is not None and not self._together:
+            self._stop()
+
+    def agree(self, accelerator: Any) -> None:
+        """Between two steps: stop, in all processes, if one of them has got a signal."""
+        if not self._together:
+            return
+        received = torch.tensor(float(self._received is not None), device=accelerator.device)
+        if accelerator.reduce(received).item():
+            self._received = self._received or signal.SIGTERM
             self._stop()
 
     def _stop(self) -> None:
@@ -60,19 +74,18 @@ class Stopping:
 
 
 @contextlib.contextmanager
-def stoppable(active: bool) -> Iterator[Stopping]:
+def stoppable(processes: int) -> Iterator[Stopping]:
     """Listen to SIGINT and SIGTERM while a run is at work.
 
     Only in the main thread, which alone gets signals. A signal that the process ignores, as under
     nohup, stays ignored.
 
     Args:
-        active: false for one of several processes. One can't stop while the others wait for its
-            part of a step; such a run carries on from its last regular checkpoint.
+        processes: how many take part in the run.
     """
-    stop = Stopping()
+    stop = Stopping(together=processes > 1)
     before = {}
-    if active and threading.current_thread() is threading.main_thread():
+    if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGINT, signal.SIGTERM):
             if signal.getsignal(number) not in (signal.SIG_IGN, None):
                 before[number] = signal.signal(number, stop.handle)
