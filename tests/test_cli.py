@@ -152,7 +152,7 @@ def mistakes():
         yield pytest.param(command, message, marks=marks)
 
 
-@pytest.mark.parametrize(("command", "message"), mistakes())
+@pytest.mark.parametrize(("command", "message"), list(mistakes()))
 def test_a_mistake_is_one_line_in_the_words_of_the_command_line(
     command, message, tmp_path, monkeypatch, capsys
 ):
