@@ -39,14 +39,21 @@ def read(path: Path) -> tuple[dict[str, torch.Tensor], Mapping[str, str]]:
         elif field == 1:
             nodes.append(_node(_bytes(value)))
 
+    known: dict[str, torch.Tensor] = {}  # initializers, each read once, whoever shares it
+
+    def constant(name: str) -> torch.Tensor:
+        if name not in known:
+            known[name] = _tensor(initializers[name])
+        return known[name]
+
     tensors: dict[str, torch.Tensor] = {}
     convolutions = dense = channels = 0
     channels_last = False
     previous = None  # the output of a MatMul whose bias has not come yet
     for kind, inputs, outputs, attributes in nodes:
-        constants = [initializers[name] for name in inputs if name in initializers]
+        constants = [name for name in inputs if name in initializers]
         weighted = kind in ("Conv", "Gemm", "MatMul") or (kind == "Add" and previous in inputs)
-        weights = [_tensor(constant) for constant in constants] if weighted else []
+        weights = [constant(name) for name in constants] if weighted else []
         if kind == "BatchNormalization":
             raise ValueError("its batch norm stands apart; export the model in evaluation mode")
         if kind == "Conv":
