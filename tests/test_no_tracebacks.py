@@ -19,7 +19,7 @@ from test_text import harmless
 
 from vggtorch import cli
 from vggtorch.cli import main
-from vggtorch.models import remember_
+from vggtorch.models import load_model, remember_
 from vggtorch.training import TrainConfig, finetune
 
 COMMANDS = {
@@ -126,6 +126,19 @@ def test_a_hostile_configuration(kept, place, capsys, command):
     for name, config in configs(kept, place).items():
         rewritten(kept, path, config=config)
         assert refused(arguments, capsys, "m.keras"), name
+
+
+def test_a_configuration_that_asks_for_far_more_than_the_file_has(place):
+    """It is refused before Keras takes the memory, and what draws at random is left as it was."""
+    path = place / "m.keras"
+    keras.Sequential([keras.Input((8,)), keras.layers.Dense(6)]).save(path)
+    with zipfile.ZipFile(path) as archive:
+        config = archive.read("config.json").decode()
+    rewritten(path.read_bytes(), path, config=config.replace('"units": 6', '"units": 30000000'))
+    before = random.getstate()
+    with pytest.raises(ValueError, match=r"asks for \d{9,} bytes of weights, and there are \d+$"):
+        load_model(path)
+    assert random.getstate() == before
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")

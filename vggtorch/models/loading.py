@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import random
 import re
 import warnings
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from os import PathLike
@@ -252,6 +254,7 @@ def save_weights(model: keras.Model, path: str | PathLike) -> None:
         weights.write(path, tensors, name, said)
 
 
+MARGIN = 2**26  # bytes by which a configuration may ask for more weights than a file has
 KEPT = ("config.json", "metadata.json", "model.weights.h5")  # a model that Keras keeps as a folder
 
 
@@ -299,11 +302,37 @@ def load_model(source: str | PathLike) -> keras.Model:
     try:
         if path.suffix == ".keras":
             weights.check_archive(path)
+            _check_size(path)
         return keras.saving.load_model(path, safe_mode=True)
     except Exception as error:  # Keras raises all kinds for damaged and for foreign files
         raise ValueError(
             f"{source} can't be loaded as a Keras model: {files.first_line(error)}"
         ) from error
+
+
+def _check_size(path: Path) -> None:
+    """Refuse a configuration whose weights take far more memory than the file has of them.
+
+    The model is made without memory first. Layers that can't be made so are left to Keras.
+    """
+    with zipfile.ZipFile(path) as archive:
+        config = json.loads(archive.read("config.json"))
+        there = archive.getinfo("model.weights.h5").file_size
+    drawn = random.getstate()  # which initializers take their seeds from
+    try:
+        config.pop("compile_config", None)
+        with keras.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model = keras.saving.deserialize_keras_object(config, safe_mode=True)
+            wanted = sum(v.value.numel() * v.value.element_size() for v in model.variables)
+    except Exception:
+        return
+    finally:
+        random.setstate(drawn)
+    if wanted > 4 * there + MARGIN:
+        raise ValueError(
+            f"its configuration asks for {wanted} bytes of weights, and there are {there}"
+        )
 
 
 def _instead(folder: Path) -> str:
