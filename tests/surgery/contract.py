@@ -11,6 +11,7 @@ import torch
 from keras import layers as kl
 
 from vggtorch.keras_graph import all_layers, calls, calls_of, graph_of, raw_value
+from vggtorch.models import weight_set
 
 
 def operations(model):
@@ -114,8 +115,8 @@ def check(model, result, new=(), gone=(), *, sees_images=True):
     assert set(new) <= set(made)
     assert not result.compiled
     assert (result.name, result.trainable) == (model.name, model.trainable)
-    if not sees_images:  # nor has it a weight set then
-        assert type(result) is keras.Model
+    if not sees_images:
+        assert weight_set(result) is None
     elif not isinstance(model, keras.Sequential):
         assert type(result) is type(model)
     assert {id(p) for p in result.parameters()} == {id(raw_value(v)) for v in result.variables}
