@@ -7,13 +7,11 @@ where in each window the largest stood.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.grad import conv2d_input
 from torch.nn.modules import module as torch_modules
 
 
@@ -78,12 +76,16 @@ def _has_disjoint_windows(pool: nn.MaxPool2d) -> bool:
         and _pair(pool.padding) == (0, 0)
         and _pair(pool.dilation) == (1, 1)
         and not (pool.ceil_mode or pool.return_indices)
-        and math.prod(window) <= 256  # a place in a window fits in a byte
     )
 
 
 def _pair(value: Any) -> tuple[int, int]:
     return (value, value) if isinstance(value, int) else (value[0], value[1])
+
+
+def _layout(x: Tensor) -> torch.memory_format:
+    nhwc = x.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if nhwc else torch.contiguous_format
 
 
 class _Convolution(torch.autograd.Function):
@@ -96,13 +98,19 @@ class _Convolution(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         x, weight, _, *ctx.options = inputs
-        ctx.shape = x.shape
+        ctx.shape, ctx.layout = x.shape, _layout(x)
         ctx.save_for_backward(weight)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         (weight,) = ctx.saved_tensors
-        of_x = conv2d_input(ctx.shape, weight, grad, *ctx.options)
+        stride, padding, dilation, groups = ctx.options
+        # Of x torch looks at the shape and the layout alone, so its memory is never touched.
+        x = torch.empty(ctx.shape, dtype=grad.dtype, device=grad.device, memory_format=ctx.layout)
+        of_x, _, _ = torch.ops.aten.convolution_backward(
+            grad, x, weight, None, _pair(stride), _pair(padding), _pair(dilation), False, (0, 0),
+            groups, (True, False, False),
+        )  # fmt: skip
         return of_x, None, None, None, None, None, None
 
 
@@ -112,7 +120,7 @@ class _ReLU(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         y = torch.relu(x)
-        return y, ~(y <= 0)  # NaN passes its gradient on, as torch's does
+        return y, y <= 0  # NaN is not, and passes its gradient on, as torch's does
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -121,8 +129,8 @@ class _ReLU(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Any) -> Tensor:  # type: ignore[override]
-        (positive,) = ctx.saved_tensors
-        return grad * positive
+        (stopped,) = ctx.saved_tensors
+        return grad.masked_fill(stopped, 0)
 
     @classmethod
     def apply(cls, x: Tensor) -> Tensor:
@@ -131,23 +139,30 @@ class _ReLU(torch.autograd.Function):
 
 
 class _MaxPool(torch.autograd.Function):
-    """A max pool whose windows don't overlap, of which a byte for each window is kept."""
+    """A max pool whose windows don't overlap, of which two bytes for each window are kept."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, window: tuple[int, int]) -> Tensor:  # type: ignore[override]
         y, places = F.max_pool2d(x, window, return_indices=True)
-        ctx.shape, ctx.window = x.shape, window
-        rows, columns = places // x.shape[3], places % x.shape[3]
-        inside = rows % window[0] * window[1] + columns % window[1]
-        ctx.save_for_backward(inside.to(torch.uint8))
+        ctx.shape, ctx.window, ctx.layout = x.shape, window, _layout(x)
+        # How far the largest value is from its window's first one.
+        farthest = (window[0] - 1) * x.shape[3] + window[1] - 1
+        dtype = torch.int16 if farthest < 2**15 else torch.int32
+        ctx.save_for_backward((places - _first_places(y, x.shape[3], window)).to(dtype))
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         (inside,) = ctx.saved_tensors
-        (high, wide), (_, _, height, width) = ctx.window, ctx.shape
-        rows = torch.arange(grad.shape[2], device=grad.device)[:, None] * high + inside // wide
-        columns = torch.arange(grad.shape[3], device=grad.device) * wide + inside % wide
-        places = (rows * width + columns).flatten(2)
-        flat = grad.new_zeros(*ctx.shape[:2], height * width)
-        return flat.scatter(2, places, grad.flatten(2)).view(ctx.shape), None
+        places = inside + _first_places(grad, ctx.shape[3], ctx.window)
+        x = torch.empty(ctx.shape, dtype=grad.dtype, device=grad.device, memory_format=ctx.layout)
+        of_x = torch.ops.aten.max_pool2d_with_indices_backward(
+            grad, x, ctx.window, ctx.window, (0, 0), (1, 1), False, places
+        )
+        return of_x, None
+
+
+def _first_places(y: Tensor, width: int, window: tuple[int, int]) -> Tensor:
+    """Where the window of each value of y (N, C, H, W) begins, in a map of this width; (H, W)."""
+    rows = torch.arange(y.shape[2], device=y.device)[:, None] * (window[0] * width)
+    return rows + torch.arange(y.shape[3], device=y.device) * window[1]
