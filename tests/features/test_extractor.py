@@ -8,8 +8,11 @@ import keras
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torchvision.models.feature_extraction import create_feature_extractor
 from torchvision.transforms import functional as transforms
+
+from vggtorch.features.frozen import _MaxPool as MaxPool
 
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 TAPS = {  # ours -> torchvision's; both sides of a ReLU
@@ -196,6 +199,23 @@ def test_a_frozen_network_keeps_a_quarter_and_gives_the_same_gradients(vgg, data
         value.square().mean().backward(retain_graph=True)
         wanted.square().mean().backward(retain_graph=True)
         close(x.grad, y.grad, 1e-10)
+
+
+@pytest.mark.parametrize(
+    ("window", "size"),
+    [((2, 2), (5, 7)), ((3, 2), (9, 8)), ((2, 2), (4, 40_000)), ((300, 3), (600, 120))],
+)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_the_gradient_of_a_frozen_pool_is_torchs(window, size, layout):
+    """Also where the places in a window are too far apart for two bytes."""
+    x = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    gradients = []
+    for pool in (lambda x: MaxPool.apply(x, window), lambda x: F.max_pool2d(x, window)):
+        given = x.contiguous(memory_format=layout).requires_grad_()
+        y = pool(given)
+        (gradient,) = torch.autograd.grad((y * torch.arange(y.numel()).view(y.shape)).sum(), given)
+        gradients.append(gradient)
+    assert torch.equal(gradients[0], gradients[1])
 
 
 def test_gradients_of_gradients_and_of_nan_are_torchs(vgg, images):
