@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -316,3 +317,30 @@ def test_a_child_that_is_gone_is_named() -> None:
     del network.block2_bn1
     with pytest.raises(AttributeError, match="no attribute 'block2_bn1'"):
         network(torch.zeros(2, 16, 16, 3))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("channels", [3, 64])  # 27 and 73,728 numbers of each output
+def test_writing_through_data_is_noticed_in_each_dtype(dtype: torch.dtype, channels: int) -> None:
+    """Wherever the weight lies: here it begins at an odd place, and again at an even one."""
+    image = keras.Input((8, 8, channels))
+    model = keras.Model(image, keras.layers.Conv2D(130, 3, activation="relu")(image))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        network = to_torch(model, share=False, data_format="channels_first").eval().to(dtype)
+    (weight, _) = network.parameters()
+    lies_oddly = torch.empty(weight.numel() + 1, dtype=dtype)[1:].view(weight.shape)
+    x = torch.rand(2, channels, 8, 8).to(dtype)
+    for memory in (weight.data, lies_oddly):
+        weight.data = memory.copy_(weight.data)
+        with torch.no_grad():
+            before = network(x)
+            weight.data[-1] = 0.5
+            found = network(x)
+            weight.data[-1] = 0.0
+            assert not torch.equal(found, before)
+            assert torch.equal(network(x)[:, -1], torch.zeros(2, 6, 6).to(dtype))
+            expected = torch.nn.functional.conv2d(
+                x.float(), torch.full_like(weight[:1], 0.5).float()
+            )
+            assert_close(found[:, -1:].float(), expected, 1e-2)

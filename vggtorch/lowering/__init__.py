@@ -1,6 +1,7 @@
 """A Keras model as a network of torch's own modules on the same memory, run fast; and its export.
 
-Read in this order: `ties` (Keras variables and torch parameters on one memory), `layer_modules` and
+Read in this order: `ties` (Keras variables and torch parameters on one memory), `settings` (what
+else a network has of Keras layers, and whether it still is so), `layer_modules` and
 `batch_norm` (what torch.nn has no exact module for), `sites`, `products` and `converters` (Keras
 layers as torch.nn's modules), `kernels` (what torch computes faster than its public functions do),
 `fused` (steps that do the work of several modules), `steps` (a torch.fx graph as a list of steps,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from typing import Any
 
 import keras
@@ -10,6 +9,7 @@ import torch
 
 from vggtorch import keras_graph
 from vggtorch.lowering.on_keras import OnKeras
+from vggtorch.lowering.settings import Settings
 from vggtorch.lowering.writing import WRITTEN
 
 
@@ -48,11 +48,12 @@ def accelerate_(model: keras.Model, compile: bool = False, enabled: bool = True)
     laid_out: Any = None  # the optimizer whose slots have the layout of their kernels
     module: Any = None
     run: Any = None
-    settings: list[_Settings] = []
+    settings = Settings()
 
     def renew() -> None:
         nonlocal module, run, settings
-        module, settings = OnKeras(graph, model.name), _settings(inside)
+        module = OnKeras(graph, model.name)
+        settings = Settings(layer for layer in inside if type(layer) in WRITTEN)
         run = torch.compile(module) if compile else module
 
     def call(inputs: Any, training: bool | None = None, mask: Any = None) -> Any:
@@ -65,7 +66,7 @@ def accelerate_(model: keras.Model, compile: bool = False, enabled: bool = True)
         if any(x is None or x.is_meta or keras_graph.has_mask(x) for x in values):
             return type(model).call(model, inputs, training=training, mask=mask)
         nonlocal laid_out
-        if module is None or not (torch.compiler.is_compiling() or _are(settings)):
+        if module is None or not (torch.compiler.is_compiling() or settings.are_same()):
             renew()
         if module.training != bool(training):
             module.train(bool(training))
@@ -79,29 +80,6 @@ def accelerate_(model: keras.Model, compile: bool = False, enabled: bool = True)
         renew()
     keras_graph.override_call_(model, call)
     return model
-
-
-# Of a layer: its attributes, how many these are, the names of those that count, and their values.
-_Settings = tuple[dict[str, Any], int, list[str], list[Any]]
-
-
-def _settings(inside: list[keras.Layer]) -> list[_Settings]:
-    """What the network has taken over from the layers, beside their weights and `trainable`."""
-    found = []
-    for layer in inside:
-        if type(layer) in WRITTEN:  # the others run as Keras runs them
-            own = vars(layer)
-            names = ["_dtype_policy", *(n for n in own if n[0] != "_" and n != "training")]
-            found.append((own, len(own), names, [own.get(name) for name in names]))
-    return found
-
-
-def _are(settings: list[_Settings]) -> bool:
-    """Whether the layers still have these very objects as their attributes, and no new ones."""
-    return all(
-        len(own) == number and all(map(operator.is_, map(own.get, names), values))
-        for own, number, names, values in settings
-    )
 
 
 def _lay_out_slots_(optimizer: keras.Optimizer, model: keras.Model) -> None:

@@ -112,7 +112,11 @@ def _is_same(tensor: Tensor, kept: Tensor) -> bool:
     flat = _flat(tensor)
     if len(kept) != len(flat):
         return torch.equal(_kept(tensor), kept)
-    return torch.equal(flat.view(torch.int8), kept.view(torch.int8))  # by bits, for NaN
+    # As integers, among which NaN is equal to itself; of eight bytes if it can be, because torch
+    # takes as long for each, whatever its size.
+    fits = flat.nbytes % 8 == 0 and flat.storage_offset() * flat.itemsize % 8 == 0
+    bits = torch.int64 if fits else torch.int8
+    return torch.equal(flat.view(bits), kept.view(bits))
 
 
 class FusedConv2d:

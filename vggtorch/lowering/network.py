@@ -10,7 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from vggtorch.lowering.plan import Plan
+from vggtorch.lowering.settings import Settings
 from vggtorch.lowering.ties import Ties
+
+KEPT_OUT = "_written", "_plan", "_ties", "_settings"  # of pickles
 
 
 class TorchNetwork(torch.fx.GraphModule):
@@ -20,6 +23,7 @@ class TorchNetwork(torch.fx.GraphModule):
     """
 
     _ties = Ties()
+    _settings = Settings()  # of the Keras layers that it follows
     _written: torch.fx.Graph  # the graph as the code of `forward` has it
     _plan: Plan | None = None
 
@@ -36,6 +40,7 @@ class TorchNetwork(torch.fx.GraphModule):
         if torch.compiler.is_compiling() or torch.jit.is_tracing():
             return False
         self._ties.sync()
+        self._settings.warn_of_changes()
         return True
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -75,7 +80,7 @@ class TorchNetwork(torch.fx.GraphModule):
     def __reduce__(self) -> tuple[Any, ...]:
         """As torch.fx.GraphModule has it: the code is pickled, and the graph traced from it."""
         make, (state, *rest) = super().__reduce__()
-        state = {k: v for k, v in state.items() if k not in ("_written", "_plan", "_ties")}
+        state = {k: v for k, v in state.items() if k not in KEPT_OUT}
         ranks = [n.meta.get("rank") for n in self._written.nodes if n.op == "placeholder"]
         return _unpickled, (make, (state, *rest), ranks, self.meta.get("checkpoint", False))
 

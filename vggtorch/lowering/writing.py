@@ -24,6 +24,7 @@ from vggtorch import keras_graph
 from vggtorch.lowering.converters import CONVERTERS, convert, is_usual
 from vggtorch.lowering.layer_modules import KerasLayer
 from vggtorch.lowering.network import TorchNetwork
+from vggtorch.lowering.settings import Settings
 from vggtorch.lowering.sites import Axes, Piece, Site
 from vggtorch.lowering.ties import Ties
 
@@ -60,8 +61,9 @@ def to_torch(
     batches there use `torch.compile(network, mode="reduce-overhead")`.
 
     **What is read once.** Strides, activations, dropout rates: changes of a layer other than of its
-    weights and of `trainable` need another `to_torch`. Penalties of Keras's regularizers are no
-    part of what the network returns; a model that has them is warned of.
+    weights and of `trainable` need another `to_torch`, and the next call warns of them. Penalties
+    of Keras's regularizers are no part of what the network returns; a model that has them is warned
+    of.
 
     **Modes.** `train()` and `eval()` are Keras's `training=True` and `training=False`, and the
     network starts in the first, as every torch module does.
@@ -94,9 +96,24 @@ def to_torch(
     check_data_format(data_format)
     graph = keras_graph.graph_of(model, "to_torch")
     _warn_of_penalties(model)
-    return network_of(
+    network = network_of(
         graph, model.name, data_format=data_format, share=share, checkpoint=checkpoint
     )
+    if share:
+        network._settings = Settings(_written_layers(model, network))
+    return network
+
+
+def _written_layers(model: keras.Model, network: TorchNetwork) -> list[keras.Layer]:
+    """The layers that the network has modules of torch for; the others it asks at each call."""
+    asked = {
+        id(layer)
+        for module in network.modules()
+        if isinstance(module, KerasLayer) and isinstance(module.operation[0], keras.Layer)
+        for layer in keras_graph.all_layers(module.operation[0])
+    }
+    inside = keras_graph.all_layers(model, include_self=False)
+    return [layer for layer in inside if type(layer) in WRITTEN and id(layer) not in asked]
 
 
 def check_data_format(data_format: str | None) -> None:
