@@ -48,7 +48,8 @@ def normalised(r: random.Random, x: Any) -> Any:
 
 def pooled(r: random.Random, x: Any) -> Any:
     kind = r.choice([layers.MaxPooling2D, layers.MaxPooling2D, layers.AveragePooling2D])
-    return kind(r.choice([2, 3]), 2, padding=r.choice(["same", "valid"]))(x)
+    size = min(r.choice([2, 3]), *x.shape[1:3])  # Keras refuses larger ones
+    return kind(size, 2, padding=r.choice(["same", "valid"]))(x)
 
 
 def plain(r: random.Random, x: Any) -> Any:
