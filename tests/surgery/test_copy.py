@@ -165,7 +165,11 @@ def row():
     [
         ("one", [kl.Conv2D(4, 5, padding="same")], r"can't give .*kernel \(5, 5, 4, 4\).* 'one'"),
         ("one", [kl.Conv2D(4, 3, padding="same", use_bias=False)], "Give .* use_bias=True"),
-        ("one", [kl.Conv2DTranspose(4, 3, padding="same")], r"\(Conv2DTranspose\).*equal shapes"),
+        (
+            "one",
+            [kl.Conv2DTranspose(4, 3, padding="same")],
+            r"\(Conv2DTranspose\).*equal names and shapes",
+        ),
         (
             "one",
             [kl.ReLU()],
@@ -194,6 +198,43 @@ def test_weights_that_have_no_counterpart(names, new, message):
     with pytest.raises(ValueError, match=message):
         replace(model, names, fresh, init="copy")
     same_snapshot(before, snapshot(model))
+
+
+FREE = {"padding": "same", "use_bias": False}
+OTHER_MEANINGS = {
+    "a shift for a scale": (
+        kl.BatchNormalization(scale=False),
+        kl.BatchNormalization(center=False),
+    ),
+    "a scale for a shift": (
+        kl.LayerNormalization(center=False),
+        kl.LayerNormalization(scale=False),
+    ),
+    "what a wrapper holds": (
+        kl.TimeDistributed(kl.Conv1D(4, 3, **FREE)),
+        kl.TimeDistributed(kl.Conv1DTranspose(4, 3, **FREE)),
+    ),
+    "rows of a table": (
+        kl.TimeDistributed(kl.Dense(4)),
+        kl.TimeDistributed(kl.EinsumDense("abc,cd->abd", (None, 4), bias_axes="d")),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", OTHER_MEANINGS)
+def test_weights_of_equal_shapes_that_mean_something_else(case):
+    old, new = (
+        again(layer, name=name)
+        for layer, name in zip(OTHER_MEANINGS[case], ["old", "new"], strict=True)
+    )
+    inputs = keras.Input((6, 5, 4))
+    model = shake_(keras.Model(inputs, old(inputs)))
+    with pytest.raises(
+        ValueError, match="can't give the new layer 'new'|would lose the weights of 'old'"
+    ):
+        replace(model, "old", new, init="copy")
+    result = replace(model, "old", again(old, name="same"), init="copy")
+    equal(run(result, images(6, 5, 4)), run(model, images(6, 5, 4)))
 
 
 def test_composing_into_other_settings_offers_copy():

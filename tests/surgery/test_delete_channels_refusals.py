@@ -5,6 +5,7 @@ from __future__ import annotations
 import keras
 import numpy as np
 import pytest
+import torch
 from contract import same_snapshot, snapshot
 from keras import layers as kl
 
@@ -182,6 +183,8 @@ def test_all_channels_of_a_layer():
         ("conv", "0", "expects the channels of 'conv' as a list of whole numbers, received '0'"),
         ("conv", [0.0], "as a list of whole numbers, received"),
         ("conv", [True, False, False, True], "a mask; its indices are numpy.flatnonzero"),
+        ("conv", np.array([True, False]), "a mask; its indices are numpy.flatnonzero"),
+        ("conv", torch.tensor([True, False]), "a mask; its indices are numpy.flatnonzero"),
         ({"conv": [0]}, [0], "received a dict of channels, and channels="),
         ({}, None, "received no layer names"),
         (["conv", "conv"], [0], "received a layer name twice: 'conv'"),

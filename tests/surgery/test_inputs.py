@@ -229,6 +229,41 @@ def test_numbers_for_each_channel_are_not_spread_in_silence(case, channels):
     assert with_input(one, channels=channels).get_layer("conv").kernel.shape[2] == channels
 
 
+def bgr(place):
+    """A network that turns RGB into BGR by an operation, a Lambda layer or in a nested model."""
+    inputs = keras.Input((4, 4, 3), name="image")
+    if place == "operation":
+        x = keras.ops.flip(inputs, -1)
+    elif place == "lambda":
+        x = kl.Lambda(lambda x: keras.ops.flip(x, -1))(inputs)
+    elif place == "nested":
+        inner = keras.Input((4, 4, 3))
+        x = keras.Model(inner, keras.ops.flip(inner, -1), name="inner")(inputs)
+    else:
+        x = inputs[..., :3]
+    return keras.Model(inputs, kl.Conv2D(2, 1, name="conv")(x * 2.0))
+
+
+@pytest.mark.parametrize("place", ["operation", "lambda", "nested", "three of them"])
+def test_channels_that_are_moved_before_the_first_kernel_are_refused(place):
+    model = bgr(place)
+    with pytest.raises(ValueError, match="other channels: it puts them in another order, or in"):
+        with_input(model, channels=4, rule="zero")
+    assert with_input(model, (6, 5, 3)).output_shape == (None, 6, 5, 2)
+
+
+def test_operations_that_leave_channels_in_their_places_stay():
+    inputs = keras.Input((6, 6, 3), name="image")
+    x = keras.ops.pad(
+        keras.ops.flip(inputs, 1)[:, :, 1:] / 255 - 0.5, [[0, 0], [1, 1], [1, 1], [0, 0]]
+    )
+    model = shake_(keras.Model(inputs, kl.Conv2D(2, 3, name="conv")(x)))
+    wide = with_input(model, channels=np.int64(4), rule="zero")
+    x = torch.rand(2, 6, 6, 4)
+    torch.testing.assert_close(run(wide, x), run(model, x[..., :3]))
+    assert with_input(model, np.array([8, 9, 3])).output_shape == (None, 8, 8, 2)
+
+
 DEPTHWISE = [keras.Input((4, 4, 3)), kl.DepthwiseConv2D(3, name="deep")]
 NORM = [keras.Input((4, 4, 3)), kl.BatchNormalization(name="norm"), kl.Conv2D(2, 1, name="conv")]
 MAX: Any = "max"
@@ -251,10 +286,21 @@ REFUSED = {
         lambda: with_input(siamese(), {"a": (16, 16, 3)}),
         "'tower'|'both'",
     ),
-    "too small": (lambda: with_input(outer(), (1, 1, 3)), "'tower/pool'"),
+    "too small": (lambda: with_input(outer(), (1, 1, 3)), "'tower/pool'.*doesn't go through"),
+    "a number": (lambda: with_input(first(), 8), r"the shape 8; expected 3 numbers"),
+    "a text": (lambda: with_input(first(), "888"), r"the shape '888'; expected 3 numbers"),
+    "a fraction": (lambda: with_input(first(), (8.0, 8, 3)), r"\(8.0, 8, 3\); expected 3 numbers"),
+    "a rule of no numbers": (
+        lambda: with_input(first(), channels=4, rule=lambda kernel, n: None),
+        r"made a kernel of shape \(\) from .*expected \(\d, \d, 4, \d\)\.$",
+    ),
+    "a rule of NaN": (
+        lambda: with_input(first(), channels=2, rule=lambda kernel, n: kernel[..., :n, :] * np.nan),
+        "a rule that made NaN",
+    ),
     "a batch norm first": (
         lambda: with_input(keras.Sequential(NORM), channels=4),
-        r"'norm' \(BatchNormalization\) expects \(None, 4, 4, 3\)",
+        r"'norm' \(BatchNormalization\) expects \(None, 4, 4, 3\).*vt.insert",
     ),
     "a depthwise convolution": (
         lambda: with_input(keras.Sequential(DEPTHWISE), channels=4),

@@ -24,6 +24,7 @@ from vggtorch.surgery.remaking import changed_copy
 from vggtorch.surgery.wiring import Wiring, layer_names
 
 _VERB = "delete_channels"
+_TRUTHS = ("bool", "torch.bool")  # types of what is no number of a channel, though Python takes it
 
 
 def delete_channels(
@@ -160,7 +161,7 @@ def _numbers(name: str, channels: Any) -> list[int]:
     try:
         several = isinstance(channels, Iterable) and not isinstance(channels, str | Mapping)
         found = list(channels) if several else [channels]
-        if any(isinstance(c, bool | np.bool_) for c in found):
+        if any(str(getattr(c, "dtype", type(c).__name__)) in _TRUTHS for c in found):
             raise TypeError("a mask; its indices are numpy.flatnonzero(mask)")
         numbers = [operator.index(c) for c in found]
     except TypeError as error:

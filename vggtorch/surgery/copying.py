@@ -7,6 +7,7 @@ that a classifier becomes fully convolutional, and back.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
@@ -15,7 +16,7 @@ import keras
 import torch
 from keras import layers as kl
 
-from vggtorch.keras_graph import calls, calls_of, functional, raw_value
+from vggtorch.keras_graph import all_layers, calls, calls_of, functional, raw_value
 
 _CONVOLUTIONS = (kl.Conv1D, kl.Conv2D, kl.Conv3D)
 _READY = (kl.BatchNormalization, kl.PReLU)  # whose weights are useful from the start
@@ -32,11 +33,11 @@ class _Place:
 def copy_(old: Sequence[keras.Layer], new: Sequence[keras.Layer]) -> None:
     """Give the layers `new`, built, the weights of the layers `old`, in place.
 
-    Each layer of `old` with weights gives them to the next of `new` whose weights have the same
-    shapes; settings such as strides, dilation, padding and activation may differ, and layers
-    without weights may stand anywhere. A new batch norm without a counterpart keeps its initial
-    values, with which it changes next to nothing, and so does a PReLU, which begins as a ReLU; a
-    new bias without a counterpart is 0.
+    Each layer of `old` with weights gives them to the next of `new` that is of its kind and whose
+    weights have the same names and shapes; settings such as strides, dilation, padding and
+    activation may differ, and layers without weights may stand anywhere. A new batch norm without a
+    counterpart keeps its initial values, with which it changes next to nothing, and so does a
+    PReLU, which begins as a ReLU; a new bias without a counterpart is 0.
 
     Raises:
         ValueError: weights without a counterpart, on either side. No layer has changed then.
@@ -88,12 +89,32 @@ def _fitting(giver: _Place, taker: _Place) -> list[torch.Tensor] | None:
         values[:1] = _as_kernel(values[0], giver.flatten, new)
     elif isinstance(old, _CONVOLUTIONS) and isinstance(new, kl.Dense):
         values[:1] = _as_matrix(values[0], old, taker.flatten)
-    elif not (isinstance(new, type(old)) or isinstance(old, type(new))):
+    elif not _alike(old, new):
         return None
     if getattr(new, "use_bias", False) and not getattr(old, "use_bias", True):
         values.append(torch.zeros(new.weights[-1].shape))
     fits = [tuple(v.shape) for v in values] == [tuple(w.shape) for w in new.weights]
     return values if fits else None
+
+
+def _alike(old: keras.Layer, new: keras.Layer) -> bool:
+    """Whether the weights of two layers mean the same, one by one.
+
+    Both are of one kind, down to what a wrapper holds, and so are their weights: the shift of one
+    batch norm has the shape of another's scale.
+    """
+    pairs = list(zip(all_layers(old), all_layers(new), strict=False))
+    return (
+        len(all_layers(old)) == len(all_layers(new))
+        and all(isinstance(b, type(a)) or isinstance(a, type(b)) for a, b in pairs)
+        and all(getattr(a, "groups", 1) == getattr(b, "groups", 1) for a, b in pairs)
+        and all(a == b for a, b in zip(_meanings(old), _meanings(new), strict=False))
+    )
+
+
+def _meanings(layer: keras.Layer) -> list[str]:
+    """What the weights of a layer are called, less the numbers that Keras gives automatic names."""
+    return [re.sub(r"_\d+$", "", weight.name) for weight in layer.weights]
 
 
 def _as_kernel(
@@ -143,8 +164,8 @@ def _misfit(giver: _Place | None, taker: _Place) -> str:
     old = giver.layer
     message = (
         f"init='copy' can't give the new layer {what} the weights of {old.name!r} "
-        f"({type(old).__name__}), {_shapes(old)}: they must have equal shapes, layer by layer in "
-        f"their order."
+        f"({type(old).__name__}), {_shapes(old)}: they must be of one kind and have weights of "
+        f"equal names and shapes, layer by layer in their order."
     )
     if getattr(old, "use_bias", False) and not getattr(new, "use_bias", True):
         return f"{message} Give {new.name!r} use_bias=True."

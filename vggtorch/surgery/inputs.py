@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from typing import Literal, TypeAlias
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from numbers import Integral
+from typing import Any, Literal, TypeAlias
 
 import keras
 import numpy as np
@@ -12,10 +13,18 @@ import torch
 from keras import KerasTensor
 from keras.layers import Layer
 
-from vggtorch.keras_graph import Functional, input_structure, raw_value
+from vggtorch.keras_graph import (
+    Functional,
+    Node,
+    device,
+    filled,
+    input_structure,
+    raw_value,
+    torch_dtype,
+)
 from vggtorch.models import PREPROCESSING_SUFFIX, remember_, remembered, weight_set
 from vggtorch.surgery.operations import remove
-from vggtorch.surgery.rebuild import Rebuild
+from vggtorch.surgery.rebuild import MisfitError, Rebuild
 from vggtorch.surgery.remaking import state
 from vggtorch.surgery.wiring import Wiring, owner
 
@@ -96,10 +105,11 @@ def with_input(
     inputs = input_structure(wiring.functional)
     try:
         result = rebuild.model(wiring, inputs, wiring.functional.output)
-    except ValueError as error:
-        raise ValueError(f"{error}{_advice(wiring)}") from error
+    except MisfitError as error:
+        raise ValueError(f"{error.found} {_advice(wiring, error.layer, bool(other))}") from error
     if other:
         _check_constants(result)
+        _check_places(result, {new for _, new in other})
     if not other:
         return remember_(result, kept) if known else result
     for graph in Wiring(result, "with_input").all_graphs():
@@ -127,6 +137,8 @@ def _shapes(
     inputs = {owner(t): t for t in wiring.functional.inputs}
     if shape is None and channels is None:
         raise ValueError("with_input received neither a shape nor channels.")
+    if channels is not None and (_size(channels) or 0) < 1:
+        raise ValueError(f"with_input received channels={channels!r}; expected 1 or more.")
     if not isinstance(shape, Mapping):
         if len(inputs) != 1:
             raise ValueError(
@@ -143,13 +155,15 @@ def _shapes(
     found = {}
     for name, given in shape.items():
         old = inputs[name].shape
-        new = [old[0], *given]
+        numbers = list(given) if isinstance(given, Iterable) else []
+        new = [old[0], *map(_size, numbers)]
         axis = _axis(inputs[name])
-        if len(new) != len(old) or not all(
-            n is None or (isinstance(n, int) and not isinstance(n, bool) and n > 0) for n in given
+        if len(new) != len(old) or any(
+            n is not None and (now is None or now < 1)
+            for n, now in zip(numbers, new[1:], strict=True)
         ):
             raise ValueError(
-                f"with_input received the shape {tuple(given)}; expected {len(old) - 1} numbers "
+                f"with_input received the shape {given!r}; expected {len(old) - 1} numbers "
                 f"from 1, or None where it is open, as in {tuple(old[1:])}."
             )
         if channels is not None:
@@ -158,9 +172,7 @@ def _shapes(
                     f"with_input received channels={channels} and the shape {tuple(given)}, which "
                     f"has {new[axis]}."
                 )
-            if not isinstance(channels, int) or isinstance(channels, bool) or channels < 1:
-                raise ValueError(f"with_input received channels={channels!r}; expected 1 or more.")
-            new[axis] = channels
+            new[axis] = int(channels)
         if new[axis] is None and old[axis] is not None:
             raise ValueError(
                 f"with_input received the shape {tuple(given)}, whose channels are open; they "
@@ -168,6 +180,11 @@ def _shapes(
             )
         found[id(inputs[name])] = tuple(new)
     return found
+
+
+def _size(number: Any) -> int | None:
+    """A whole number of Python's or NumPy's as an int; None for all else."""
+    return int(number) if isinstance(number, Integral) and not isinstance(number, bool) else None
 
 
 def _built_in(wiring: Wiring) -> list[str]:
@@ -240,6 +257,8 @@ def _kernel(kernel: np.ndarray, channels: int, rule: Rule) -> np.ndarray:
                 f"with_input received a rule that made a kernel of shape {made.shape} from "
                 f"{kernel.shape}; expected {expected}."
             )
+        if np.isfinite(kernel).all() and not np.isfinite(made).all():
+            raise ValueError("with_input received a rule that made NaN or infinite values.")
         return made
     if rule == "repeat":
         return kernel[..., np.arange(channels) % inputs, :] * (inputs / channels)
@@ -255,19 +274,95 @@ def _kernel(kernel: np.ndarray, channels: int, rule: Rule) -> np.ndarray:
     return np.concatenate([kernel, np.repeat(added, channels - inputs, axis=-2)], axis=-2)
 
 
-def _advice(wiring: Wiring) -> str:
-    """What lets a network with Flatten take any size, where it has one."""
+def _advice(wiring: Wiring, layer: Any, channels: bool) -> str:
+    """What lets a network take another image, for the layer that can't."""
+    if channels and not isinstance(layer, keras.layers.Flatten) and _weighs(layer):
+        return (
+            "With other channels, kernels are made for convolutions (without groups) and Dense "
+            "layers alone. Put one before it, vt.insert(model, input name, keras.layers.Conv2D(3, "
+            "1)), or another layer in its place, vt.replace, and change the input then."
+        )
     for graph in wiring.all_graphs():
         for node in graph.nodes:
             if isinstance(node.operation, keras.layers.Flatten):
                 tensor = node.input_tensors[0]
                 axis = _axis(tensor)
                 sizes = tuple(n for i, n in enumerate(tensor.shape) if i not in (0, axis))
-                if len(sizes) == 2 and None not in sizes:
+                if _weighs(layer) and len(sizes) == 2 and None not in sizes:
                     return (
-                        f" {graph.prefix + node.operation.name!r} reads a map of "
+                        f"{graph.prefix + node.operation.name!r} reads a map of "
                         f"{sizes[0]}x{sizes[1]}. To take other sizes as torchvision does: "
                         f"vt.with_input(vt.insert(model, {graph.prefix + owner(tensor)!r}, "
                         f"keras.layers.AdaptiveAveragePooling2D({sizes})), ...)."
                     )
-    return ""
+    return (
+        "with_input keeps all layers as they are, and an image of this size doesn't go through "
+        "them: take one that does (a larger one, where a map would vanish, or a multiple of what "
+        "the network halves), or another layer, vt.replace."
+    )
+
+
+def _weighs(layer: Any) -> bool:
+    return isinstance(layer, Layer) and bool(layer.weights)
+
+
+def _check_places(result: keras.Model, counts: Collection[int | None]) -> None:
+    """Raise where something before the first kernels takes channels from their places.
+
+    A rule makes the rows of a kernel by their places in the image. An operation that turns RGB to
+    BGR would put an added channel before them, and one that picks three would leave it out.
+    """
+    for graph in Wiring(result, "with_input").all_graphs():
+        images = {id(t) for t in graph.functional.inputs if t.shape[_axis(t)] in counts}
+        for node in graph.nodes:
+            read = [t for t in node.input_tensors if id(t) in images]
+            if node.is_input or not read or _weighs(node.operation):
+                continue
+            if not _known(node.operation) and not _in_place(node, read):
+                raise ValueError(
+                    f"with_input can't give {graph.prefix + node.operation.name!r} "
+                    f"({type(node.operation).__name__}) other channels: it puts them in another "
+                    f"order, or in another number, before the first kernel reads them. Take it "
+                    f"out, vt.remove, do in the preparation of the images what it does, and change "
+                    f"the input then."
+                )
+            images |= {id(t) for t in node.outputs}
+
+
+def _known(operation: Any) -> bool:
+    """Whether it is a layer of Keras, which leaves channels where they are or changes a shape."""
+    own = isinstance(operation, keras.layers.Lambda | keras.layers.TorchModuleWrapper)
+    plain = isinstance(operation, Layer) and type(operation).__module__.startswith("keras.")
+    return plain and not own
+
+
+def _in_place(node: Node, images: Sequence[KerasTensor]) -> bool:
+    """Whether channel i of what is read is seen in channel i of what is made, and there alone."""
+    generator = torch.Generator().manual_seed(0)
+
+    def made_up(tensor: KerasTensor) -> torch.Tensor:
+        shape = [2 if i == 0 else n or 16 for i, n in enumerate(tensor.shape)]
+        values = torch.rand(shape, generator=generator) * 255
+        return values.to(torch_dtype(tensor.dtype)).to(device())
+
+    def run(values: Mapping[int, torch.Tensor]) -> torch.Tensor:
+        args, kwargs = filled(node, values)
+        with torch.no_grad():
+            return keras.tree.flatten(node.operation(*args, **kwargs))[0]
+
+    axis, count = _axis(images[0]), images[0].shape[_axis(images[0])]
+    before = {id(t): made_up(t) for t in node.input_tensors}
+    first = run(before)
+    if first.ndim != len(images[0].shape) or first.shape[axis] != count:
+        return False
+    for channel in range(count):
+        values = dict(before)
+        for tensor in images:
+            values[id(tensor)] = before[id(tensor)].clone()
+            part = values[id(tensor)].select(axis, channel)
+            part.copy_(255 - part)
+        seen = (run(values) != first).movedim(axis, 0).flatten(1).any(1)
+        seen[channel] = False
+        if seen.any():
+            return False
+    return True

@@ -310,7 +310,14 @@ def replace_where(
             continue
         place, name = wiring.find(path)
         groups = with_flips(place, place.nodes_of([name]))
-        added = _new_layers(wiring, make(layer), f" for {path!r}")
+        made = make(layer)
+        if made is None:
+            raise ValueError(
+                f"replace_where received a function that returned None for {path!r}, not a new "
+                f"layer. Let the condition say which layers stay as they are; to take layers out: "
+                f"vt.remove."
+            )
+        added = _new_layers(wiring, made, f" for {path!r}")
         earlier = [layer for _, _, others in changes for layer in others]
         if twice := [layer for layer in added if any(layer is other for other in earlier)]:
             raise ValueError(

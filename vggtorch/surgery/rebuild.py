@@ -50,6 +50,19 @@ Adapt = Callable[[Layer, Layer], dict[int, torch.Tensor] | None]
 Instead = dict[int, tuple[Tensor, Sequence[Layer]]]
 
 
+class MisfitError(ValueError):
+    """A layer that is kept can't take what it would now get.
+
+    Attributes:
+        found: the layer and the shapes, as a sentence.
+        layer: the layer or operation.
+    """
+
+    def __init__(self, found: str, advice: str, layer: Any):
+        super().__init__(f"{found} {advice}")
+        self.found, self.layer = found, layer
+
+
 class Rebuild:
     """One new model in the making, with the models that are nested in it.
 
@@ -422,10 +435,12 @@ def _misfit(wiring: Wiring, node: Node, args: Any, kwargs: Any, reason: str) -> 
     if now == before:
         return ValueError(f"The layer {what} can't be called again as it was: {reason}")
     sources = ", ".join(repr(owner(t)) for t in reads(node))
-    return ValueError(
+    return MisfitError(
         f"The layer {what} expects {_shapes(before)} (from {sources}) and would now get "
-        f"{_shapes(now)}. Surgery keeps the layers that follow as they are: put something in "
-        f"place that gives {_shapes(before)}."
+        f"{_shapes(now)}.",
+        f"Surgery keeps the layers that follow as they are: put something in place that gives "
+        f"{_shapes(before)}.",
+        node.operation,
     )
 
 
