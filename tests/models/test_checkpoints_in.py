@@ -161,6 +161,8 @@ def test_the_state_of_to_torch_and_dicts_in_memory(tmp_path: Path, backbone: ker
         ValueError, match=r"type dict; expected .*\(vt.load_weights\(model, tensors"
     ):
         vt.VGG11(weights=by_keras, include_top=False)
+    with pytest.raises(ValueError, match="a network, Linear, as weights; expected its state_dict"):
+        vt.load_weights(whole, nn.Linear(2, 2))  # type: ignore[call-overload]
 
 
 @pytest.mark.slow

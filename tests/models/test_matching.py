@@ -240,3 +240,39 @@ def test_legacy_files_of_keras_2_nested_and_renamed(tmp_path: Path) -> None:
     assert_same(by_keras, model)
     assert_same(vt.load_weights(build(), tmp_path / "a.h5"), model)
     assert_same(vt.load_weights(build(trainable=False), tmp_path / "a.h5"), model)
+
+
+def flat_and_nested(inside: str = "vgg") -> tuple[keras.Model, keras.Model]:
+    """One network with a head, as one graph and with the network nested in a model."""
+    inputs = keras.Input((8, 8, 3), name="image")
+    x = keras.layers.Conv2D(4, 3, name="block1_conv1")(inputs)
+    x = keras.layers.Conv2D(4, 3, name="block1_conv2")(x)
+    network = keras.Model(inputs, x, name=inside)
+    head = [keras.layers.GlobalAveragePooling2D(), keras.layers.Dense(2, name="out")]
+    whole = keras.Sequential([keras.Input((8, 8, 3)), network, *head], name="whole")
+    return vt.flatten(whole), whole
+
+
+@pytest.mark.parametrize("form", ["keras", "h5", "weights.h5", "safetensors", "pth"])
+def test_a_flat_models_file_goes_into_one_with_nested_models_and_back(
+    tmp_path: Path, form: str
+) -> None:
+    for at in (0, 1):
+        saved = flat_and_nested()[at]
+        path = tmp_path / f"{at}.{form}"
+        saved.save(path) if form in ("keras", "h5") else vt.save_weights(saved, path)
+        model = flat_and_nested()[1 - at]
+        vt.load_weights(model, path)
+        for ours, theirs in zip(model.get_weights(), saved.get_weights(), strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+
+
+def test_a_layer_that_several_nested_models_have_is_not_guessed(tmp_path: Path) -> None:
+    flat = flat_and_nested()[0]
+    vt.save_weights(flat, tmp_path / "flat.safetensors")
+    inputs = keras.Input((8, 8, 3))
+    ends = [flat_and_nested(name)[1].layers[0](inputs) for name in ("left", "right")]
+    x = keras.layers.GlobalAveragePooling2D()(keras.layers.Add()(ends))
+    both = keras.Model(inputs, keras.layers.Dense(2, name="out")(x))
+    with pytest.raises(ValueError, match="Missing in the file: left/block1_conv1/kernel"):
+        vt.load_weights(both, tmp_path / "flat.safetensors")

@@ -229,6 +229,10 @@ def test_numbers_for_each_channel_are_not_spread_in_silence(case, channels):
     assert with_input(one, channels=channels).get_layer("conv").kernel.shape[2] == channels
 
 
+FOUR: Any = np.int64(4)
+SIZES: Any = np.array([8, 9, 3])
+
+
 def bgr(place):
     """A network that turns RGB into BGR by an operation, a Lambda layer or in a nested model."""
     inputs = keras.Input((4, 4, 3), name="image")
@@ -258,15 +262,19 @@ def test_operations_that_leave_channels_in_their_places_stay():
         keras.ops.flip(inputs, 1)[:, :, 1:] / 255 - 0.5, [[0, 0], [1, 1], [1, 1], [0, 0]]
     )
     model = shake_(keras.Model(inputs, kl.Conv2D(2, 3, name="conv")(x)))
-    wide = with_input(model, channels=np.int64(4), rule="zero")
+    wide = with_input(model, channels=FOUR, rule="zero")
     x = torch.rand(2, 6, 6, 4)
     torch.testing.assert_close(run(wide, x), run(model, x[..., :3]))
-    assert with_input(model, np.array([8, 9, 3])).output_shape == (None, 8, 8, 2)
+    assert with_input(model, SIZES).output_shape == (None, 8, 8, 2)
 
 
 DEPTHWISE = [keras.Input((4, 4, 3)), kl.DepthwiseConv2D(3, name="deep")]
 NORM = [keras.Input((4, 4, 3)), kl.BatchNormalization(name="norm"), kl.Conv2D(2, 1, name="conv")]
 MAX: Any = "max"
+NUMBER: Any = 8
+TEXT: Any = "888"
+FRACTION: Any = (8.0, 8, 3)
+NO_NUMBERS: Any = lambda kernel, n: None  # noqa: E731
 REFUSED = {
     "nothing": (lambda: with_input(first()), "neither a shape nor channels"),
     "rule": (lambda: with_input(first(), channels=4, rule=MAX), "expects rule='mean'.*'max'"),
@@ -287,11 +295,11 @@ REFUSED = {
         "'tower'|'both'",
     ),
     "too small": (lambda: with_input(outer(), (1, 1, 3)), "'tower/pool'.*doesn't go through"),
-    "a number": (lambda: with_input(first(), 8), r"the shape 8; expected 3 numbers"),
-    "a text": (lambda: with_input(first(), "888"), r"the shape '888'; expected 3 numbers"),
-    "a fraction": (lambda: with_input(first(), (8.0, 8, 3)), r"\(8.0, 8, 3\); expected 3 numbers"),
+    "a number": (lambda: with_input(first(), NUMBER), r"the shape 8; expected 3 numbers"),
+    "a text": (lambda: with_input(first(), TEXT), r"the shape '888'; expected 3 numbers"),
+    "a fraction": (lambda: with_input(first(), FRACTION), r"\(8.0, 8, 3\); expected 3 numbers"),
     "a rule of no numbers": (
-        lambda: with_input(first(), channels=4, rule=lambda kernel, n: None),
+        lambda: with_input(first(), channels=4, rule=NO_NUMBERS),
         r"made a kernel of shape \(\) from .*expected \(\d, \d, 4, \d\)\.$",
     ),
     "a rule of NaN": (

@@ -99,8 +99,28 @@ def test_archives_that_hide_something(tmp_path: Path) -> None:
         sources.read(path)
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("readme.txt", "nothing")
-    with pytest.raises(ValueError, match="neither PyTorch's nor Keras's weights"):
+    with pytest.raises(ValueError, match="can't be loaded: .* neither PyTorch's nor Keras's"):
         sources.read(path)
+
+
+def test_whole_archives_of_others_are_named_and_not_called_damaged(tmp_path: Path) -> None:
+    network = torch.nn.Linear(2, 2)
+    written = {
+        "a.pt": (lambda p: torch.jit.save(torch.jit.script(network), p), "a TorchScript program"),
+        "a.pt2": (
+            lambda p: torch.export.save(torch.export.export(network, (torch.ones(1, 2),)), p),
+            "a program of torch.export",
+        ),
+        "a.npz": (lambda p: np.savez(p, weight=np.ones(2)), "it holds NumPy's arrays"),
+        "b.npz": (lambda p: np.savez_compressed(p, weight=np.ones(2)), "it holds NumPy's arrays"),
+    }
+    for name, (write, message) in written.items():
+        write(str(tmp_path / name))
+        with pytest.raises(ValueError, match=f"{name} can't be loaded: .*{message}"):
+            sources.read(tmp_path / name)
+    program = torch.export.load(tmp_path / "a.pt2")
+    for state in (torch.jit.load(tmp_path / "a.pt").state_dict(), program.state_dict):
+        assert set(state) == {"weight", "bias"}  # as the messages say
 
 
 @pytest.mark.slow

@@ -131,6 +131,11 @@ def path_of(
                 f"several files. Give the model the name of its network, or pass a path."
             )
         return weights.find(source, published[0].name, include_top=include_top)
+    if isinstance(source, torch.nn.Module):
+        raise ValueError(
+            f"Received a network, {type(source).__name__}, as weights; expected its state_dict: "
+            f"vt.load_weights(model, network.state_dict())."
+        )
     if not isinstance(source, str | PathLike):
         raise ValueError(
             f"Received weights of type {type(source).__name__}; expected the name of a weight set, "

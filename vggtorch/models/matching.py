@@ -4,7 +4,7 @@ Names decide. Where a checkpoint names the same layers otherwise, they are match
 all the same, in this order:
 
 - what stands before all names of the network, such as the name of the model that it was nested in,
-  or the prefix of its layers;
+  or the prefix of its layers; or the names of the models that it is nested in now;
 - Keras's automatic names, where `dense` became `dense_1`: by their order, if all shapes agree;
 - weights without names, as Keras's own files have them: by their order in the layer;
 - VGG's convolutions under other names: by their order, if all of them stand in one row (`rows`).
@@ -103,6 +103,7 @@ def match(
     else:
         entries = _without_prefix(entries, slots, prefix, checkpoint.origin)
         entries = _without_text(entries, slots, prefix)
+        entries = _into_models(entries, slots)
     # VGG's layers, which is all that a network under a prefix has, have no automatic names.
     automatic = {} if prefix else _automatic(model, ()) | _inside_layers(model, variables)
     entries, renamed = _in_order(entries, slots, automatic, variables, tensors)
@@ -267,6 +268,28 @@ def _without_text(
         return (*path[:-1], path[-1].removeprefix(prefix)) if path else path
 
     return [replace(entry, path=plain(entry.path)) for entry in entries]
+
+
+def _into_models(entries: list[_Entry], slots: Mapping[tuple[str, Path], Slot]) -> list[_Entry]:
+    """The entries of a model that was flat, with the names of nested models where they are now.
+
+    Not those of a network alone, which has its own way into the one that is nested: nobody has
+    said that the layers around that may keep their values.
+    """
+    if all(entry.path and entry.path[-1] in FEATURES for entry in entries):
+        return entries
+    places = {(kind, path[:-1]) for kind, path in slots}
+    inside: dict[tuple[str, Path], list[Path]] = {}
+    for kind, path in places:
+        for n in range(1, len(path)):
+            inside.setdefault((kind, path[n:]), []).append(path)
+
+    def nested(entry: _Entry) -> _Entry:
+        found = inside.get((entry.kind, entry.path), [])
+        alone = (entry.kind, entry.path) not in places and len(found) == 1
+        return replace(entry, path=found[0]) if alone else entry
+
+    return [nested(entry) for entry in entries]
 
 
 # Automatic names

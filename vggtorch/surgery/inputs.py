@@ -345,7 +345,7 @@ def _in_place(node: Node, images: Sequence[KerasTensor]) -> bool:
         values = torch.rand(shape, generator=generator) * 255
         return values.to(torch_dtype(tensor.dtype)).to(device())
 
-    def run(values: Mapping[int, torch.Tensor]) -> torch.Tensor:
+    def run(values: dict[int, torch.Tensor]) -> torch.Tensor:
         args, kwargs = filled(node, values)
         with torch.no_grad():
             return keras.tree.flatten(node.operation(*args, **kwargs))[0]

@@ -3,15 +3,39 @@
 from __future__ import annotations
 
 import zipfile
+from collections.abc import Collection
 from pathlib import Path
 
+from vggtorch.weights.state_dicts import UnsupportedError
+
 LARGEST_TEXT = 1 << 24  # bytes of a configuration; that of VGG19 has 20,000
+
+
+def refuse_others(names: Collection[str]) -> None:
+    """Raise for the archives that others write, which are whole and hold no plain weights."""
+    last = {name.rpartition("/")[2] for name in names}
+    if "constants.pkl" in last:
+        raise UnsupportedError(
+            "it is a TorchScript program. Load its weights: "
+            "vt.load_weights(model, torch.jit.load(path).state_dict())"
+        )
+    if "archive_format" in last:
+        raise UnsupportedError(
+            "it is a program of torch.export. Load its weights: "
+            "vt.load_weights(model, torch.export.load(path).state_dict)"
+        )
+    if names and all(name.endswith(".npy") for name in names):
+        raise UnsupportedError(
+            "it holds NumPy's arrays. Load them under the names of the model's weights: "
+            "vt.load_weights(model, {'block1_conv1/kernel': numpy.load(path)[name], ...})"
+        )
 
 
 def check_members(path: Path, archive: zipfile.ZipFile) -> list[str]:
     """The names of an archive's members.
 
     Raises:
+        UnsupportedError: others write such archives.
         ValueError: two parsers could understand the archive differently, or it unpacks to more than
             it is.
     """
@@ -19,8 +43,12 @@ def check_members(path: Path, archive: zipfile.ZipFile) -> list[str]:
     names = [member.filename for member in members]
     if len(set(names)) != len(names):
         raise ValueError("a member of the archive is there twice")
+    refuse_others(names)
     if any(member.compress_type != zipfile.ZIP_STORED for member in members):
-        raise ValueError("its members are compressed, which neither PyTorch nor Keras does")
+        raise UnsupportedError(
+            "its members are compressed, which neither PyTorch nor Keras does. Unpack it, and load "
+            "what was in it"
+        )
     with path.open("rb") as file:
         file.seek(-22, 2)
         if file.read(4) != b"PK\x05\x06":

@@ -71,7 +71,7 @@ def read_zip(path: Path) -> tuple[Tensors, Mapping[str, str]]:
             tensors, said = _h5_tensors(path, start)
             return tensors, {**said, **_remembered(config), "whole": "yes"}
     if not any(name.endswith("data.pkl") for name in names):
-        raise ValueError("the archive holds neither PyTorch's nor Keras's weights")
+        raise UnsupportedError("the archive holds neither PyTorch's nor Keras's weights")
     return _unwrapped(pickles.unpickled(path, mmap=True))
 
 
