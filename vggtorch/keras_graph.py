@@ -129,6 +129,16 @@ class _ImageModel(Functional):
         plain = {name: value for name, value in config.items() if name != "data_config"}
         return Functional.from_config.__func__(made, plain, custom_objects)  # type: ignore[attr-defined]
 
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        """Keras pickles a model as its file, by a method of its class, which has no place here."""
+        method, content = super().__reduce__()
+        return _unpickled, (method.__name__, content)
+
+
+def _unpickled(method: str, content: tuple[Any, ...]) -> keras.Model:
+    model: keras.Model = getattr(Functional, method)(*content)
+    return model
+
 
 def _named(name: str, base: type, config: DataConfig) -> type[Functional]:
     content = {

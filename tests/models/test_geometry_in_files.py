@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import pickle
 from pathlib import Path
 
 import keras
@@ -147,3 +148,23 @@ def test_weights_alone_of_other_layers_are_refused_with_the_reason(tmp_path: Pat
     with pytest.raises(ValueError, match=r"does not say what kinds of layers.*whole \(.keras\)"):
         convert(tmp_path / "a.safetensors", tmp_path / "b.pth")
     assert not list(tmp_path.glob("b.*"))
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("form", ["keras", "h5", "pickle"])
+def test_a_whole_model_comes_back_with_what_it_expects(
+    tmp_path: Path, form: str, nested: bool
+) -> None:
+    config = dataclasses.replace(CONFIG, label_names=()) if nested else CONFIG
+    model = remember_(build(), config)
+    if nested:
+        model = keras.Sequential([keras.Input(SHAPE), model, layers.Dense(3, name="head")])
+    if form == "pickle":
+        again = pickle.loads(pickle.dumps(model))
+    else:
+        model.save(tmp_path / f"a.{form}")
+        again = vt.load_model(tmp_path / f"a.{form}")
+    assert vt.data_config(again) == vt.data_config(model)
+    assert vt.weight_set(again) == "oxford"
+    for ours, theirs in zip(again.get_weights(), model.get_weights(), strict=True):
+        np.testing.assert_array_equal(ours, theirs)

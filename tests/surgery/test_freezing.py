@@ -5,6 +5,7 @@ from __future__ import annotations
 import keras
 import pytest
 from contract import every_layer, nested, shared
+from keras import layers as kl
 
 from vggtorch.surgery import freeze_, unfreeze_
 
@@ -85,3 +86,9 @@ def test_full_names_reach_into_one_nested_model():
     assert {v.path.rpartition("/")[0] for v in model.trainable_variables} == {"left/b"}
     with pytest.raises(ValueError, match="has no layer 'left/c'"):
         freeze_(model, until="left/c")
+
+
+@pytest.mark.parametrize("operation", [freeze_, unfreeze_])
+def test_one_name_is_taken_and_no_list(operation):
+    with pytest.raises(ValueError, match=r"expects the name of one layer, received \['a', 'b'\]"):
+        operation(keras.Sequential([keras.Input((2,)), kl.Dense(2, name="a")]), ["a", "b"])

@@ -303,11 +303,31 @@ def load_model(source: str | PathLike) -> keras.Model:
         if path.suffix == ".keras":
             weights.check_archive(path)
             _check_size(path)
-        return keras.saving.load_model(path, safe_mode=True)
+        model = keras.saving.load_model(path, safe_mode=True)
     except Exception as error:  # Keras raises all kinds for damaged and for foreign files
         raise ValueError(
             f"{source} can't be loaded as a Keras model: {files.first_line(error)}"
         ) from error
+    return model if path.suffix == ".keras" else _remembering(model, path)
+
+
+def _remembering(model: keras.Model, path: Path) -> keras.Model:
+    """A model of Keras's older form, which names no classes of others, with what its file says."""
+    network = _first_network(model)
+    if remembered(network) != DataConfig():
+        return model
+    try:
+        checkpoint = weights.read(path)
+    except ValueError as error:
+        warnings.warn(
+            f"What {path} may say of the images that the model expects can't be read: {error}",
+            stacklevel=3,
+        )
+        return model
+    shape = keras.tree.flatten([tensor.shape for tensor in model.outputs])
+    labelled = network is model and len(model.outputs) == 1
+    remember_checkpoint_(network, checkpoint, shape[-1] or 0 if labelled else 0)
+    return model
 
 
 def _check_size(path: Path) -> None:

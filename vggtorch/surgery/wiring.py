@@ -83,6 +83,8 @@ class Wiring:
 
     def route(self, name: str) -> list[str]:
         """The names of the nested models that lead to a layer, from the outside, and its own."""
+        if not isinstance(name, str):
+            raise ValueError(f"{self.verb} expects the name of one layer, received {name!r}.")
         if name in self.operations:
             return [name]
         layers = self.layers_by_path()
