@@ -1,13 +1,27 @@
+"""For all tests. What is heavy is imported late: with several workers one process runs no test."""
+
 import vggtorch  # noqa: F401 - before any test imports Keras: it selects the torch backend
 
 import gc  # isort: skip
 
 import psutil  # isort: skip
 import pytest  # isort: skip
-import torch  # isort: skip
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    """Python does not look for cycles in what is imported, now or later: a third of the imports."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def pytest_collection_modifyitems(items):
+    import torch
+
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:
@@ -32,6 +46,8 @@ def _room_for_the_next(_memory):
 @pytest.fixture(scope="module")
 def one_thread():
     """For tests on small tensors: on a busy machine threads would only wait for one another."""
+    import torch
+
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
