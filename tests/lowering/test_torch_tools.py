@@ -7,9 +7,6 @@ by_hand.py has both in torch.nn.
 import copy
 import importlib
 import logging
-import os
-import subprocess
-import sys
 import warnings
 from functools import partial
 from pathlib import Path
@@ -17,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from by_hand import KINDS
+from fresh import run_on_two
 from torch import nn
 from torch.nn.utils import parametrize, prune
 
@@ -355,15 +353,8 @@ def test_safetensors_saves_and_loads(kind, pair, x, tmp_path):
 
 
 def test_ddp_and_fsdp_on_two_processes_have_the_gradients_of_one():
-    script = Path(__file__).with_name("two_processes_network.py")
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    result = subprocess.run(
-        [sys.executable, *launch, script],
-        env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(script.parents[2])},
-        capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert result.stdout.count("is done") == 2
+    printed = run_on_two(Path(__file__).with_name("two_processes_network.py"))
+    assert printed.count("is done") == 2
 
 
 def batches(x):

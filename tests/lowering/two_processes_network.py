@@ -1,4 +1,4 @@
-"""Gradients by DDP and by FSDP2 on two processes are those of one: started by torchrun."""
+"""Gradients by DDP and by FSDP2 on two processes are those of one."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import vggtorch as vt  # isort: skip  (first: it selects Keras's torch backend)
 import keras
 import torch
 import torch.distributed as dist
+from fresh import as_two
 from small_vgg import images, on_keras, small_vgg
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -73,4 +74,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    as_two(main)

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import keras
@@ -14,6 +11,7 @@ import numpy as np
 import pytest
 import tiny
 import two_processes
+from fresh import run_on_two
 from torch.utils.data import DataLoader
 
 from vggtorch.training import checkpoints, data
@@ -137,19 +135,10 @@ def test_the_evaluation_is_the_one_that_history_tells_of(images, config, precisi
 
 @pytest.mark.slow
 def test_two_processes_give_the_losses_of_one(images, tmp_path):
-    script = Path(__file__).with_name("two_processes.py")
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(map(str, (script.parents[2], script.parents[1]))),
-        "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1",
-    }  # fmt: skip
     (tmp_path / "one").mkdir()
     (tmp_path / "two").mkdir()
     two_processes.train(tmp_path / "one", images)
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    subprocess.run(
-        [sys.executable, *launch, script, tmp_path / "two", images],
-        env=environment, check=True, capture_output=True, timeout=300,
-    )  # fmt: skip
+    run_on_two(two_processes.__file__, tmp_path / "two", images)
     # What was stopped by a signal to one process ends as what ran through.
     for first, second in (("mixed", "mixed"), ("cached", "cached"), ("cached", "stopped")):
         one, two = (

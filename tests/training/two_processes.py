@@ -1,4 +1,4 @@
-"""Train on this process's part of each batch and write the losses, by torchrun or alone."""
+"""Train on this process's part of each batch and write the losses, alone or as one of two."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Any
 import tiny  # isort: skip  (before keras: it selects Keras's torch backend)
 import keras
 from accelerate import PartialState
+from fresh import as_two
 
 from vggtorch.training.callbacks import Callback
 from vggtorch.training.config import TrainConfig
@@ -59,6 +60,10 @@ def network() -> keras.Model:
     return model
 
 
-if __name__ == "__main__":
+def main() -> None:
     train(*map(Path, sys.argv[1:]))
     PartialState().destroy_process_group()
+
+
+if __name__ == "__main__":
+    as_two(main)
