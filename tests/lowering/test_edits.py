@@ -181,6 +181,16 @@ def test_wrong_shapes_are_refused_as_torch_refuses_them() -> None:
 
 
 @pytest.mark.parametrize("training", [False, True])
+def test_one_image_without_a_batch_is_refused_by_batch_norm(training: bool) -> None:
+    """As torch's own refuses it: it would be normalised along its height, here as large as O."""
+    image = keras.Input((4, 4, 3))
+    x = layers.BatchNormalization()(layers.Conv2D(4, 1)(image))
+    network = to_torch(keras.Model(image, x), data_format="channels_first").train(training)
+    with pytest.raises(ValueError, match=r"expected 4D input \(got 3D input\)"):
+        network(torch.rand(3, 4, 4))
+
+
+@pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("name", ["block1_conv1", "block2_conv1", "block2_bn1", "block2_relu1"])
 def test_what_a_hook_keeps_stays_what_it_is(name: str, training: bool) -> None:
     network: Any = to_torch(small_vgg()).train(training)

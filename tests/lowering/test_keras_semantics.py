@@ -92,7 +92,16 @@ def pooled(x: Any) -> Any:
     return layers.GlobalAveragePooling1D()(layers.BatchNormalization()(x))
 
 
-@pytest.mark.parametrize("build", [attention, recurrent, merged, nested, embedded_inside, pooled])
+def pooled_behind_a_model(x: Any) -> Any:
+    """The outer model says that the mask ends there; it goes on with the tensor."""
+    inner = keras.Input(x.shape[1:])
+    return pooled(keras.Model(inner, layers.Dense(4)(inner))(x))
+
+
+BUILDS = [attention, recurrent, merged, nested, embedded_inside, pooled, pooled_behind_a_model]
+
+
+@pytest.mark.parametrize("build", BUILDS)
 def test_masks_reach_whoever_uses_them(build: Any) -> None:
     keras.utils.set_random_seed(0)
     tokens = keras.Input((5,), dtype="int32")

@@ -416,6 +416,18 @@ def test_inputs_go_in_one_by_one_or_by_name():
         assert torch.equal(received["sum"], expected["sum"])
 
 
+@pytest.mark.parametrize("names", [("self", "torch"), ("a.b", "a b"), ("lambda", "1")])
+def test_inputs_of_any_name(names):
+    a, b = (keras.Input((3,), name=name) for name in names)
+    model = keras.Model([a, b], L.Concatenate()([L.Subtract()([a, b]), L.Dense(2)(a)]))
+    network = to_torch(model)
+    x, y = torch.rand(2, 3), torch.rand(2, 3)
+    inputs = [node.target for node in network.graph.nodes if node.op == "placeholder"]
+    expected = run_keras(model, [x, y])
+    for received in (network(x, y), network(**dict(zip(inputs, (x, y), strict=True)))):
+        torch.testing.assert_close(received, expected)
+
+
 def test_functional_call_reaches_layers_that_run_as_keras_runs_them():
     model = sequences()
     network = to_torch(model).eval()

@@ -107,6 +107,7 @@ class KerasBatchNorm(Leaf, nn.modules.batchnorm._BatchNorm):
         mean, variance = self.running_mean, self.running_var
         if mean is None or variance is None:  # somebody made it track nothing
             return super().forward(x)
+        self._check_input_dim(x)  # one image without a batch would be normalised along its height
         if not self.learns:
             return F.batch_norm(x, mean, variance, self.weight, self.bias, False, 0.0, self.eps)
         if self.counted:

@@ -8,6 +8,7 @@ kernels and of activations stand in products.py.
 
 from __future__ import annotations
 
+import copy
 from functools import partial
 from typing import Any
 
@@ -180,6 +181,23 @@ def _up_sampling(site: Site) -> list[Piece] | None:
     return [Piece(nn.Upsample(scale_factor=tuple(float(n) for n in site.layer.size)))]
 
 
+# Modules of torch in a Keras model
+
+
+def _torch_module(site: Site) -> list[Piece]:
+    """A copy of the user's own module, on the tensors of the one that the Keras layer has."""
+    own = site.layer.module
+    variables = {id(keras_graph.raw_value(v)): v for v in site.layer.variables}
+    module = copy.deepcopy(own)
+    for path, part in own.named_modules():
+        for name, parameter in part._parameters.items():
+            if parameter is not None:
+                site.set_(module.get_submodule(path), name, variables[id(parameter)])
+        if site.share:
+            module.get_submodule(path)._buffers.update(part._buffers)
+    return [Piece(module, "", "keras")]
+
+
 CONVERTERS: dict[type, Converter] = {
     **PRODUCTS,
     layers.BatchNormalization: _batch_norm,
@@ -197,6 +215,7 @@ CONVERTERS: dict[type, Converter] = {
     layers.Normalization: _normalization,
     layers.Rescaling: _rescaling,
     layers.SpatialDropout2D: _spatial_dropout,
+    layers.TorchModuleWrapper: _torch_module,
     layers.UpSampling2D: _up_sampling,
     layers.ZeroPadding2D: _zero_padding,
     **dict.fromkeys(_POOLS, _pool),

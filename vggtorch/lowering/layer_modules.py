@@ -8,7 +8,7 @@ Each takes and gives tensors with the channels on axis 1 where torch.nn's own mo
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -246,6 +246,23 @@ class KerasFunction(Leaf):
         return self.function(x)
 
 
+@contextlib.contextmanager
+def _parameters_from(modules: list[nn.Module], tensors: dict[int, Tensor]) -> Iterator[None]:
+    """Let torch's modules inside of Keras layers compute with these tensors, by parameters' ids.
+
+    They don't ask Keras's variables for their values, and so no StatelessScope.
+    """
+    places = [m._parameters for module in modules for m in module.modules()]
+    before = [dict(place) for place in places]
+    try:
+        for place in places:
+            place.update({k: tensors.get(id(p), p) for k, p in place.items()})  # type: ignore[misc]
+        yield
+    finally:
+        for place, was in zip(places, before, strict=True):
+            place.update(was)
+
+
 @dataclass(frozen=True)
 class _Argument:
     """Stands for the tensor number `index` in the recorded arguments of a call."""
@@ -313,7 +330,13 @@ class KerasLayer(Leaf):
         if all(keras_graph.raw_value(v) is t for v, t in zip(variables, mine, strict=True)):
             yield
             return
-        with keras.StatelessScope(list(zip(variables, mine, strict=True))) as scope:
+        inside = keras_graph.all_layers(operation)
+        wrapped = [x.module for x in inside if isinstance(x, keras.layers.TorchModuleWrapper)]
+        taken = {id(keras_graph.raw_value(v)): t for v, t in zip(variables, mine, strict=True)}
+        with (
+            keras.StatelessScope(list(zip(variables, mine, strict=True))) as scope,
+            _parameters_from(wrapped, taken),
+        ):
             yield
         for variable, tensor in zip(variables, mine, strict=True):
             value = scope.get_current_value(variable)

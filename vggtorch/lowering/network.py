@@ -19,15 +19,15 @@ KEPT_OUT = "_written", "_plan", "_ties", "_settings"  # of pickles
 class TorchNetwork(torch.fx.GraphModule):
     """What `to_torch` returns: a torch.fx.GraphModule that keeps in step with its Keras model.
 
-    Copies and pickles of it stand alone, with memory of their own.
+    Deep copies and pickles of it stand alone, with memory of their own.
     """
 
     _ties = Ties()
     _settings = Settings()  # of the Keras layers that it follows
-    _written: torch.fx.Graph  # the graph as the code of `forward` has it
-    _plan: Plan | None = None
+    _plan = None  # without a type, which torch.jit.script would want to know
 
     if TYPE_CHECKING:  # the children are known only when the network is built
+        _written: torch.fx.Graph  # the graph as the code of `forward` has it
 
         def __getattr__(self, name: str) -> Any: ...
 
@@ -77,12 +77,30 @@ class TorchNetwork(torch.fx.GraphModule):
                 return None
         return self._plan
 
+    # A GraphModule's own copies drop hooks, and what the graph doesn't use; a module's keep all.
+
+    def __copy__(self) -> TorchNetwork:
+        own = {k: copy.copy(v) if isinstance(v, dict) else v for k, v in vars(self).items()}
+        return self._with(own)
+
+    def __deepcopy__(self, memo: Any) -> TorchNetwork:
+        return self._with(copy.deepcopy(vars(self), memo))
+
+    def _with(self, state: dict[str, Any]) -> TorchNetwork:
+        """A network of these attributes, with code of its own."""
+        made = type(self).__new__(type(self))
+        type(made).__name__ = type(self).__name__
+        vars(made).update(state)
+        made.graph = made.graph  # makes `forward`
+        return made
+
     def __reduce__(self) -> tuple[Any, ...]:
         """As torch.fx.GraphModule has it: the code is pickled, and the graph traced from it."""
         make, (state, *rest) = super().__reduce__()
         state = {k: v for k, v in state.items() if k not in KEPT_OUT}
+        state["_graphmodule_cls_name"] = type(self).__name__
         ranks = [n.meta.get("rank") for n in self._written.nodes if n.op == "placeholder"]
-        return _unpickled, (make, (state, *rest), ranks, self.meta.get("checkpoint", False))
+        return _unpickled, (make, (state, *rest), ranks)
 
     def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
         """As torch.nn.Module has it, with requires_grad as Keras's `trainable` flags are now."""
@@ -111,14 +129,14 @@ class TorchNetwork(torch.fx.GraphModule):
 
 def _unpickled(
     make: Callable[..., torch.fx.GraphModule],
-    arguments: tuple[Any, ...],
+    arguments: tuple[dict[str, Any], Any],
     ranks: list[int | None],
-    checkpoint: bool,
 ) -> TorchNetwork:
     """The network of a pickle, which holds its code and its modules."""
     plain = make(*arguments)
     for node, rank in zip(plain.graph.nodes, ranks, strict=False):  # the first are the inputs
         node.meta["rank"] = rank
     network = TorchNetwork(plain, plain.graph, class_name=type(plain).__name__)
-    network.meta["checkpoint"] = checkpoint
+    of_code = ("_code", "_lineno_map", "_prologue_start", "_graphmodule_cls_name")
+    vars(network).update({k: v for k, v in arguments[0].items() if k not in of_code})
     return network

@@ -218,8 +218,10 @@ class _Builder:
 
     def build(self, name: str) -> TorchNetwork:
         inputs = {id(tensor): tensor for tensor in self.model.inputs}
+        names: list[str] = []
         for tensor in inputs.values():
-            node = self.graph.placeholder(_identifier(keras_graph.producer(tensor).name))
+            names.append(_identifier(keras_graph.producer(tensor).name, names))
+            node = self.graph.placeholder(names[-1])
             node.meta["rank"] = len(tensor.shape)
             axes = "first" if self.outer == "first" and len(tensor.shape) > 2 else "keras"
             if self.outer == "last" and len(tensor.shape) > 2:
@@ -270,8 +272,9 @@ class _Builder:
 
     def _step(self, call: keras_graph.Node) -> None:
         masked = any(map(keras_graph.has_mask, call.input_tensors))
-        # A mask that comes up inside of a nested model isn't shown on the model's output.
-        if _masks_inside(call.operation) or any(id(t) in self.hidden for t in call.input_tensors):
+        # A mask that comes up or goes on inside of a nested model isn't shown on its output.
+        hidden = any(id(t) in self.hidden for t in call.input_tensors)
+        if hidden or _masks_inside(call.operation, masked):
             self.hidden |= {id(tensor) for tensor in call.outputs}
             masked = True
         ways = (self._reshape, self._as_torch, self._merge, self._nested)
@@ -448,10 +451,14 @@ class _Builder:
 _PLAIN = {torch.add: "add", torch.sub: "sub", torch.mul: "mul", torch.div: "truediv"}
 
 
-def _identifier(name: str) -> str:
-    """A name that Python takes for an argument or a class."""
+def _identifier(name: str, taken: Sequence[str] = ()) -> str:
+    """A name that Python takes for an argument or a class, and that the code doesn't use."""
     name = "".join(c if c.isalnum() else "_" for c in name)
-    return name if name.isidentifier() and not keyword.iskeyword(name) else f"_{name}"
+    if not name.isidentifier() or keyword.iskeyword(name) or name in ("self", "torch"):
+        name = f"_{name}"
+    while name in taken:
+        name += "_"
+    return name
 
 
 def _dtype(tensor: keras.KerasTensor) -> str:
@@ -461,11 +468,16 @@ def _dtype(tensor: keras.KerasTensor) -> str:
     return str(layer.compute_dtype if known else tensor.dtype)
 
 
-def _masks_inside(operation: Any) -> bool:
-    """Whether a layer inside of a layer makes masks, as an Embedding in a nested model does."""
+def _masks_inside(operation: Any, masked: bool) -> bool:
+    """Whether a layer inside of a layer makes masks, as an Embedding in a nested model does.
+
+    Or hands on the mask of what enters, where the outer layer says that it ends there.
+    """
     if not isinstance(operation, keras.Layer):
         return False
     inside = keras_graph.all_layers(operation, include_self=False)
+    if masked and inside and not operation.supports_masking:
+        return True
     return any(isinstance(x, layers.Masking) or getattr(x, "mask_zero", False) for x in inside)
 
 

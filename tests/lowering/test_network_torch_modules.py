@@ -1,0 +1,111 @@
+"""torch's modules inside of Keras models: children like any others, their tensors shared."""
+
+import vggtorch as vt  # isort: skip  (first: it selects Keras's torch backend)
+import keras
+import numpy as np
+import pytest
+import torch
+from keras import layers as L
+from torch import nn
+
+from vggtorch.lowering.layer_modules import KerasLayer
+
+X = torch.rand(6, 4, generator=torch.Generator().manual_seed(1))
+
+
+def wrapped():
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
+    i = keras.Input((4,))
+    x = L.TorchModuleWrapper(module, output_shape=(None, 3), name="torch")(i)
+    return keras.Model(i, L.Dense(2, name="dense")(x)), module
+
+
+def inside():
+    class Mine(L.Layer):
+        def __init__(self):
+            super().__init__()
+            self.linear, self.dense = nn.Linear(4, 3), L.Dense(2)
+
+        def build(self, shape):
+            self.dense.build((None, 3))
+
+        def call(self, x):
+            return self.dense(self.linear(x))
+
+        def compute_output_shape(self, shape):
+            return shape[0], 2
+
+    i = keras.Input((4,))
+    return keras.Model(i, Mine()(i))
+
+
+def test_a_wrapped_module_is_the_child_itself():
+    model, module = wrapped()
+    network = vt.to_torch(model)
+    child = network.get_submodule("torch")
+    assert [type(m) for m in child] == [nn.Linear, nn.BatchNorm1d]
+    assert {"torch.0.weight", "torch.1.running_mean", "torch.1.running_var"} <= {
+        *network.state_dict()
+    }
+    network.train()
+    model.predict(X.numpy(), verbose=0)  # Keras sets its own module to evaluation
+    torch.testing.assert_close(network(X), network(X))
+    assert child[1].num_batches_tracked == 2 and child.training
+    assert torch.equal(module[1].running_mean, child[1].running_mean)
+    optimizer = torch.optim.SGD(network.parameters(), 0.1)
+    network(X).square().sum().backward()
+    optimizer.step()
+    torch.testing.assert_close(network.eval()(X), model(X, training=False))
+
+
+@pytest.mark.parametrize("build", [lambda: wrapped()[0], inside])
+def test_its_parameters_are_honoured(build):
+    model = build()
+    network, own = vt.to_torch(model).eval(), vt.to_torch(model, share=False).eval()
+    expected = model(X, training=False).detach()
+    zeros = {name: torch.zeros_like(p) for name, p in network.named_parameters()}
+    assert not torch.func.functional_call(network, zeros, (X,)).any()
+    with torch.no_grad():
+        for p in own.parameters():
+            p.zero_()
+    assert not own(X).any()
+    torch.testing.assert_close(network(X).detach(), expected)
+    torch.testing.assert_close(model(X, training=False).detach(), expected)
+    with torch.no_grad():
+        for p in network.parameters():
+            p.zero_()
+    assert not model(X, training=False).any()
+
+
+def test_several_inputs_run_as_keras_runs_them():
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.product = nn.Bilinear(4, 4, 2)
+
+        def forward(self, a, b):
+            return self.product(a, b)
+
+    a, b = keras.Input((4,)), keras.Input((4,))
+    model = keras.Model([a, b], L.TorchModuleWrapper(Both(), output_shape=(None, 2))(a, b))
+    network = vt.to_torch(model)
+    assert any(isinstance(m, KerasLayer) for m in network.modules())
+    torch.testing.assert_close(network(X, X), model([X, X]))
+    zeros = {name: torch.zeros_like(p) for name, p in network.named_parameters()}
+    assert not torch.func.functional_call(network, zeros, (X, X)).any()
+
+
+def test_fit_trains_it_as_keras_does():
+    weights = []
+    for accelerated in (False, True):
+        model, module = wrapped()
+        keras.utils.set_random_seed(0)
+        model.get_layer("dense").kernel.assign(np.ones((3, 2)))
+        if accelerated:
+            vt.accelerate_(model)
+        model.compile(keras.optimizers.SGD(0.1), "mse")
+        model.fit(X.numpy(), np.ones((6, 2)), epochs=3, shuffle=False, verbose=0)
+        weights.append([*model.get_weights(), module[1].running_mean.numpy()])
+    for a, b in zip(*weights, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
