@@ -44,6 +44,7 @@ def test_a_wrapped_module_is_the_child_itself():
     model, module = wrapped()
     network = vt.to_torch(model)
     child = network.get_submodule("torch")
+    assert isinstance(child, nn.Sequential)
     assert [type(m) for m in child] == [nn.Linear, nn.BatchNorm1d]
     assert {"torch.0.weight", "torch.1.running_mean", "torch.1.running_var"} <= {
         *network.state_dict()
