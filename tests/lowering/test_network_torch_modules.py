@@ -53,7 +53,8 @@ def test_a_wrapped_module_is_the_child_itself():
     model.predict(X.numpy(), verbose=0)  # Keras sets its own module to evaluation
     torch.testing.assert_close(network(X), network(X))
     assert child[1].num_batches_tracked == 2 and child.training
-    assert torch.equal(module[1].running_mean, child[1].running_mean)
+    ours, theirs = (m[1].get_buffer("running_mean") for m in (child, module))
+    assert torch.equal(ours, theirs)
     optimizer = torch.optim.SGD(network.parameters(), 0.1)
     network(X).square().sum().backward()
     optimizer.step()
