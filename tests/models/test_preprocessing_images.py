@@ -124,6 +124,29 @@ def test_16_bit_rgb_and_transparent_values(tmp_path):
     assert (pixel(alpha), pixel(alpha, (1, 0))) == ((0, 0, 0), (255, 255, 255))
 
 
+def tiff(path, bits, photometric, strip):
+    """A TIFF file of one row of four grey values, of kinds that PIL doesn't write."""
+    tags = [(256, 4), (257, 1), (258, bits), (259, 1), (262, photometric), (273, 134), (277, 1)]
+    tags += [(278, 1), (279, len(strip)), (339, 1)]
+    entries = b"".join(struct.pack("<HHII", tag, 3, 1, value) for tag, value in tags)
+    head = b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4)
+    path.write_bytes(head + strip)
+    assert len(head) == 134
+    return path
+
+
+def test_tiff_of_12_bits_and_with_white_as_zero(tmp_path):
+    # Two values of 12 bits in three bytes: 0 and 4095, 2048 and 16.
+    twelve = tiff(tmp_path / "12.tif", 12, 1, bytes.fromhex("000fff800010"))
+    assert [pixel(twelve, (x, 0))[0] for x in range(4)] == [0, 255, 128, 1]
+    values = np.array([0, 65535, 32768, 257], "<u2")
+    for photometric, expected in ((1, [0, 255, 128, 1]), (0, [255, 0, 127, 254])):
+        path = tiff(tmp_path / "16.tif", 16, photometric, values.tobytes())
+        assert [pixel(path, (x, 0))[0] for x in range(4)] == expected
+        path = tiff(tmp_path / "8.tif", 8, photometric, bytes([0, 255, 128, 1]))
+        assert [pixel(path, (x, 0))[0] for x in range(4)] == expected
+
+
 @pytest.mark.parametrize(
     "values", [np.array([[0, 0.5, 1]], "f4"), np.array([[0, 1000, 2000]], "i4")]
 )

@@ -1,5 +1,6 @@
 """What a folder of images holds is counted and said, and damaged images are named."""
 
+import shutil
 import warnings
 from typing import Any
 
@@ -18,7 +19,7 @@ def folders_in(tmp_path, *names):
     return tmp_path
 
 
-@pytest.mark.parametrize("name", ["val", "valid", "validation"])
+@pytest.mark.parametrize("name", ["val", "valid", "validation", "dev", "Val"])
 def test_a_validation_folder_validates(tmp_path, name):
     assert find_splits(tmp_path) == (tmp_path, None, None)
     folders_in(tmp_path, "train", name)
@@ -37,6 +38,57 @@ def test_a_test_folder_is_never_taken_for_validation(tmp_path):
     assert find_splits(tmp_path) == (tmp_path / "train", None, tmp_path / "test")
     folders_in(tmp_path, "val")
     assert find_splits(tmp_path) == (tmp_path / "train", tmp_path / "val", tmp_path / "test")
+
+
+@pytest.mark.parametrize("names", [("Train", "Test"), ("training", "testing"), ("TRAIN", "test")])
+def test_parts_under_other_names_are_no_classes(tmp_path, names):
+    folders_in(tmp_path, *names)
+    assert find_splits(tmp_path) == (tmp_path / names[0], None, tmp_path / names[1])
+
+
+def test_folders_beside_the_parts_are_said_and_two_for_one_part_refused(tmp_path):
+    folders_in(tmp_path, "train", "val", "extra", ".hidden")
+    with pytest.warns(UserWarning, match=f"Left out of {tmp_path}: the folders extra, which"):
+        assert find_splits(tmp_path) == (tmp_path / "train", tmp_path / "val", None)
+    folders_in(tmp_path, "valid")
+    with pytest.raises(ValueError, match="two folders for one part, val and valid"):
+        find_splits(tmp_path)
+
+
+def test_images_of_hidden_and_of_linked_folders_are_counted(tmp_path):
+    folder, other = tiny.pictures(tmp_path / "data"), tiny.pictures(tmp_path / "other", seed=1)
+    (folder / "red" / ".ipynb_checkpoints").mkdir()
+    (folder / "red" / "0.png").rename(folder / "red" / ".ipynb_checkpoints" / "0-checkpoint.png")
+    (folder / "red" / "more").symlink_to(other / "red")
+    with pytest.warns(UserWarning, match=r"2 files \((1 hidden|1 linked folder), (?!\1)1 "):
+        assert len(data.read_folder(folder, 16)) == 23
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [("^[a-z]+_", "has no group. Expected a reg"), ("^(.+", "isn't a regular expression: missing")],
+)
+def test_patterns_that_find_no_labels(tmp_path, pattern, message):
+    tiny.pictures(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        data.read_folder(tmp_path, 16, label_pattern=pattern)
+
+
+def test_files_that_train_and_judge_are_said(tmp_path, config):
+    from vggtorch.training.run import read_data
+
+    train, test = tiny.pictures(tmp_path / "train"), tiny.pictures(tmp_path / "test", seed=1)
+    images = data.images_for(tiny.network(), config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        read_data(tmp_path, None, config, images)
+    shutil.copy(train / "red" / "0.png", test / "red" / "again.png")
+    with pytest.warns(UserWarning, match=r"1 of 25 test images are files .*again.png is .*0\.png"):
+        read_data(tmp_path, None, config, images)
+    for number in range(8):
+        shutil.copy(train / "red" / "0.png", train / "red" / f"{number}.png") if number else None
+    with pytest.warns(UserWarning, match="validation images are files of the training data again"):
+        read_data(train, None, config, images)
 
 
 def test_a_run_on_train_and_test_holds_out_a_part_of_train(tmp_path, config):

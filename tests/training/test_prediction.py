@@ -57,6 +57,7 @@ def test_files_folders_and_patterns(tmp_path, monkeypatch):
         assert str(caught.value).startswith(message)
 
 
+@pytest.mark.filterwarnings("default:Left out of")
 @pytest.mark.slow
 @pytest.mark.parametrize("batch_size", ["2", "100"])
 def test_predict_writes_a_row_for_each_image_and_passes_over_what_it_cant_read(
@@ -64,7 +65,8 @@ def test_predict_writes_a_row_for_each_image_and_passes_over_what_it_cant_read(
 ):
     table, lines = tmp_path / "found.csv", tmp_path / "found.jsonl"
     words = [str(run), str(photos), "-b", batch_size]
-    assert main(["predict", *words, "--out", str(table), "--top", "2"]) == 1
+    with pytest.warns(UserWarning, match=r"photos: 1 file \(1 .txt\)\.$"):
+        assert main(["predict", *words, "--out", str(table), "--top", "2"]) == 1
     error = capsys.readouterr().err
     assert error.startswith("vggtorch: an image can't be read: ") and "green/1.png" in error
     assert main(["predict", *words, "--out", str(lines)]) == 1
@@ -107,6 +109,7 @@ def test_images_none_of_which_can_be_read(run, tmp_path, capsys):
     capsys.readouterr()
 
 
+@pytest.mark.filterwarnings("default:Left out of")
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -179,6 +182,7 @@ def test_whatever_a_network_ends_in_its_probabilities_are_scored(tmp_path):
         vt.evaluate_folder(model, folder)
 
 
+@pytest.mark.filterwarnings("default:Left out of")
 @pytest.mark.slow
 def test_features_are_written_read_and_resumed(run, photos, tmp_path, capsys, monkeypatch):
     parquet = pytest.importorskip("pyarrow.parquet")

@@ -17,7 +17,7 @@ from typing import IO
 
 import numpy as np
 import PIL
-from PIL import Image, UnidentifiedImageError, features
+from PIL import Image, ImageOps, UnidentifiedImageError, features
 
 from vggtorch.files import first_line
 
@@ -51,6 +51,7 @@ _UPRIGHT = {  # what makes an image upright, by its EXIF orientation
     8: Image.Transpose.ROTATE_90,
 }
 _ORIENTATION = 0x0112  # the EXIF tag
+_BITS, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0  # TIFF tags, and what the second may be
 _LOWEST, _HIGHEST = 340, 341  # the TIFF tags SMinSampleValue and SMaxSampleValue
 
 
@@ -152,9 +153,10 @@ def _too_large(size: str) -> str:
 def to_rgb(image: Image.Image) -> Image.Image:
     """An image as RGB of 8 bits, turned upright as its EXIF orientation says.
 
-    Grey values of 16 bits are scaled from 0 ... 65535. 32-bit and floating-point values are scaled
-    from the range that a TIFF file's SMinSampleValue and SMaxSampleValue state, and refused
-    without them. What is transparent shows `BACKGROUND`, white.
+    Grey values of 16 bits are scaled from 0 ... 65535, those of 12 bits in a TIFF file from
+    0 ... 4095. 32-bit and floating-point values are scaled from the range that a TIFF file's
+    SMinSampleValue and SMaxSampleValue state, and refused without them. What is transparent shows
+    `BACKGROUND`, white.
 
     Raises:
         ValueError: more than `MAX_PIXELS` pixels, or values whose range can't be known.
@@ -198,6 +200,8 @@ def _scaled(image: Image.Image) -> Image.Image:
         )
     scaled = (values.astype(np.float32) - np.float32(low)) * np.float32(255 / (high - low))
     grey = Image.fromarray(np.rint(scaled).astype(np.uint8))
+    if getattr(image, "tag_v2", {}).get(_PHOTOMETRIC) == _WHITE_IS_ZERO:  # PIL knows it of 8 bits
+        grey = ImageOps.invert(grey)
     if (key := image.info.get("transparency")) is not None:
         grey.putalpha(Image.fromarray(np.where(values == key, 0, 255).astype(np.uint8)))
     return grey
@@ -205,10 +209,13 @@ def _scaled(image: Image.Image) -> Image.Image:
 
 def _value_range(image: Image.Image) -> tuple[float, float]:
     """The values that are black and white."""
+    tags = getattr(image, "tag_v2", {})
+    bits = np.ravel(tags.get(_BITS, 16))
+    if image.mode.startswith("I;16") and len(bits) == 1 and 8 < bits[0] < 16:
+        return 0, float(2 ** int(bits[0]) - 1)  # TIFF has 12 bits too
     # PIL opens 16-bit PNG and PGM files with 32 bits for each pixel, some or all by its version.
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
         return 0, 65535
-    tags = getattr(image, "tag_v2", {})
     stated = (*np.ravel(tags.get(_LOWEST, ())), *np.ravel(tags.get(_HIGHEST, ())))
     if len(stated) == 2 and stated[0] < stated[1]:
         return float(stated[0]), float(stated[1])

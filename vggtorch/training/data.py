@@ -108,6 +108,7 @@ class Folder:
         augment: what augmentations other than 0 do to an image.
         seed: where random augmentation starts.
         root: the folder or the table.
+        contents: SHA-256 of each file.
     """
 
     paths: tuple[Path, ...]
@@ -118,6 +119,7 @@ class Folder:
     augment: Augment
     seed: int
     root: Path
+    contents: tuple[str, ...]
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -193,6 +195,7 @@ def read_folder(
         augment,
         seed,
         root,
+        tuple(image.digest for image in images),
     )
 
 
@@ -223,6 +226,7 @@ def hold_out(folder: Folder, share: float) -> tuple[Folder, Folder]:
             folder,
             paths=tuple(folder.paths[i] for i in chosen),
             labels=tuple(folder.labels[i] for i in chosen),
+            contents=tuple(folder.contents[i] for i in chosen),
             digest=hashlib.sha256(folder.digest.encode() + mask.tobytes()).hexdigest(),
             augment=augment,
         )

@@ -13,10 +13,14 @@ from typing import Literal, NamedTuple
 
 from vggtorch import files
 from vggtorch.models import SUFFIXES, PixelGate, read_image
-from vggtorch.training.tables import TABLES, TablePart, is_table, ordered, read_rows
+from vggtorch.training.tables import SPLITS, TABLES, TablePart, is_table, ordered, read_rows
 
 PIXELS_AT_ONCE = 2**26  # decoded at the same time while a folder is checked; about half a GB
 NAMED = 10  # files that a message lists; it counts the others
+_PATTERN = (
+    "Expected a regular expression whose first group is the label, such as '^(.+)_[0-9]+' for "
+    "cat_12.jpg."
+)
 SYSTEM_FILES = {".ds_store", ".gitignore", ".gitkeep", "desktop.ini", "thumbs.db"}
 
 
@@ -45,31 +49,59 @@ class Splits(NamedTuple):
     test: Path | TablePart | None = None
 
 
-VALIDATION = ("val", "valid", "validation")
-
-
 def find_splits(data: Path) -> Splits:
     """DATA/train and what stands beside it that validates and tests; else DATA itself.
 
-    What is named `test` never validates: what chooses the best epoch can't test it too. A table is
-    split by its column `split`; in a folder, `train.csv` and its like do as the folder `train`.
+    What is named `test` never validates: what chooses the best epoch can't test it too. The names
+    are those of a table's column `split`, in upper or lower case; a table is split by that column,
+    and in a folder, `train.csv` and its like do as the folder `train`. Warns of other folders.
 
     Raises:
-        ValueError: a table that can't be read, or one without rows that train.
+        ValueError: a table that can't be read, or one without rows that train; two folders for one
+            part.
     """
     if is_table(data):
         return _table_splits(data)
-    train, test = data / "train", data / "test"
-    if not train.is_dir():
-        tables = [_table_in(data, (name,)) for name in ("train", "test")]
-        if tables[0] is None:
+    found, others = _parts_in(data)
+    train, held, test = (found.get(part) for part in ("train", "validation", "test"))
+    if train is None:
+        names = {part: [n for n, of in SPLITS.items() if of == part] for part in SPLITS.values()}
+        tables = {part: _table_in(data, called) for part, called in names.items()}
+        if tables["train"] is None:
             return Splits(data)
-        return Splits(tables[0], _table_in(data, VALIDATION), tables[1])
-    held = next((data / n for n in VALIDATION if (data / n).is_dir()), None)
-    if held or test.is_dir():
-        return Splits(train, held, test if test.is_dir() else None)
-    others = [p for p in data.iterdir() if p.is_dir() and p.name[0] != "." and p != train]
-    return Splits(data) if others else Splits(train)
+        return Splits(tables["train"], tables["validation"], tables["test"])
+    if held is None and test is None:
+        return Splits(data) if others else Splits(train)
+    if others:
+        warnings.warn(
+            f"Left out of {data}: the folders {', '.join(others[:NAMED])}"
+            f"{', ...' if len(others) > NAMED else ''}, which are neither for training, nor for "
+            f"validation, nor for testing by their names ({', '.join(SPLITS)}).",
+            stacklevel=3,
+        )
+    return Splits(train, held, test)
+
+
+def _parts_in(data: Path) -> tuple[dict[str, Path], list[str]]:
+    """The subfolders that are parts of the data by their names, and the names of the others."""
+    found: dict[str, Path] = {}
+    others: list[str] = []
+    there = sorted(data.iterdir()) if data.is_dir() else []
+    for path in there:
+        if not path.is_dir() or path.name[0] == ".":
+            continue
+        part = SPLITS.get(path.name.lower())
+        if part is None:
+            others.append(path.name)
+        elif part in found:
+            raise ValueError(
+                f"{data} has two folders for one part, {found[part].name} and {path.name}. "
+                f"Expected one; or pass the parts by themselves (vt.finetune(model, train_folder, "
+                f"validation_folder))."
+            )
+        else:
+            found[part] = path
+    return found, others
 
 
 def _table_in(folder: Path, names: Sequence[str]) -> TablePart | None:
@@ -150,17 +182,23 @@ def _of_names(folder: Path, pattern: str) -> Found:
 
     As fastai's `from_name_re` has it.
     """
-    expression = re.compile(pattern)
+    try:
+        expression = re.compile(pattern)
+    except re.error as error:
+        raise ValueError(
+            f"label_pattern={pattern!r} isn't a regular expression: {error}. {_PATTERN}"
+        ) from error
+    if not expression.groups:
+        raise ValueError(f"label_pattern={pattern!r} has no group. {_PATTERN}")
     if not folder.is_dir():
         raise ValueError(f"{folder} isn't a folder. Expected one with images.")
-    files_there, left_out = _images_under(folder)
+    files_there, left_out = images_under(folder)
     labels = [(path, expression.search(path.name)) for path in files_there]
     unlabelled = [path.name for path, match in labels if not (match and match[1])]
     if unlabelled or not labels:
         raise ValueError(
             f"label_pattern={pattern!r} finds no label in {len(unlabelled)} of {len(labels)} "
-            f"images in {folder}: {', '.join(unlabelled[:NAMED])}. Expected a regular expression "
-            f"whose first group is the label, such as '^(.+)_[0-9]+' for cat_12.jpg."
+            f"images in {folder}: {', '.join(unlabelled[:NAMED])}. {_PATTERN}"
         )
     names = ordered(match[1] for _, match in labels if match)
     classes = _several(names, f"label_pattern={pattern!r} finds")
@@ -210,8 +248,7 @@ def read_classes(
             image that can't be read under `stop`.
     """
     classes, images, left_out = _found(part, label_pattern)
-    if left_out:
-        warnings.warn(f"Left out of {part}: {_counted(left_out)}.", stacklevel=3)
+    tell_left_out(part, left_out)
     checked = _checked([path for path, _ in images])
     bad = [check.problem for check in checked if check.problem]
     if bad:
@@ -241,7 +278,7 @@ def _listed(folder: Path, classes: Sequence[str]) -> tuple[list[tuple[Path, int]
     images: list[tuple[Path, int]] = []
     left_out: Counter[str] = Counter()
     for label, name in enumerate(classes):
-        found, others = _images_under(folder / name)
+        found, others = images_under(folder / name)
         images += [(path, label) for path in found]
         left_out += others
     beside = sum(p.suffix.lower() in SUFFIXES and p.is_file() for p in folder.iterdir())
@@ -250,15 +287,17 @@ def _listed(folder: Path, classes: Sequence[str]) -> tuple[list[tuple[Path, int]
     return images, left_out
 
 
-def _images_under(folder: Path) -> tuple[list[Path], Counter[str]]:
+def images_under(folder: Path) -> tuple[list[Path], Counter[str]]:
     """The image files at any depth, sorted, and how many others there are of each kind."""
     images: list[Path] = []
     left_out: Counter[str] = Counter()
     for path in sorted(folder.rglob("*")):
+        if path.is_dir() and path.is_symlink():  # which may lead round in a circle
+            left_out["linked folder"] += 1
         if path.is_dir() or path.name.lower() in SYSTEM_FILES:
             continue
         suffix = path.suffix.lower()
-        if path.name.startswith("."):
+        if any(part.startswith(".") for part in path.relative_to(folder).parts):
             left_out["hidden"] += 1
         elif not path.is_file():
             left_out["no regular file, or a link to nothing"] += 1
@@ -269,12 +308,19 @@ def _images_under(folder: Path) -> tuple[list[Path], Counter[str]]:
     return images, left_out
 
 
+def tell_left_out(part: object, left_out: Counter[str], stacklevel: int = 4) -> None:
+    """Warn of files that aren't read."""
+    if left_out:
+        warnings.warn(f"Left out of {part}: {_counted(left_out)}.", stacklevel=stacklevel)
+
+
 def _counted(left_out: Counter[str]) -> str:
     """How many files of which kind, the most frequent first."""
     kinds = left_out.most_common(NAMED)
     more = left_out.total() - sum(count for _, count in kinds)
     parts = [f"{count} {kind}" for kind, count in kinds] + ([f"{more} others"] if more else [])
-    return f"{left_out.total()} files ({', '.join(parts)})"
+    files_there = "1 file" if left_out.total() == 1 else f"{left_out.total()} files"
+    return f"{files_there} ({', '.join(parts)})"
 
 
 def _first(problems: Sequence[str]) -> str:

@@ -24,7 +24,7 @@ from vggtorch.lowering import between
 from vggtorch.models import SUFFIXES, data_config, decode_predictions, preprocess
 from vggtorch.training import data
 from vggtorch.training.evaluation import Evaluation, evaluate
-from vggtorch.training.folders import test_part
+from vggtorch.training.folders import images_under, tell_left_out, test_part
 from vggtorch.training.heads import logits_network
 from vggtorch.training.run import make_accelerator
 
@@ -50,6 +50,8 @@ class Prediction(NamedTuple):
 def image_files(given: Iterable[str | Path]) -> list[Path]:
     """The files that are meant: files themselves, all images in folders, and what patterns match.
 
+    Warns of other files in the folders.
+
     Raises:
         ValueError: a folder without images, or a pattern or a name that nothing matches.
     """
@@ -57,7 +59,8 @@ def image_files(given: Iterable[str | Path]) -> list[Path]:
     for one in given:
         path = Path(one)
         if path.is_dir():
-            inside = sorted(p for p in path.rglob("*") if _is_image(p))
+            inside, left_out = images_under(path)
+            tell_left_out(path, left_out)
             if not inside:
                 raise ValueError(
                     f"{path} has no images. Expected {', '.join(sorted(SUFFIXES))} files."
@@ -73,10 +76,6 @@ def image_files(given: Iterable[str | Path]) -> list[Path]:
     if missing := [str(path) for path in found if not path.exists()]:
         raise ValueError(f"There is no file {', '.join(missing[:5])}.")
     return list(dict.fromkeys(found))
-
-
-def _is_image(path: Path) -> bool:
-    return path.suffix.lower() in SUFFIXES and path.name[0] != "." and path.is_file()
 
 
 def batches(model: keras.Model, paths: Sequence[Path], batch_size: int) -> Iterator[Batch]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -90,8 +91,26 @@ def read_data(
     test = read(splits.test, "none")[0] if splits.test is not None else None
     held = _with_classes_of(training, held, "validation")
     test = _with_classes_of(training, test, "test")
+    for part, name in ((held, "validation"), (test, "test")):
+        _tell_of_repeats(training, part, name)
     names = [source.classes for source in (training, held) if source is not None and source.classes]
     return RunData(training, held, plan, names[0] if names else (), test, held_out)
+
+
+def _tell_of_repeats(training: Any, other: Any, name: str) -> None:
+    """Warn of files that train and are to judge what was learned, too."""
+    if not (isinstance(training, Folder) and isinstance(other, Folder)):
+        return
+    known = dict(zip(training.contents, training.paths, strict=True))
+    pairs = zip(other.contents, other.paths, strict=True)
+    repeats = [(path, known[content]) for content, path in pairs if content in known]
+    if repeats:
+        first, same = repeats[0]
+        warnings.warn(
+            f"{len(repeats)} of {len(other)} {name} images are files of the training data again, "
+            f"so that the {name} figures are too good: {first} is {same}, say.",
+            stacklevel=4,
+        )
 
 
 class _Given(NamedTuple):
