@@ -10,12 +10,16 @@ import pytest  # isort: skip
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collection():
-    """Python does not look for cycles in what is imported, now or later: a third of the imports."""
+    """Python does not look for cycles in what is imported, now or later: a third of the imports.
+
+    In the tests it looks less often than by default, since networks are built all the time.
+    """
     gc.disable()
     try:
         return (yield)
     finally:
         gc.freeze()
+        gc.set_threshold(10_000)
         gc.enable()
 
 

@@ -136,7 +136,7 @@ def site(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_a_wheel_holds_every_room_and_runs_by_itself(site, tmp_path):
+def test_a_wheel_holds_every_room_and_runs_by_itself(site, saved, tmp_path):
     folder = site("wheel")
     package = Path(vt.__file__).parent
     found = {p.relative_to(folder).as_posix() for p in folder.glob("vggtorch/**/*.*")}
@@ -152,7 +152,7 @@ def test_a_wheel_holds_every_room_and_runs_by_itself(site, tmp_path):
     assert "\nLicense-Expression: MIT\n" in metadata
     result = run(
         "import vggtorch; print(vggtorch.__file__); "
-        "from vggtorch.cli import main; main(['inspect', 'vgg11'])",
+        f"from vggtorch.cli import main; main(['inspect', {saved!r}])",
         cwd=tmp_path,
         PYTHONPATH=str(folder),
     )

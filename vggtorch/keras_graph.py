@@ -19,7 +19,7 @@ from keras import KerasTensor
 from keras.src.applications.convnext import LayerScale
 from keras.src.applications.imagenet_utils import obtain_input_shape
 from keras.src.backend.common import global_state
-from keras.src.backend.common.masking import get_keras_mask, set_keras_mask
+from keras.src.backend.common.masking import get_keras_mask
 from keras.src.backend.common.stateless_scope import in_stateless_scope
 from keras.src.layers.layer import CallContext
 from keras.src.models.functional import Functional, functional_like_constructor
@@ -40,7 +40,6 @@ __all__ = [
     "all_layers",
     "calls",
     "calls_of",
-    "copy_mask_",
     "data_format",
     "device",
     "draws_at_random",
@@ -370,13 +369,6 @@ def keras_mask(tensor: KerasTensor) -> KerasTensor | None:
 def has_mask(tensor: KerasTensor) -> bool:
     """Whether a symbolic tensor carries a mask, such as an Embedding's with mask_zero=True."""
     return get_keras_mask(tensor) is not None
-
-
-def copy_mask_(source: torch.Tensor, target: torch.Tensor) -> None:
-    """Let a tensor carry the mask of another, if that has one."""
-    mask = get_keras_mask(source)
-    if mask is not None:
-        set_keras_mask(target, mask)
 
 
 def state_of(operation: Any) -> list[keras.Variable]:
