@@ -1,5 +1,7 @@
 """The whole networks at full size against their references, on real photographs."""
 
+import math
+
 import keras
 import numpy as np
 import onnx
@@ -175,8 +177,9 @@ def outputs_and_gradients(model, run):
 
 
 def assert_torch_equals_keras(model, training):
-    twin = keras.models.clone_model(model)
-    twin.set_weights(model.get_weights())
+    with keras.device("meta"):
+        twin = keras.models.clone_model(model)
+    models.fill_(twin, {k: v.value.detach().clone() for k, v in vt.named_variables(model).items()})
     module = OnKeras(graph_of(model, "test"), model.name).train(training)
     expected, keras_left = outputs_and_gradients(twin, lambda x: twin(x, training=training))
     outputs, left = outputs_and_gradients(model, module)
@@ -195,20 +198,20 @@ def assert_torch_equals_keras(model, training):
 
 def small(name):
     """A network for images of 32x32, with random weights that let signals pass."""
-    keras.utils.set_random_seed(0)
-    constructor = getattr(vt, name.removesuffix("_bn").upper())
-    model = constructor(
-        weights=None, input_shape=(32, 32, 3), classes=10, batch_norm=name.endswith("_bn")
-    )
-    rng = np.random.default_rng(0)
-    for variable in model.variables:
+    model = build(name, input_shape=(32, 32, 3), classes=10)
+    generator = torch.Generator().manual_seed(0)
+    values = {}
+    for key, variable in vt.named_variables(model).items():
+        value = values[key] = torch.empty(variable.shape)
         if variable.name == "kernel":
-            variable.assign(variable.numpy() * 1.4)
+            fans = sum(variable.shape[-2:]) * math.prod(variable.shape[:-2])
+            bound = 1.4 * math.sqrt(6 / fans)  # 1.4 times what Keras would give
+            value.uniform_(-bound, bound, generator=generator)
         elif variable.name in ("gamma", "moving_variance"):
-            variable.assign(rng.uniform(0.5, 1.5, variable.shape))
+            value.uniform_(0.5, 1.5, generator=generator)
         else:
-            variable.assign(rng.normal(0, 0.1, variable.shape))
-    return model
+            value.normal_(0, 0.1, generator=generator)
+    return models.fill_(model, values)
 
 
 @pytest.mark.parametrize(
