@@ -7,6 +7,8 @@ import gc  # isort: skip
 import psutil  # isort: skip
 import pytest  # isort: skip
 
+SLOW_EXAMPLES = {"bench", "compress", "distill_"}  # examples in docstrings that take seconds
+
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collection():
@@ -23,9 +25,13 @@ def pytest_collection():
         gc.enable()
 
 
+@pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
 def pytest_collection_modifyitems(items):
     import torch
 
+    for item in items:
+        if isinstance(item, pytest.DoctestItem) and item.name.split(".")[-1] in SLOW_EXAMPLES:
+            item.add_marker("slow")
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:

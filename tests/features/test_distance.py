@@ -54,6 +54,7 @@ def test_pixels_of_other_ranges_and_layouts_are_the_same_images(vgg, peer, image
     torch.testing.assert_close(received, expected, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_gradient_is_finite_where_there_are_no_features(vgg, peer):
     ours = copy.deepcopy(vt.LPIPS(vgg, normalization="imagenet"))
     for module in ours.extractor.network.children():  # each ReLU gives 0 everywhere

@@ -3,7 +3,9 @@ import pytest
 from vggtorch.lowering import running
 
 # These files have little to do with how a batch runs.
-WITHOUT_GROUPS = ("test_applications", "test_export", "test_network", "test_torch_tools")
+WITHOUT_GROUPS = (
+    "test_applications", "test_export", "test_kernels", "test_network", "test_torch_tools",
+)  # fmt: skip
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
