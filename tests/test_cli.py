@@ -135,6 +135,7 @@ MISTAKES = [
         "Received --cut block3_pool with --freeze block4_pool, which lies above the cut",
     ),
     ("finetune images --weights VGG16_Weights.IMAGENET1K_V1", "is called imagenet here."),
+    ("finetune images --image-size 31", "Received --image-size 31; expected 32 or more"),
     ("finetune images --weights vgg13", "vgg13 is a network (--architecture vgg13)"),
     (
         "finetune images --weights oxford --image-size 32 --head linear --augment none "
@@ -205,7 +206,7 @@ def test_a_warning_is_one_line_too(tmp_path):
     command = [sys.executable, "-m", "vggtorch", *words.split()]
     found = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
     lines = [line for line in found.stderr.splitlines() if line.startswith("vggtorch: ")]
-    assert lines[0] == "vggtorch: Left out of images: 1 files (1 .txt)."
+    assert lines[0] == "vggtorch: Left out of images: 1 file (1 .txt)."
     assert "broken.jpg" in lines[1] and "without them" in lines[1]
     assert "UserWarning" not in found.stderr
 

@@ -95,7 +95,9 @@ _NO_OPTION = re.compile(  # hints that no option follows
     r"|include_top=False and stack a head of your own, or "
 )
 _STAGE = r"\((\d+), '([^']*)'\)"
-_NAMES = f"{_FIELDS}|weights|architecture|times|by|keep|out|lowest|highest|steps|count"
+_NAMES = (
+    f"{_FIELDS}|weights|architecture|times|by|keep|out|lowest|highest|steps|count|top|shard_size"
+)
 _ARGUMENT = re.compile(rf"\b({_NAMES})=('[^']*'|\((?:{_STAGE},? ?)+\)|[\w.+-]*\w)")
 _LONG_NAME = re.compile(rf"(?<![-\w/.])({_FIELDS})(?![-\w/.=])")
 

@@ -16,6 +16,7 @@ from vggtorch.training import Interrupted, TrainConfig
 if TYPE_CHECKING:
     import keras
 
+SMALLEST = 32  # pixels of an image's side
 Advice = Literal["auto", "similar", "different", "none"]
 Data = Annotated[
     str,
@@ -149,11 +150,16 @@ def _model_and_config(
     # Some settings need the plan's.
     TrainConfig(**{k: v for k, v in given.items() if advise == "none" or k not in _TOGETHER})
     count_images(find_splits(Path(train)).train, given.get("label_pattern"))
+    size = given.get("image_size", 224)
+    if size < SMALLEST:
+        raise ValueError(
+            f"Received image_size={size}; expected {SMALLEST} or more, which is one pixel behind "
+            f"the pools of {architecture}."
+        )
     if weights is None:
         weights, missing = best_weight_set(architecture)
-        because = missing.partition("\n")[0]
+        because = missing.partition("\n")[0].removesuffix(" Tried:")
         _show(f"Weights: {weights}" + (f" (no better ones: {because})" if because else ""))
-    size = given.get("image_size", 224)
     model = constructor(architecture)(
         weights=weights, include_top=False, input_shape=(size, size, 3)
     )

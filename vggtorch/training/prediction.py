@@ -10,6 +10,7 @@ import dataclasses
 import glob
 import itertools
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -57,6 +58,8 @@ def image_files(given: Iterable[str | Path]) -> list[Path]:
     """
     found: list[Path] = []
     for one in given:
+        if re.match(r"[a-z]+://", str(one)):
+            raise ValueError(f"{one} is an address, not a file. Download it first.")
         path = Path(one)
         if path.is_dir():
             inside, left_out = images_under(path)
