@@ -2,6 +2,7 @@
 
     python benchmarks/transfer.py DATA WEIGHTS                          # every row
     python benchmarks/transfer.py DATA WEIGHTS --only "oxford, block5_pool multilevel, ours"
+    python benchmarks/transfer.py DATA WEIGHTS --peers                  # beside fastai and timm
     python benchmarks/transfer.py DATA WEIGHTS --fold 1                 # other images to test on
     python benchmarks/transfer.py DATA WEIGHTS --heads                  # which head, by folds alone
     python benchmarks/transfer.py DATA WEIGHTS --cache                  # an epoch with it, without
@@ -12,6 +13,12 @@ Each row runs in a process of its own, whose peak memory is reported. `--fold` 1
 third of the images in train/ each, and train on all others: a check of settings that were chosen
 while looking at test/. `--heads` compares heads by those thirds without ever opening test/: pooled
 features of the frozen network are computed once, and each head is trained on two thirds of them.
+
+`--peers` has three rows, each as its documentation has it, on the same images, size and weights:
+`vt.finetune(model, DATA)`; fastai's `vision_learner(...).fine_tune(epochs)`; and, with timm, a
+linear probe: a logistic regression (scikit-learn) on the standardised pooled features of the frozen
+network, whose strength of regularization the held-out images choose. All three hold out a fifth of
+train/.
 """
 
 from __future__ import annotations
@@ -31,6 +38,7 @@ import vggtorch as vt  # isort: skip  (first: it selects Keras's torch backend)
 import keras
 import numpy as np
 import torch
+import torchvision
 from torch.utils.data import TensorDataset
 
 from vggtorch.models import remember_
@@ -46,9 +54,11 @@ from vggtorch.training.data import (
 from vggtorch.training.heads import with_head
 from vggtorch.training.loop import finetune
 from vggtorch.training.optimization import learning_rate
+from vggtorch.weight_sets import WEIGHT_SETS
 
 SIZE = 96
 ROWS = ("block2_pool tutorial", "block4_pool mlp", "block5_pool multilevel")
+PEERS = ("oxford, defaults, ours", "oxford, fine_tune, fastai", "oxford, linear probe, timm")
 FOLDS = 3
 
 
@@ -133,20 +143,115 @@ def measure(
     """One row, in this process."""
     with tempfile.TemporaryDirectory() as folder:
         data = refold(data, fold, Path(folder, "fold")) if fold else data
-        config = configuration(epochs, folder)
         began = time.perf_counter()
-        train = read_folder(data / "train", SIZE, config.augment)
-        model = network(weights, row, len(train.classes))
-        if by == "ours":
-            tested = finetune(model, data, config=config).test_evaluation
-            assert tested is not None
-            accuracy = tested.accuracy
+        if row == "defaults":
+            accuracy = by_defaults(data, weights, folder)
+        elif row == "fine_tune":
+            accuracy = by_fastai(data, weights, epochs)
+        elif row == "linear probe":
+            accuracy = by_timm(data, weights)
         else:
-            train, _ = hold_out(train, config.validation_split)  # the images that ours trains on
-            accuracy = keras_fit(model, train, read_folder(data / "test", SIZE), config)
+            config = configuration(epochs, folder)
+            train = read_folder(data / "train", SIZE, config.augment)
+            model = network(weights, row, len(train.classes))
+            if by == "ours":
+                tested = finetune(model, data, config=config).test_evaluation
+                assert tested is not None
+                accuracy = tested.accuracy
+            else:
+                train, _ = hold_out(train, config.validation_split)  # what ours trains on
+                accuracy = keras_fit(model, train, read_folder(data / "test", SIZE), config)
         seconds = time.perf_counter() - began
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     return {"accuracy": accuracy, "seconds": seconds, "peak_mib": peak}
+
+
+def torchvision_vgg16(weights: str) -> torch.nn.Module:
+    """VGG16 as torchvision has it, with `oxford` convolutions for RGB from 0 to 255 less a mean."""
+    network = torchvision.models.vgg16(weights=None)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "vgg16.pth")
+        base = vt.VGG16(include_top=False, weights=weights, input_shape=(SIZE, SIZE, 3))
+        vt.save_weights(base, path)
+        network.features.load_state_dict(
+            {k.removeprefix("features."): v for k, v in torch.load(path).items()}
+        )
+    first = network.features[0].weight
+    first.data = first.data.flip(1)  # the file's own order is BGR
+    return network
+
+
+def _statistics() -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and deviation of RGB from 0 to 1 that give what those convolutions expect."""
+    blue, green, red = WEIGHT_SETS["oxford"].mean
+    return (red / 255, green / 255, blue / 255), (1 / 255,) * 3
+
+
+def by_defaults(data: Path, weights: str, folder: str) -> float:
+    """One call that sets nothing but where the run goes."""
+    model = vt.VGG16(include_top=False, weights=weights, input_shape=(SIZE, SIZE, 3))
+    tested = vt.finetune(model, data, output_dir=folder).test_evaluation
+    assert tested is not None
+    return tested.accuracy
+
+
+def by_fastai(data: Path, weights: str, epochs: int) -> float:
+    """As fastai's course and documentation train on a folder of photographs."""
+    from fastai.vision import all as fastai
+
+    fastai.set_seed(0)
+    images = fastai.ImageDataLoaders.from_folder(
+        data / "train", valid_pct=0.2, seed=0, bs=64, num_workers=0,
+        item_tfms=fastai.Resize(SIZE),
+        batch_tfms=[*fastai.aug_transforms(), fastai.Normalize.from_stats(*_statistics())],
+    )  # fmt: skip
+
+    def vgg16(pretrained: bool = True) -> torch.nn.Module:
+        return torchvision_vgg16(weights)
+
+    like = fastai.model_meta[torchvision.models.vgg16]
+    fastai.model_meta[vgg16] = {key: like[key] for key in ("cut", "split", "stats")}
+    learner = fastai.vision_learner(images, vgg16, metrics=fastai.accuracy)
+    with learner.no_bar(), learner.no_logging():
+        learner.fine_tune(epochs)
+        files = fastai.get_image_files(data / "test")
+        found = learner.get_preds(dl=images.test_dl(files, num_workers=0))[0].argmax(1)
+    names = [images.vocab[int(i)] for i in found]
+    return float(np.mean([n == f.parent.name for n, f in zip(names, files, strict=True)]))
+
+
+def by_timm(data: Path, weights: str) -> float:
+    """A linear probe on the features that timm's `forward_features` gives, pooled."""
+    import timm
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    network = timm.create_model("vgg16", pretrained=False).eval()
+    network.features.load_state_dict(torchvision_vgg16(weights).features.state_dict())
+    mean, std = _statistics()
+    transform = timm.data.create_transform(
+        input_size=(3, SIZE, SIZE), mean=mean, std=std, interpolation="bilinear", crop_pct=0.875
+    )
+    features, labels = {}, {}
+    for part in ("train", "test"):
+        images = torchvision.datasets.ImageFolder(data / part, transform)
+        pooled = []
+        with torch.no_grad():
+            for batch, _ in torch.utils.data.DataLoader(images, batch_size=64):
+                pooled.append(network.forward_features(batch).mean((2, 3)))
+        features[part], labels[part] = torch.cat(pooled).numpy(), np.array(images.targets)
+    held = np.zeros(len(labels["train"]), bool)
+    held[np.random.default_rng(0).permutation(len(held))[: len(held) // 5]] = True
+    x, y = features["train"], labels["train"]
+    probes = [
+        make_pipeline(StandardScaler(), LogisticRegression(C=c, max_iter=1000)).fit(
+            x[~held], y[~held]
+        )
+        for c in (1e-4, 1e-3, 1e-2, 1e-1, 1)
+    ]
+    best = max(probes, key=lambda probe: probe.score(x[held], y[held]))
+    return float(best.score(features["test"], labels["test"]))
 
 
 HEADS = (  # the pools whose maps a head stands on, and its kind
@@ -258,7 +363,14 @@ def main() -> None:
     parser.add_argument("weights", help="`oxford`, or a file that holds it")
     parser.add_argument("--epochs", type=int, default=30, help="(default: 30)")
     parser.add_argument("--keras-epochs", type=int, default=3, help="(default: 3)")
+    parser.add_argument(
+        "--peer-epochs",
+        type=int,
+        default=5,
+        help="of fine_tune, after one of the head (default: 5)",
+    )
     parser.add_argument("--only", metavar="ROW", help="one row, by its name")
+    parser.add_argument("--peers", action="store_true", help="our defaults, fastai's and timm's")
     parser.add_argument(
         "--fold", type=int, default=0, choices=range(FOLDS + 1),
         help="which third of train/ to test on, 1 to 3 (default: 0, test/)",
@@ -273,11 +385,10 @@ def main() -> None:
     if arguments.cache:
         cache(arguments.data, arguments.weights, epochs=4)
         return
-    names = [
-        ", ".join(row) for row in itertools.product(("oxford", "random"), ROWS, ("ours", "fit"))
-    ]
-    if arguments.only is not None and arguments.only not in names:
-        parser.error(f"no row {arguments.only!r}; expected one of: {'; '.join(names)}")
+    rows = itertools.product(("oxford", "random"), ROWS, ("ours", "fit"))
+    names = list(PEERS) if arguments.peers else [", ".join(row) for row in rows]
+    if arguments.only is not None and arguments.only not in (*PEERS, *names):
+        parser.error(f"no row {arguments.only!r}; expected one of: {'; '.join((*PEERS, *names))}")
     if arguments.row:
         which, row, by = arguments.only.split(", ")
         weights = arguments.weights if which == "oxford" else "random"
@@ -291,15 +402,19 @@ def main() -> None:
         f"{time.strftime('%Y-%m-%d')}: {' '.join(sys.argv)}"
     )
     for name in [arguments.only] if arguments.only else names:
-        epochs = arguments.keras_epochs if name.endswith("fit") else arguments.epochs
+        by = name.split(", ")[-1]
+        epochs = {"fit": arguments.keras_epochs, "fastai": arguments.peer_epochs}.get(
+            by, arguments.epochs
+        )
         process = subprocess.run(
             [sys.executable, __file__, arguments.data, arguments.weights, "--row", "--only", name,
              "--epochs", str(epochs), "--fold", str(arguments.fold)],
             stdout=subprocess.PIPE, text=True, check=True,
         )  # fmt: skip
         found = json.loads(process.stdout.splitlines()[-1])
+        often = f"{epochs:3} epochs" if name not in PEERS or by == "fastai" else " " * 10
         print(
-            f"{name:36} {epochs:3} epochs  accuracy {found['accuracy']:.3f}  "
+            f"{name:36} {often}  accuracy {found['accuracy']:.3f}  "
             f"{found['seconds']:6.0f} s  peak {found['peak_mib']:5.0f} MiB",
             flush=True,
         )

@@ -43,6 +43,15 @@ def test_pooling(layer: type, padding: str) -> None:
         assert torch.equal(actual, expected)
 
 
+@pytest.mark.parametrize("size", [2, (3, 1)])
+def test_adaptive_pooling_where_the_size_is_no_multiple(size: Any) -> None:
+    image = keras.Input((7, 6, 4))
+    y = layers.AdaptiveAveragePooling2D(size)(layers.ReLU()(layers.Conv2D(4, 3)(image)))
+    model = randomise(keras.Model(image, y))
+    x = images(model)
+    assert_close(as_torch(model, x), model(x))
+
+
 def test_a_layer_without_handler_gets_training_and_keeps_its_parameters() -> None:
     image = keras.Input((6, 6, 3))
     noisy = layers.GaussianNoise(1.0)(layers.UnitNormalization()(image))

@@ -16,6 +16,15 @@ def test_few_images_freeze_all_and_cut_lower_where_images_differ():
     assert similar.unfreeze == different.unfreeze == ()
 
 
+def test_some_images_unfreeze_the_last_block_gently_and_all_is_seen_of_few():
+    few, some, many = (advise(10 * each, 10) for each in (199, 200, 500))
+    assert few.unfreeze == () and few.crop_pct == some.crop_pct == 1 and many.crop_pct is None
+    assert some.unfreeze == ((2, "block5_conv1"),) and some.freeze == "block5_pool"
+    assert some.layer_decay < many.layer_decay
+    assert "block 5" in str(some) and "block 5" not in str(few)
+    assert advise(2000, 10, "similar").unfreeze == advise(2000, 10, "different").unfreeze == ()
+
+
 def test_many_images_unfreeze_from_the_top_and_further_where_images_differ():
     similar, different = advise(50_000, 10, "similar"), advise(50_000, 10, "different")
     assert [layer for _, layer in similar.unfreeze] == ["block5_conv1"]
@@ -23,8 +32,8 @@ def test_many_images_unfreeze_from_the_top_and_further_where_images_differ():
     assert similar.layer_decay < different.layer_decay < 1
 
 
-@pytest.mark.parametrize("images", [300, 50_000])
-@pytest.mark.parametrize("similarity", ["similar", "different"])
+@pytest.mark.parametrize("images", [300, 3_000, 50_000])
+@pytest.mark.parametrize("similarity", ["similar", "different", None])
 def test_every_decision_has_its_reason_and_source(images, similarity):
     plan = advise(images, 10, similarity)
     assert len(plan.reasons) >= 4

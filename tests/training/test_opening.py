@@ -50,17 +50,40 @@ def test_a_model_and_a_folder_are_enough(images, tmp_path, capsys):
 def test_the_multilevel_head_stands_on_the_last_three_pools():
     from vggtorch.training.heads import with_head
 
-    vgg = vt.VGG11(weights=None, include_top=False, input_shape=(32, 32, 3))
+    vgg = vt.VGG11(weights=None, include_top=False, input_shape=(48, 48, 3))  # 6x6, 3x3, 1x1
     found = with_head(vgg, vt.TrainConfig(head="multilevel"), 4)
-    assert found.get_layer("head_pool").output.shape == (None, 2 * (256 + 512 + 512))
+    assert found.get_layer("head_pool").output.shape == (None, 6 * (256 + 512) + 2 * 512)
     lower = with_head(vgg, vt.TrainConfig(head="multilevel", cut="block4_conv1"), 4)
-    assert lower.get_layer("head_pool").output.shape == (None, 2 * (128 + 256 + 512))
-    x = np.random.default_rng(0).uniform(0, 255, (2, 32, 32, 3)).astype(np.float32)
+    assert lower.get_layer("head_pool").output.shape == (None, 6 * (128 + 256 + 512))
+    x = np.random.default_rng(0).uniform(0, 255, (2, 48, 48, 3)).astype(np.float32)
     names = ["block3_pool", "block4_pool", "block5_pool"]
-    maps = vt.truncate(vgg, names).predict(x, verbose=0)
-    expected = np.concatenate([f(m, (1, 2)) for m in maps for f in (np.mean, np.max)], 1)
+    parts = []
+    for m in vt.truncate(vgg, names).predict(x, verbose=0):
+        parts += [m.mean((1, 2)), m.max((1, 2))]
+        half = (m.shape[1] + 1) // 2  # the middle of 3 belongs to both halves
+        if m.shape[1] > 1:
+            ends = (slice(half), slice(-half, None))
+            parts += [m[:, rows, columns].mean((1, 2)) for rows in ends for columns in ends]
     pooled = vt.truncate(found, "head_pool").predict(x, verbose=0)
-    np.testing.assert_allclose(pooled, expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(pooled, np.concatenate(parts, 1), rtol=1e-4, atol=1e-5)
+
+
+def test_the_multilevel_head_fits_any_size_and_its_files_the_size_that_they_are_for(tmp_path):
+    import onnxruntime
+
+    from vggtorch.training.heads import with_head
+
+    found = with_head(tiny.network(None, size=12), vt.TrainConfig(head="multilevel"), 3)
+    assert found.get_layer("head_quarters2").output.shape == (None, 2, 2, 6)  # of maps of 3x3
+    x = np.random.default_rng(0).uniform(0, 255, (2, 12, 12, 3)).astype(np.float32)
+    vt.export(found, tmp_path / "model.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    (exported,) = session.run(None, {session.get_inputs()[0].name: x})
+    np.testing.assert_allclose(exported, found.predict(x, verbose=0), rtol=1e-4, atol=1e-5)
+    assert vt.with_input(found, (20, 28, 3)).output_shape == (None, 3)
+    # Where the size is open, a file could hold no quarters of it.
+    open_size = with_head(tiny.network(None, size=None), vt.TrainConfig(head="multilevel"), 3)
+    assert open_size.get_layer("head_pool").output.shape == (None, 2 * (4 + 6))
 
 
 @pytest.mark.slow

@@ -143,6 +143,10 @@ def _global_average(site: Site) -> list[Piece]:
     return [Piece(pool(1)), *flatten]
 
 
+def _adaptive_average(site: Site) -> list[Piece]:
+    return [Piece(nn.AdaptiveAvgPool2d(tuple(site.layer.output_size)))]
+
+
 def _global_max(site: Site) -> list[Piece]:
     return [Piece(GlobalMaxPool(bool(site.layer.keepdims)))]
 
@@ -200,6 +204,7 @@ def _torch_module(site: Site) -> list[Piece]:
 
 CONVERTERS: dict[type, Converter] = {
     **PRODUCTS,
+    layers.AdaptiveAveragePooling2D: _adaptive_average,
     layers.BatchNormalization: _batch_norm,
     layers.Cropping2D: _cropping,
     layers.Dropout: _dropout,

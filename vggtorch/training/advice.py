@@ -9,7 +9,8 @@ from typing import Any, Literal, NamedTuple
 
 from vggtorch.training.config import TrainConfig
 
-FEW = 500  # images of each class; below, whole blocks of VGG overfit
+FEW = 500  # images of each class; below, several blocks of VGG overfit
+FEWER = 200  # below, perhaps its last block does too; with 200 to learn from it gains
 
 
 class Reason(NamedTuple):
@@ -35,26 +36,48 @@ CS231N = "Karpathy, CS231n: Transfer Learning, Stanford"
 ULMFIT = "Howard and Ruder, Universal Language Model Fine-tuning, ACL 2018"
 KERAS = "Chollet, Transfer learning & fine-tuning, Keras guide"
 HYPERCOLUMNS = "Hariharan et al., Hypercolumns for Object Segmentation, CVPR 2015"
+PYRAMID = "He et al., Spatial Pyramid Pooling in Deep Convolutional Networks, ECCV 2014"
+LP_FT = "Kumar et al., Fine-Tuning can Distort Pretrained Features, ICLR 2022"
 INCEPTION = "Szegedy et al., Rethinking the Inception Architecture, CVPR 2016"
 FASTAI = "Howard and Gugger, fastai: A Layered API for Deep Learning, 2020"
 
 
 Similarity = Literal["similar", "different"]
 
+# Of each image all is seen, and its mirror image.
+_FEW_IMAGES: dict[str, Any] = {
+    "augment": "flip", "cache_copies": 2, "batch_size": 64, "label_smoothing": 0.1,
+    "crop_pct": 1.0,
+}  # fmt: skip
 # Freeze all, run the frozen layers once for each image and its mirror image, train the head.
-_FROZEN: dict[str, Any] = {
-    "augment": "flip", "cache_copies": 2, "epochs": 30, "batch_size": 64, "label_smoothing": 0.1,
+_FROZEN: dict[str, Any] = {**_FEW_IMAGES, "epochs": 30}
+# Measured with 200 images of each class: benchmarks/tried.md, "Which head finetune puts on".
+_LAST_BLOCK: dict[str, Any] = {
+    **_FEW_IMAGES, "cut": "block5_pool", "head": "multilevel", "freeze": "block5_pool",
+    "epochs": 8, "unfreeze": ((2, "block5_conv1"),), "layer_decay": 0.1, "max_grad_norm": 1.0,
+    "cache_dtype": "float16",
 }  # fmt: skip
 _POOLED = Reason(
     "Pool each feature map to its mean and maximum under the head.",
     "So the head has thousands of weights rather than millions, and any image size fits.",
     FASTAI,
 )
+_QUARTERS = Reason(
+    "Pool each feature map to its mean and maximum under the head, and its quarters to means.",
+    "So any image size fits, and the head still knows roughly where something is, which whole "
+    "maps' means don't say.",
+    f"{FASTAI}; {PYRAMID}; folds of training images, benchmarks/tried.md",
+)
+_WHOLE = Reason(
+    "Resize the shorter side to the size, and cut nothing off it.",
+    "A centre crop of 0.875 leaves out a quarter of each image, and few images can't spare it.",
+    FASTAI,
+)
 _LEVELS = Reason(
     "Put the head on the maps of the last three blocks together.",
     "Features get more specific with depth. Which depth serves these images best isn't known, and "
     "the head can choose.",
-    f"{HYPERCOLUMNS}; folds of training images, benchmarks/README.md",
+    f"{HYPERCOLUMNS}; folds of training images, benchmarks/tried.md",
 )
 _CACHED = Reason(
     "Run the frozen layers once, on each image and its mirror image.",
@@ -103,7 +126,20 @@ def advise(images: int, classes: int, similarity: Similarity | None = None) -> P
     is_similar = similarity != "different"
     each = images // classes
     options: dict[str, Any]
-    if each < FEW:
+    if similarity is None and FEWER <= each < FEW:
+        options = _LAST_BLOCK
+        reasons = [
+            Reason(
+                "Begin with all pretrained layers frozen, for 2 epochs; then train block 5 too, at "
+                "a tenth of the head's learning rate.",
+                f"{each} images of each class are too few for more, but what the last block knows "
+                f"is the most specific. A new head's gradients would distort it.",
+                f"{YOSINSKI}; {LP_FT}; folds of training images, benchmarks/tried.md",
+            ),
+            _LEVELS,
+            _CACHED,
+        ]
+    elif each < FEW:
         cut = "block5_pool" if is_similar else "block4_pool"
         head = "multilevel" if similarity is None else "linear" if is_similar else "mlp"
         article = "an" if head == "mlp" else "a"
@@ -165,7 +201,9 @@ def advise(images: int, classes: int, similarity: Similarity | None = None) -> P
                 ULMFIT,
             ),
         ]
-    return Plan(**options, reasons=(*reasons, _POOLED, _SMOOTHED))
+    pooled = _QUARTERS if options["head"] == "multilevel" else _POOLED
+    whole = (_WHOLE,) if "crop_pct" in options else ()
+    return Plan(**options, reasons=(*reasons, pooled, *whole, _SMOOTHED))
 
 
 def planned(
@@ -190,7 +228,7 @@ def planned(
             CS231N,
         )
         options = {"cut": last, "head": "multilevel", "freeze": last, **_FROZEN}
-        plan = Plan(**options, reasons=(frozen, _LEVELS, _CACHED, _POOLED, _SMOOTHED))
+        plan = Plan(**options, reasons=(frozen, _LEVELS, _CACHED, _QUARTERS, _WHOLE, _SMOOTHED))
     changed = dict(given)
     if "cut" in given:
         changed.setdefault("freeze", given["cut"])

@@ -41,10 +41,12 @@ def with_head(model: keras.Model, config: TrainConfig, classes: int) -> keras.Mo
     """A new model: `model` up to `config.cut` with the head that `config.head` names.
 
     `linear` and `mlp` are fastai's, on the mean and the maximum of each feature map, normalised.
-    `multilevel` is the MLP on the maps of three depths together: those of the last pooling layers.
+    `multilevel` is the MLP on the maps of three depths together, those of the last pooling layers,
+    and on the mean of each quarter of them too.
 
     Sources: Howard and Gugger, "fastai: a layered API", 2020; Hariharan et al., "Hypercolumns for
-    Object Segmentation and Fine-grained Localization", 2015 (features of several depths).
+    Object Segmentation and Fine-grained Localization", 2015 (features of several depths); He et
+    al., "Spatial Pyramid Pooling in Deep Convolutional Networks", 2014 (quarters).
 
     Raises:
         ValueError: the model has no feature maps where it is cut, or the classes aren't known.
@@ -76,6 +78,10 @@ def with_head(model: keras.Model, config: TrainConfig, classes: int) -> keras.Mo
                     layers.GlobalAveragePooling2D(name=f"head_mean{number}")(level),
                     layers.GlobalMaxPooling2D(name=f"head_max{number}")(level),
                 ]
+                if config.head == "multilevel" and not {1, None} & set(level.shape[1:3]):
+                    quarters = layers.AdaptiveAveragePooling2D(2, name=f"head_quarters{number}")
+                    flat = layers.Flatten(name=f"head_flat{number}")
+                    pooled.append(flat(quarters(level)))
             x = layers.Concatenate(name="head_pool")(pooled)
             x = _batch_norm("head_norm")(x)
             if config.head != "linear":
