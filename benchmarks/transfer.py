@@ -209,8 +209,6 @@ def by_fastai(data: Path, weights: str, epochs: int) -> float:
     def vgg16(pretrained: bool = True) -> torch.nn.Module:
         return torchvision_vgg16(weights)
 
-    like = fastai.model_meta[torchvision.models.vgg16]
-    fastai.model_meta[vgg16] = {key: like[key] for key in ("cut", "split", "stats")}
     learner = fastai.vision_learner(images, vgg16, metrics=fastai.accuracy)
     with learner.no_bar(), learner.no_logging():
         learner.fine_tune(epochs)
