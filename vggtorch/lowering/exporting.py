@@ -181,7 +181,7 @@ def _check(
 def _check_one(network: TorchNetwork, run: Callable[..., Any], inputs: Sequence[Tensor]) -> None:
     shapes = ", ".join(str(tuple(x.shape)) for x in inputs)
     hint = (
-        f"The model is{_as_keras(network) or ' traced'}, and what is written holds for one batch "
+        f"The model is traced{_through(network)}, and what is written holds for one batch "
         f"and image size only. Give the model fixed ones: keras.Input(shape, batch_size=n)."
     )
     with torch.no_grad():
@@ -204,14 +204,17 @@ def _check_one(network: TorchNetwork, run: Callable[..., Any], inputs: Sequence[
             )
 
 
-def _as_keras(network: TorchNetwork) -> str:
-    """Which layers run as Keras runs them, and are traced with the numbers that Keras sees."""
+def _through(network: TorchNetwork) -> str:
+    """Which layers are traced with the numbers that they see: Keras's code, and adaptive pools."""
     names = [
-        f"{m.operation[0].name!r} ({type(m.operation[0]).__name__})"
-        for m in network.modules()
+        f"the Keras code of {m.operation[0].name!r} ({type(m.operation[0]).__name__})"
         if isinstance(m, KerasLayer)
+        else f"{name.rpartition('.')[2]!r} ({type(m).__name__})"
+        for name, m in network.named_modules()
+        if isinstance(m, KerasLayer)
+        or (isinstance(m, torch.nn.AdaptiveAvgPool2d) and m.output_size != 1)
     ]
-    return f" traced through the Keras code of {', '.join(names[:5])}" if names else ""
+    return f" through {', '.join(names[:5])}" if names else ""
 
 
 def _first_line(error: Exception) -> str:
