@@ -155,9 +155,10 @@ def _onnx_runtime(network: TorchNetwork, path: Path) -> Callable[..., Any]:
         session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     except Exception as error:
         kinds = sorted({str(p.dtype) for p in network.parameters()})
+        traced = f" traced{through}" if (through := _through(network)) else ""
         raise ValueError(
             f"ONNX Runtime refuses this model: {_first_line(error)} Its weights are "
-            f"{', '.join(kinds) or 'none'}{_as_keras(network)}. Build it in "
+            f"{', '.join(kinds) or 'none'}{traced}. Build it in "
             f"float32, with numbers of the same dtype as the tensors that they meet, or export "
             f"to .pt2."
         ) from error
