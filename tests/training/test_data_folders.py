@@ -46,10 +46,15 @@ def test_parts_under_other_names_are_no_classes(tmp_path, names):
     assert find_splits(tmp_path) == (tmp_path / names[0], None, tmp_path / names[1])
 
 
-def test_folders_beside_the_parts_are_said_and_two_for_one_part_refused(tmp_path):
-    folders_in(tmp_path, "train", "val", "extra", ".hidden")
-    with pytest.warns(UserWarning, match=f"Left out of {tmp_path}: the folders extra, which"):
-        assert find_splits(tmp_path) == (tmp_path / "train", tmp_path / "val", None)
+def test_folders_beside_the_parts_are_said_and_two_for_one_part_refused(tmp_path, config):
+    from vggtorch.training.run import read_data
+
+    tiny.pictures(tmp_path / "train")
+    tiny.pictures(tmp_path / "val", seed=1)
+    folders_in(tmp_path, "extra", ".hidden")
+    assert find_splits(tmp_path) == (tmp_path / "train", tmp_path / "val", None)
+    with pytest.warns(UserWarning, match=f"^Left out of {tmp_path}: the folders extra, which"):
+        read_data(tmp_path, None, config, data.images_for(tiny.network(), config))
     folders_in(tmp_path, "valid")
     with pytest.raises(ValueError, match="two folders for one part, val and valid"):
         find_splits(tmp_path)

@@ -10,6 +10,7 @@ import keras
 import numpy as np
 import pytest
 import tiny
+import torch
 from PIL import Image
 
 import vggtorch as vt
@@ -91,6 +92,15 @@ def test_predict_writes_a_row_for_each_image_and_passes_over_what_it_cant_read(
         )
 
 
+def test_the_folder_of_a_run_is_converted_as_its_model(run, tmp_path, capsys):
+    assert main(["convert", str(run), str(tmp_path / "a.pth")]) == 0
+    model = vt.load_model(run)
+    state = torch.load(tmp_path / "a.pth", weights_only=True)
+    kernel = torch.as_tensor(model.get_layer("block1_conv1").get_weights()[0])  # HWIO -> OIHW
+    torch.testing.assert_close(state["block1_conv1.weight"], kernel.permute(3, 2, 0, 1))
+    assert "block1_conv1.weight" in capsys.readouterr().out
+
+
 def test_predict_prints_and_ends_with_0_where_all_can_be_read(run, photos, capsys):
     (photos / "green" / "1.png").unlink()
     assert main(["predict", str(run / "model.keras"), str(photos / "*" / "2.png")]) == 0
@@ -117,11 +127,17 @@ def test_images_none_of_which_can_be_read(run, tmp_path, capsys):
         ("predict --model . a.png", ". has no model.keras. Expected the folder of a run"),
         ("predict {run} nothing.png", "There is no file nothing.png."),
         ("predict {run} https://a.org/b.png", "https://a.org/b.png is an address, not a file."),
+        ("predict {run} {photos} -b 0", "Received --batch-size 0; expected 1 or more."),
+        ("evaluate {run} {photos} -b 0", "Received --batch-size 0; expected 1 or more."),
         ("predict {run} {photos} --top 0", "Received --top 0; expected 1 or more."),
         ("predict nowhere {photos}", "There is no file nowhere."),  # before weights are fetched
         ("features {run} {photos} --layer features.2 --out f", "no layer 'features.2'"),
         ("predict {run} {photos} --out found.txt", "expected a name that ends in .csv or .jsonl"),
         ("evaluate {run} nowhere", "nowhere isn't a folder."),
+        (
+            "features {run} {photos} --layer block1_pool --out a.csv",
+            "expected the name of a folder",
+        ),
         ("evaluate {run} {photos} -o a.txt", "expected a name that ends in .json or .html"),
         ("features {run} {photos} --layer fc9 --out f", "fc9"),
     ],

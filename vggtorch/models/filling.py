@@ -144,6 +144,8 @@ def path_of(
         )
     if weights.is_on_hub(source):
         return weights.file_from_hub(str(source))
+    if (Path(source) / "model.keras").is_file():  # the folder of a run that has ended
+        return Path(source) / "model.keras"
     if not Path(source).exists():
         last = str(source).rpartition(".")[2]  # of VGG16_Weights.IMAGENET1K_V1, vgg16.tv_in1k
         hint = f" {last} is called {_ELSEWHERE[last]} here." if last in _ELSEWHERE else ""

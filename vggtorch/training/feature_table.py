@@ -22,6 +22,7 @@ from vggtorch.training.identity import network_digest
 from vggtorch.training.prediction import batches, image_files
 
 MANIFEST = "_manifest.json"  # readers of Parquet pass over what begins with an underscore
+OTHERS = (".csv", ".tsv", ".json", ".jsonl", ".npy", ".npz", ".h5", ".pt", ".pth", ".safetensors")
 Pooling = Literal["avg", "max", "none"]
 
 
@@ -81,6 +82,11 @@ def write_features(
     if shard_size < 1 or batch_size < 1:
         raise ValueError(
             f"Received shard_size={shard_size}, batch_size={batch_size}; expected 1 or more."
+        )
+    if Path(path).suffix.lower() in OTHERS:
+        raise ValueError(
+            f"Received {str(path)!r}; expected the name of a folder for Parquet files, such as "
+            f"features.parquet."
         )
     paths = image_files(images)
     part = pooled(surgery.truncate(model, layer), pooling)

@@ -54,7 +54,7 @@ def find_splits(data: Path) -> Splits:
 
     What is named `test` never validates: what chooses the best epoch can't test it too. The names
     are those of a table's column `split`, in upper or lower case; a table is split by that column,
-    and in a folder, `train.csv` and its like do as the folder `train`. Warns of other folders.
+    and in a folder, `train.csv` and its like do as the folder `train`.
 
     Raises:
         ValueError: a table that can't be read, or one without rows that train; two folders for one
@@ -72,14 +72,19 @@ def find_splits(data: Path) -> Splits:
         return Splits(tables["train"], tables["validation"], tables["test"])
     if held is None and test is None:
         return Splits(data) if others else Splits(train)
-    if others:
+    return Splits(train, held, test)
+
+
+def tell_beside(data: Path, stacklevel: int) -> None:
+    """Warn of folders that stand beside the parts of the data and are none."""
+    found, others = _parts_in(data)
+    if others and "train" in found and len(found) > 1:
         warnings.warn(
             f"Left out of {data}: the folders {', '.join(others[:NAMED])}"
             f"{', ...' if len(others) > NAMED else ''}, which are neither for training, nor for "
             f"validation, nor for testing by their names ({', '.join(SPLITS)}).",
-            stacklevel=3,
+            stacklevel=stacklevel,
         )
-    return Splits(train, held, test)
 
 
 def _parts_in(data: Path) -> tuple[dict[str, Path], list[str]]:

@@ -83,6 +83,8 @@ def image_files(given: Iterable[str | Path]) -> list[Path]:
 
 def batches(model: keras.Model, paths: Sequence[Path], batch_size: int) -> Iterator[Batch]:
     """The images of files in batches, as the model takes them; the next are read meanwhile."""
+    if batch_size < 1:
+        raise ValueError(f"Received batch_size={batch_size}; expected 1 or more.")
     read = _reader(model)
     with ThreadPoolExecutor() as pool:
         chunks = [paths[i : i + batch_size] for i in range(0, len(paths), batch_size)]
@@ -262,6 +264,8 @@ def evaluate_folder(
         >>> found.accuracy, found.labels.tolist()
         (1.0, [2, 0])
     """
+    if batch_size < 1:
+        raise ValueError(f"Received batch_size={batch_size}; expected 1 or more.")
     part = test_part(Path(folder))
     config = data_config(model)
     size = config.size or (data.DEFAULT_SIZE, data.DEFAULT_SIZE)

@@ -21,7 +21,7 @@ from vggtorch.training import checkpoints, data
 from vggtorch.training.balance import balanced, labels_of
 from vggtorch.training.config import Augment, TrainConfig
 from vggtorch.training.data import BatchPlan, DatasetSource, Folder
-from vggtorch.training.folders import find_splits
+from vggtorch.training.folders import find_splits, tell_beside
 from vggtorch.training.optimization import Parameters, make_optimizer, trained_parameters
 from vggtorch.training.tables import SPLITS, TablePart
 from vggtorch.weight_sets import DataConfig
@@ -109,7 +109,7 @@ def _tell_of_repeats(training: Any, other: Any, name: str) -> None:
         warnings.warn(
             f"{len(repeats)} of {len(other)} {name} images are files of the training data again, "
             f"so that the {name} figures are too good: {first} is {same}, say.",
-            stacklevel=4,
+            stacklevel=5,
         )
 
 
@@ -122,6 +122,7 @@ class _Given(NamedTuple):
 def _splits(given: Images) -> _Given:
     """What trains, validates and tests of what the user passed as one."""
     if isinstance(given, str | Path):
+        tell_beside(Path(given), stacklevel=6)
         return _Given(*find_splits(Path(given)))
     if not isinstance(given, Mapping):
         return _Given(given)
