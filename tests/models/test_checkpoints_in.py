@@ -208,7 +208,7 @@ def test_timms_networks_with_and_without_classes(tmp_path: Path) -> None:
     vt.save_weights(model, tmp_path / "b.bin")
     back = torch.load(tmp_path / "b.bin")
     assert all(torch.equal(back[key], t) for key, t in network.state_dict().items())
-    network = timm.create_model("vgg11", num_classes=5, pretrained=False)
+    network.reset_classifier(5)
     torch.save({"state_dict_ema": network.state_dict()}, tmp_path / "c.pth")
     model = vt.VGG11(weights=tmp_path / "c.pth", include_top=False, input_shape=SHAPE)
     kernel = network.features[0].weight.detach().permute(2, 3, 1, 0)
