@@ -256,6 +256,15 @@ def test_channels_that_are_moved_before_the_first_kernel_are_refused(place):
     assert with_input(model, (6, 5, 3)).output_shape == (None, 6, 5, 2)
 
 
+def test_keras_own_preprocessing_in_a_model_is_for_three_channels():
+    inputs = keras.Input((4, 4, 3))
+    x = keras.applications.vgg16.preprocess_input(inputs)
+    model = keras.Model(inputs, kl.Conv2D(2, 1, name="conv")(x))
+    for channels in (1, 4):
+        with pytest.raises(ValueError, match=r"get_item\w*' \(GetItem\).*Take it out, vt\.remove"):
+            with_input(model, channels=channels)
+
+
 def test_operations_that_leave_channels_in_their_places_stay():
     inputs = keras.Input((6, 6, 3), name="image")
     x = keras.ops.pad(

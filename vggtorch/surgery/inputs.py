@@ -31,6 +31,10 @@ from vggtorch.surgery.wiring import Wiring, owner
 Shape: TypeAlias = Sequence[int | None]
 Rule: TypeAlias = Literal["mean", "sum", "zero", "repeat"] | Callable[[np.ndarray, int], np.ndarray]
 RULES = ("mean", "sum", "zero", "repeat")
+_OUTSIDE = (
+    "Take it out, vt.remove, do in the preparation of the images what it does, and change the "
+    "input then."
+)
 
 
 def with_input(
@@ -282,6 +286,8 @@ def _advice(wiring: Wiring, layer: Any, channels: bool) -> str:
             "layers alone. Put one before it, vt.insert(model, input name, keras.layers.Conv2D(3, "
             "1)), or another layer in its place, vt.replace, and change the input then."
         )
+    if channels and not _known(layer):
+        return f"It takes the channels one by one. {_OUTSIDE}"
     for graph in wiring.all_graphs():
         for node in graph.nodes:
             if isinstance(node.operation, keras.layers.Flatten):
@@ -322,9 +328,7 @@ def _check_places(result: keras.Model, counts: Collection[int | None]) -> None:
                 raise ValueError(
                     f"with_input can't give {graph.prefix + node.operation.name!r} "
                     f"({type(node.operation).__name__}) other channels: it puts them in another "
-                    f"order, or in another number, before the first kernel reads them. Take it "
-                    f"out, vt.remove, do in the preparation of the images what it does, and change "
-                    f"the input then."
+                    f"order, or in another number, before the first kernel reads them. {_OUTSIDE}"
                 )
             images |= {id(t) for t in node.outputs}
 
