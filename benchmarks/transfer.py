@@ -33,6 +33,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import vggtorch as vt  # isort: skip  (first: it selects Keras's torch backend)
 import keras
@@ -166,7 +167,7 @@ def measure(
     return {"accuracy": accuracy, "seconds": seconds, "peak_mib": peak}
 
 
-def torchvision_vgg16(weights: str) -> torch.nn.Module:
+def torchvision_vgg16(weights: str) -> torchvision.models.VGG:
     """VGG16 as torchvision has it, with `oxford` convolutions for RGB from 0 to 255 less a mean."""
     network = torchvision.models.vgg16(weights=None)
     with tempfile.TemporaryDirectory() as folder:
@@ -225,7 +226,7 @@ def by_timm(data: Path, weights: str) -> float:
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    network = timm.create_model("vgg16", pretrained=False).eval()
+    network: Any = timm.create_model("vgg16", pretrained=False).eval()
     network.features.load_state_dict(torchvision_vgg16(weights).features.state_dict())
     mean, std = _statistics()
     transform = timm.data.create_transform(
