@@ -13,7 +13,7 @@ from typing import Any
 import keras
 import pytest
 import torch
-from keras.src.backend.common import dtypes
+from precision import computing_in
 from small_vgg import on_keras, randomise
 
 from vggtorch.lowering import running, to_torch
@@ -36,17 +36,9 @@ def group_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def policy(dtype: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Keras computes in this dtype throughout, also where it would do so in float32.
-
-    So it does with means, batch norm and numbers that tensors meet, whatever the policy.
-    """
-    monkeypatch.setitem(dtypes.BIT64_TO_BIT32_DTYPE, "float64", dtype)
-    keras.config.set_dtype_policy(dtype)
-    keras.config.set_floatx(dtype)
-    yield
-    keras.config.set_floatx("float32")
-    keras.config.set_dtype_policy("float32")
+def policy(dtype: str) -> Iterator[None]:
+    with computing_in(dtype):
+        yield
 
 
 def off(found: Any, expected: Any) -> float:

@@ -172,15 +172,16 @@ def test_sync_batch_norm_conversion_finds_every_norm(pair):
 
 def test_captum_attributes_alike(pair, x):
     attr = needs("captum.attr")
+    pair, x = [in_double(n) for n in pair], x.double()
     for name in ("GuidedBackprop", "Saliency", "DeepLift"):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             ours, theirs = (
                 getattr(attr, name)(copy.deepcopy(n)).attribute(x, target=1) for n in pair
             )
-        alike(ours, theirs, 2e-2)  # rounding turns single ReLUs on and off
+        alike(ours, theirs, 1e-9)
     ours, theirs = (attr.LayerGradCam(n, convolutions(n)[-1]).attribute(x, target=1) for n in pair)
-    alike(ours, theirs, 1e-4)
+    alike(ours, theirs, 1e-9)
 
 
 def test_grad_cam_alike(pair, x):
@@ -215,7 +216,7 @@ def test_hooks_on_every_module_see_what_they_see_by_hand(pair, x, training):
         seen.append(kept)
     assert len(seen[0]) == 2 * len(watched)
     for key, ours in seen[0].items():
-        alike(ours, seen[1][key], 1e-6)
+        alike(ours, seen[1][key], 1e-9)
 
 
 def test_feature_extraction_before_and_after_each_relu(kind, pair, x):
@@ -255,11 +256,11 @@ def test_torch_func_alike(pair, x):
         def loss(parameters, image):
             return torch.func.functional_call(network, parameters, image[None])[0, 1]
 
-        found = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, x)
+        found = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, x.double())
         return list(found.values())
 
-    for ours, theirs in zip(gradients(pair[0]), gradients(pair[1]), strict=True):
-        alike(ours, theirs, 1e-3)
+    for ours, theirs in zip(*(gradients(in_double(n)) for n in pair), strict=True):
+        alike(ours, theirs, 1e-9)
 
 
 # Training it
@@ -306,14 +307,14 @@ def test_lbfgs_and_vectors_of_parameters(pair, x):
 
 
 def test_two_gradients_of_one_forward(pair, x):
-    ours, theirs = (n(x) for n in pair)
+    ours, theirs = (in_double(n)(x.double()) for n in pair)
     for k in range(2):
         a, b = (
             torch.autograd.grad(y[:, k].sum(), list(n.parameters()), retain_graph=True)
             for y, n in zip((ours, theirs), pair, strict=True)
         )
         for p, q in zip(a, b, strict=True):
-            alike(p, q, 2e-2)
+            alike(p, q, 1e-9)
 
 
 def test_initialisers_by_class_name(pair):
@@ -387,7 +388,7 @@ def test_lightning_fits_it(pair, x, tmp_path):
             trainer.fit(Task(in_double(network)), batches(x.double()))
         network.eval()
     for ours, theirs in zip(convolutions(pair[0]), convolutions(pair[1]), strict=True):
-        alike(ours.weight.detach(), theirs.weight.detach(), 1e-3)
+        alike(ours.weight.detach(), theirs.weight.detach(), 1e-9)
 
 
 def test_accelerate_trains_it(pair, x):
@@ -402,4 +403,4 @@ def test_accelerate_trains_it(pair, x):
             optimizer.step()
             optimizer.zero_grad()
     for ours, theirs in zip(convolutions(pair[0]), convolutions(pair[1]), strict=True):
-        alike(ours.weight.detach(), theirs.weight.detach(), 1e-3)
+        alike(ours.weight.detach(), theirs.weight.detach(), 1e-9)
