@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from kept import kept_for_backward, plain_network
 from torchvision.models.feature_extraction import create_feature_extractor
 from torchvision.transforms import functional as transforms
 
@@ -150,27 +151,6 @@ def test_the_values_are_keras_layers_own_also_where_keras_runs_a_layer(images):
     expected = keras.Model(image, layers)(images.permute(0, 2, 3, 1))
     for tap, value in zip(taps, expected, strict=True):
         close(received[tap], value.permute(0, 3, 1, 2).detach())
-
-
-def kept_for_backward(extractor, x, weights=None):
-    """The values, and the bytes of activations that are kept for backward."""
-    kept: list[torch.Tensor] = []
-    weights = weights or {p.data_ptr() for p in extractor.parameters()}
-
-    def keep(tensor):
-        if tensor.data_ptr() not in weights:
-            kept.append(tensor)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        values = extractor(x)
-    return values, sum(storage.nbytes() for storage in {t.untyped_storage() for t in kept})
-
-
-def plain_network(extractor, x):
-    """The same network's modules one by one, as torch differentiates them."""
-    one_by_one = torch.fx.GraphModule(extractor.network, extractor.network.graph)
-    return one_by_one(extractor.pixels.normalise(x))
 
 
 @pytest.mark.slow

@@ -1,9 +1,9 @@
 """The features of a network, and what is measured with them: perceptual losses and LPIPS.
 
 Read in this order: `pixels` (images in any range and layout into what a weight set expects),
-`extractor` (`FeatureExtractor`: several layers' values in one pass), `frozen` (gradients to the
-images that keep little), `losses` (`PerceptualLoss`: content, style and total variation) and
-`distance` (`LPIPS`).
+`extractor` (`FeatureExtractor`: several layers' values in one pass), `chains` and `frozen`
+(gradients to the images, on a CPU by kernels of our own, that keep little), `losses`
+(`PerceptualLoss`: content, style and total variation) and `distance` (`LPIPS`).
 """
 
 from vggtorch.features.distance import LPIPS

@@ -33,10 +33,10 @@ class FeatureExtractor(nn.Module):
     it. The short names "conv1_2", "relu1_2" and "pool1" stand for VGG's layers too, and a layer of
     a nested model has the name "vgg16/block1_conv2", or its own where no other has that.
 
-    Gradients flow to the images, and keep a quarter of what torch keeps for them. The weights are
-    frozen, and batch norm and dropout run as in inference whatever `train()` says, unless
-    `trainable` is set. `.to(torch.bfloat16)` and autocast
-    work as with any module; images are normalised in float32.
+    Gradients flow to the images; beside the values that are returned they keep a quarter of what
+    torch keeps for them. The weights are frozen, and batch norm and dropout run as in inference
+    whatever `train()` says, unless `trainable` is set. `.to(torch.bfloat16)` and autocast work as
+    with any module; images are normalised in float32.
 
     Args:
         source: a Keras model with one image as its input, whose weights are then shared, not

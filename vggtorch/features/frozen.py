@@ -2,11 +2,14 @@
 
 torch keeps every activation for backward, also where only the input's gradient is asked for. That
 one needs less: of a convolution its weight, of a ReLU which values were positive, of a max pool
-where in each window the largest stood.
+where in each window the largest stood. Where the kernels of inference take the input, layers in a
+row run as a chain (chains.py).
 """
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,19 +17,99 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_modules
 
+from vggtorch.features.chains import (
+    KINDS,
+    Chain,
+    Unit,
+    can_freeze,
+    has_disjoint_windows,
+    pair,
+    pool_gradient,
+    takes,
+    units_of,
+)
+from vggtorch.lowering.batch_norm import BatchNorm2d
+
 
 def with_little_kept(network: torch.fx.GraphModule) -> torch.fx.GraphModule:
     """The same network on the same children, whose backward keeps less where they are frozen."""
-    root: dict[str, nn.Module] = {}
+    root: dict[str, Any] = {}
+    graph = torch.fx.Graph()
+    copies: dict[torch.fx.Node, torch.fx.Node] = {}
+    rows = {row[-1]: row for row in _rows(network)}
+    inside = {node for row in rows.values() for node in row[:-1]}
     for node in network.graph.nodes:
+        if node in inside:
+            continue
+        name = str(node.target)
+        if node in rows:
+            first, names = rows[node][0], [str(n.target) for n in rows[node]]
+            name = f"until_{node.name}"
+            root[name] = _Row(network, names)
+            copies[node] = graph.call_module(name, (copies[first.all_input_nodes[0]],))
+            continue
         if node.op == "call_module":
-            root[str(node.target)] = _Frozen(network, str(node.target))
-    attributes = {
-        str(node.target): getattr(network, str(node.target))
-        for node in network.graph.nodes
-        if node.op == "get_attr"
-    }
-    return torch.fx.GraphModule(root | attributes, network.graph)
+            root[name] = _Frozen(network, name)
+        elif node.op == "get_attr":
+            root[name] = getattr(network, name)
+        copies[node] = graph.node_copy(node, copies.__getitem__)
+    return torch.fx.GraphModule(root, graph)
+
+
+def _rows(network: torch.fx.GraphModule) -> list[list[torch.fx.Node]]:
+    """Calls of modules that can be in a chain, each the only one that takes what the last gives."""
+
+    def kind(node: torch.fx.Node) -> type | None:
+        if node.op != "call_module" or len(node.args) != 1 or node.kwargs:
+            return None
+        child = network.get_submodule(str(node.target))
+        if type(child) is nn.MaxPool2d and not has_disjoint_windows(child):
+            return None
+        found = type(child) in KINDS and isinstance(node.args[0], torch.fx.Node)
+        return type(child) if found else None
+
+    def follows(row: list[torch.fx.Node]) -> torch.fx.Node | None:
+        users = list(row[-1].users)
+        if len(users) != 1 or kind(users[0]) is None:
+            return None
+        norm_alone = kind(users[0]) is BatchNorm2d and kind(row[-1]) is not nn.Conv2d
+        return None if norm_alone else users[0]
+
+    rows: list[list[torch.fx.Node]] = []
+    taken: set[torch.fx.Node] = set()
+    for node in network.graph.nodes:
+        if node in taken or kind(node) in (None, BatchNorm2d):
+            continue
+        row = [node]
+        while (after := follows(row)) is not None:
+            row.append(after)
+        taken.update(row)
+        if len(row) > 1 or kind(node) is nn.Conv2d:
+            rows.append(row)
+    return rows
+
+
+class _Row(nn.Module):
+    """Children in a row as they stand in the network at each call: a chain, or one by one."""
+
+    def __init__(self, network: nn.Module, names: Sequence[str]) -> None:
+        super().__init__()
+        object.__setattr__(self, "network", network)  # not a child of its own child
+        self.one_by_one = [_Frozen(network, name) for name in names]
+        self.children_then: list[nn.Module] = []
+        self.units: list[Unit] = []
+
+    def forward(self, x: Tensor) -> Any:
+        network: Any = self.network
+        children = [network.get_submodule(one.name) for one in self.one_by_one]
+        plain = all(type(child) in KINDS and _is_plain(child) for child in children)
+        if plain and takes(children, x):
+            if not all(map(operator.is_, children, self.children_then)) or not self.units:
+                self.children_then, self.units = children, units_of(children)
+            return Chain.apply(x, self.units, children)
+        for one in self.one_by_one:
+            x = one(x)
+        return x
 
 
 class _Frozen(nn.Module):
@@ -42,13 +125,13 @@ class _Frozen(nn.Module):
         child = network.get_submodule(self.name)
         if len(values) == 1 and _is_plain(child):
             (x,) = values
-            if type(child) is nn.Conv2d and _can_freeze(child):
+            if type(child) is nn.Conv2d and can_freeze(child):
                 options = child.stride, child.padding, child.dilation, child.groups
                 return _Convolution.apply(x, child.weight, child.bias, *options)
             if type(child) is nn.ReLU and not child.inplace:
                 return _ReLU.apply(x)
-            if type(child) is nn.MaxPool2d and _has_disjoint_windows(child):
-                return _MaxPool.apply(x, _pair(child.kernel_size))
+            if type(child) is nn.MaxPool2d and has_disjoint_windows(child):
+                return _MaxPool.apply(x, pair(child.kernel_size))
         return child(*values)
 
 
@@ -61,26 +144,6 @@ def _is_plain(child: nn.Module) -> bool:
         child._backward_pre_hooks,
     )
     return not (any(hooks) or torch_modules._has_any_global_hook())
-
-
-def _can_freeze(conv: nn.Conv2d) -> bool:
-    bias = conv.bias is not None and conv.bias.requires_grad
-    zeros = conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
-    return zeros and not (bias or conv.weight.requires_grad)
-
-
-def _has_disjoint_windows(pool: nn.MaxPool2d) -> bool:
-    window = _pair(pool.kernel_size)
-    return (
-        _pair(pool.stride) == window
-        and _pair(pool.padding) == (0, 0)
-        and _pair(pool.dilation) == (1, 1)
-        and not (pool.ceil_mode or pool.return_indices)
-    )
-
-
-def _pair(value: Any) -> tuple[int, int]:
-    return (value, value) if isinstance(value, int) else (value[0], value[1])
 
 
 def _layout(x: Tensor) -> torch.memory_format:
@@ -108,7 +171,7 @@ class _Convolution(torch.autograd.Function):
         # Of x torch looks at the shape and the layout alone, so its memory is never touched.
         x = torch.empty(ctx.shape, dtype=grad.dtype, device=grad.device, memory_format=ctx.layout)
         of_x, _, _ = torch.ops.aten.convolution_backward(
-            grad, x, weight, None, _pair(stride), _pair(padding), _pair(dilation), False, (0, 0),
+            grad, x, weight, None, pair(stride), pair(padding), pair(dilation), False, (0, 0),
             groups, (True, False, False),
         )  # fmt: skip
         return of_x, None, None, None, None, None, None
@@ -139,30 +202,16 @@ class _ReLU(torch.autograd.Function):
 
 
 class _MaxPool(torch.autograd.Function):
-    """A max pool whose windows don't overlap, of which two bytes for each window are kept."""
+    """A max pool whose windows don't overlap, of which four bytes for each window are kept."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, window: tuple[int, int]) -> Tensor:  # type: ignore[override]
         y, places = F.max_pool2d(x, window, return_indices=True)
         ctx.shape, ctx.window, ctx.layout = x.shape, window, _layout(x)
-        # How far the largest value is from its window's first one.
-        farthest = (window[0] - 1) * x.shape[3] + window[1] - 1
-        dtype = torch.int16 if farthest < 2**15 else torch.int32
-        ctx.save_for_backward((places - _first_places(y, x.shape[3], window)).to(dtype))
+        ctx.save_for_backward(places.to(torch.int32))
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        (inside,) = ctx.saved_tensors
-        places = inside + _first_places(grad, ctx.shape[3], ctx.window)
-        x = torch.empty(ctx.shape, dtype=grad.dtype, device=grad.device, memory_format=ctx.layout)
-        of_x = torch.ops.aten.max_pool2d_with_indices_backward(
-            grad, x, ctx.window, ctx.window, (0, 0), (1, 1), False, places
-        )
-        return of_x, None
-
-
-def _first_places(y: Tensor, width: int, window: tuple[int, int]) -> Tensor:
-    """Where the window of each value of y (N, C, H, W) begins, in a map of this width; (H, W)."""
-    rows = torch.arange(y.shape[2], device=y.device)[:, None] * (window[0] * width)
-    return rows + torch.arange(y.shape[3], device=y.device) * window[1]
+        (places,) = ctx.saved_tensors
+        return pool_gradient(grad, places, ctx.shape, ctx.window, ctx.layout), None

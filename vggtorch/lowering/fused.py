@@ -170,18 +170,9 @@ class FusedConv2d:
         y = y if self.norm is None else self.norm(y)
         return y if self.activation is None else self.activation(y)
 
-    def _constants(
-        self, dtype: torch.dtype, x: Tensor, options: tuple[Any, ...]
-    ) -> tuple[Tensor, Tensor | None, float, float]:
-        """Weight (O, I, H, W) and bias, in which batch norm is a scale of one and a shift.
-
-        And how much an output can be: at most the first number times the largest input, plus the
-        second, of the convolution itself and behind the batch norm.
-        """
-        conv, norm = self.conv, self.norm
-        weight = conv.weight.detach()
-        bias: Tensor | None = conv.bias
-        gain, offset = _gain(weight), _largest(bias)
+    def folded(self) -> tuple[Tensor, Tensor | None]:
+        """Weight (O, I, H, W) and bias, in which batch norm is a scale of one and a shift."""
+        weight, bias, norm = self.conv.weight.detach(), self.conv.bias, self.norm
         if norm is not None:
             mean, variance = norm.running_mean, norm.running_var
             assert mean is not None and variance is not None
@@ -189,9 +180,23 @@ class FusedConv2d:
                 mean if bias is None else mean - bias, variance, norm.eps, norm.weight, norm.bias
             )
             weight = weight * scale.reshape(-1, 1, 1, 1)
+        return weight, None if bias is None else bias.detach()
+
+    def _constants(
+        self, dtype: torch.dtype, x: Tensor, options: tuple[Any, ...]
+    ) -> tuple[Tensor, Tensor | None, float, float]:
+        """The folded weight, prepared, and bias; and how much an output can be.
+
+        At most the first number times the largest input, plus the second, of the convolution itself
+        and behind the batch norm.
+        """
+        conv = self.conv
+        gain, offset = _gain(conv.weight.detach()), _largest(conv.bias)
+        weight, bias = self.folded()
+        if self.norm is not None:
             gain, offset = gain + _gain(weight), offset + _largest(bias)
         weight = weight.to(dtype)
-        bias = None if bias is None else bias.detach().to(dtype)
+        bias = None if bias is None else bias.to(dtype)
         prepared = kernels.prepared_weight(weight, x.shape, *options)
         return prepared, bias, gain, offset
 

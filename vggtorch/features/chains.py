@@ -1,0 +1,224 @@
+"""Frozen convolutions, ReLUs and max pools in a row, as one step with a backward of its own.
+
+Forward runs the kernels of inference. For the gradient of the input it keeps its output, a byte for
+each value that another ReLU has looked at and four for each window of a pool, and backward writes
+over what nobody else has seen.
+"""
+
+# ruff: noqa: D102  (forward and backward do what their class says)
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vggtorch.lowering.batch_norm import BatchNorm2d
+from vggtorch.lowering.fused import FusedConv2d
+from vggtorch.lowering.kernels import conv2d, has_fused_ops, prepared_weight
+
+# What can be in a chain, in the order of a unit; a batch norm only behind a convolution.
+KINDS = (nn.Conv2d, BatchNorm2d, nn.ReLU, nn.MaxPool2d)
+
+
+def pair(value: Any) -> tuple[int, int]:
+    """A setting of torch's layers, which may be one number for both directions."""
+    return (value, value) if isinstance(value, int) else (value[0], value[1])
+
+
+def can_freeze(conv: nn.Conv2d) -> bool:
+    """Whether a convolution has nothing to learn, and zeros around its input."""
+    bias = conv.bias is not None and conv.bias.requires_grad
+    zeros = conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
+    return zeros and not (bias or conv.weight.requires_grad)
+
+
+def has_disjoint_windows(pool: nn.MaxPool2d) -> bool:
+    """Whether each value is in one window of a pool at most."""
+    window = pair(pool.kernel_size)
+    return (
+        pair(pool.stride) == window
+        and pair(pool.padding) == (0, 0)
+        and pair(pool.dilation) == (1, 1)
+        and not (pool.ceil_mode or pool.return_indices)
+    )
+
+
+class FrozenConv2d:
+    """A convolution and the batch norm behind it, and the convolution that is its gradient."""
+
+    def __init__(self, conv: nn.Conv2d, norm: BatchNorm2d | None, relu: nn.ReLU | None) -> None:
+        self.conv, self.norm = conv, norm
+        self.forward = FusedConv2d(conv, norm, relu, mixed=False)
+        self.made: Any = None  # the constants of `forward` that the weight below was made for
+        self.weight: Any = None
+
+    def __call__(self, x: Tensor, bound: float | None) -> tuple[Tensor, float | None]:
+        """As FusedConv2d has it."""
+        self.forward.constants.is_checked = False
+        return self.forward(x, bound)
+
+    @torch.no_grad()
+    def prepare(self, shape: torch.Size) -> tuple[Tensor, bool]:
+        """The weight for the gradient of an output of this shape; whether it is a flipped one."""
+        conv, constants = self.conv, self.forward.constants
+        if self.made is None or self.made is not constants.made:
+            weight, _ = self.forward.folded()
+            if self._flips():
+                weight = weight.transpose(0, 1).flip(2, 3).contiguous()
+                weight = prepared_weight(weight, shape, (1, 1), self._padding(), conv.dilation, 1)
+            elif self.norm is None:  # backward is to have what forward had
+                weight = weight.clone()
+            self.made, self.weight = constants.made, weight
+        return self.weight, self._flips()
+
+    def gradient(self, grad: Tensor, weight: Tensor, flipped: bool, shape: torch.Size) -> Tensor:
+        """The gradient of an input of this shape, from that of the output."""
+        conv = self.conv
+        grad = grad.contiguous(memory_format=torch.channels_last)
+        if flipped:
+            return conv2d(grad, weight, None, (1, 1), self._padding(), conv.dilation, 1)
+        # As in pool_gradient, x stands for its shape and layout.
+        x = torch.empty(shape, dtype=grad.dtype, memory_format=torch.channels_last)
+        of_x, _, _ = torch.ops.aten.convolution_backward(
+            grad, x, weight, None, conv.stride, pair(conv.padding), conv.dilation, False, (0, 0),
+            conv.groups, (True, False, False),
+        )  # fmt: skip
+        return cast(Tensor, of_x)
+
+    def _padding(self) -> tuple[int, int]:
+        """Around the gradient, so that the flipped kernel gives one of the input's size."""
+        conv = self.conv
+        sides = zip(conv.dilation, conv.kernel_size, pair(conv.padding), strict=True)
+        down, across = (d * (k - 1) - p for d, k, p in sides)
+        return down, across
+
+    def _flips(self) -> bool:
+        conv = self.conv
+        return pair(conv.stride) == (1, 1) and conv.groups == 1 and min(self._padding()) >= 0
+
+
+@dataclass
+class Unit:
+    """A convolution, or none, and what follows it: a ReLU, a max pool, or both in either order."""
+
+    conv: FrozenConv2d | None
+    relu: nn.ReLU | None = None
+    pool: nn.MaxPool2d | None = None
+
+
+def units_of(children: Sequence[nn.Module]) -> list[Unit]:
+    """Modules of KINDS in a row as units."""
+    units: list[Unit] = []
+    left = list(children)
+    while left:
+        conv, norm, relu, pool = (
+            left.pop(0) if left and type(left[0]) is kind else None for kind in KINDS
+        )
+        # Pooled first, a ReLU has a quarter of the work and keeps a quarter.
+        inside = relu if pool is None else None
+        unit = Unit(FrozenConv2d(conv, norm, inside) if conv else None, relu, pool)  # type: ignore
+        units.append(unit)
+    return units
+
+
+def takes(children: Sequence[nn.Module], x: Tensor) -> bool:
+    """Whether the modules, of KINDS, are frozen, and the kernels take them and x."""
+    if x.ndim != 4 or len(x) == 0 or not has_fused_ops(x, x.dtype):
+        return False
+    channels, before = x.shape[1], None
+    for child in children:
+        if isinstance(child, nn.Conv2d):
+            if not can_freeze(child) or child.weight.shape[1] * child.groups != channels:
+                return False
+            channels = child.weight.shape[0]
+        elif isinstance(child, nn.MaxPool2d):
+            if not has_disjoint_windows(child):
+                return False
+        elif isinstance(child, BatchNorm2d) and (
+            before is not nn.Conv2d
+            or child.learns
+            or child.running_mean is None
+            or len(child.running_mean) != channels
+            or any(p.requires_grad for p in child.parameters())
+        ):
+            return False
+        before = type(child)
+        for t in (*child._parameters.values(), *child._buffers.values()):
+            if t is not None and not (
+                type(t) in (Tensor, nn.Parameter)
+                and t.device == x.device
+                and (t.dtype == x.dtype or not t.is_floating_point())
+            ):
+                return False
+    return True
+
+
+class Chain(torch.autograd.Function):
+    """Units in a row."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, units: list[Unit], children: Any) -> Tensor:  # type: ignore[override]
+        ctx.units, ctx.children, ctx.gradients = units, children, []
+        kept, y, bound = [x], x, None
+        for unit in units:
+            shape, weight, flipped, pooled = y.shape, None, False, y.shape
+            if unit.conv is not None:
+                y, bound = unit.conv(y, bound)
+                weight, flipped = unit.conv.prepare(y.shape)
+            if unit.pool is not None:
+                pooled = y.shape
+                y, places = F.max_pool2d(y, pair(unit.pool.kernel_size), return_indices=True)
+                kept.append(places.to(torch.int32))
+            if unit.relu is not None:
+                if unit.pool is not None:
+                    y.relu_()
+                elif unit.conv is None:
+                    y = y.relu()
+                # NaN isn't stopped and passes its gradient on, as in torch's ReLU.
+                kept.append(y if unit is units[-1] else y <= 0)
+            ctx.gradients.append((shape, weight, flipped, pooled))
+        ctx.save_for_backward(*kept)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        x, *kept = ctx.saved_tensors
+        if torch.is_grad_enabled():  # create_graph=True: this gradient is to have one
+            y = x
+            for child in ctx.children:
+                y = child(y)
+            (of_x,) = torch.autograd.grad(y, x, grad, create_graph=True)
+            return of_x, None, None
+        pairs = zip(reversed(ctx.units), reversed(ctx.gradients), strict=True)
+        for unit, (shape, weight, flipped, pooled) in pairs:
+            if unit.relu is not None and unit is ctx.units[-1]:
+                y = kept.pop()
+                of_y = torch.empty_like(y)  # laid out as y is, however grad lies
+                grad = torch.ops.aten.threshold_backward.grad_input(grad, y, 0, grad_input=of_y)
+            elif unit.relu is not None:
+                grad.masked_fill_(kept.pop(), 0)
+            if unit.pool is not None:
+                grad = pool_gradient(grad, kept.pop(), pooled, pair(unit.pool.kernel_size))
+            if unit.conv is not None:
+                grad = unit.conv.gradient(grad, weight, flipped, shape)
+        return grad, None, None
+
+
+def pool_gradient(
+    grad: Tensor,
+    places: Tensor,
+    shape: Sequence[int],
+    window: tuple[int, int],
+    layout: torch.memory_format = torch.channels_last,
+) -> Tensor:
+    """The gradient of the input of a max pool, of this shape, by the places of the largest."""
+    # Of x torch looks at the shape and the layout alone, so its memory is never touched.
+    x = torch.empty(shape, dtype=grad.dtype, device=grad.device, memory_format=layout)
+    of_x = torch.ops.aten.max_pool2d_with_indices_backward(
+        grad, x, window, window, (0, 0), (1, 1), False, places.long()
+    )
+    return cast(Tensor, of_x)
