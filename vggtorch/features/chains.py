@@ -16,9 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vggtorch.lowering.batch_norm import BatchNorm2d
-from vggtorch.lowering.fused import FusedConv2d
-from vggtorch.lowering.kernels import conv2d, has_fused_ops, prepared_weight
+from vggtorch.lowering import BatchNorm2d, FusedConv2d, conv2d, has_fused_ops, prepared_weight
 
 # What can be in a chain, in the order of a unit; a batch norm only behind a convolution.
 KINDS = (nn.Conv2d, BatchNorm2d, nn.ReLU, nn.MaxPool2d)

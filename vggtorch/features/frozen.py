@@ -28,7 +28,7 @@ from vggtorch.features.chains import (
     takes,
     units_of,
 )
-from vggtorch.lowering.batch_norm import BatchNorm2d
+from vggtorch.lowering import BatchNorm2d
 
 
 def with_little_kept(network: torch.fx.GraphModule) -> torch.fx.GraphModule:

@@ -12,21 +12,26 @@ itself runs it) and `exporting`.
 """
 
 from vggtorch.lowering.accelerating import accelerate_
-from vggtorch.lowering.batch_norm import synchronize_
+from vggtorch.lowering.batch_norm import BatchNorm2d, synchronize_
 from vggtorch.lowering.exporting import export
-from vggtorch.lowering.kernels import has_fused_ops
+from vggtorch.lowering.fused import FusedConv2d
+from vggtorch.lowering.kernels import conv2d, has_fused_ops, prepared_weight
 from vggtorch.lowering.network import TorchNetwork
 from vggtorch.lowering.on_keras import OnKeras, Product, between
 from vggtorch.lowering.writing import to_torch
 
 __all__ = [
+    "BatchNorm2d",
+    "FusedConv2d",
     "OnKeras",
     "Product",
     "TorchNetwork",
     "accelerate_",
     "between",
+    "conv2d",
     "export",
     "has_fused_ops",
+    "prepared_weight",
     "synchronize_",
     "to_torch",
 ]
