@@ -216,3 +216,11 @@ def test_what_onnx_runtime_refuses_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"ONNX Runtime refuses this model: .*float32.*\.pt2"):
         vt.export(keras.Model(image, dense(image)), tmp_path / "model.onnx")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("ending", RUN)
+def test_outputs_by_name_in_any_order(tmp_path, ending):
+    a, b = keras.Input((4,), name="a"), keras.Input((4,), name="b")
+    outputs = {"sum": layers.Add()([a, b]), "dense": layers.Dense(2)(a)}
+    vt.export(keras.Model({"b": b, "a": a}, outputs), tmp_path / f"model{ending}")
+    assert (tmp_path / f"model{ending}").exists()

@@ -14,6 +14,7 @@ from typing import Any
 import keras
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves  # in the order of a dict, as exported files have it
 
 from vggtorch import files, keras_graph
 from vggtorch.lowering.layer_modules import KerasLayer
@@ -187,11 +188,11 @@ def _check_one(network: TorchNetwork, run: Callable[..., Any], inputs: Sequence[
     )
     with torch.no_grad():
         try:
-            expected = keras.tree.flatten(network(*inputs))
+            expected = tree_leaves(network(*inputs))
         except Exception:  # the model itself takes images of certain sizes only
             return
         try:
-            found = keras.tree.flatten(run(*inputs))
+            found = tree_leaves(run(*inputs))
         except Exception as error:
             raise ValueError(
                 f"The exported model fails at inputs of shape {shapes}: {_first_line(error)} {hint}"
