@@ -5,9 +5,8 @@
     python benchmarks/compress.py speed             milliseconds at batch 1 and 8
     python benchmarks/compress.py peers             other ways, same images, budget and training
     python benchmarks/compress.py networks DATA     ResNet50 and MobileNetV2, shortly trained
-    python benchmarks/compress.py curves            a picture of what `match` and `speed` found
 
-`match` leaves the models and its figures in `--models`, where the others find them. Layers are
+`match` leaves the models in `--models`, where the others find them. Layers are
 fitted to 250 crops of `--photographs` (a folder, searched through); cosines are those of crops of
 the photographs in `--test`. By default both come out of the packages scikit-image and scikit-learn.
 DATA holds `train/<class>/*.jpg` and `test/<class>/*.jpg`.
@@ -17,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import time
 from collections.abc import Callable
 from functools import partial
@@ -60,8 +58,6 @@ def match(args: argparse.Namespace, model: keras.Model, shown: Any, unseen: Any)
         print(HEADER)
         row(f"{times:g} times, {found.times:.2f} in {args.by}", cosines, f"{took:.0f} s")
         small.save(args.models / f"vgg16-{times:g}.keras")
-        figures = {"times": found.times, "cosines": cosines, "seconds": took, "steps": found.steps}
-        (args.models / f"vgg16-{times:g}.json").write_text(json.dumps(figures))
 
 
 def _cosines(before: list[torch.Tensor], after: list[torch.Tensor]) -> list[float]:
@@ -306,33 +302,11 @@ def other_networks(args: argparse.Namespace) -> None:
             print(f"{name}, {times} asked, {found.times:.2f} had, likeness {found.likeness}")
 
 
-def curves(args: argparse.Namespace) -> None:
-    """Times against likeness, as SVG."""
-    points = []
-    for path in sorted(args.models.glob("vgg16-*.json")):
-        figures = json.loads(path.read_text())
-        points.append((figures["times"], figures["cosines"][-1]))
-    points = sorted([(1.0, 1.0), *points])
-    low = min(0.9, *(y for _, y in points))
-    places = [(60 + 100 * (x - 1), 20 + 160 * (1 - y) / (1 - low)) for x, y in points]
-    line = " ".join(f"{x:.0f},{y:.0f}" for x, y in places)
-    marks = "".join(
-        f'<circle cx="{x:.0f}" cy="{y:.0f}" r="3"/>'
-        f'<text x="{x + 6:.0f}" y="{y - 6:.0f}">{b:.3f} at {a:.1f}</text>'
-        for (x, y), (a, b) in zip(places, points, strict=True)
-    )
-    print(
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="480" height="220" font-size="11" '
-        f'font-family="sans-serif"><polyline points="{line}" fill="none" stroke="black"/>{marks}'
-        f'<text x="60" y="212">cosine at block5_pool over times less multiply-adds</text></svg>'
-    )
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    questions = ["match", "probe", "speed", "peers", "networks", "curves"]
+    questions = ["match", "probe", "speed", "peers", "networks"]
     parser.add_argument("question", choices=questions)
     parser.add_argument("data", type=Path, nargs="?", help="CIFAR-10 as folders")
     parser.add_argument("--models", type=Path, default=Path("compressed"), help="folder of results")
@@ -354,8 +328,6 @@ def main() -> None:
         parser.error(f"{args.question} needs DATA, a folder with train/<class>/*.jpg")
     if (args.photographs is None) != (args.test is None):
         parser.error("--photographs and --test go together, so that no photograph is in both")
-    if args.question == "curves":
-        return curves(args)
     model = vt.VGG16(weights="oxford", include_top=False)
     print(harness.header(model.get_layer("block1_conv1").kernel.value.device))
     if args.question == "networks":

@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import re
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from mkdocs.structure.files import File
 from PIL import Image
 
 from vggtorch.architectures import ARCHITECTURES
+from vggtorch.training.charts import HEIGHT, WIDTH, chart, curves_svg
 
 ROOT = Path(__file__).parent.parent
 
@@ -48,6 +50,7 @@ def on_files(files: Any, config: Any) -> Any:
         "surgery.svg": surgery_picture(),
         "report.svg": report_picture(),
         "costs.svg": costs_picture(),
+        "compression.svg": compression_picture(),
         "features.png": features_picture(),
     }
     for name, content in pictures.items():
@@ -81,8 +84,6 @@ def report_picture() -> str:
     """The curves that a report draws of ten epochs on handwritten digits, side by side."""
     from sklearn.datasets import load_digits
 
-    from vggtorch.training.charts import WIDTH, curves_svg
-
     digits = load_digits()
     with tempfile.TemporaryDirectory() as folder:
         for i in range(200):
@@ -93,21 +94,12 @@ def report_picture() -> str:
         epochs = vt.finetune(
             vgg, Path(folder, "digits"), epochs=10, output_dir=f"{folder}/run"
         ).epochs
-    charts = [
+    return side_by_side(
         curves_svg({said: [e[key] for e in epochs] for key, said in lines.items()}, title)
         for title, lines in (
             ("Loss", {"loss": "training", "val_loss": "validation"}),
             ("Accuracy", {"accuracy": "training", "val_accuracy": "validation"}),
         )
-    ]
-    placed = (
-        f'<g transform="translate({i * WIDTH} 0)">{re.sub("^<svg[^>]*>|</svg>$", "", chart)}</g>'
-        for i, chart in enumerate(charts)
-    )
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {2 * WIDTH} 260" '
-        f'font-family="sans-serif" font-size="12"><rect width="100%" height="100%" fill="white"/>'
-        f"{''.join(placed)}</svg>"
     )
 
 
@@ -144,6 +136,51 @@ def costs_picture() -> str:
         f'fill="white"/><text x="104" y="20" fill="#00695c">multiply-adds, '
         f'{totals[0] / 1e9:.1f} billion for one image</text><text x="380" y="20" fill="#b26a00">'
         f"parameters, {totals[1] / 1e6:.0f} million</text>{''.join(rows)}</svg>"
+    )
+
+
+def compression_picture() -> str:
+    """What compressed networks still see, and how fast they are, by the benchmarks' table."""
+    rows = table_of("What a compressed network sees, and how fast it is")
+    times = [1.0, *(float(row["multiply-adds less, times"]) for row in rows)]
+    curves = {
+        "cosine to the original": {
+            f"after block {block}": [1.0, *(float(row[str(block)]) for row in rows)]
+            for block in (3, 4, 5)
+        },
+        "times as fast": {
+            f"batch {batch}": [1.0, *(float(row[f"batch {batch}"].split()[0]) for row in rows)]
+            for batch in (1, 8)
+        },
+    }
+    return side_by_side(
+        chart(
+            {name: list(zip(times, values, strict=True)) for name, values in lines.items()},
+            title,
+            "times less multiply-adds",
+        )
+        for title, lines in curves.items()
+    )
+
+
+def table_of(title: str) -> list[dict[str, str]]:
+    """The first table under a heading of benchmarks/README.md, a dict for each row."""
+    _, section = (ROOT / "benchmarks" / "README.md").read_text().split(f"## {title}\n", 1)
+    lines = [line for line in section.split("\n## ")[0].splitlines() if line.startswith("|")]
+    head, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)
+    return [dict(zip(head, row, strict=True)) for row in rows if len(row) == len(head)]
+
+
+def side_by_side(charts: Iterable[str]) -> str:
+    """Charts of vggtorch.training.charts in one picture, on white."""
+    placed = [
+        f'<g transform="translate({i * WIDTH} 0)">{re.sub("^<svg[^>]*>|</svg>$", "", chart)}</g>'
+        for i, chart in enumerate(charts)
+    ]
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {len(placed) * WIDTH} {HEIGHT}" '
+        f'font-family="sans-serif" font-size="12"><rect width="100%" height="100%" fill="white"/>'
+        f"{''.join(placed)}</svg>"
     )
 
 
