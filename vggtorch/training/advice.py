@@ -66,7 +66,7 @@ _QUARTERS = Reason(
     "Pool each feature map to its mean and maximum under the head, and its quarters to means.",
     "So any image size fits, and the head still knows roughly where something is, which whole "
     "maps' means don't say.",
-    f"{FASTAI}; {PYRAMID}; folds of training images, benchmarks/tried.md",
+    f"{FASTAI}; {PYRAMID}",
 )
 _WHOLE = Reason(
     "Resize the shorter side to the size, and cut nothing off it.",
