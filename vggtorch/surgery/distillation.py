@@ -48,6 +48,7 @@ MEMORY = 1 << 30  # bytes
 HELD_OUT = 64  # crops of images that the new layers aren't trained on
 COMPARED = 16  # of these images, whole, for the cosines that are returned
 BATCH = 16
+MOMENTS = 4 * BATCH  # of the crops, for least squares and for the coordinates of the training
 CHECK = 25  # steps from one look at the held-out crops to the next
 PATIENCE = 10  # looks without a better one before the training stops
 WARM_UP = 10  # steps
@@ -307,7 +308,8 @@ def distill_(
     with _only_trainable(trained, original, result):
         one = examples(shown, 1)
         each = sum(t.nbytes for t in (one.x, *one.targets))
-        train = examples(shown, max(BATCH, min(CROPS, MEMORY // each)))
+        wanted = max(MOMENTS, min(CROPS, steps * BATCH))  # no more than the steps will see
+        train = examples(shown, max(BATCH, min(wanted, MEMORY // each)))
         check = examples(held_out, min(HELD_OUT, len(train.x)))
         task = _Task(tail, trained, loss, train, check)
 
@@ -317,7 +319,7 @@ def distill_(
             trained,
             last_product(region),
             target,
-            train.x[: 4 * BATCH].split(BATCH),
+            train.x[:MOMENTS].split(BATCH),
             generator,
         )
         start = _start_from_the_best_(task, _starts(region, moments))
