@@ -11,7 +11,9 @@ import torch
 import torch.multiprocessing
 from keras import layers
 from small_vgg import assert_close, images, on_keras, randomise
+from torch import nn
 
+import vggtorch as vt
 from vggtorch.lowering.layer_modules import KerasLayer
 
 
@@ -55,7 +57,7 @@ def test_adaptive_pooling_where_the_size_is_no_multiple(size: Any) -> None:
 def test_a_layer_without_handler_gets_training_and_keeps_its_parameters() -> None:
     image = keras.Input((6, 6, 3))
     noisy = layers.GaussianNoise(1.0)(layers.UnitNormalization()(image))
-    model = keras.Model(image, layers.PReLU(name="prelu")(noisy))
+    model = keras.Model(image, layers.PReLU(name="prelu")(noisy))  # a slope for each pixel
     x = images(model)
     lowered: Any = on_keras(model)
     assert torch.equal(lowered.eval()(x), model(x, training=False))
@@ -96,6 +98,122 @@ def test_layers_of_one_input(layer: keras.Layer) -> None:
     assert_close(as_torch(model, x), model(x).detach())
 
 
+# By the number of axes that are an image's: a layer's settings, and torch's classes for it.
+WITH_COUNTERPARTS: list[tuple[int, str, dict[str, Any], list[type]]] = [
+    (2, "UpSampling2D", {"size": (2, 3), "interpolation": "bilinear"}, [nn.Upsample]),
+    (2, "UpSampling2D", {"size": 3, "interpolation": "bicubic"}, [nn.Upsample]),
+    (1, "UpSampling1D", {"size": 3}, [nn.Upsample]),
+    (3, "UpSampling3D", {"size": (1, 2, 3)}, [nn.Upsample]),
+    (1, "PReLU", {"shared_axes": [1]}, [nn.PReLU]),
+    (2, "PReLU", {"shared_axes": [1, 2]}, [nn.PReLU]),
+    (2, "PReLU", {"shared_axes": [1, 2, 3]}, [nn.PReLU]),
+    (0, "PReLU", {}, [nn.PReLU]),
+    (2, "GroupNormalization", {"groups": 2}, [nn.GroupNorm]),
+    (3, "GroupNormalization", {"groups": -1, "center": False}, [nn.GroupNorm]),
+    (0, "GroupNormalization", {"groups": 2, "scale": False, "epsilon": 0.1}, [nn.GroupNorm]),
+    (1, "ZeroPadding1D", {"padding": (1, 2)}, [nn.ZeroPad1d]),
+    (2, "ZeroPadding2D", {"padding": ((1, 2), (0, 3))}, [nn.ZeroPad2d]),
+    (3, "ZeroPadding3D", {"padding": ((1, 2), (0, 3), (1, 0))}, [nn.ZeroPad3d]),
+    (1, "Cropping1D", {"cropping": (1, 2)}, [nn.ZeroPad1d]),
+    (2, "Cropping2D", {"cropping": ((1, 0), (2, 1))}, [nn.ZeroPad2d]),
+    (3, "Cropping3D", {"cropping": ((1, 0), (2, 1), (0, 0))}, [nn.ZeroPad3d]),
+    (1, "Conv1D", {"padding": "causal", "strides": 2}, [nn.ZeroPad1d, nn.Conv1d]),
+    (1, "Conv1D", {"padding": "causal", "dilation_rate": 2}, [nn.ZeroPad1d, nn.Conv1d]),
+    (1, "DepthwiseConv1D", {"padding": "same", "depth_multiplier": 2}, [nn.Conv1d]),
+    (1, "DepthwiseConv1D", {"padding": "valid", "strides": 2}, [nn.Conv1d]),
+    (1, "SeparableConv1D", {"padding": "same", "depth_multiplier": 2}, [nn.Conv1d, nn.Conv1d]),
+    (1, "AdaptiveAveragePooling1D", {"output_size": 3}, [nn.AdaptiveAvgPool1d]),
+    (3, "AdaptiveAveragePooling3D", {"output_size": (1, 2, 3)}, [nn.AdaptiveAvgPool3d]),
+    (1, "AdaptiveMaxPooling1D", {"output_size": 3}, [nn.AdaptiveMaxPool1d]),
+    (2, "AdaptiveMaxPooling2D", {"output_size": 3}, [nn.AdaptiveMaxPool2d]),
+    (3, "AdaptiveMaxPooling3D", {"output_size": 2}, [nn.AdaptiveMaxPool3d]),
+    (0, "RMSNormalization", {"epsilon": 0.1}, [nn.RMSNorm]),
+    (2, "RMSNormalization", {}, [nn.RMSNorm]),
+    (1, "SpatialDropout1D", {"rate": 0.0}, [nn.Dropout1d]),
+    (3, "SpatialDropout3D", {"rate": 0.0}, [nn.Dropout3d]),
+    *[
+        (n, f"Conv{n}DTranspose", {"padding": padding, "strides": 2} | options, classes[:parts])
+        for n, classes in (
+            (1, [nn.ConvTranspose1d, nn.ZeroPad1d]),
+            (2, [nn.ConvTranspose2d, nn.ZeroPad2d]),
+            (3, [nn.ConvTranspose3d, nn.ZeroPad3d]),
+        )
+        for padding, options, parts in (
+            ("same", {}, 2),
+            ("valid", {}, 1),
+            ("valid", {"kernel_size": 1}, 1),
+            ("same", {"kernel_size": 4}, 1),
+            ("same", {"output_padding": 1}, 2),
+            ("valid", {"output_padding": 1}, 1),
+            ("same", {"dilation_rate": 2, "strides": 1}, 1),
+        )
+    ],
+]
+
+
+@pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
+@pytest.mark.parametrize(("n", "name", "settings", "classes"), WITH_COUNTERPARTS)
+def test_layers_of_torch(
+    n: int, name: str, settings: dict[str, Any], classes: list[type], data_format: str
+) -> None:
+    """Torch's classes, equal to Keras in float64: outputs, gradients, one memory.
+
+    Two norms compute in float32 in any case.
+    """
+    dtype = "float32" if "RMS" in name or "GroupN" in name else "float64"
+    limits: Any = (
+        {"rtol": 1e-4, "atol": 1e-5} if dtype == "float32" else {"rtol": 1e-12, "atol": 1e-12}
+    )
+    settings = {"dtype": dtype} | settings
+    shape: tuple[int, ...] = (*(7, 5, 4)[:n], 4)
+    if "Conv" in name:
+        filters = {} if "Depthwise" in name else {"filters": 3}
+        settings = {"kernel_size": 3, "activation": "tanh"} | filters | settings
+        classes = [*classes, nn.Tanh]
+    if data_format == "channels_first":
+        shape = (4, *(7, 5, 4)[:n])
+        if "GroupNorm" in name:
+            settings["axis"] = 1
+        elif "shared_axes" in settings:
+            settings["shared_axes"] = [i + (len(settings["shared_axes"]) == n)
+                                       for i in settings["shared_axes"]]  # fmt: skip
+        elif name not in ("PReLU", "RMSNormalization", "UpSampling1D", "Cropping1D",
+                          "SpatialDropout1D"):  # fmt: skip
+            settings["data_format"] = data_format
+    image = keras.Input(shape, dtype=dtype)
+    model = keras.Model(image, getattr(layers, name)(**settings)(image))
+    rng = np.random.default_rng(0)
+    for variable in model.variables:
+        variable.assign(rng.normal(size=variable.shape))
+    network = vt.to_torch(model)
+    assert all(map(isinstance, network.children(), classes))
+    assert len(list(network.children())) == len(classes)
+    x = torch.from_numpy(rng.normal(size=(3, *shape)).round(1).astype(dtype))  # some are 0
+    left = []
+    for run in (lambda x: model(x, training=True), on_keras(model).train()):
+        entering = x.clone().requires_grad_()
+        model.zero_grad()
+        output = run(entering)
+        output.square().sum().backward()
+        left.append([output, entering.grad, *(v.value.grad for v in model.trainable_variables)])
+    for expected, found in zip(*left, strict=True):
+        torch.testing.assert_close(found, expected, **limits)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.mul_(1.5).add_(0.1)
+        for mode in (False, True):
+            expected = model(x, training=mode)
+            torch.testing.assert_close(network.train(mode)(x), expected, **limits)
+
+
+def test_dropout_of_whole_maps() -> None:
+    for n, kind in ((1, layers.SpatialDropout1D), (3, layers.SpatialDropout3D)):
+        image = keras.Input((*(5,) * n, 40))
+        network = vt.to_torch(keras.Model(image, kind(0.5)(image)))
+        y = network(torch.ones(2, *(5,) * n, 40)).flatten(1, -2)
+        assert (y == y[:, :1]).all() and set(y.unique().tolist()) == {0.0, 2.0}
+
+
 @pytest.mark.parametrize("axis", [-1, (1, 2), None])
 def test_adapted_normalization(axis: Any) -> None:
     image = keras.Input((8, 5, 3))
@@ -124,7 +242,12 @@ def test_layers_set_to_what_only_keras_does() -> None:
     outputs = [
         layers.Normalization(mean=1.0, variance=4.0, invert=True)(image),
         layers.LayerNormalization(axis=[2, 3])(image),
-        layers.UpSampling2D(2, interpolation="bilinear")(image),
+        layers.UpSampling2D(41)(image),  # torch's Upsample repeats other pixels then
+        layers.GroupNormalization(3, axis=2, epsilon=0.1)(layers.Permute((1, 3, 2))(image)),
+        layers.GroupNormalization(3, dtype="float64")(image),  # Keras computes in float32
+        layers.GroupNormalization(-1)(layers.Flatten()(image)),  # one number in each group
+        layers.RMSNormalization(axis=[1, 2, 3])(image),
+        layers.PReLU("uniform", shared_axes=[1])(image),
         layers.Rescaling(np.ones((4, 3)), 1.0)(image),
     ]
     model = keras.Model(image, outputs)

@@ -171,7 +171,15 @@ def test_a_prefix_is_taken_off(tmp_path: Path) -> None:
     assert_same(vt.load_weights(nested(), {"state_dict": state}), model)
 
 
-@pytest.mark.parametrize("build", [images, nested])
+def slopes_and_norms() -> keras.Model:
+    x = sound = keras.Input((8, 3))
+    x = layers.SeparableConv1D(4, 3, name="sep")(x)
+    x = layers.PReLU("uniform", shared_axes=[1], name="by_channel")(x)
+    x = layers.PReLU("uniform", name="by_place")(layers.GroupNormalization(2, name="gn")(x))
+    return keras.Model(sound, layers.RMSNormalization(name="rms")(x))
+
+
+@pytest.mark.parametrize("build", [images, nested, slopes_and_norms])
 def test_torch_files_without_torchvisions_names_are_to_torchs(
     tmp_path: Path, build: Callable[[], keras.Model]
 ) -> None:

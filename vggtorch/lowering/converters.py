@@ -30,7 +30,7 @@ from vggtorch.lowering.layer_modules import (
     SharedDropout,
     WideLayerNorm,
 )
-from vggtorch.lowering.products import PRODUCTS
+from vggtorch.lowering.products import PRODUCTS, ZERO_PADS
 from vggtorch.lowering.sites import Axes, Converter, Piece, Site
 
 # Normalisation
@@ -71,6 +71,35 @@ def _layer_norm(site: Site) -> list[Piece] | None:
     norm = kind(site.inputs[0].shape[-1], layer.epsilon, device="meta", dtype=site.dtype)
     site.set_(norm, "weight", layer.gamma if layer.scale else None)
     site.set_(norm, "bias", layer.beta if layer.center else None)
+    return [Piece(norm, "", "keras")]
+
+
+def _is_float32(site: Site) -> bool:
+    """Whether a layer reads, computes in and puts out float32; some of Keras's cast all else."""
+    layer = site.layer
+    return {site.inputs[0].dtype, layer.compute_dtype, layer.variable_dtype} == {"float32"}
+
+
+def _group_norm(site: Site) -> list[Piece] | None:
+    layer, axis = site.layer, site.layer.axis % site.rank
+    _, *sizes = site.inputs[0].shape
+    channels = sizes.pop(axis - 1)
+    # Torch refuses the norm of one number, and one image may be of one pixel.
+    alone = layer.groups == channels and not any(n is not None and n > 1 for n in sizes)
+    if not _is_float32(site) or axis not in (1, site.rank - 1) or alone:
+        return None
+    norm = nn.GroupNorm(layer.groups, channels, layer.epsilon, device="meta", dtype=site.dtype)
+    site.set_(norm, "weight", layer.gamma)
+    site.set_(norm, "bias", layer.beta)
+    return [Piece(norm, "", "first" if axis != 1 else "keras")]
+
+
+def _rms_norm(site: Site) -> list[Piece] | None:
+    layer = site.layer
+    if not _is_float32(site) or [axis % site.rank for axis in layer.axis] != [site.rank - 1]:
+        return None
+    norm = nn.RMSNorm(site.inputs[0].shape[-1], layer.epsilon, device="meta", dtype=site.dtype)
+    site.set_(norm, "weight", layer.scale)
     return [Piece(norm, "", "keras")]
 
 
@@ -143,22 +172,30 @@ def _global_average(site: Site) -> list[Piece]:
     return [Piece(pool(1)), *flatten]
 
 
-def _adaptive_average(site: Site) -> list[Piece]:
-    return [Piece(nn.AdaptiveAvgPool2d(tuple(site.layer.output_size)))]
+_ADAPTIVE: dict[type, Any] = {
+    layers.AdaptiveAveragePooling1D: nn.AdaptiveAvgPool1d,
+    layers.AdaptiveAveragePooling2D: nn.AdaptiveAvgPool2d,
+    layers.AdaptiveAveragePooling3D: nn.AdaptiveAvgPool3d,
+    layers.AdaptiveMaxPooling1D: nn.AdaptiveMaxPool1d,
+    layers.AdaptiveMaxPooling2D: nn.AdaptiveMaxPool2d,
+    layers.AdaptiveMaxPooling3D: nn.AdaptiveMaxPool3d,
+}
+
+
+def _adaptive(site: Site) -> list[Piece]:
+    return [Piece(_ADAPTIVE[type(site.layer)](tuple(site.layer.output_size)))]
 
 
 def _global_max(site: Site) -> list[Piece]:
     return [Piece(GlobalMaxPool(bool(site.layer.keepdims)))]
 
 
-def _zero_padding(site: Site) -> list[Piece]:
-    (top, bottom), (left, right) = site.layer.padding
-    return [Piece(nn.ZeroPad2d((left, right, top, bottom)))]
-
-
-def _cropping(site: Site) -> list[Piece]:
-    (top, bottom), (left, right) = site.layer.cropping
-    return [Piece(nn.ZeroPad2d((-left, -right, -top, -bottom)))]
+def _zero_padding(site: Site, sign: int = 1) -> list[Piece]:
+    n = site.rank - 2
+    given = site.layer.padding if sign > 0 else site.layer.cropping
+    pairs = [given] if n == 1 else given
+    # torch begins with the last axis
+    return [Piece(ZERO_PADS[n](tuple(sign * m for pair in reversed(pairs) for m in pair)))]
 
 
 def _flatten(site: Site) -> list[Piece] | None:
@@ -176,13 +213,22 @@ def _dropout(site: Site) -> list[Piece] | None:
 
 
 def _spatial_dropout(site: Site) -> list[Piece] | None:
-    return None if site.layer.seed is not None else [Piece(nn.Dropout2d(site.layer.rate))]
+    kind = {3: nn.Dropout1d, 4: nn.Dropout2d, 5: nn.Dropout3d}[site.rank]
+    return None if site.layer.seed is not None else [Piece(kind(site.layer.rate))]
 
 
 def _up_sampling(site: Site) -> list[Piece] | None:
-    if site.layer.interpolation != "nearest":
+    layer, size = site.layer, site.layer.size
+    size = (size,) if isinstance(size, int) else tuple(size)
+    mode = getattr(layer, "interpolation", "nearest")
+    # Torch rounds a pixel's place, to one too early with factors such as 41; it smooths floats.
+    smooth = mode in ("bilinear", "bicubic") and layer.compute_dtype in ("float32", "float64")
+    if "float" not in site.inputs[0].dtype or not (
+        smooth or (mode == "nearest" and max(size) < 41)
+    ):
         return None
-    return [Piece(nn.Upsample(scale_factor=tuple(float(n) for n in site.layer.size)))]
+    factors = tuple(float(n) for n in size)
+    return [Piece(nn.Upsample(None, factors, mode, False if smooth else None))]
 
 
 # Modules of torch in a Keras model
@@ -204,9 +250,10 @@ def _torch_module(site: Site) -> list[Piece]:
 
 CONVERTERS: dict[type, Converter] = {
     **PRODUCTS,
-    layers.AdaptiveAveragePooling2D: _adaptive_average,
     layers.BatchNormalization: _batch_norm,
-    layers.Cropping2D: _cropping,
+    **dict.fromkeys(
+        (layers.Cropping1D, layers.Cropping2D, layers.Cropping3D), partial(_zero_padding, sign=-1)
+    ),
     layers.Dropout: _dropout,
     layers.Flatten: _flatten,
     layers.GlobalAveragePooling1D: _global_average,
@@ -215,14 +262,23 @@ CONVERTERS: dict[type, Converter] = {
     layers.GlobalMaxPooling1D: _global_max,
     layers.GlobalMaxPooling2D: _global_max,
     layers.GlobalMaxPooling3D: _global_max,
+    layers.GroupNormalization: _group_norm,
     layers.Identity: lambda site: [Piece(nn.Identity(), "", "any")],
     layers.LayerNormalization: _layer_norm,
     layers.Normalization: _normalization,
+    layers.RMSNormalization: _rms_norm,
     layers.Rescaling: _rescaling,
+    layers.SpatialDropout1D: _spatial_dropout,
     layers.SpatialDropout2D: _spatial_dropout,
+    layers.SpatialDropout3D: _spatial_dropout,
     layers.TorchModuleWrapper: _torch_module,
+    layers.UpSampling1D: _up_sampling,
     layers.UpSampling2D: _up_sampling,
+    layers.UpSampling3D: _up_sampling,
+    layers.ZeroPadding1D: _zero_padding,
     layers.ZeroPadding2D: _zero_padding,
+    layers.ZeroPadding3D: _zero_padding,
+    **dict.fromkeys(_ADAPTIVE, _adaptive),
     **dict.fromkeys(_POOLS, _pool),
     keras_graph.LayerScale: _layer_scale,
 }
@@ -235,8 +291,10 @@ _MIXED = {
     layers.Conv2D,
     layers.Conv3D,
     layers.Dense,
+    layers.DepthwiseConv1D,
     layers.DepthwiseConv2D,
     layers.LayerNormalization,
+    layers.SeparableConv1D,
     layers.SeparableConv2D,
 }
 

@@ -87,6 +87,16 @@ class WideLayerNorm(Leaf, nn.LayerNorm):
         return y.to(self.compute_dtype)
 
 
+class PReLU(Leaf, nn.PReLU):
+    """nn.PReLU whose gradient at 0 is 0, as Keras's is; x is (N, C, ...) or (N, C).
+
+    Torch's is `weight` there, which the black borders of images would tell.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(x) - self.weight.view(-1, *(1,) * (x.ndim - 2)) * F.relu(-x)
+
+
 class GlobalMaxPool(Leaf):
     """The maximum of each map; x is (N, C, ...).
 

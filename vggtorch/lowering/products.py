@@ -14,6 +14,7 @@ from vggtorch.lowering.layer_modules import (
     MixedConv2d,
     MixedConv3d,
     MixedLinear,
+    PReLU,
     SamePad,
 )
 from vggtorch.lowering.sites import Axes, Converter, Piece, Site
@@ -76,6 +77,19 @@ def _relu(site: Site) -> list[Piece] | None:
     return [Piece(nn.LeakyReLU(slope) if slope else nn.ReLU(), "", "any")]
 
 
+def _prelu(site: Site) -> list[Piece] | None:
+    """A slope for all, or one for each channel; with one for each pixel it stays Keras's."""
+    alpha = site.layer.alpha
+    shape = tuple(alpha.shape)  # (1, 1, C), or (C, 1, 1) where the channels come first
+    count, ones = max(shape), (1,) * (len(shape) - 1)
+    if shape not in ((*ones, count), (count, *ones)):
+        return None
+    prelu = PReLU(count, device="meta", dtype=site.dtype)
+    site.set_(prelu, "weight", alpha, Layout(split=shape, shape=(count,)))
+    axes: Axes = "any" if count == 1 else "first" if shape == (*ones, count) else "keras"
+    return [Piece(prelu, "", axes)]
+
+
 def _softmax(site: Site) -> list[Piece] | None:
     if not isinstance(site.layer.axis, int):
         return None
@@ -93,6 +107,17 @@ _CONVOLUTIONS: dict[tuple[int, bool], Any] = {
     (2, True): MixedConv2d,
     (3, True): MixedConv3d,
 }
+_TRANSPOSED: dict[int, Any] = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
+ZERO_PADS: dict[int, Any] = {1: nn.ZeroPad1d, 2: nn.ZeroPad2d, 3: nn.ZeroPad3d}
+
+
+def _layout(kernel: Any, *, depthwise: bool = False) -> Layout:
+    """Keras's kernel (H, W, I, O) of torch's (O, I, H, W); (H, W, C, M) of (C * M, 1, H, W)."""
+    *window, inputs, outputs = kernel.shape
+    spatial = range(2, len(window) + 2)
+    if not depthwise:
+        return Layout((*spatial, 1, 0))
+    return Layout((*spatial, 0, 1), (inputs, outputs, *window), (inputs * outputs, 1, *window))
 
 
 def _padding(
@@ -103,6 +128,8 @@ def _padding(
     if layer.padding == "valid":
         return [], none
     totals = [(k - 1) * d for k, d in zip(kernel, dilation, strict=True)]
+    if layer.padding == "causal":
+        return [Piece(nn.ZeroPad1d((totals[0], 0)), "_pad")], none
     if max(stride) == 1 and all(total % 2 == 0 for total in totals):
         return [], tuple(total // 2 for total in totals)
     if max(totals) == 0:  # a 1x1 kernel needs no padding at any stride
@@ -114,79 +141,81 @@ def _convolution(site: Site) -> list[Piece] | None:
     layer = site.layer
     if getattr(layer, "lora_enabled", False) or layer.quantization_mode is not None:
         return None
-    if layer.padding not in ("same", "valid"):  # "causal"
-        return None
-    n = site.rank - 2
     kernel, stride, dilation = (
         tuple(v) for v in (layer.kernel_size, layer.strides, layer.dilation_rate)
     )
     pads, own = _padding(layer, kernel, stride, dilation)
     depthwise = isinstance(layer, layers.DepthwiseConv2D | layers.DepthwiseConv1D)
-    spatial = tuple(range(2, n + 2))
     if depthwise:
         inputs, multiplier = layer.kernel.shape[-2:]
         outputs, groups = inputs * multiplier, inputs
-        layout = Layout((*spatial, 0, 1), (inputs, multiplier, *kernel))
     else:
         inputs, outputs, groups = site.channels, layer.filters, layer.groups
-        layout = Layout((*spatial, 1, 0))
-    conv = _CONVOLUTIONS[n, site.is_mixed](
+    conv = _CONVOLUTIONS[site.rank - 2, site.is_mixed](
         inputs, outputs, kernel, stride, own, dilation, groups,
         bias=False, device="meta", dtype=site.dtype,
     )  # fmt: skip
-    site.set_(conv, "weight", layer.kernel, layout)
+    site.set_(conv, "weight", layer.kernel, _layout(layer.kernel, depthwise=depthwise))
     site.set_(conv, "bias", layer.bias)
     return [*pads, Piece(conv), *_ending(site, first=True)]
 
 
-def _separable(site: Site) -> list[Piece] | None:
+def _separable(site: Site) -> list[Piece]:
     layer = site.layer
-    if site.rank != 4 or layer.padding not in ("same", "valid"):
-        return None
+    kind = _CONVOLUTIONS[site.rank - 2, site.is_mixed]
     kernel, stride, dilation = (
         tuple(v) for v in (layer.kernel_size, layer.strides, layer.dilation_rate)
     )
     pads, own = _padding(layer, kernel, stride, dilation)
     inputs, multiplier = layer.depthwise_kernel.shape[-2:]
     middle = inputs * multiplier
-    depthwise = _CONVOLUTIONS[2, site.is_mixed](
+    depthwise = kind(
         inputs, middle, kernel, stride, own, dilation, inputs,
         bias=False, device="meta", dtype=site.dtype,
     )  # fmt: skip
-    pointwise = _CONVOLUTIONS[2, site.is_mixed](
-        middle, layer.filters, 1, bias=False, device="meta", dtype=site.dtype
-    )
-    split = (inputs, multiplier, *kernel)
-    site.set_(depthwise, "weight", layer.depthwise_kernel, Layout((2, 3, 0, 1), split))
-    site.set_(pointwise, "weight", layer.pointwise_kernel, Layout((2, 3, 1, 0)))
+    pointwise = kind(middle, layer.filters, 1, bias=False, device="meta", dtype=site.dtype)
+    layout = _layout(layer.depthwise_kernel, depthwise=True)
+    site.set_(depthwise, "weight", layer.depthwise_kernel, layout)
+    site.set_(pointwise, "weight", layer.pointwise_kernel, _layout(layer.pointwise_kernel))
     site.set_(pointwise, "bias", layer.bias)
     pieces = [*pads, Piece(depthwise, "_depthwise"), Piece(pointwise, "_pointwise")]
     return [*pieces, *_ending(site, first=True)]
 
 
-def _transposed(site: Site) -> list[Piece] | None:
-    layer = site.layer
-    stride, kernel = tuple(layer.strides), tuple(layer.kernel_size)
-    fits = all(k >= s for k, s in zip(kernel, stride, strict=True))
-    if layer.output_padding is not None or max(layer.dilation_rate) > 1:
-        return None
-    if layer.padding == "valid":
-        if not fits:  # Keras then fills up to the stride
-            return None
-        padding = (0, 0)
-    else:
-        # torch pads both sides alike; Keras's "same" crops k - s rows in all.
-        cropped = [k - s for k, s in zip(kernel, stride, strict=True)]
-        if not fits or any(c % 2 for c in cropped):
-            return None
-        padding = tuple(c // 2 for c in cropped)
-    conv = nn.ConvTranspose2d(
-        site.channels, layer.filters, kernel, stride, padding,
+def _transposed_crop(layer: Any) -> list[tuple[int, int]]:
+    """What Keras cuts off before and after each axis of all that a transposed convolution gives.
+
+    A negative number is what it fills up.
+    """
+    crops = []
+    fills = layer.output_padding or (None,) * len(layer.kernel_size)
+    axes = zip(layer.kernel_size, layer.strides, layer.dilation_rate, fills, strict=True)
+    for k, stride, dilation, fill in axes:
+        window = (k - 1) * dilation + 1
+        if layer.padding == "valid":
+            crops.append((0, -(max(stride - window, 0) if fill is None else fill)))
+            continue
+        pads = stride + window - 2 if fill is None else window + window % 2 - 2 + fill
+        before = min((pads + 1) // 2, window - 1)
+        crops.append((window - 1 - before, window - 1 - (pads - before)))
+    return crops
+
+
+def _transposed(site: Site) -> list[Piece]:
+    layer, n = site.layer, site.rank - 2
+    crops = _transposed_crop(layer)
+    # Torch crops both sides alike, and fills up behind them.
+    fills = tuple(max(before - after, 0) for before, after in crops)
+    conv = _TRANSPOSED[n](
+        site.channels, layer.filters, tuple(layer.kernel_size), tuple(layer.strides),
+        tuple(before for before, _ in crops), fills, dilation=tuple(layer.dilation_rate),
         bias=False, device="meta", dtype=site.dtype,
     )  # fmt: skip
-    site.set_(conv, "weight", layer.kernel, Layout((2, 3, 1, 0)))  # (I, O, H, W) -> HWOI
+    site.set_(conv, "weight", layer.kernel, _layout(layer.kernel))  # (I, O, H, W) -> HWOI
     site.set_(conv, "bias", layer.bias)
-    return [Piece(conv), *_ending(site, first=True)]
+    rest = [amount for b, after in reversed(crops) for amount in (0, min(b - after, 0))]
+    cropping = [Piece(ZERO_PADS[n](tuple(rest)), "_crop")] if any(rest) else []
+    return [Piece(conv), *cropping, *_ending(site, first=True)]
 
 
 def _dense(site: Site) -> list[Piece] | None:
@@ -214,16 +243,21 @@ PRODUCTS: dict[type, Converter] = {
     layers.Activation: _activation_layer,
     layers.Conv1D: _convolution,
     layers.Conv2D: _convolution,
-    layers.Conv2DTranspose: _transposed,
     layers.Conv3D: _convolution,
+    layers.Conv1DTranspose: _transposed,
+    layers.Conv2DTranspose: _transposed,
+    layers.Conv3DTranspose: _transposed,
     layers.Dense: _dense,
+    layers.DepthwiseConv1D: _convolution,
     layers.DepthwiseConv2D: _convolution,
     layers.ELU: lambda site: [Piece(nn.ELU(float(site.layer.alpha)), "", "any")],
     layers.Embedding: _embedding,
     layers.LeakyReLU: lambda site: [
         Piece(nn.LeakyReLU(float(site.layer.negative_slope)), "", "any")
     ],
+    layers.PReLU: _prelu,
     layers.ReLU: _relu,
+    layers.SeparableConv1D: _separable,
     layers.SeparableConv2D: _separable,
     layers.Softmax: _softmax,
 }

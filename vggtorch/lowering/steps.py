@@ -30,6 +30,7 @@ from vggtorch.lowering.layer_modules import (
     MixedConv2d,
     MixedLinear,
     Normalize,
+    PReLU,
     Rescale,
     SameAvgPool,
     SamePad,
@@ -108,7 +109,7 @@ class Segment:
 CONVOLUTIONS = (nn.Conv2d, MixedConv2d)
 LINEARS = (nn.Linear, MixedLinear)
 NORMS = (BatchNorm1d, BatchNorm2d, BatchNorm3d)
-DROPOUTS = (nn.Dropout, nn.Dropout2d)
+DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 POOLS = (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, SameAvgPool, GlobalMaxPool, ReLUPool2d)
 # What looks at one image at a time and has no weights. Products aren't here because they would read
 # their large weights once for each group.
@@ -118,7 +119,8 @@ ELEMENTWISE = (
 )  # fmt: skip
 BY_IMAGE = (
     *ELEMENTWISE, *POOLS, *CONVOLUTIONS, nn.LayerNorm, WideLayerNorm, nn.Upsample, nn.ZeroPad2d,
-    Normalize, Rescale, SamePad, Scale, FusedConv2d, TrainedConv2d, OverwritingReLU,
+    nn.GroupNorm, Normalize, PReLU, Rescale, SamePad, Scale, FusedConv2d, TrainedConv2d,
+    OverwritingReLU,
 )  # fmt: skip
 BY_IMAGE_IN_INFERENCE = (*BY_IMAGE, *NORMS, *DROPOUTS)
 # What gives the same for the same input and parameters, in training too.

@@ -24,11 +24,13 @@ from vggtorch import keras_graph
 class Layout:
     """How torch's tensor becomes Keras's: seen in the shape `split`, its axes permuted to `order`.
 
-    An `order` of None means that both sides have the same axes.
+    An `order` of None means that both sides have the same axes. `shape` is that of torch's tensor,
+    where it isn't `split`'s: (C * M, 1, H, W) of (C, M, H, W), a depthwise convolution's kernel.
     """
 
     order: tuple[int, ...] | None = None
     split: tuple[int, ...] | None = None
+    shape: tuple[int, ...] | None = None
 
     def to_keras(self, tensor: Tensor) -> Tensor:
         """Keras's view of torch's tensor."""
@@ -41,10 +43,7 @@ class Layout:
             inverse = sorted(range(len(self.order)), key=self.order.__getitem__)
             tensor = tensor.permute(inverse)
         tensor = tensor.contiguous()
-        if self.split is None:
-            return tensor
-        # (C, M, H, W) -> (C * M, 1, H, W), the kernel of a depthwise convolution.
-        return tensor.view(self.split[0] * self.split[1], 1, *self.split[2:])
+        return tensor if self.shape is None else tensor.view(self.shape)
 
 
 SAME = Layout()

@@ -29,6 +29,10 @@ _CONVOLUTIONS = (
     layers.Conv1D, layers.Conv2D, layers.Conv3D,
     layers.Conv1DTranspose, layers.Conv2DTranspose, layers.Conv3DTranspose,
 )  # fmt: skip
+_NORMS = (
+    layers.BatchNormalization, layers.GroupNormalization, layers.LayerNormalization,
+    layers.RMSNormalization,
+)  # fmt: skip
 # What has the features of a flattened map in the same order as its input.
 _ELEMENTWISE = (
     layers.Activation, layers.AlphaDropout, layers.BatchNormalization, layers.Dropout, layers.ELU,
@@ -93,7 +97,7 @@ def _rule(
     reversed_shape, order = (*shape[:-3:-1], *shape[:-2]), (*range(2, rank), 1, 0)
     if isinstance(layer, layers.DepthwiseConv1D | layers.DepthwiseConv2D) and tail == "kernel":
         return depthwise(".weight")
-    if isinstance(layer, layers.SeparableConv2D):
+    if isinstance(layer, layers.SeparableConv1D | layers.SeparableConv2D):
         if tail == "depthwise_kernel":
             return depthwise("_depthwise.weight")
         if tail == "pointwise_kernel":
@@ -106,8 +110,14 @@ def _rule(
         return rule(".weight", split, (*range(2, len(split)), 1, 0), units)
     if isinstance(layer, (*_CONVOLUTIONS, layers.Dense)) and tail == "kernel":
         return rule(".weight", reversed_shape, order)
-    if isinstance(layer, layers.BatchNormalization | layers.LayerNormalization):
-        names = {"gamma": "weight", "beta": "bias"}
+    if isinstance(layer, layers.PReLU) and tail == "alpha":
+        count, ones = max(shape), (1,) * (rank - 1)
+        if rank == 1:
+            return vector(".weight")
+        if shape in ((count, *ones), (*ones, count)):  # one for each channel
+            return rule(".weight", (count,), (0,))
+    if isinstance(layer, _NORMS):
+        names = {"gamma": "weight", "beta": "bias", "scale": "weight"}
         names |= {"moving_mean": "running_mean", "moving_variance": "running_var"}
         return vector(f".{names.get(tail, tail)}")
     if isinstance(layer, layers.Embedding | LayerScale) and tail in ("embeddings", "gamma"):
