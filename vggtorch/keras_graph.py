@@ -464,7 +464,11 @@ def reset_seed_(generator: keras.random.SeedGenerator) -> None:
 
 def same_padding(size: int, window: int, stride: int, dilation: int = 1) -> tuple[int, int]:
     """The rows (or columns) that padding="same" adds before and after a map of some size."""
-    total = max((-(-size // stride) - 1) * stride + (window - 1) * dilation + 1 - size, 0)
+    total = (window - 1) * dilation
+    if stride > 1:  # ONNX rounds the quotient of a negative number, as in -(-size // stride), up
+        total += ((size + stride - 1) // stride - 1) * stride + 1 - size
+    # In an export the size is a symbol, which a comparison would bind to one range of sizes.
+    total = torch.sym_max(total, 0) if isinstance(total, torch.SymInt) else max(total, 0)
     return total // 2, total - total // 2
 
 

@@ -172,6 +172,31 @@ def test_images_so_small_that_they_end_as_one_pixel(tmp_path, ending):
 
 
 @pytest.mark.parametrize("ending", RUN)
+@pytest.mark.parametrize(
+    "layer",
+    [
+        layers.Conv2D(2, 3, strides=2, padding="same"),
+        layers.MaxPooling2D(2, padding="same"),
+        layers.AveragePooling2D(2, padding="same"),
+        layers.AveragePooling2D(3, 2, padding="same"),
+        layers.Conv1D(2, 3, strides=3, padding="same"),
+        layers.AveragePooling1D(3, 2, padding="same"),
+    ],
+)
+def test_same_padding_with_strides_at_any_size(tmp_path, ending, layer):
+    """How much pads, and on which side, depends on the size."""
+    n = 1 if "1D" in type(layer).__name__ else 2
+    image = keras.Input((*(None,) * n, 3))
+    model = keras.Model(image, layer(image))
+    path = tmp_path / f"model{ending}"
+    vt.export(model, path)
+    for size in ((2, 31, 32), (1, 32, 33), (3, 35, 37), (2, 36, 34)):
+        x = images(*size[: n + 1], 3) / 255
+        (found,) = RUN[ending](path, x)
+        np.testing.assert_allclose(found, model.predict(x, verbose=0), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("ending", RUN)
 @pytest.mark.parametrize("batch", [1, 4])
 def test_a_fixed_batch_stays_fixed(tmp_path, ending, batch):
     model = of_images(batch_size=batch)

@@ -168,7 +168,8 @@ def test_layers_of_torch(
     shape: tuple[int, ...] = (*(7, 5, 4)[:n], 4)
     if "Conv" in name:
         filters = {} if "Depthwise" in name else {"filters": 3}
-        settings = {"kernel_size": 3, "activation": "tanh"} | filters | settings
+        defaults: dict[str, Any] = {"kernel_size": 3, "activation": "tanh"}
+        settings = defaults | filters | settings
         classes = [*classes, nn.Tanh]
     if data_format == "channels_first":
         shape = (4, *(7, 5, 4)[:n])

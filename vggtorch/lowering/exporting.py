@@ -23,15 +23,19 @@ from vggtorch.lowering.writing import check_data_format, network_of
 from vggtorch.models import data_config
 
 # Height and width, in pixels, for models that take any: to trace with, and to check with.
-TRACED, CHECKED, SMALL = (224, 224), (160, 192), (33, 40)
+TRACED, CHECKED, SMALL, ODD = (224, 224), (160, 192), (33, 40), (45, 51)
+_ADAPTIVE = (
+    torch.nn.AdaptiveAvgPool1d, torch.nn.AdaptiveAvgPool2d, torch.nn.AdaptiveAvgPool3d,
+    torch.nn.AdaptiveMaxPool1d, torch.nn.AdaptiveMaxPool2d, torch.nn.AdaptiveMaxPool3d,
+)  # fmt: skip
 DATA_CONFIG = "data_config.json"  # in a .pt2 file
 
 
 def export(model: keras.Model, path: str | PathLike, *, data_format: str | None = None) -> None:
     """Write a model for inference; any batch size and any image size that the model itself takes.
 
-    What was written is run at a second batch size and image size, and for one small image, and must
-    give what the model gives; ONNX in ONNX Runtime, where that is installed.
+    What was written is run at a second batch size and image size, for one small image and at odd
+    sizes, and must give what the model gives; ONNX in ONNX Runtime, where that is installed.
 
     Args:
         model: what `to_torch` takes; its inputs keep their names, shapes and dtypes.
@@ -83,7 +87,7 @@ def export(model: keras.Model, path: str | PathLike, *, data_format: str | None 
     program._guards_code = guards
     others = [
         tuple(x.example(batch, size).to(device) for x in inputs)
-        for batch, size in ((3, CHECKED), (1, SMALL))
+        for batch, size in ((3, CHECKED), (1, SMALL), (2, ODD))
     ]
     _check(network, program.module(), others)
     config = data_config(model)
@@ -213,8 +217,7 @@ def _through(network: TorchNetwork) -> str:
         if isinstance(m, KerasLayer)
         else f"{name.rpartition('.')[2]!r} ({type(m).__name__})"
         for name, m in network.named_modules()
-        if isinstance(m, KerasLayer)
-        or (isinstance(m, torch.nn.AdaptiveAvgPool2d) and m.output_size != 1)
+        if isinstance(m, KerasLayer) or (isinstance(m, _ADAPTIVE) and m.output_size != 1)
     ]
     return f" through {', '.join(names[:5])}" if names else ""
 

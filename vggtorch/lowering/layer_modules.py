@@ -8,7 +8,7 @@ Each takes and gives tensors with the channels on axis 1 where torch.nn's own mo
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -122,7 +122,12 @@ def pad_same(
     pads: list[int] = []
     for n, k, s, d in zip(x.shape[2:], kernel, stride, dilation, strict=True):
         pads = [*keras_graph.same_padding(n, k, s, d), *pads]  # F.pad begins with the last axis
-    return F.pad(x, pads, mode=mode) if any(pads) else x
+    return F.pad(x, pads, mode=mode) if _is_open(pads) or any(pads) else x
+
+
+def _is_open(pads: Iterable[int]) -> bool:
+    """Whether pads stand for those of many sizes, as in an export, and can't be compared."""
+    return any(isinstance(pad, torch.SymInt) for pad in pads)
 
 
 class SamePad(Leaf):
@@ -167,13 +172,21 @@ class SameAvgPool(Leaf):
 def avg_pool_same(x: Tensor, size: Sequence[int], stride: Sequence[int]) -> Tensor:
     """What `SameAvgPool` computes."""
     pool: Any = {3: F.avg_pool1d, 4: F.avg_pool2d, 5: F.avg_pool3d}[x.ndim]
+    y: Tensor
     axes = zip(x.shape[2:], size, stride, strict=True)
     pads = [keras_graph.same_padding(*axis) for axis in axes]
-    if all(before == after for before, after in pads):
+    one = (1,) * len(size)
+    if _is_open(pad for pair in pads for pad in pair):
+        # Both ways in one: each number's weight is 0 for zeros that pad both sides alike, else 1.
+        odd = sum(after - before for before, after in pads)
+        weight = (pad_same(torch.ones_like(x), size, stride, one, "constant") + odd).clamp(max=1)
+        y = pool(pad_same(x, size, stride, one, "replicate") * weight, size, stride)
+        y = y / pool(weight, size, stride)
+    elif all(before == after for before, after in pads):
         padding = tuple(before for before, _ in pads)
-        y: Tensor = pool(x, size, stride, padding, count_include_pad=False)
+        y = pool(x, size, stride, padding, count_include_pad=False)
     else:
-        y = pool(pad_same(x, size, stride, (1,) * len(size), "replicate"), size, stride)
+        y = pool(pad_same(x, size, stride, one, "replicate"), size, stride)
     return y
 
 
