@@ -358,7 +358,10 @@ def _check_size(path: Path) -> None:
 def _instead(folder: Path) -> str:
     """What a run's folder holds in the place of a model."""
     if (folder / "last.pt").is_file():
-        return ", but a checkpoint: that run hasn't ended. Carry it on with resume=True"
+        return (
+            ", but a checkpoint: that run hasn't ended (carry it on with resume=True), or it was "
+            "vt.finetune's and nobody has written its model (vt.save_trained(history, folder))"
+        )
     return ""
 
 
