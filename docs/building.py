@@ -165,7 +165,9 @@ def compression_picture() -> str:
 
 def table_of(title: str) -> list[dict[str, str]]:
     """The first table under a heading of benchmarks/README.md, a dict for each row."""
-    _, section = (ROOT / "benchmarks" / "README.md").read_text().split(f"## {title}\n", 1)
+    _, found, section = (ROOT / "benchmarks" / "README.md").read_text().partition(f"## {title}\n")
+    if not found:
+        raise ValueError(f"benchmarks/README.md has no heading {title!r}, whose table is drawn.")
     lines = [line for line in section.split("\n## ")[0].splitlines() if line.startswith("|")]
     head, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)
     return [dict(zip(head, row, strict=True)) for row in rows if len(row) == len(head)]

@@ -33,6 +33,15 @@ def test_the_page_of_commands_has_the_help_of_each(monkeypatch):
         assert f"\n## vggtorch {name}\n\n```text\nUsage: vggtorch {name} " in page
 
 
+def test_pictures_are_drawn_from_tables_that_are_there(monkeypatch):
+    monkeypatch.syspath_prepend(DOCS)
+    import building
+
+    assert building.compression_picture().count("<polyline") == 5
+    with pytest.raises(ValueError, match="no heading 'Other', whose table is drawn"):
+        building.table_of("Other")
+
+
 def in_menu(items):
     for item in items:
         inside = item if isinstance(item, str) else next(iter(item.values()))

@@ -198,7 +198,9 @@ def compress(
         list[str] | None, typer.Option(metavar="LAYER", help="A layer that stays as it is.")
     ] = None,
     images: Annotated[int, typer.Option(help="How many images to look at, at most.")] = 300,
-    seconds: Annotated[float, typer.Option(help="Time for all of it, at most.")] = 600.0,
+    seconds: Annotated[
+        float, typer.Option(help="Time for the training at the end, less what is spent before it.")
+    ] = 600.0,
     seed: Annotated[int, typer.Option(help="Decides what is held out and drawn.")] = 0,
     checkpoints: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="Go on here after an interruption.")

@@ -273,15 +273,18 @@ def _bars(values: Mapping[str, float], form: str, largest: float | None = None) 
             f"{form.format(value)}</text>"
         )
     return (
-        f'<svg viewBox="0 0 470 {26 * len(values)}" width="470" font-family="sans-serif" '
-        f'font-size="13">{"".join(parts)}</svg>'
+        f'<svg viewBox="0 0 470 {26 * len(values)}" width="700" font-family="sans-serif" '
+        f'font-size="13" fill="currentColor">{"".join(parts)}</svg>'
     )
 
 
 STYLE = (
-    "body{font:16px/1.5 sans-serif;max-width:900px;margin:2em auto;padding:0 1em;color:#222}"
+    ":root{color-scheme:light dark;--ink:#222;--page:#fff}"
+    "@media(prefers-color-scheme:dark){:root{--ink:#e6e9ec;--page:#15181b}}"
+    "body{font:16px/1.5 system-ui,sans-serif;max-width:900px;margin:2em auto;padding:0 1em;"
+    "color:var(--ink);background:var(--page)}"
     "svg{max-width:100%;height:auto}img{border-radius:3px;margin:1px}.big{font-size:1.3em}"
-    ".drawing{overflow-x:auto}.drawing svg{max-width:none}"
+    ".drawing{background:#fff;border-radius:4px}"
     "figure{display:inline-block;margin:.3em;text-align:center;font-size:.75em}"
 )
 
@@ -331,8 +334,11 @@ network with 1/{COMPRESS_TIMES} of the multiply-adds has a cosine of {alike:.3f}
 the last pool, on crops that it has not seen, and runs {as_fast:.2f} times as fast here.</p>
 <h2>Speed</h2>
 <p>One image of {BENCH_SIZE}x{BENCH_SIZE} through VGG16's convolutions on this machine, in
-milliseconds: {faster:.1f} times as fast as stock Keras on torch.</p>
+milliseconds (shorter is better): {faster:.1f} times as fast as stock Keras on torch.</p>
 {_bars(times, "{:.0f} ms")}
+<h2>Next</h2>
+<p>The README has your own photographs in four commands, and <code>make docs</code> builds the
+pages on surgery, compression, features and torch's tools.</p>
 </html>
 """
 
@@ -385,6 +391,7 @@ def run(page: str | Path = "vggtorch-demo.html") -> DemoResult:
     console = Console()
     keras.utils.set_random_seed(0)
     start = time.monotonic()
+    console.print(f"{STEPS} steps, about five minutes on two cores")
 
     with _step(console, 1, "Load pretrained weights"):
         weight_set = _best_weights(console)

@@ -130,6 +130,8 @@ def test_one_class_alone_is_refused(tmp_path):
     (tmp_path / "photos" / "cats").mkdir(parents=True)
     with pytest.raises(ValueError, match=r"one class alone, 'photos', .* pass .*photos\."):
         data.read_folder(tmp_path, 16)
+    with pytest.raises(ValueError, match=r"one class alone, 'cats', .* several classes\.$"):
+        data.read_folder(tmp_path / "photos", 16)
 
 
 def test_what_is_left_out_is_counted_in_one_line(tmp_path):

@@ -60,7 +60,7 @@ def test_an_exported_model_by_the_cards_recipe_predicts_what_we_predict(
 
     # By the card, without vggtorch.
     card = (run / "README.md").read_text()
-    block = card.split("must be again:\n")[1].split("    import keras")[0]
+    block = card.split("must be again:\n")[1].split("    import os\n")[0]
     code = re.sub("^    ", "", block, flags=re.MULTILINE)
     assert len([line for line in code.splitlines() if line]) <= 12
     names: dict = {}

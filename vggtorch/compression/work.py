@@ -41,7 +41,9 @@ class Progress:
         self._bars, self._task = bars, None
 
     def begin(self, text: str, total: float) -> None:
-        """A new bar, of so many parts."""
+        """A new bar, of so many parts; where there is no terminal to draw it in, a line."""
+        if not self._bars.console.is_terminal:
+            self._bars.console.print(text)
         if self._task is not None:
             self._bars.remove_task(self._task)
         self._task = self._bars.add_task(text, total=total, note="")

@@ -33,7 +33,10 @@ METRICS = {  # the hub's names for figures; the others go by their own
     "AUROC": "roc_auc",
     "calibration error": "expected_calibration_error",
 }
-LOADING = """    import keras
+LOADING = """    import os
+
+    os.environ.setdefault("KERAS_BACKEND", "torch")  # before Keras, which asks for another
+    import keras
 
     model = keras.saving.load_model("model.keras")
 """

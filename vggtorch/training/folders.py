@@ -231,10 +231,12 @@ def _class_folders(folder: Path) -> list[str]:
             f"Where files' names have the labels, label_pattern='^(.+)_[0-9]+' takes them there."
         )
     if len(classes) == 1:
+        inside = folder / classes[0]
+        deeper = any(p.is_dir() and p.name[0] != "." for p in inside.iterdir())
         raise ValueError(
             f"{folder} has one class alone, {classes[0]!r}, and so nothing to tell apart. Expected "
-            f"a subfolder for each of several classes; if they lie one level deeper, pass "
-            f"{folder / classes[0]}."
+            f"a subfolder for each of several classes"
+            f"{f'; if the folders in it are classes, pass {inside}' if deeper else ''}."
         )
     return classes
 
