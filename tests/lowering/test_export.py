@@ -95,6 +95,21 @@ def test_an_accelerated_model_with_preprocessing_inside(tmp_path):
     np.testing.assert_allclose(found, model.predict(x, verbose=0), rtol=1e-4, atol=1e-6)
 
 
+def test_onnx_names_its_axes_and_its_output(tmp_path):
+    """As they are in the Keras model, not numbered by torch."""
+    image = keras.Input((None, None, 3), name="image")
+    vector = keras.Input((5,), name="vector")
+    x = keras.layers.Conv2D(4, 3, strides=2, padding="same")(image)
+    x = keras.layers.GlobalAveragePooling2D()(x)
+    x = keras.layers.Dense(2, name="both")(keras.layers.Concatenate()([x, vector]))
+    vt.export(keras.Model([image, vector], x), tmp_path / "model.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    assert [(i.name, i.shape) for i in session.get_inputs()] == [
+        ("image", ["batch", "height", "width", 3]), ("vector", ["batch", 5]),
+    ]  # fmt: skip
+    assert [(o.name, o.shape) for o in session.get_outputs()] == [("both", ["batch", 2])]
+
+
 def test_onnx_comes_back_with_its_weight_set(tmp_path):
     model = remember_(vgg(), "oxford")
     vt.export(model, tmp_path / "model.onnx")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import io
 import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from os import PathLike
@@ -28,6 +29,7 @@ _ADAPTIVE = (
     torch.nn.AdaptiveAvgPool1d, torch.nn.AdaptiveAvgPool2d, torch.nn.AdaptiveAvgPool3d,
     torch.nn.AdaptiveMaxPool1d, torch.nn.AdaptiveMaxPool2d, torch.nn.AdaptiveMaxPool3d,
 )  # fmt: skip
+SIDES = {1: ("length",), 2: ("height", "width"), 3: ("depth", "height", "width")}  # of open axes
 DATA_CONFIG = "data_config.json"  # in a .pt2 file
 
 
@@ -39,9 +41,10 @@ def export(model: keras.Model, path: str | PathLike, *, data_format: str | None 
 
     Args:
         model: what `to_torch` takes; its inputs keep their names, shapes and dtypes.
-        path: ends in `.onnx`, or in `.pt2`, which `torch.export.load(path).module()` reads. What
-            the model expects of an image, and its classes, go with it as JSON: in the metadata
-            `data_config` of the one, in the extra file `data_config.json` of the other.
+        path: ends in `.onnx`, whose open axes are called batch, height and width, or in `.pt2`,
+            which `torch.export.load(path).module()` reads. What the model expects of an image, and
+            its classes, go with it as JSON: in the metadata `data_config` of the one, in the extra
+            file `data_config.json` of the other.
         data_format: layout of the inputs and outputs, "channels_last" (N, H, W, C) or
             "channels_first" (N, C, H, W); the Keras model's own by default.
 
@@ -101,6 +104,9 @@ def export(model: keras.Model, path: str | PathLike, *, data_format: str | None 
     names = [x.name for x in inputs]
     written = torch.onnx.export(program, input_names=names, dynamo=True, verbose=False)
     assert written is not None
+    _name_axes_(written.model, inputs)
+    if len(graph.outputs) == 1:
+        _name_output_(written.model, keras_graph.producer(graph.outputs[0]).name)
     written.model.metadata_props["data_config"] = described
     if name := config.weight_set:
         written.model.metadata_props["weight_set"] = name
@@ -149,6 +155,42 @@ class _Input:
         if not self.dtype.is_floating_point:
             return torch.zeros(whole, dtype=self.dtype)
         return torch.rand(whole, generator=torch.Generator().manual_seed(0)).to(self.dtype)
+
+
+def _name_axes_(model: Any, inputs: Sequence[_Input]) -> None:
+    """Call the open axes of an ONNX model batch, height and width, which torch numbers (s13)."""
+    from onnxscript import ir
+
+    names: dict[str, str] = {}
+    for value, x in zip(model.graph.inputs, inputs, strict=True):
+        known = {0: "batch"} | dict(zip(x.spatial, SIDES.get(len(x.spatial), ()), strict=False))
+        for axis, size in enumerate(value.shape):
+            if isinstance(size, int) or str(size.value) in names:
+                continue
+            name = known.get(axis, f"{x.name}_{axis}")
+            while name in names.values():
+                name += "_"
+            names[str(size.value)] = name
+    if not names:
+        return
+    symbol = re.compile(rf"\b({'|'.join(map(re.escape, names))})\b")
+    made = (value for node in model.graph.all_nodes() for value in node.outputs)
+    for value in {*model.graph.inputs, *made}:
+        if value.shape is not None:
+            value.shape = ir.Shape(
+                size
+                if isinstance(size, int)
+                else symbol.sub(lambda found: names[found[0]], str(size.value))
+                for size in value.shape
+            )
+
+
+def _name_output_(model: Any, name: str) -> None:
+    """Call the output of an ONNX model as the Keras layer is called, unless a value is already."""
+    taken = {value.name for node in model.graph.all_nodes() for value in node.outputs}
+    taken |= {value.name for value in (*model.graph.inputs, *model.graph.initializers.values())}
+    if name not in taken:
+        model.graph.outputs[0].name = name
 
 
 def _onnx_runtime(network: TorchNetwork, path: Path) -> Callable[..., Any]:
