@@ -20,6 +20,7 @@ from vggtorch.lowering import BatchNorm2d, FusedConv2d, conv2d, has_fused_ops, p
 
 # What can be in a chain, in the order of a unit; a batch norm only behind a convolution.
 KINDS = (nn.Conv2d, BatchNorm2d, nn.ReLU, nn.MaxPool2d)
+PIECE = 1 << 18  # numbers that are still in the cache when they are used again
 
 
 def pair(value: Any) -> tuple[int, int]:
@@ -194,16 +195,32 @@ class Chain(torch.autograd.Function):
         pairs = zip(reversed(ctx.units), reversed(ctx.gradients), strict=True)
         for unit, (shape, weight, flipped, pooled) in pairs:
             if unit.relu is not None and unit is ctx.units[-1]:
-                y = kept.pop()
-                of_y = torch.empty_like(y)  # laid out as y is, however grad lies
+                y, given = kept.pop(), grad
+                grad = given.contiguous(memory_format=torch.channels_last)
+                of_y = torch.empty_like(y) if grad.data_ptr() == given.data_ptr() else grad
                 grad = torch.ops.aten.threshold_backward.grad_input(grad, y, 0, grad_input=of_y)
             elif unit.relu is not None:
-                grad.masked_fill_(kept.pop(), 0)
+                _stop_(grad, kept.pop())
             if unit.pool is not None:
                 grad = pool_gradient(grad, kept.pop(), pooled, pair(unit.pool.kernel_size))
             if unit.conv is not None:
                 grad = unit.conv.gradient(grad, weight, flipped, shape)
         return grad, None, None
+
+
+def _stop_(grad: Tensor, stopped: Tensor) -> None:
+    """Write 0 over a gradient wherever it is stopped; both channels-last.
+
+    A few numbers at a time, for which masks are numbers in the cache: torch's masked_fill_ takes
+    six times as long.
+    """
+    flat, where = (x.permute(0, 2, 3, 1) for x in (grad, stopped))
+    if not (flat.is_contiguous() and where.is_contiguous()):
+        grad.masked_fill_(stopped, 0)
+        return
+    for some, mask in zip(flat.view(-1).split(PIECE), where.view(-1).split(PIECE), strict=True):
+        numbers = mask.view(torch.uint8).to(some.dtype).neg_()
+        torch.ops.aten.threshold_backward.grad_input(some, numbers, -0.5, grad_input=some)
 
 
 def pool_gradient(
