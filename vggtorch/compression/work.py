@@ -132,9 +132,9 @@ class Work:
         """What each layer could become, and what each option costs; the first is to stay."""
         if (known := self.notes["options"]) is not None:
             return _options(known)
-        sites = self.networks.sites
+        sites, seen = self.networks.sites, self.seen
         options: Options = {}
-        self.progress.begin("trying layers", len(sites))
+        self.progress.begin("trying layers", len(seen))
         for site in sites:
             tried: list[tuple[str | None, tuple[int, ...]]] = [(None, ())]
             tried += [

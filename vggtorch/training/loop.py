@@ -197,7 +197,7 @@ def _finetune(
         if not config.resume:
             raise ValueError(
                 f"{last} exists: the folder holds another run. Pass resume=True to carry that on, "
-                f"or another output_dir."
+                f"or another folder as output_dir."
             )
         content = checkpoints.read(last)
         check_identity(last, content, mine, model)
