@@ -156,6 +156,19 @@ def test_nan_and_infinity_stay_what_they_are(runs):
     assert runs
 
 
+def test_a_relu_that_overwrites_does_so(runs):
+    extractor = copy.deepcopy(vt.FeatureExtractor(network(), ["a", "b"], normalization=None))
+    extractor.network.a_relu = torch.nn.ReLU(inplace=True)
+    images = torch.rand(1, 3, 30, 30, generator=torch.Generator().manual_seed(0))
+    received, expected = (
+        run(images.clone().requires_grad_())
+        for run in (extractor, lambda x: plain_network(extractor, x))
+    )
+    assert float(expected["a"].detach().min()) == 0
+    for tap, value in expected.items():
+        assert off(received[tap], value) < 1e-5
+
+
 def test_a_tap_that_is_overwritten_is_refused_as_torch_refuses_it():
     extractor = vt.FeatureExtractor(network(), ["a_relu"], normalization=None)
     value = extractor(torch.rand(1, 3, 30, 30).requires_grad_())["a_relu"]

@@ -102,7 +102,7 @@ class FrozenConv2d:
 
 @dataclass
 class Unit:
-    """A convolution, or none, and what follows it: a ReLU, a max pool, or both in either order."""
+    """A convolution, or none, and what follows it: a ReLU, a max pool, or a pool behind a ReLU."""
 
     conv: FrozenConv2d | None
     relu: nn.ReLU | None = None
@@ -136,6 +136,9 @@ def takes(children: Sequence[nn.Module], x: Tensor) -> bool:
             channels = child.weight.shape[0]
         elif isinstance(child, nn.MaxPool2d):
             if not has_disjoint_windows(child):
+                return False
+        elif isinstance(child, nn.ReLU):
+            if child.inplace:  # what it overwrites may be a tap
                 return False
         elif isinstance(child, BatchNorm2d) and (
             before is not nn.Conv2d
