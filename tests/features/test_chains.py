@@ -9,6 +9,7 @@ import pytest
 import torch
 from kept import kept_for_backward, plain_network
 from keras import layers
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import vggtorch as vt
 from vggtorch.features import chains, frozen
@@ -153,6 +154,42 @@ def test_nan_and_infinity_stay_what_they_are(runs):
     for mine, theirs in zip(values_and_gradient(extractor, images), expected, strict=True):
         assert torch.equal(mine.isnan(), theirs.isnan())
         assert off(mine[:1], theirs[:1]) < 1e-5
+    assert runs
+
+
+class Convolutions(TorchDispatchMode):
+    """The operations of torch that convolve."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[str] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if "conv" in str(func):
+            self.seen.add(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_whoever_looks_on_gets_the_modules_one_by_one(runs, monkeypatch):
+    extractor = copy.deepcopy(vt.FeatureExtractor(network(), ["d_relu"], normalization=None))
+    images = torch.rand(1, 3, 30, 30, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    calls: list[str] = []
+    for module in (extractor.network, extractor.network.b):
+        hook = module.register_forward_hook(lambda *_: calls.append("hook"))
+        extractor(images)
+        hook.remove()
+    assert calls == ["hook", "hook"]
+    with Convolutions() as mode:
+        extractor(images)
+    assert mode.seen == {"aten.convolution.default"}
+    extractor.network.d_relu.forward = torch.zeros_like
+    assert not extractor(images)["d_relu"].any()
+    del extractor.network.d_relu.forward
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.nn.ReLU, "forward", lambda self, x: torch.zeros_like(x))
+        assert not extractor(images)["d_relu"].any()
+    assert not runs
+    assert extractor(images)["d_relu"].any()
     assert runs
 
 

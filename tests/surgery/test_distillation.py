@@ -177,6 +177,22 @@ def test_distillation_ends_on_its_best_weights(original, monkeypatch):
     assert found.after == pytest.approx(found.before, abs=1e-5)
 
 
+@pytest.mark.parametrize(("steps", "expected"), [(0, 64), (5, 80), (10_000, 320)])
+def test_no_more_crops_are_drawn_than_the_steps_will_see(original, monkeypatch, steps, expected):
+    result, names = replaced(original, conv())
+    drawn: list[int] = []
+    crops = distillation._crops
+
+    def count(source, number, *args):
+        drawn.append(number)
+        return crops(source, number, *args)
+
+    monkeypatch.setattr(distillation, "_crops", count)
+    surgery.distill_(original, result, names, images(), steps=steps, seconds=0.0)
+    one, trained_on, held_out = drawn
+    assert (one, trained_on, held_out) == (1, expected, 64)
+
+
 def test_time_that_has_run_out_ends_a_distillation(original):
     result, names = replaced(original, conv())
     assert surgery.distill_(original, result, names, images(), seconds=0.0).steps == 0

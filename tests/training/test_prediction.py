@@ -293,3 +293,9 @@ def test_sizes_differ_and_memory_is_bounded_by_the_batch(run, tmp_path, monkeypa
     monkeypatch.setattr(model, "predict_on_batch", counted)
     assert len(list(vt.predict_files(model, [tmp_path], batch_size=2))) == 5
     assert sizes == [2, 2, 1]
+
+
+def test_a_folder_with_a_checkpoint_alone_says_how_to_have_a_model(tmp_path):
+    (tmp_path / "last.pt").touch()
+    with pytest.raises(ValueError, match=r"with resume=True\), or .* vt\.save_trained\(history"):
+        vt.load_model(tmp_path)

@@ -41,8 +41,8 @@ class Progress:
         self._bars, self._task = bars, None
 
     def begin(self, text: str, total: float) -> None:
-        """A new bar, of so many parts; where there is no terminal to draw it in, a line."""
-        if not self._bars.console.is_terminal:
+        """A new bar, of so many parts; where there is nothing to draw it in, a line."""
+        if not (self._bars.console.is_terminal or self._bars.console.is_jupyter):
             self._bars.console.print(text)
         if self._task is not None:
             self._bars.remove_task(self._task)

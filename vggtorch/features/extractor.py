@@ -164,7 +164,7 @@ class FeatureExtractor(nn.Module):
         frozen = not self.trainable and torch.is_grad_enabled() and x.requires_grad
         if self.checkpoint or not frozen or type(x) is not Tensor:
             return self.network
-        if torch.is_autocast_enabled(x.device.type) or _in_transform():
+        if torch.is_autocast_enabled(x.device.type) or self.network.is_watched():
             return self.network
         code = self.network.code  # which is another one when somebody has edited the graph
         if self._made is None or self._made[0] != code:
@@ -176,12 +176,6 @@ class FeatureExtractor(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles make their own."""
         return self.__dict__ | {"_made": None}
-
-
-def _in_transform() -> bool:
-    """Whether a transform of torch.func is active."""
-    level = getattr(getattr(torch._C, "_functorch", None), "maybe_current_level", None)
-    return level is not None and level() is not None
 
 
 def _on_cpu(images: Any) -> bool:

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules import module as torch_modules
 
 from vggtorch.features.chains import (
     KINDS,
@@ -102,8 +101,7 @@ class _Row(nn.Module):
     def forward(self, x: Tensor) -> Any:
         network: Any = self.network
         children = [network.get_submodule(one.name) for one in self.one_by_one]
-        plain = all(type(child) in KINDS and _is_plain(child) for child in children)
-        if plain and takes(children, x):
+        if all(type(child) in KINDS for child in children) and takes(children, x):
             if not all(map(operator.is_, children, self.children_then)) or not self.units:
                 self.children_then, self.units = children, units_of(children)
             return Chain.apply(x, self.units, children)
@@ -123,7 +121,7 @@ class _Frozen(nn.Module):
     def forward(self, *values: Tensor) -> Any:
         network: Any = self.network
         child = network.get_submodule(self.name)
-        if len(values) == 1 and _is_plain(child):
+        if len(values) == 1:
             (x,) = values
             if type(child) is nn.Conv2d and can_freeze(child):
                 options = child.stride, child.padding, child.dilation, child.groups
@@ -133,17 +131,6 @@ class _Frozen(nn.Module):
             if type(child) is nn.MaxPool2d and has_disjoint_windows(child):
                 return _MaxPool.apply(x, pair(child.kernel_size))
         return child(*values)
-
-
-def _is_plain(child: nn.Module) -> bool:
-    """Whether nobody looks on when this module runs."""
-    hooks = (
-        child._forward_hooks,
-        child._forward_pre_hooks,
-        child._backward_hooks,
-        child._backward_pre_hooks,
-    )
-    return not (any(hooks) or torch_modules._has_any_global_hook())
 
 
 def _layout(x: Tensor) -> torch.memory_format:

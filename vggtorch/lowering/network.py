@@ -55,6 +55,11 @@ class TorchNetwork(torch.fx.GraphModule):
                 return plan(inputs)
         return super().__call__(*args, **kwargs)
 
+    def is_watched(self) -> bool:
+        """Whether its modules must run one by one: hooks, modes, transforms, other forwards."""
+        plan = self._current_plan()
+        return plan is None or plan.is_watched()
+
     def train(self, mode: bool = True) -> TorchNetwork:
         """As torch.nn.Module has it; evaluation lets go of memory that training has kept."""
         if not mode and self._plan is not None:

@@ -83,16 +83,22 @@ class Plan:
 
     def takes(self, inputs: Sequence[Any]) -> bool:
         """Whether these inputs run the fast way: plain tensors, while nobody looks on."""
-        if is_intercepted() or _has_global_hooks() or nn.Module.__call__ is not _CALL:
+        if self.is_watched():
             return False
         if len(inputs) != len(self.ranks) or any(
             not _is_plain(x) or x.ndim != rank for x, rank in zip(inputs, self.ranks, strict=True)
         ):
             return False
+        return all(map(_has_plain_weights, self.weighted))
+
+    def is_watched(self) -> bool:
+        """Whether somebody looks on when modules run, or has given one of them another forward."""
         return (
-            all(kind.forward is forward for kind, forward in self.forwards)
-            and not any(map(_is_watched, self.modules))
-            and all(map(_has_plain_weights, self.weighted))
+            is_intercepted()
+            or _has_global_hooks()
+            or nn.Module.__call__ is not _CALL
+            or not all(kind.forward is forward for kind, forward in self.forwards)
+            or any(map(_is_watched, self.modules))
         )
 
     def __call__(self, inputs: Sequence[Tensor]) -> Any:

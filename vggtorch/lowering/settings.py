@@ -21,12 +21,7 @@ class Settings:
     """
 
     def __init__(self, layers: Iterable[keras.Layer] = ()) -> None:
-        self._taken: list[_Taken] = []
-        for layer in layers:
-            own = vars(layer)
-            public = (name for name in own if name[0] != "_" and name not in ("call", "training"))
-            names = ["_dtype_policy", "call", *public]
-            self._taken.append((layer, own, len(own), names, [own.get(name) for name in names]))
+        self._taken = [_taken(layer) for layer in layers]
 
     def are_same(self) -> bool:
         """Whether the layers still have these very objects as their attributes, and no new ones."""
@@ -45,7 +40,7 @@ class Settings:
             for name, value in zip(names, values, strict=True)
             if not _is_equal(own.get(name), value)
         ]
-        self.__init__(layer for layer, *_ in self._taken)  # type: ignore[misc]
+        self._taken = [_taken(layer) for layer, *_ in self._taken]
         if changed:
             warnings.warn(
                 f"{', '.join(changed)} changed in Keras after to_torch, and the torch network "
@@ -59,6 +54,13 @@ class Settings:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Settings, ()
+
+
+def _taken(layer: keras.Layer) -> _Taken:
+    own = vars(layer)
+    public = (name for name in own if name[0] != "_" and name not in ("call", "training"))
+    names = ["_dtype_policy", "call", *public]
+    return layer, own, len(own), names, [own.get(name) for name in names]
 
 
 def _is_equal(new: Any, old: Any) -> bool:
