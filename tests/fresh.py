@@ -24,11 +24,14 @@ def run(code, *options, cwd=ROOT, **environment):
     )
 
 
-def run_on_two(script, *arguments):
-    """Run a script that gives its work to `as_two`; what it prints."""
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+
+
+def run_on_two(script, *arguments, launcher=()):
+    """Run a script as two processes, by `TORCHRUN` or its own `as_two`; what it prints."""
     folders = [ROOT, ROOT / "tests", Path(script).parent]
     result = subprocess.run(
-        [sys.executable, script, *arguments],
+        [sys.executable, *launcher, script, *arguments],
         env=os.environ
         | {
             "PYTHONPATH": os.pathsep.join(map(str, folders)),
