@@ -10,6 +10,7 @@ Keras's rules that several rooms compute by stand at the end: padding "same" and
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -80,6 +81,7 @@ __all__ = [
     "torch_dtype",
     "track_variables_",
     "training_context",
+    "warn_of_older_form",
     "without_activation",
 ]
 
@@ -128,10 +130,26 @@ class _ImageModel(Functional):
         plain = {name: value for name, value in config.items() if name != "data_config"}
         return Functional.from_config.__func__(made, plain, custom_objects)  # type: ignore[attr-defined]
 
+    def save(self, filepath: Any, *args: Any, **kwargs: Any) -> Any:
+        """As Keras has it; its older form loses what this class remembers, unless we load it."""
+        warn_of_older_form(filepath, self.data_config, stacklevel=3)
+        return super().save(filepath, *args, **kwargs)
+
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         """Keras pickles a model as its file, by a method of its class, which has no place here."""
         method, content = super().__reduce__()
         return _unpickled, (method.__name__, content)
+
+
+def warn_of_older_form(filepath: Any, config: DataConfig, stacklevel: int) -> None:
+    """Say what Keras's own reader of a whole model in HDF5 leaves out, where it is written."""
+    if str(filepath).endswith((".h5", ".hdf5")) and config != DataConfig():
+        warnings.warn(
+            f"keras.saving.load_model reads {filepath} without what the model remembers of its "
+            f"images ({config.weight_set or 'their size and labels'}); vt.load_model keeps it, and "
+            f"so does every reader of a .keras file.",
+            stacklevel=stacklevel,
+        )
 
 
 def _unpickled(method: str, content: tuple[Any, ...]) -> keras.Model:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import pickle
+import warnings
 from pathlib import Path
 
 import keras
@@ -148,6 +149,17 @@ def test_weights_alone_of_other_layers_are_refused_with_the_reason(tmp_path: Pat
     with pytest.raises(ValueError, match=r"does not say what kinds of layers.*whole \(.keras\)"):
         convert(tmp_path / "a.safetensors", tmp_path / "b.pth")
     assert not list(tmp_path.glob("b.*"))
+
+
+def test_the_form_that_keras_reads_without_it_is_warned_of(tmp_path: Path) -> None:
+    model = remember_(build(), CONFIG)
+    with pytest.warns(UserWarning, match=r"a\.h5 without .*\(oxford\); vt\.load_model keeps it"):
+        model.save(tmp_path / "a.h5")
+    assert vt.weight_set(keras.saving.load_model(tmp_path / "a.h5")) is None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        model.save(tmp_path / "a.keras")
+    assert vt.weight_set(keras.saving.load_model(tmp_path / "a.keras")) == "oxford"
 
 
 @pytest.mark.parametrize("nested", [False, True])

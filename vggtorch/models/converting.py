@@ -12,10 +12,11 @@ import torch
 
 from vggtorch import files, weights
 from vggtorch.architectures import CLASSES, GRID, WIDTHS, architecture_named
+from vggtorch.keras_graph import warn_of_older_form
 from vggtorch.models.filling import fill_, named_variables, path_of
 from vggtorch.models.leftovers import values_for
 from vggtorch.models.loading import load_model, save_weights
-from vggtorch.models.memory import remember_checkpoint_
+from vggtorch.models.memory import remember_checkpoint_, remembered
 from vggtorch.models.torch_form import in_torch_form, names_in_torch
 from vggtorch.models.vgg import constructor
 from vggtorch.weights import Shape
@@ -85,8 +86,7 @@ def convert(
         if str(target).endswith(".weights.h5"):
             save_weights(model, target)
         else:
-            with files.atomic(target) as temporary:
-                model.save(temporary)
+            _save_whole(model, target, stacklevel=4)
     else:
         said = checkpoint.weight_set, checkpoint.data_config
         weights.write(target, _renamed(target, tensors), *said)
@@ -115,8 +115,13 @@ def _convert_model(
     else:
         after = {key: (key, shape) for key, shape in before.items()}
     if str(target).endswith((".keras", ".h5")) and not str(target).endswith(".weights.h5"):
-        with files.atomic(target) as temporary:
-            model.save(temporary)
+        _save_whole(model, target, stacklevel=5)
     else:
         save_weights(model, target)
     return [(key, before[key], *after[key]) for key in before if key in after]
+
+
+def _save_whole(model: keras.Model, target: str | PathLike, stacklevel: int) -> None:
+    with files.atomic(target) as temporary:
+        keras.saving.save_model(model, temporary)
+    warn_of_older_form(target, remembered(model), stacklevel)
