@@ -297,5 +297,5 @@ def test_sizes_differ_and_memory_is_bounded_by_the_batch(run, tmp_path, monkeypa
 
 def test_a_folder_with_a_checkpoint_alone_says_how_to_have_a_model(tmp_path):
     (tmp_path / "last.pt").touch()
-    with pytest.raises(ValueError, match=r"with resume=True\), or .* vt\.save_trained\(history"):
+    with pytest.raises(ValueError, match=r"with resume=True\), or .*vt\.save_trained\(history"):
         vt.load_model(tmp_path)
