@@ -143,17 +143,9 @@ def speed(args: argparse.Namespace, model: keras.Model, unseen: np.ndarray) -> N
 def peers(args: argparse.Namespace, model: keras.Model, shown: Any, unseen: Any) -> None:
     """Each way on the same images and budget, before and after the same training."""
     pixels = torch.from_numpy(unseen).permute(0, 3, 1, 2)
-    ways: dict[str, Callable[[Work, float], nn.Module]] = {
-        "plain SVD, no images": plain_svd,
-        "low rank, uniform": partial(uniform, method="low rank"),
-        "separated, uniform": partial(uniform, method="separated"),
-        "compress": as_compress,
-        "Torch-Pruning, magnitude": partial(pruned, importance="magnitude"),
-        "Torch-Pruning, Taylor": partial(pruned, importance="taylor"),
-    }
-    print(f"{'cosine at block5_pool':<42}{'closed form':>12}{'trained':>9}{'steps':>7}")
+    print(f"{'cosine at block5_pool':<50}{'closed form':>12}{'trained':>9}{'steps':>7}")
     for times in args.times:
-        for name, way in ways.items():
+        for name, way in ((name, WAYS[name]) for name in args.ways):
             images = split(model, shown, args.seed)
             networks = networks_of(model, images, ())
             with open_progress() as progress:
@@ -182,7 +174,7 @@ def peers(args: argparse.Namespace, model: keras.Model, shown: Any, unseen: Any)
                 )
             after = last_cosine(networks.original, result, pixels)
             label = f"{name}, {networks.total / cost:.2f} times"
-            print(f"{label:<42}{before:>12.4f}{after:>9.4f}{state.step:>7}", flush=True)
+            print(f"{label:<50}{before:>12.4f}{after:>9.4f}{state.step:>7}", flush=True)
 
 
 def multiply_adds_of(network: nn.Module, x: torch.Tensor) -> int:
@@ -253,8 +245,16 @@ def plain_svd(work: Work, times: float) -> nn.Module:
     return work.networks.work
 
 
-def pruned(work: Work, times: float, importance: str) -> nn.Module:
-    """Channels deleted by Torch-Pruning, all layers alike, the last one's aside."""
+def pruned(work: Work, times: float, importance: str, *, ranked: str) -> nn.Module:
+    """Channels deleted by Torch-Pruning, which scores them anew after each sixtieth of all.
+
+    Args:
+        work: the network, the images and the budget's whole.
+        times: how many times less the result costs.
+        importance: "magnitude", or "taylor" by the gradients of the last map's square, relative to
+            its size, because there are no labels.
+        ranked: "layer by layer", the same share of each, or "all together".
+    """
     import torch_pruning as tp
 
     network = copy.deepcopy(work.networks.original)
@@ -264,19 +264,44 @@ def pruned(work: Work, times: float, importance: str) -> nn.Module:
         "magnitude": tp.importance.MagnitudeImportance,
         "taylor": tp.importance.TaylorImportance,
     }
-    last = getattr(network, work.networks.sites[-1].child)
-    example = work.images.held_out[:1]
+    sites = work.networks.sites
     pruner = tp.pruner.MagnitudePruner(
-        network, example, kinds[importance](), pruning_ratio=0.95, iterative_steps=60,
-        global_pruning=importance == "taylor", ignored_layers=[last], max_pruning_ratio=0.9,
+        network, work.images.held_out[:1], kinds[importance](), pruning_ratio=0.95,
+        iterative_steps=60, global_pruning=ranked == "all together", max_pruning_ratio=0.9,
+        ignored_layers=[getattr(network, sites[-1].child)],  # whose channels are compared
     )  # fmt: skip
-    while multiply_adds_of(network, example) > work.networks.total / times:
+    fixed = work.networks.total - sum(site.multiply_adds for site in sites)
+
+    def cost() -> int:
+        kernels = (getattr(network, site.child).weight.numel() for site in sites)
+        return fixed + sum(site.positions * n for site, n in zip(sites, kernels, strict=True))
+
+    for step in range(60):
         if importance == "taylor":
-            for x in work.fitted[:4]:
-                network(x)[-1].square().sum().backward()
-        pruner.step()
-        network.zero_grad()
-    return network
+            network.zero_grad()
+            for i in range(2):
+                y = network(work.fitted[(2 * step + i) % len(work.fitted)])[-1].flatten(1)
+                (y.square().sum(1) / y.detach().square().sum(1)).sum().backward()
+        for group in pruner.step(interactive=True):
+            if cost() <= work.networks.total / times:
+                return network
+            group.prune()
+    raise SystemExit(f"Torch-Pruning got no further than {work.networks.total / cost():.2f} times.")
+
+
+WAYS: dict[str, Callable[[Work, float], nn.Module]] = {
+    "plain SVD, no images": plain_svd,
+    "low rank, uniform": partial(uniform, method="low rank"),
+    "separated, uniform": partial(uniform, method="separated"),
+    "compress": as_compress,
+    **{
+        f"Torch-Pruning, {importance}, {ranked}": partial(
+            pruned, importance=importance, ranked=ranked
+        )
+        for importance in ("magnitude", "taylor")
+        for ranked in ("layer by layer", "all together")
+    },
+}
 
 
 # Other networks
@@ -311,6 +336,9 @@ def main() -> None:
     parser.add_argument("data", type=Path, nargs="?", help="CIFAR-10 as folders")
     parser.add_argument("--models", type=Path, default=Path("compressed"), help="folder of results")
     parser.add_argument("--times", type=float, nargs="+", default=[2, 3, 4])
+    parser.add_argument(
+        "--ways", nargs="+", choices=WAYS, default=list(WAYS), metavar="WAY", help="for peers"
+    )
     parser.add_argument("--by", default="multiply-adds", help="or seconds")
     parser.add_argument("--photographs", type=Path, help="folder of photographs to fit to")
     parser.add_argument("--test", type=Path, help="folder of photographs that it doesn't see")

@@ -140,9 +140,10 @@ def costs_picture() -> str:
 
 
 def compression_picture() -> str:
-    """What compressed networks still see, and how fast they are, by the benchmarks' table."""
+    """What compressed networks still see, how fast and how accurate, by the benchmarks' table."""
     rows = table_of("What a compressed network sees, and how fast it is")
     times = [1.0, *(float(row["multiply-adds less, times"]) for row in rows)]
+    probes = [[float(n) for n in row["probe"].split("+-")] for row in rows]
     curves = {
         "cosine to the original": {
             f"after block {block}": [1.0, *(float(row[str(block)]) for row in rows)]
@@ -151,6 +152,14 @@ def compression_picture() -> str:
         "times as fast": {
             f"batch {batch}": [1.0, *(float(row[f"batch {batch}"].split()[0]) for row in rows)]
             for batch in (1, 8)
+        },
+        "accuracy of a linear probe, less the original's": {
+            label: [0.0, *(found + sign * error for found, error in probes)]
+            for label, sign in (
+                ("block 4", 0),
+                ("+ standard error", 1),
+                ("- standard error", -1),
+            )
         },
     }
     return side_by_side(

@@ -37,7 +37,7 @@ def test_pictures_are_drawn_from_tables_that_are_there(monkeypatch):
     monkeypatch.syspath_prepend(DOCS)
     import building
 
-    assert building.compression_picture().count("<polyline") == 5
+    assert building.compression_picture().count("<polyline") == 8
     with pytest.raises(ValueError, match="no heading 'Other', whose table is drawn"):
         building.table_of("Other")
 
