@@ -209,18 +209,20 @@ def compress(
     top: Annotated[bool, typer.Option(help="An architecture with its classifier.")] = True,
 ) -> None:
     """A network that costs less and sees the same; writes it and a drawing, prints a table."""
-    from vggtorch.models import SUFFIXES, constructor, model_from_name
+    from vggtorch.models import constructor, model_from_name
+    from vggtorch.training import image_files
 
     if not out.endswith(".keras"):
         raise ValueError(f"Received out={out}; expected a name that ends in .keras.")
-    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES)
-    if not paths:
-        raise ValueError(f"{folder} holds no images.")
+    if images < 1:
+        raise ValueError(f"Received --images {images}; expected 20 at least, better a few hundred.")
+    paths = image_files([folder])
+    number = min(images, len(paths))
+    chosen = [paths[i * len(paths) // number] for i in range(number)]  # from all folders alike
     if model in ARCHITECTURES:
         network = constructor(model)(weights=weights, include_top=top)
     else:
         network = model_from_name(model)
-    chosen = paths[:: max(1, len(paths) // images)][:images]  # from all folders alike
     small, found = vt.compress(
         network, times, vt.preprocess(chosen, network),
         by=by, keep=keep or [], seconds=seconds, seed=seed, folder=checkpoints,

@@ -44,11 +44,25 @@ def test_what_it_refuses_it_says_in_words_of_options(folder, capsys):
     for command, text in (
         (
             [model, photos, "--times", "1", "--out", "a.keras"],
-            "Received --times 1.0; expected more",
+            "Received --times 1.0; expected a number above 1",
         ),
         ([model, photos, "--times", "2", "--out", "a.h5"], "Received --out a.h5; expected a name"),
-        ([model, str(empty), "--times", "2", "--out", "a.keras"], "empty holds no images"),
+        (
+            [model, str(empty), "--times", "2", "--out", "a.keras"],
+            "empty has no images. Expected .apng",
+        ),
         ([model, photos, "--times", "2", "--out", "a.keras", "--keep", "x"], "Received --keep x;"),
+        ([model, str(folder / "none"), "--times", "2", "--out", "a.keras"], "There is no file"),
+        ([model, photos, "--times", "nan", "--out", "a.keras"], "Received --times nan;"),
+        (
+            [model, photos, "--times", "2", "--out", "a.keras", "--seconds", "-1"],
+            "Received --seconds -1.0; expected a number from 0",
+        ),
+        ([model, photos, "--times", "2", "--out", "a.keras", "--images", "0"], "--images 0;"),
+        (
+            [model, photos, "--times", "2", "--out", "a.keras", "--images", "19"],
+            "Received 19 images; expected 20",
+        ),
     ):
         assert main(["compress", *command]) == 1
         assert text in capsys.readouterr().err

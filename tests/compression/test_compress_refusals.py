@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import keras
 import numpy as np
 import pytest
+import torch
 from small import L, images, vgg
 
 import vggtorch as vt
 from vggtorch.models import remember_
+from vggtorch.surgery import names_when_flat
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -21,13 +25,26 @@ class Subclassed(keras.Model):
 @pytest.mark.parametrize(
     ("times", "options", "text"),
     [
-        (1, {}, r"times=1; expected more than 1"),
-        (float("nan"), {}, r"times=nan; expected more than 1"),
+        (1, {}, r"times=1; expected a number above 1"),
+        (float("nan"), {}, r"times=nan; expected a number above 1"),
+        (float("inf"), {}, r"times=inf; expected a number above 1"),
+        ("2", {}, r"times='2'; expected a number above 1"),
+        (True, {}, r"times=True; expected a number above 1"),
         (2, {"by": "flops"}, r"by='flops'; expected one of \('multiply-adds', 'seconds'\)"),
         (2, {"methods": []}, r"methods=\[\]; expected some of \['low rank', 'separated'"),
         (2, {"methods": ["svd"]}, r"methods=\['svd'\]; expected some of"),
-        (2, {"keep": ["conv9"]}, r"keep='conv9'; the model has the layers \['input"),
-        (2, {"steps": -1}, r"steps=-1; expected 0 or more"),
+        (2, {"methods": "svd"}, r"methods=\['svd'\]; expected some of"),
+        (2, {"methods": None}, r"methods=\[\]; expected some of"),
+        (2, {"keep": ["conv9"]}, r"keep='conv9'; 'small' has no layer 'conv9'.*Its layers: input"),
+        (2, {"keep": "block1_conv"}, r"keep='block1_conv'.*Did you mean .*block1_conv1"),
+        (2, {"keep": [3]}, r"keep=3; compress expects the name of one layer, received 3"),
+        (2, {"steps": -1}, r"steps=-1; expected a whole number from 0"),
+        (2, {"steps": 2.5}, r"steps=2.5; expected a whole number from 0"),
+        (2, {"seconds": -1}, r"seconds=-1; expected a number from 0"),
+        (2, {"seconds": float("nan")}, r"seconds=nan; expected a number from 0"),
+        (2, {"seconds": "60"}, r"seconds='60'; expected a number from 0"),
+        (2, {"seed": None}, r"seed=None; expected a whole number from 0"),
+        (2, {"folder": __file__}, r"refusals.py is a file; name a folder"),
     ],
 )
 def test_arguments(times, options, text):
@@ -65,6 +82,73 @@ def test_images(change, text):
     model = remember_(vgg(), "oxford")
     with pytest.raises(ValueError, match=text):
         vt.compress(model, 2, change(np.clip(images(), -100, 120)))
+
+
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        (lambda x: None, r"Received NoneType for images; expected an array or tensor"),
+        (
+            lambda x: "photos",
+            r"Received the path 'photos' for images.*vt.preprocess\(\[path, ...\]",
+        ),
+        (lambda x: [Path("a.jpg"), "b.jpg"], r"Received the path 'a.jpg' for images"),
+        (lambda x: [(image, 0) for image in x], r"a tuple of 2 for an image.*Leave labels out"),
+        (lambda x: [{"pixels": image} for image in x], r"a dict of 1 for an image"),
+        (lambda x: [object() for image in x], r"Received object for an image; expected an array"),
+        (lambda x: x[:1].repeat(30, 0), r"30 images that are all the same; expected images of"),
+        (lambda x: x[0], r"of shape \(24, 24, 3\); expected \(None, 24, 24, 3\)"),
+        (lambda x: [x[:8], x[8:16]], r"Received 16 images; expected 20 at least"),
+    ],
+)
+def test_what_is_no_set_of_images(given, text):
+    with pytest.raises(ValueError, match=text):
+        vt.compress(vgg(), 2, given(images()))
+
+
+@pytest.mark.slow
+def test_images_may_come_in_batches_as_a_loader_gives_them():
+    batches = torch.utils.data.DataLoader(torch.from_numpy(images()), batch_size=16)
+    results = [vt.compress(vgg(), 2, x, steps=0)[0].get_weights() for x in (images(), batches)]
+    for a, b in zip(*results, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def two_of_a_name() -> keras.Model:
+    """Two nested models, whose layers have the same names."""
+    inputs = keras.Input((24, 24, 3))
+    parts = [vt.truncate(vgg(), "block1_pool") for _ in range(2)]
+    for part, name in zip(parts, ("left", "right"), strict=True):
+        part.name = name
+    joined = L.Concatenate(name="both")([part(inputs) for part in parts])
+    return keras.Model(inputs, L.Conv2D(16, 1, name="last")(joined), name="outer")
+
+
+@pytest.mark.parametrize(
+    ("keep", "kept"),
+    [
+        (["right/block1_conv2"], {"right_block1_conv2"}),
+        ("left", {"left_block1_conv1", "left_block1_conv2"}),
+        (["last"], {"last"}),
+    ],
+)
+def test_layers_of_nested_models_are_kept_by_their_full_names(keep, kept):
+    model = two_of_a_name()
+    sites = {"last"} | {f"{side}_block1_conv{n}" for side in ("left", "right") for n in (1, 2)}
+    every = [keep] if isinstance(keep, str) else keep
+    assert sites & set(names_when_flat(model, every, "compress")) == kept
+
+
+@pytest.mark.parametrize(
+    ("keep", "text"),
+    [
+        ("block1_conv2", r"stands in 2 nested models of 'outer'. Pass its full name: 'left/block1"),
+        ("middle/block1_conv2", r"'outer' has no layer 'middle/block1_conv2'"),
+    ],
+)
+def test_a_name_in_keep_that_could_be_several_layers_or_none(keep, text):
+    with pytest.raises(ValueError, match=f"Received keep='{keep}'; .*{text}"):
+        vt.compress(two_of_a_name(), 2, images(), keep=keep)
 
 
 @pytest.mark.slow

@@ -215,6 +215,11 @@ def test_time_that_has_run_out_ends_a_distillation(original):
             r"images of 2 shapes, such as \(8, 8, 3\) and \(16, 16, 3\); expected one",
         ),
         ({"images": np.full((10, 16, 16, 3), np.nan)}, "Received images with NaN or infinite"),
+        ({"images": "photos"}, "Received the path 'photos' for images"),
+        ({"steps": -1}, "Received steps=-1; expected a whole number from 0"),
+        ({"steps": 0.5}, "Received steps=0.5; expected a whole number from 0"),
+        ({"seconds": float("nan")}, "Received seconds=nan; expected a number from 0"),
+        ({"seed": -1}, "Received seed=-1; expected a whole number from 0"),
     ],
 )
 def test_what_cannot_be_distilled_says_why(original, changed, message):

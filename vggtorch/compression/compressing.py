@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from math import inf
+from numbers import Real
 from typing import Any, Literal, get_args
 
 import keras
@@ -21,7 +23,7 @@ from vggtorch.compression.resuming import Notebook
 from vggtorch.compression.sites import Site
 from vggtorch.compression.work import Work, open_progress
 from vggtorch.keras_graph import functional, graph_of
-from vggtorch.surgery import flatten
+from vggtorch.surgery import checked_effort, flatten, names_when_flat
 
 By = Literal["multiply-adds", "seconds"]
 
@@ -32,8 +34,8 @@ def compress(
     images: Any,
     *,
     by: By = "multiply-adds",
-    methods: Sequence[str] = (*METHODS, "channels", "composition"),
-    keep: Sequence[str] = (),
+    methods: str | Sequence[str] = (*METHODS, "channels", "composition"),
+    keep: str | Sequence[str] = (),
     seconds: float = 600.0,
     steps: int = 300,
     seed: int = 0,
@@ -89,7 +91,8 @@ def compress(
         by: what is to be less: "multiply-adds", or "seconds", measured on this machine, for one
             image, on the device of the weights.
         methods: those to choose from.
-        keep: names of layers that stay as they are, "vgg16/block1_conv1" inside of nested models.
+        keep: names of layers that stay as they are, "vgg16/block1_conv1" inside of nested models;
+            that of a nested model stands for all of its layers.
         seconds: wall-clock time; what the closed forms leave of it is for the training. They are
             done in any case, and take two to four minutes for VGG16 on 2 cores.
         steps: optimizer steps at most, each on eight crops; 0 leaves the closed forms.
@@ -107,15 +110,16 @@ def compress(
             (it says which one can), or a folder that holds another run.
     """
     graph_of(model, "compress")
+    methods = [methods] if isinstance(methods, str) else list(methods or ())
+    _check(times, by, methods)
+    checked_effort(steps, seconds, seed)
+    times, seconds, steps, seed = float(times), float(seconds), int(steps), int(seed)
+    keep = _when_flat([keep] if isinstance(keep, str) else list(keep or ()), model)
     if any(functional(layer) is not None for layer in model.layers):
         model = flatten(model)
-        flat = {layer.name for layer in model.layers}
-        keep = [last if (last := name.rpartition("/")[2]) in flat else name.replace("/", "_")
-                for name in keep]  # fmt: skip
-    _check(model, times, by, methods, keep, steps)
     photographs = split(model, images, seed)
     settings = {
-        "what": [times, by, list(methods), list(keep)],
+        "what": [times, by, methods, keep],
         "how": [seconds, steps, seed],
     }
     notes = Notebook(folder, model, photographs.shown, settings)
@@ -171,23 +175,21 @@ def _change(
     return LayerChange(site.name, method, option.ranks, before, option.cost)
 
 
-def _check(
-    model: keras.Model,
-    times: float,
-    by: str,
-    methods: Sequence[str],
-    keep: Sequence[str],
-    steps: int,
-) -> None:
-    if not times > 1:
-        raise ValueError(f"Received times={times}; expected more than 1: 2 halves the cost.")
+def _when_flat(keep: list[str], model: keras.Model) -> list[str]:
+    found = []
+    for name in keep:
+        try:
+            found += names_when_flat(model, [name], "compress")
+        except ValueError as error:
+            raise ValueError(f"Received keep={name!r}; {error}") from error
+    return found
+
+
+def _check(times: Any, by: str, methods: Sequence[str]) -> None:
+    if isinstance(times, bool) or not isinstance(times, Real) or not 1 < float(times) < inf:
+        raise ValueError(f"Received times={times!r}; expected a number above 1: 2 halves the cost.")
     if by not in get_args(By):
         raise ValueError(f"Received by={by!r}; expected one of {get_args(By)}.")
     known = [*METHODS, "channels", "composition"]
-    if not methods or set(methods) - set(known):
-        raise ValueError(f"Received methods={list(methods)}; expected some of {known}.")
-    if steps < 0:
-        raise ValueError(f"Received steps={steps}; expected 0 or more.")
-    names = [layer.name for layer in model.layers]
-    if unknown := [name for name in keep if name not in names]:
-        raise ValueError(f"Received keep={unknown[0]!r}; the model has the layers {names}.")
+    if not methods or any(method not in known for method in methods):
+        raise ValueError(f"Received methods={methods}; expected some of {known}.")

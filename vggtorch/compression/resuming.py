@@ -51,6 +51,8 @@ class Notebook:
         settings: Mapping[str, Any],
     ) -> None:
         self.path = None if folder is None else Path(folder) / FILE
+        if folder is not None and Path(folder).exists() and not Path(folder).is_dir():
+            raise ValueError(f"{folder} is a file; name a folder to write the progress to.")
         self.known: dict[str, Any] = {}
         self._begun = time.monotonic()
         if self.path is None:

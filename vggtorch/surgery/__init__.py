@@ -9,27 +9,24 @@ channels), `built_in` (preprocessing inside a model) and `freezing`. `channels` 
 which `channel_flow` follows through the graph by the `channel_rules` of the layers. How new layers
 get weights with which the network goes on working: `copying` (the same under other settings),
 `composition` (exact algebra of linear layers) and `distillation` (training on images without
-labels), with `region` (where the new layers sit) and `coordinates` (in which they are trained).
+labels), with `region` (where the new layers sit), `coordinates` (in which they are trained) and
+`arguments` (images and effort, checked).
 """
 
+from vggtorch.surgery.arguments import checked_effort, checked_images
 from vggtorch.surgery.channels import deletable_channels, delete_channels
 from vggtorch.surgery.composition import Composition, compose_
-from vggtorch.surgery.distillation import (
-    Distillation,
-    Loss,
-    checked_images,
-    distill_,
-    relative_error,
-)
+from vggtorch.surgery.distillation import Distillation, Loss, distill_, relative_error
 from vggtorch.surgery.freezing import freeze_, unfreeze_
 from vggtorch.surgery.inputs import with_input
-from vggtorch.surgery.nesting import flatten, rename
+from vggtorch.surgery.nesting import flatten, names_when_flat, rename
 from vggtorch.surgery.operations import insert, remove, replace, replace_where, stack, truncate
 
 __all__ = [
     "Composition",
     "Distillation",
     "Loss",
+    "checked_effort",
     "checked_images",
     "compose_",
     "deletable_channels",
@@ -38,6 +35,7 @@ __all__ = [
     "flatten",
     "freeze_",
     "insert",
+    "names_when_flat",
     "relative_error",
     "remove",
     "rename",

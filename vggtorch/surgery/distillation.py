@@ -15,12 +15,12 @@ from math import cos, pi
 from typing import Any
 
 import keras
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vggtorch.keras_graph import data_format
+from vggtorch.surgery.arguments import checked_effort, checked_images
 from vggtorch.surgery.composition import compose_
 from vggtorch.surgery.coordinates import (
     Coordinates,
@@ -168,37 +168,6 @@ def _only_trainable(trained: Sequence[Tensor], *models: keras.Model) -> Iterator
             p.requires_grad_(flag)
 
 
-def checked_images(images: Any, original: keras.Model, fewest: int = 10) -> np.ndarray:
-    """Images that are to show a network what it sees, as one float32 array.
-
-    Raises:
-        ValueError: they are fewer than `fewest`, of several shapes or of another than the model
-            takes, or not finite; or the model has several inputs.
-    """
-    if len(original.inputs) != 1:
-        raise ValueError(f"Received a model with {len(original.inputs)} inputs; expected one.")
-    arrays = [np.asarray(keras.ops.convert_to_numpy(image), np.float32) for image in images]
-    if len(arrays) < fewest:
-        raise ValueError(f"Received {len(arrays)} images; expected {fewest} at least, better 100.")
-    if len(shapes := sorted({array.shape for array in arrays})) > 1:
-        raise ValueError(
-            f"Received images of {len(shapes)} shapes, such as {shapes[0]} and {shapes[1]}; "
-            f"expected one: preprocess them to one size."
-        )
-    stacked = np.stack(arrays)
-    shape = tuple(original.inputs[0].shape)
-    if stacked.ndim != len(shape) or any(
-        a not in (None, b) for a, b in zip(shape, stacked.shape, strict=True)
-    ):
-        raise ValueError(
-            f"Received images of shape {stacked.shape}; expected {shape}, preprocessed as the "
-            f"model expects."
-        )
-    if not np.isfinite(stacked).all():
-        raise ValueError("Received images with NaN or infinite values; leave those out.")
-    return stacked
-
-
 def distill_(
     original: keras.Model,
     result: keras.Model,
@@ -245,9 +214,10 @@ def distill_(
     Raises:
         ValueError: a model isn't a graph of layers; the new layers have more than one way in or
             out, are shared or have nothing to train; or the images are too few or of another shape
-            than the network takes.
+            than the network takes; or numbers of steps, seconds or a seed that can't be meant.
     """
     begun = time.monotonic()
+    checked_effort(steps, seconds, seed)
     new_layers = [new_layers] if isinstance(new_layers, str) else list(new_layers)
     paths = list(Wiring(result, "distill_").layers_by_path())
     if any("/" in path for path in paths):  # nested models are seen as one graph

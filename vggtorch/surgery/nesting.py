@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import keras
 
-from vggtorch.keras_graph import Functional, input_structure, producer
+from vggtorch.keras_graph import Functional, functional, input_structure, producer
 from vggtorch.models import remember_, remembered
 from vggtorch.surgery.naming import flat_names, names_by_id
 from vggtorch.surgery.rebuild import Rebuild
@@ -34,6 +34,35 @@ def flatten(model: keras.Model) -> Functional:
     rebuild = Rebuild(wiring, names=flat_names(wiring), dissolves=True)
     result = rebuild.model(wiring, input_structure(wiring.functional), wiring.functional.output)
     return remember_(result, remembered(model))
+
+
+def names_when_flat(model: keras.Model, names: Iterable[str], verb: str) -> list[str]:
+    """What layers are called once `flatten` has dissolved what is nested; of a model, all of its.
+
+    Args:
+        model: any model that is a graph of layers.
+        names: full names such as "vgg16/block5_conv3", or shorter ones that are clear.
+        verb: the function that is called, for errors.
+
+    Raises:
+        ValueError: a layer isn't there, or a name could be that of several.
+    """
+    wiring = Wiring(model, verb)
+    flat = flat_names(wiring)
+    found = []
+    for name in names:
+        place, own = wiring.find(name)
+        layer = place.operations[own]
+        inside = [layer]
+        if functional(layer) is not None:
+            inside = [
+                operation
+                for graph in place.inside(own).all_graphs()
+                for operation in graph.operations.values()
+                if functional(operation) is None
+            ]
+        found += [flat.get(id(part), part.name) for part in inside]
+    return found
 
 
 def rename(model: keras.Model, names: Mapping[str, str] | str) -> Functional:
