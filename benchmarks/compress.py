@@ -149,7 +149,7 @@ def peers(args: argparse.Namespace, model: keras.Model, shown: Any, unseen: Any)
             images = split(model, shown, args.seed)
             networks = networks_of(model, images, ())
             with open_progress() as progress:
-                pairs = pairs_of(model, networks.sites, networks.taps)
+                pairs = pairs_of(model, networks.sites, networks.depthwise, networks.taps)
                 notes = Notebook(None, model, (), {})
                 work = Work(networks, images, args.seed, notes, progress, pairs)
                 begun = time.monotonic()

@@ -113,6 +113,18 @@ def test_costs_are_torchs_count_and_maps_have_the_layers_shape(site, method):
         assert multiply_adds(site, method, ranks) <= 0.9 * site.multiply_adds
 
 
+def test_ranks_fill_vectors():
+    site = Site("a", "a", 200, 100, (3, 3), (1, 1), (1, 1), False, 81, (100, 9, 9))
+    for method in METHODS:
+        for share in SHARES:
+            for ranks in ranks_for(site, method, share):
+                assert all(rank < 16 or rank % 16 == 0 for rank in ranks)
+                assert multiply_adds(site, method, ranks) <= share * site.multiply_adds
+        assert len({ranks_for(site, method, share)[0] for share in SHARES}) > 4
+    small = Site("a", "a", 20, 12, (3, 3), (1, 1), (1, 1), False, 81, (12, 9, 9))
+    assert ranks_for(small, "separated", 0.3) == [(6,), (7, 8)]
+
+
 def test_a_module_computes_what_its_factors_give_at_each_patch():
     site, generator = SITES["strided"], torch.Generator().manual_seed(3)
     x = _r(generator, 1, *site.entering)

@@ -37,7 +37,12 @@ def built(
         return made[old.name]
 
     # Sites are layers of the model's own, whatever layers of nested models are called.
-    olds = [model.get_layer(name) for name, f in chosen.items() if f.method != "channels"]
+    olds = [
+        model.get_layer(name)
+        for name, factors in chosen.items()
+        if factors.method != "channels"
+        or (factors.bias is not None and not originals[name].use_bias)
+    ]
     if olds:
         model = replace_where(model, lambda layer: any(layer is old for old in olds), make)
     for name in chosen:
@@ -69,7 +74,7 @@ def _layers(old: keras.Layer, site: Site, factors: Factors) -> list[keras.Layer]
             config["kernel_size"] = tuple(part.weight.shape[2:])
             strides = config["strides"]
             config["strides"] = tuple(s if i in part.axes else 1 for i, s in enumerate(strides))
-        config["use_bias"] = last
+        config["use_bias"] = last and factors.bias is not None
         if not last:
             config["activation"] = "linear"
             config["activity_regularizer"] = None

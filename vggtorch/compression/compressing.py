@@ -134,14 +134,18 @@ def compress(
             f"layers of its own, called once, without groups or dilation, that aren't in keep."
         )
     with open_progress() as progress:
-        pairs = pairs_of(start, networks.sites, networks.taps) if "channels" in methods else []
+        pairs = (
+            pairs_of(start, networks.sites, networks.depthwise, networks.taps, keep)
+            if "channels" in methods
+            else []
+        )
         work = Work(networks, photographs, seed, notes, progress, pairs)
         options = work.options(by, [method for method in methods if method in METHODS])
         chosen, total = work.choice(options, times, by, whole)
         factors = work.closed_forms_(chosen)
         replaced = [sites[name] for name in factors]
         before = likeness(networks, networks.work, photographs.held_out)
-        state = work.train_(replaced, steps, seconds - notes.seconds)
+        state = work.train_(replaced, steps, seconds)
     modules = {site.name: getattr(networks.work, site.child) for site in replaced}
     result = built(start, sites, factors, modules)
     tapped = tapped_result(result, networks.taps)
@@ -149,15 +153,16 @@ def compress(
     if by == "seconds":
         left = total / ratio_of(whole.original, tapped, networks.entering, work.device)
     else:
-        fixed = networks.total - sum(site.multiply_adds for site in networks.sites)
+        counted = [*networks.sites, *work.between]
+        fixed = networks.total - sum(site.multiply_adds for site in counted)
         left = fixed + sum(option.cost for option in chosen.values())
     first = {site.name: work.cost(site, whole, by) for site in whole.sites if site.name in merged}
-    first |= {
-        site.name: options[site.name][0].cost for site in networks.sites if site.name not in first
-    }
+    first = {name: option[0].cost for name, option in options.items()} | first
+    between = {pair.first.name: pair.between for pair in pairs}
     rows = tuple(
         _change(site, chosen.get(site.name), merged.get(site.name), first[site.name])
-        for site in whole.sites
+        for own in whole.sites
+        for site in (own, *between.get(own.name, ()))
     )
     return result, Compression(by, total, left, rows, before, after, state.step, notes.seconds)
 

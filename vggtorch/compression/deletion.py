@@ -6,12 +6,14 @@ go in the order of what they contribute; the layer that reads the others is fitt
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 
 import keras
 import torch
 
-from vggtorch.compression.factors import Factors, Part
+from vggtorch.compression.factors import Factors, Part, whole_vectors
 from vggtorch.compression.rows import Rows
 from vggtorch.compression.sites import Site
 from vggtorch.keras_graph import Node, calls, graph_of
@@ -23,6 +25,7 @@ THROUGH = (
     keras.layers.LeakyReLU,
     keras.layers.ELU,
     keras.layers.BatchNormalization,
+    keras.layers.DepthwiseConv2D,
     keras.layers.ZeroPadding2D,
     keras.layers.MaxPooling2D,
     keras.layers.AveragePooling2D,
@@ -33,40 +36,88 @@ MIXING = ("softmax", "log_softmax", "glu", "sparsemax")  # activations that are 
 KEPT = (0.85, 0.7, 0.55, 0.4, 0.28)  # shares of the channels, which are tried
 
 
+@dataclass(frozen=True)
+class Pair:
+    """Two convolutions of which the second alone reads the first's channels.
+
+    Attributes:
+        first, second: the two.
+        between: depthwise convolutions between them, which have the first's channels too.
+    """
+
+    first: Site
+    second: Site
+    between: tuple[Site, ...] = ()
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """All of them in their order."""
+        return self.first, *self.between, self.second
+
+    @property
+    def name(self) -> str:
+        """Of both."""
+        return f"{self.first.name}+{self.second.name}"
+
+
+def numbers_of(pair: Pair) -> list[int]:
+    """How many channels may stay."""
+    every = [whole_vectors(round(share * pair.first.outputs)) for share in KEPT]
+    return list(dict.fromkeys(every))
+
+
 def pairs_of(
-    model: keras.Model, sites: Sequence[Site], taps: Collection[str]
-) -> list[tuple[Site, Site]]:
+    model: keras.Model,
+    sites: Sequence[Site],
+    depthwise: Sequence[Site],
+    taps: Collection[str],
+    keep: Collection[str] = (),
+) -> list[Pair]:
     """Convolutions whose channels only one other convolution reads; each in one pair at most.
 
     Args:
         model: the Keras model.
         sites: the layers that may be changed.
+        depthwise: those that may become narrower.
         taps: layers whose maps are compared, and so keep all their channels.
+        keep: layers that stay as they are.
     """
+    narrowed = {site.name: site for site in depthwise}
     by_name = {site.name: site for site in sites if not site.is_dense}
     readers: dict[int, list[Node]] = {}
-    nodes = {}
+    nodes: dict[str, Node] = {}
+    times: Counter[str] = Counter()
     for node in calls(graph_of(model, "compress")):
+        times[node.operation.name] += 1
         nodes[node.operation.name] = node
         for tensor in node.input_tensors:
             readers.setdefault(id(tensor), []).append(node)
     outputs = {id(tensor) for tensor in model.outputs}
-    pairs: list[tuple[Site, Site]] = []
+    pairs: list[Pair] = []
+
+    def stays(layer: keras.Operation) -> bool:
+        if isinstance(layer, keras.layers.DepthwiseConv2D) and layer.name not in narrowed:
+            return True
+        return bool(layer.variables) and (layer.name in keep or times[layer.name] > 1)
+
     taken: set[str] = set()
     for first in by_name.values():
         if first.name in taken:
             continue
-        node = nodes[first.name]
+        node, between = nodes[first.name], []
         while _goes_through(node, first.name) and node.operation.name not in taps:
             following = readers.get(id(node.outputs[0]), [])
             if len(following) != 1 or id(node.outputs[0]) in outputs:
                 break
             (node,) = following
             second = by_name.get(node.operation.name)
-            if second is not None and node.operation.use_bias and second.name not in taken:
-                pairs.append((first, second))
+            if second is not None and second.name not in taken:
+                pairs.append(Pair(first, second, tuple(between)))
                 taken |= {first.name, second.name}
+            if second is not None or stays(node.operation):
                 break
+            if node.operation.name in narrowed:
+                between.append(narrowed[node.operation.name])
     return pairs
 
 
@@ -99,6 +150,7 @@ def reading(rows: Rows, kept: torch.Tensor) -> Factors:
     return Factors("channels", (Part("", weight, (0, 1)),), bias, reads=kept)
 
 
-def giving(weight: torch.Tensor, bias: torch.Tensor, kept: torch.Tensor) -> Factors:
+def giving(weight: torch.Tensor, bias: torch.Tensor | None, kept: torch.Tensor) -> Factors:
     """The layer that gives only the channels `kept`."""
-    return Factors("channels", (Part("", weight[kept], (0, 1)),), bias[kept], gives=kept)
+    own = None if bias is None else bias[kept]
+    return Factors("channels", (Part("", weight[kept], (0, 1)),), own, gives=kept)

@@ -37,19 +37,19 @@ class Part:
 
 @dataclass(frozen=True)
 class Factors:
-    """Layers that stand in for one, the last of them with a bias.
+    """Layers that stand in for one.
 
     Attributes:
         method: how they were made.
         parts: in their order.
-        bias: of the last part.
+        bias: of the last part; None where it has none.
         reads: the channels that enter, where the others are deleted.
         gives: the channels that leave, likewise.
     """
 
     method: str
     parts: tuple[Part, ...]
-    bias: Tensor
+    bias: Tensor | None
     reads: Tensor | None = None
     gives: Tensor | None = None
 
@@ -59,7 +59,7 @@ class Factors:
             patches = patches[:, self.reads]
         for part in self.parts:
             patches = F.conv2d(patches, part.weight)
-        return patches.flatten(1) + self.bias
+        return patches.flatten(1) + (0 if self.bias is None else self.bias)
 
     @classmethod
     def random(cls, site: Site, method: str, ranks: Sequence[int]) -> Factors:
@@ -74,17 +74,19 @@ class Factors:
         children: list[nn.Module] = []
         for part in self.parts:
             outputs, inputs, *size = part.weight.shape
-            last = part is self.parts[-1]
+            bias = self.bias if part is self.parts[-1] else None
             stride, padding = geometry(site, part.axes)
             child: nn.Linear | nn.Conv2d
             if site.is_dense:
-                child = nn.Linear(inputs, outputs, bias=last)
+                child = nn.Linear(inputs, outputs, bias=bias is not None)
             else:
-                child = nn.Conv2d(inputs, outputs, (size[0], size[1]), stride, padding, bias=last)
+                child = nn.Conv2d(
+                    inputs, outputs, (size[0], size[1]), stride, padding, bias=bias is not None
+                )
             with torch.no_grad():
                 child.weight.copy_(part.weight.reshape(child.weight.shape))
-                if last:
-                    child.bias.copy_(self.bias)  # type: ignore[union-attr]
+                if bias is not None:
+                    child.bias.copy_(bias)  # type: ignore[union-attr]
             children.append(child.to(memory_format=torch.channels_last))
         if self.reads is not None:
             children.insert(0, _Reading(self.reads))
@@ -181,6 +183,16 @@ METHODS: dict[str, Callable[..., Factors]] = {
 }
 _RATIOS = {"low rank": (None,), "separated": (None, 1.2), "bottleneck": (1.0,)}
 SHARES = (0.6, 0.45, 0.34, 0.25, 0.18, 0.13, 0.09)  # of a layer's cost, which are tried
+LANES = 16  # numbers that a processor multiplies at once; tensor cores take 8 or 16
+
+
+def whole_vectors(channels: int) -> int:
+    """As many channels, or the fewer that fill whole vectors; a part of one takes as long as all.
+
+    In VGG16 compressed four times, ranks such as 19, 23, 38 and 83 would cost seven in a hundred
+    multiply-adds more on AVX512 than are counted, most of them in block 1.
+    """
+    return channels if channels < LANES else channels - channels % LANES
 
 
 def shapes(site: Site, method: str, ranks: Sequence[int]) -> list[tuple[int, ...]]:
@@ -220,16 +232,18 @@ def ranks_for(site: Site, method: str, share: float) -> list[tuple[int, ...]]:
         def ranks(first: int, ratio: float | None = ratio) -> tuple[int, ...]:
             if ratio is None:
                 return (first,)
-            return first, min(site.outputs, max(1, round(first * ratio)))
+            second = round(first * ratio)
+            if second > LANES:  # the nearest
+                second = whole_vectors(second + LANES // 2)
+            return first, min(site.outputs, max(1, second))
 
-        first = 0
         most = {
             "low rank": min(site.outputs, site.inputs * site.kernel[0] * site.kernel[1]),
             "separated": min(site.inputs * site.kernel[0], site.outputs * site.kernel[1]),
             "bottleneck": site.inputs,
         }[method]
-        while first < most and multiply_adds(site, method, ranks(first + 1)) <= budget:
-            first += 1
-        if first:
+        every = (n for n in range(most, 0, -1) if n == whole_vectors(n))
+        fits = (n for n in every if multiply_adds(site, method, ranks(n)) <= budget)
+        if first := next(fits, 0):
             found.append(ranks(first))
     return found

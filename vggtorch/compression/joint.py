@@ -73,6 +73,7 @@ def descend_(
         save: called with the state at each look at the held-out images.
         show: called with the share that is done and the held-out error.
     """
+    begun = time.monotonic() - (0.0 if state is None else state.seconds)
     targets = [reference(x) for x in held_out]
     groups = [
         {"params": [p], "lr": 0.0, "size": float(p.detach().norm()) / p.numel() ** 0.5}
@@ -99,7 +100,6 @@ def descend_(
                 p.copy_(value)
         optimizer.load_state_dict(state.optimizer or {})
         generator.set_state(state.generator)  # type: ignore[arg-type]
-    begun = time.monotonic() - state.seconds
     show(state.step / max(steps, 1), state.best)
     while state.step < steps:
         spent = (time.monotonic() - begun) / max(seconds, 1e-9)

@@ -12,8 +12,9 @@ from keras import KerasTensor
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from vggtorch.compression.deletion import THROUGH
 from vggtorch.compression.photographs import Photographs
-from vggtorch.compression.sites import Site, find_sites
+from vggtorch.compression.sites import Site, find_depthwise, find_sites
 from vggtorch.keras_graph import calls, graph_of, producer, producing_call
 from vggtorch.lowering import to_torch
 
@@ -30,6 +31,7 @@ class Networks:
         taps: names of the layers whose maps these are.
         ends: how many of them are the network's outputs.
         sites: what can be replaced, counted at the size of whole images.
+        depthwise: layers that become narrower with those around them.
         total: multiply-adds of the whole for one image.
         entering: the shape of an image, without the batch.
     """
@@ -39,6 +41,7 @@ class Networks:
     taps: tuple[str, ...]
     ends: int
     sites: tuple[Site, ...]
+    depthwise: tuple[Site, ...]
     total: int
     entering: tuple[int, ...]
 
@@ -75,6 +78,7 @@ def networks_of(model: keras.Model, images: Photographs, keep: Sequence[str]) ->
         names,
         len(model.outputs),
         tuple(find_sites(model, original, example, keep)),
+        tuple(find_depthwise(model, original, example, keep)),
         counter.get_total_flops() // 2,
         tuple(example.shape[1:]),
     )
@@ -83,7 +87,8 @@ def networks_of(model: keras.Model, images: Photographs, keep: Sequence[str]) ->
 def _tapped(model: keras.Model) -> tuple[keras.Model, tuple[str, ...]]:
     """The model with the maps to be compared as its outputs, and the names of their layers.
 
-    These are what pools put out, what enters a convolution with strides, and the outputs.
+    These are what pools put out, what enters a convolution with strides, and the outputs. Of a
+    depthwise one, whose channels may go, what enters the layer that makes them.
     """
     outputs = list(model.outputs)
     ends = {id(t) for t in outputs}
@@ -93,7 +98,11 @@ def _tapped(model: keras.Model) -> tuple[keras.Model, tuple[str, ...]]:
         if node.is_input or np.max(getattr(layer, "strides", None) or 1) == 1:
             continue
         tensor = node.outputs[0] if hasattr(layer, "pool_size") else node.input_tensors[0]
-        while isinstance(producer(tensor), keras.layers.ZeroPadding2D):
+        depthwise = isinstance(layer, keras.layers.DepthwiseConv2D)
+        passed = THROUGH if depthwise else keras.layers.ZeroPadding2D
+        while isinstance(producer(tensor), passed):
+            tensor = producing_call(tensor).input_tensors[0]
+        if depthwise and isinstance(producer(tensor), keras.layers.Conv2D):
             tensor = producing_call(tensor).input_tensors[0]
         if id(tensor) not in ends and not isinstance(producer(tensor), keras.layers.InputLayer):
             found[id(tensor)] = tensor

@@ -18,7 +18,7 @@ from vggtorch import files
 from vggtorch.keras_graph import calls, graph_of, raw_value
 
 FILE = "compress.pt"
-FORMAT = 1
+FORMAT = 2
 
 
 def _fingerprint(model: keras.Model, images: Any, settings: Mapping[str, Any]) -> str:

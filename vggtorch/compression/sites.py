@@ -65,23 +65,46 @@ def find_sites(
         example: an input (N, C, H, W), whose size decides the number of positions.
         keep: layers that stay as they are.
     """
+
+    def wanted(layer: keras.Layer, module: nn.Module) -> bool:
+        if type(layer) not in (keras.layers.Conv2D, keras.layers.Dense):
+            return False
+        if isinstance(module, nn.Conv2d) and (module.groups > 1 or set(module.dilation) != {1}):
+            return False
+        weight = getattr(module, "weight", None)
+        return weight is not None and min(weight[0].numel(), len(weight)) >= SMALL
+
+    return _found(model, network, example, keep, wanted)
+
+
+def find_depthwise(
+    model: keras.Model, network: nn.Module, example: Tensor, keep: Collection[str] = ()
+) -> list[Site]:
+    """Depthwise convolutions, through which a channel goes by itself, as sites of one input."""
+
+    def wanted(layer: keras.Layer, module: nn.Module) -> bool:
+        return type(layer) is keras.layers.DepthwiseConv2D and layer.depth_multiplier == 1
+
+    return _found(model, network, example, keep, wanted)
+
+
+def _found(
+    model: keras.Model,
+    network: nn.Module,
+    example: Tensor,
+    keep: Collection[str],
+    wanted: Callable[[keras.Layer, nn.Module], bool],
+) -> list[Site]:
     times = Counter(node.operation.name for node in calls(graph_of(model, "compress")))
     found: dict[str, Site] = {}
     hooks = []
     for layer in model.layers:
         child = layer.name.replace(".", "_").replace("/", "_")
         module = getattr(network, child, None)
-        if (
-            type(layer) not in (keras.layers.Conv2D, keras.layers.Dense)
-            or not isinstance(module, nn.Conv2d | nn.Linear)
-            or layer.name in keep
-            or times[layer.name] != 1
-            or min(module.weight[0].numel(), len(module.weight)) < SMALL
-        ):
+        if not isinstance(module, nn.Conv2d | nn.Linear) or layer.name in keep:
             continue
-        if isinstance(module, nn.Conv2d) and (module.groups > 1 or set(module.dilation) != {1}):
-            continue
-        hooks.append(module.register_forward_hook(_noting(layer.name, child, found)))
+        if times[layer.name] == 1 and wanted(layer, module):
+            hooks.append(module.register_forward_hook(_noting(layer.name, child, found)))
     try:
         with torch.no_grad():
             network(example[:1])

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from vggtorch.compression.choice import Option, choose
 from vggtorch.compression.clocks import ratio_of, seconds_of
-from vggtorch.compression.deletion import KEPT, giving, order_of, reading
+from vggtorch.compression.deletion import Pair, giving, numbers_of, order_of, reading
 from vggtorch.compression.factors import METHODS, SHARES, Factors, Part, multiply_adds, ranks_for
 from vggtorch.compression.joint import State, descend_
 from vggtorch.compression.networks import BATCH, Networks
@@ -91,13 +91,18 @@ class Work:
     seed: int
     notes: Notebook
     progress: Progress
-    pairs: Sequence[tuple[Site, Site]] = ()
+    pairs: Sequence[Pair] = ()
 
     def __post_init__(self) -> None:
         generator = torch.Generator().manual_seed(self.seed)
         number = max(FEWEST, min(160, PIXELS // prod(self.images.size)))
         self.fitted = self.images.crops(number, generator).split(BATCH)
         self.checked = self.images.crops(CHECKED, generator, held_out=True).split(BATCH)
+
+    @property
+    def between(self) -> list[Site]:
+        """Layers that may become narrower with those around them."""
+        return [site for pair in self.pairs for site in pair.between]
 
     @cached_property
     def seen(self) -> dict[str, Seen]:
@@ -151,31 +156,31 @@ class Work:
             ]
             self.progress.advance()
         for pair in self.pairs:
-            options["+".join(site.name for site in pair)] = self._deletions(*pair, by)
-        self.notes["options"] = {
-            name: [[o.method, list(o.ranks), o.cost, o.error] for o in choices]
-            for name, choices in options.items()
-        }
+            for site in pair.between:
+                cost = self.cost(site, self.networks, by)
+                options[site.name] = [Option(None, (), cost, 0.0)]
+            options[pair.name] = self._deletions(pair, by)
+        self.notes["options"] = _plain(options)
         return options
 
-    def _deletions(self, first: Site, second: Site, by: str) -> list[Option]:
+    def _deletions(self, pair: Pair, by: str) -> list[Option]:
         """What it costs and changes if channels between two layers go, by how many stay."""
-        networks = self.networks
+        networks, first, second = self.networks, pair.first, pair.second
         rows = self.rows(second, torch.cat(self.seen[second.name].patches))
-        order, numbers = order_of(rows), [round(share * first.outputs) for share in KEPT]
+        order, numbers = order_of(rows), numbers_of(pair)
         costs, expected, correction = [], [], 1.0
         for number in numbers:
             kept = order[:number].sort().values
             gives, reads = self._giving(first, kept), reading(rows, kept)
             modules = {first.child: gives.module(first), second.child: reads.module(second)}
+            share = number / first.outputs
+            cost = share * sum(self.cost(site, networks, by) for site in pair.between)
             if by == "seconds":
-                costs.append(
-                    seconds_of(modules[first.child], first.entering, self.device)
-                    + seconds_of(modules[second.child], second.entering, self.device)
-                )
+                for site in (first, second):
+                    cost += seconds_of(modules[site.child], site.entering, self.device)
             else:
-                whole = first.multiply_adds + second.multiply_adds
-                costs.append(float(whole * number // first.outputs))
+                cost += share * (first.multiply_adds + second.multiply_adds)
+            costs.append(cost)
             expected.append(rows.error(reads(rows.patches)))
             if number == numbers[len(numbers) // 2]:
                 networks.install_(modules)
@@ -190,8 +195,8 @@ class Work:
 
     def _giving(self, site: Site, kept: Tensor) -> Factors:
         layer = getattr(self.networks.original, site.child)
-        bias = layer.weight.new_zeros(len(layer.weight)) if layer.bias is None else layer.bias
-        return giving(layer.weight.detach(), bias.detach(), kept)
+        bias = None if layer.bias is None else layer.bias.detach()
+        return giving(layer.weight.detach(), bias, kept)
 
     @property
     def device(self) -> torch.device:
@@ -215,7 +220,7 @@ class Work:
         """Layers of these ranks in a site's place, with random weights."""
         if method == "channels":
             kept = torch.arange(ranks[0])
-            if any(site is first for first, _ in self.pairs):
+            if any(site is pair.first for pair in self.pairs):
                 return self._giving(site, kept).module(site)
             weight = torch.randn(site.outputs, len(kept), *site.kernel)
             parts = (Part("", weight, (0, 1)),)
@@ -259,9 +264,21 @@ class Work:
     ) -> tuple[dict[str, Option], float]:
         """What each layer becomes, and what `whole` costs, which 1/times of is to be left.
 
+        It is written down, because what was measured won't be the same again.
+
         Raises:
             ValueError: no choice is so cheap; says how cheap one can be.
         """
+        if (known := self.notes["choice"]) is not None:
+            chosen, total = known
+            return {name: option for name, (option,) in _options(chosen).items()}, total
+        chosen, total = self._choice(options, times, by, whole)
+        self.notes["choice"] = [_plain({name: [one] for name, one in chosen.items()}), total]
+        return chosen, total
+
+    def _choice(
+        self, options: Options, times: float, by: str, whole: Networks
+    ) -> tuple[dict[str, Option], float]:
         if by == "multiply-adds":
             total, now = float(whole.total), float(self.networks.total)
         else:
@@ -269,7 +286,7 @@ class Work:
                 seconds_of(networks.original, networks.entering, self.device)
                 for networks in (whole, self.networks)
             )
-        sites = [site.name for site in self.networks.sites]
+        sites = [site.name for site in (*self.networks.sites, *self.between)]
         fixed = max(0.0, now - sum(options[name][0].cost for name in sites))
         grouped = self._grouped(options)
         least = fixed + sum(min(o.cost for o in choices) for choices in grouped.values())
@@ -299,10 +316,11 @@ class Work:
     def _grouped(self, options: Options) -> Options:
         """Options of pairs, each of which is either one for each of both or a deletion."""
         grouped = dict(options)
-        for first, second in self.pairs:
-            a, b = (grouped.pop(site.name) for site in (first, second))
-            grouped[f"{first.name}+{second.name}"] += [
-                Option("both", (i, j), x.cost + y.cost, x.error + y.error)
+        for pair in self.pairs:
+            a, *others, b = (grouped.pop(site.name) for site in pair.sites)
+            between = sum(stay.cost for (stay,) in others)
+            grouped[pair.name] = options[pair.name] + [
+                Option("both", (i, j), x.cost + y.cost + between, x.error + y.error)
                 for i, x in enumerate(a)
                 for j, y in enumerate(b)
             ]
@@ -311,22 +329,23 @@ class Work:
     def _single(self, options: Options, chosen: Mapping[str, Option]) -> dict[str, Option]:
         """What was chosen for pairs as options of each layer."""
         found = dict(chosen)
-        for first, second in self.pairs:
-            both = found.pop(f"{first.name}+{second.name}")
+        for pair in self.pairs:
+            both = found.pop(pair.name)
             if both.method == "both":
-                for site, i in zip((first, second), both.ranks, strict=True):
+                places = (both.ranks[0], *(0 for _ in pair.between), both.ranks[1])
+                for site, i in zip(pair.sites, places, strict=True):
                     found[site.name] = options[site.name][i]
                 continue
-            costs = [options[site.name][0].cost for site in (first, second)]
-            for site, cost in zip((first, second), costs, strict=True):
+            costs = [options[site.name][0].cost for site in pair.sites]
+            for site, cost in zip(pair.sites, costs, strict=True):
                 share = both.cost * cost / sum(costs)
-                found[site.name] = Option("channels", both.ranks, share, both.error / 2)
-        return {site.name: found[site.name] for site in self.networks.sites}
+                found[site.name] = Option("channels", both.ranks, share, both.error / len(costs))
+        return {site.name: found[site.name] for site in (*self.networks.sites, *self.between)}
 
     def _measured(self, chosen: Mapping[str, Option], whole: Networks) -> float:
         """How many times as fast the network is with these layers."""
         sites = {site.name: site for site in self.networks.sites}
-        new = {name: option for name, option in chosen.items() if option.method}
+        new = {name: option for name, option in chosen.items() if option.method and name in sites}
         modules = {
             sites[name].child: self._module(sites[name], str(option.method), option.ranks)
             for name, option in new.items()
@@ -361,7 +380,7 @@ class Work:
     def _fitted(self, site: Site, option: Option) -> Factors:
         """Layers for a site, fitted to what it sees behind those that are installed."""
         assert option.method is not None
-        reader = next((b for a, b in self.pairs if a is site), None)
+        reader = next((pair.second for pair in self.pairs if pair.first is site), None)
         if option.method == "channels" and reader is not None:
             rows = self.rows(reader, torch.cat(self.seen[reader.name].patches))
             return self._giving(site, order_of(rows)[: option.ranks[0]].sort().values)
@@ -369,17 +388,18 @@ class Work:
         rows = self.rows(site, patches)
         if option.method != "channels":
             return METHODS[option.method](rows, *option.ranks)
-        giver = next(a for a, b in self.pairs if b is site)
+        giver = next(pair.first for pair in self.pairs if pair.second is site)
         kept = getattr(self.networks.work, giver.child)[-1].kept
         return reading(rows, kept)
 
     def train_(self, sites: Sequence[Site], steps: int, seconds: float) -> State:
-        """Train the new layers at all sites, installed before."""
+        """Train the new layers at all sites, installed before; `seconds` are for the whole run."""
         if not sites:  # composing layers was enough
             return State()
         self.progress.begin("training", 1.0)
         modules = [getattr(self.networks.work, site.child) for site in sites]
-        known = self.notes["state"]
+        known = None if (noted := self.notes["state"]) is None else State(**noted)
+        before = self.notes.seconds - (0.0 if known is None else known.seconds)
 
         def save(state: State) -> None:
             self.notes["state"] = dict(vars(state))
@@ -391,12 +411,20 @@ class Work:
             self.images.crops,
             self.checked,
             steps=steps,
-            seconds=seconds,
+            seconds=seconds - before,
             seed=self.seed + 2,
-            state=None if known is None else State(**known),
+            state=known,
             save=save,
             show=lambda done, error: self.progress.reach(done, f"held-out error {error:.4f}"),
         )
+
+
+def _plain(options: Options) -> dict[str, list[list[Any]]]:
+    """Options as they are written down."""
+    return {
+        name: [[o.method, list(o.ranks), o.cost, o.error] for o in choices]
+        for name, choices in options.items()
+    }
 
 
 def _options(known: Mapping[str, Any]) -> Options:
