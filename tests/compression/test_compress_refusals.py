@@ -151,6 +151,23 @@ def test_a_name_in_keep_that_could_be_several_layers_or_none(keep, text):
         vt.compress(two_of_a_name(), 2, images(), keep=keep)
 
 
+def test_a_model_that_takes_no_floats():
+    inputs = keras.Input((16,), dtype="int32")
+    model = keras.Model(inputs, L.Dense(64)(L.Embedding(100, 64)(inputs)))
+    with pytest.raises(
+        ValueError, match="Received a model that takes int32; expected one of floats"
+    ):
+        vt.compress(model, 2, np.arange(320).reshape(20, 16) % 100)
+
+
+def test_weights_that_are_not_finite():
+    model = vgg()
+    last = model.get_layer("block3_conv2")
+    last.set_weights([np.nan * weights for weights in last.get_weights()])
+    with pytest.raises(ValueError, match="'small' gives NaN or infinite values for these images"):
+        vt.compress(model, 2, images())
+
+
 @pytest.mark.slow
 def test_a_budget_out_of_reach_says_what_can_be_had():
     with pytest.raises(ValueError, match=r"times=50; this network can cost (\d+\.\d\d) times") as e:

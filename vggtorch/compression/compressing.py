@@ -59,7 +59,9 @@ def compress(
     settings; those before it are called `block2_conv1_rank` (low rank), `block2_conv1_vertical` and
     `_horizontal` (separated), `block3_conv2_narrow` and `_core` (bottleneck). All other layers,
     the weight set and the input stay. Convolutions with groups or dilation and layers that are
-    called more than once stay as they are. Nested models are dissolved first, as `flatten` does it.
+    called more than once stay as they are; depthwise ones and batch norms only become narrower with
+    the layers around them. Nested models are dissolved first, as `flatten` does it. All is computed
+    in float32, and the result has the model's dtype policies.
 
     The methods:
 
@@ -68,8 +70,8 @@ def compress(
       what enters it.
     - "separated": a column of the kernel, then a row (Jaderberg et al. 2014), and 1 x 1 behind them
       where that is better (Zhang et al. 2016).
-    - "channels": channels between two convolutions are deleted, and the second is fitted anew to
-      those that are left (He et al. 2017).
+    - "channels": channels between two convolutions are deleted, in the depthwise layers between
+      them too, and the second is fitted anew to those that are left (He et al. 2017).
     - "bottleneck": 1 x 1 to fewer channels, the kernel between few channels, 1 x 1 (Tucker-2, Kim
       et al. 2016).
 
@@ -115,8 +117,9 @@ def compress(
     checked_effort(steps, seconds, seed)
     times, seconds, steps, seed = float(times), float(seconds), int(steps), int(seed)
     keep = _when_flat([keep] if isinstance(keep, str) else list(keep or ()), model)
-    if any(functional(layer) is not None for layer in model.layers):
-        model = flatten(model)
+    graphs = [functional(layer) for layer in model.layers]
+    if functional(model) is not model or any(graph is not None for graph in graphs):
+        model = flatten(model)  # a Sequential model too
     photographs = split(model, images, seed)
     settings = {
         "what": [times, by, methods, keep],

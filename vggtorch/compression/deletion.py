@@ -98,7 +98,8 @@ def pairs_of(
     def stays(layer: keras.Operation) -> bool:
         if isinstance(layer, keras.layers.DepthwiseConv2D) and layer.name not in narrowed:
             return True
-        return bool(layer.variables) and (layer.name in keep or times[layer.name] > 1)
+        has_weights = bool(getattr(layer, "variables", ()))
+        return has_weights and (layer.name in keep or times[layer.name] > 1)
 
     taken: set[str] = set()
     for first in by_name.values():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import prod
 
 import torch
 import torch.nn.functional as F
@@ -186,13 +187,13 @@ SHARES = (0.6, 0.45, 0.34, 0.25, 0.18, 0.13, 0.09)  # of a layer's cost, which a
 LANES = 16  # numbers that a processor multiplies at once; tensor cores take 8 or 16
 
 
-def whole_vectors(channels: int) -> int:
+def whole_vectors(channels: int, lanes: int = LANES) -> int:
     """As many channels, or the fewer that fill whole vectors; a part of one takes as long as all.
 
     In VGG16 compressed four times, ranks such as 19, 23, 38 and 83 would cost seven in a hundred
     multiply-adds more on AVX512 than are counted, most of them in block 1.
     """
-    return channels if channels < LANES else channels - channels % LANES
+    return channels if channels < lanes else channels - channels % lanes
 
 
 def shapes(site: Site, method: str, ranks: Sequence[int]) -> list[tuple[int, ...]]:
@@ -211,18 +212,27 @@ def shapes(site: Site, method: str, ranks: Sequence[int]) -> list[tuple[int, ...
 
 def multiply_adds(site: Site, method: str, ranks: Sequence[int]) -> int:
     """Of the layers that a method puts in the place of one, for one image."""
-    # Layers before the one that takes a stride see more positions.
-    rows, columns = site.stride
-    before = {"low rank": 1, "separated": columns, "bottleneck": rows * columns}[method]
-    total = 0
-    for i, (outputs, inputs, height, width) in enumerate(shapes(site, method, ranks)):
-        positions = site.positions * (before if i == 0 else 1)
-        total += positions * outputs * inputs * height * width
-    return total
+    # A layer before the one that takes the stride and padding of an axis sees all of the axis.
+    first = site.positions
+    if method != "low rank":
+        _, high, wide = site.entering
+        across = (wide + 2 * site.padding[1] - site.kernel[1]) // site.stride[1] + 1
+        first = high * wide if method == "bottleneck" else site.positions // across * wide
+    return sum(
+        prod(shape) * (site.positions if i else first)
+        for i, shape in enumerate(shapes(site, method, ranks))
+    )
 
 
-def ranks_for(site: Site, method: str, share: float) -> list[tuple[int, ...]]:
-    """The ranks with which a method costs at most this share of what the layer costs."""
+def ranks_for(site: Site, method: str, share: float, lanes: int = LANES) -> list[tuple[int, ...]]:
+    """The ranks with which a method costs at most this share of what the layer costs.
+
+    Args:
+        site: the layer.
+        method: a name of METHODS.
+        share: of the layer's multiply-adds.
+        lanes: ranks of more than these are multiples of it.
+    """
     if method != "low rank" and (min(site.kernel) == 1 or site.is_dense):
         return []
     budget = share * site.multiply_adds
@@ -233,8 +243,8 @@ def ranks_for(site: Site, method: str, share: float) -> list[tuple[int, ...]]:
             if ratio is None:
                 return (first,)
             second = round(first * ratio)
-            if second > LANES:  # the nearest
-                second = whole_vectors(second + LANES // 2)
+            if second > lanes:  # the nearest
+                second = whole_vectors(second + lanes // 2, lanes)
             return first, min(site.outputs, max(1, second))
 
         most = {
@@ -242,7 +252,7 @@ def ranks_for(site: Site, method: str, share: float) -> list[tuple[int, ...]]:
             "separated": min(site.inputs * site.kernel[0], site.outputs * site.kernel[1]),
             "bottleneck": site.inputs,
         }[method]
-        every = (n for n in range(most, 0, -1) if n == whole_vectors(n))
+        every = (n for n in range(most, 0, -1) if n == whole_vectors(n, lanes))
         fits = (n for n in every if multiply_adds(site, method, ranks(n)) <= budget)
         if first := next(fits, 0):
             found.append(ranks(first))

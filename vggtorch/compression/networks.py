@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -13,8 +14,9 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from vggtorch.compression.deletion import THROUGH
-from vggtorch.compression.photographs import Photographs
+from vggtorch.compression.photographs import Photographs, packed
 from vggtorch.compression.sites import Site, find_depthwise, find_sites
+from vggtorch.files import first_line
 from vggtorch.keras_graph import calls, graph_of, producer, producing_call
 from vggtorch.lowering import to_torch
 
@@ -61,16 +63,21 @@ class Networks:
 
 
 def networks_of(model: keras.Model, images: Photographs, keep: Sequence[str]) -> Networks:
-    """Make both torch networks of a Keras model, with memory of their own."""
+    """Make both torch networks of a Keras model, with memory of their own, in float32."""
+    model = _in_float32(model)
     tapped, names = _tapped(model)
-    original = to_torch(tapped, data_format="channels_first", share=False).eval()
-    original = original.to(memory_format=torch.channels_last)
+    original = _lowered(tapped).to(memory_format=torch.channels_last)
     for parameter in original.parameters():
         parameter.requires_grad_(False)
     example = images.held_out[:1]
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), counter:
-        original(example)
+        maps = original(example)
+    if not all(torch.isfinite(y).all() for y in maps):
+        raise ValueError(
+            f"{model.name!r} gives NaN or infinite values for these images: look at its weights, "
+            f"and at whether the images are preprocessed as it expects."
+        )
     work = torch.fx.GraphModule(original, original.graph).eval()
     return Networks(
         original,
@@ -82,6 +89,33 @@ def networks_of(model: keras.Model, images: Photographs, keep: Sequence[str]) ->
         counter.get_total_flops() // 2,
         tuple(example.shape[1:]),
     )
+
+
+def _in_float32(model: keras.Model) -> keras.Model:
+    """The model itself, or where layers compute or keep their weights otherwise, one that doesn't.
+
+    Closed forms and small steps need more digits than half a float32 has.
+    """
+    dtypes = {d for layer in model.layers for d in (layer.compute_dtype, layer.variable_dtype)}
+    if dtypes <= {"float32"}:
+        return model
+
+    def wide(layer: keras.Layer) -> keras.Layer:
+        config = layer.get_config()
+        if not isinstance(layer, keras.layers.InputLayer):
+            config["dtype"] = "float32"
+        return type(layer).from_config(config)
+
+    try:
+        clone = keras.models.clone_model(model, clone_function=wide)
+        clone.set_weights([np.asarray(weights, "float32") for weights in model.get_weights()])
+    except (TypeError, ValueError, NotImplementedError) as error:
+        raise ValueError(
+            f"compress works in float32, and {model.name!r}, with layers of "
+            f"{', '.join(sorted(dtypes - {'float32'}))}, can't be made again so: "
+            f"{first_line(error)}"
+        ) from error
+    return clone
 
 
 def _tapped(model: keras.Model) -> tuple[keras.Model, tuple[str, ...]]:
@@ -113,25 +147,30 @@ def _tapped(model: keras.Model) -> tuple[keras.Model, tuple[str, ...]]:
 def likeness(networks: Networks, other: nn.Module, images: Tensor) -> dict[str, float]:
     """Cosine between the original's maps and another network's, by tap; the mean over images."""
     sums = dict.fromkeys(networks.taps, 0.0)
-    images = images[:COMPARED].contiguous(memory_format=torch.channels_last)
+    images = packed(images[:COMPARED])
     with torch.no_grad():
         for batch in images.split(BATCH // 4):  # whole images are that much larger
             maps = networks.original(batch), other(batch)
             for name, a, b in zip(networks.taps, *maps, strict=True):
-                sums[name] += float((_unit(a) * _unit(b)).sum())
+                sums[name] += float(_cosines(a.flatten(1), b.flatten(1)).sum())
     return {name: value / len(images) for name, value in sums.items()}
 
 
-def _unit(maps: Tensor) -> Tensor:
-    """Each map divided by its size; torch's own cosine takes small ones for zero."""
-    flat = maps.flatten(1)
-    return flat / flat.norm(dim=1, keepdim=True).clamp_min(1e-30)
+def _cosines(a: Tensor, b: Tensor) -> Tensor:
+    """Of each pair of maps, 1 where both are 0; torch's own takes small ones for 0."""
+    sizes = [x.norm(dim=1, keepdim=True) for x in (a, b)]
+    units = [x / size.clamp_min(1e-30) for x, size in zip((a, b), sizes, strict=True)]
+    return torch.where(torch.cat(sizes, 1).amax(1) == 0, 1.0, (units[0] * units[1]).sum(1))
 
 
 def tapped_result(model: keras.Model, taps: Sequence[str]) -> nn.Module:
     """A result as a torch network that returns the same maps."""
     made = {node.operation.name: node.outputs[0] for node in calls(graph_of(model, "compress"))}
     tensors = [made[name] for name in taps]
-    return to_torch(
-        keras.Model(model.inputs, tensors), data_format="channels_first", share=False
-    ).eval()
+    return _lowered(keras.Model(model.inputs, tensors))
+
+
+def _lowered(model: keras.Model) -> nn.Module:
+    with warnings.catch_warnings():  # in no loop of the user's is this network trained
+        warnings.filterwarnings("ignore", message=".* has regularizers", category=UserWarning)
+        return to_torch(model, data_format="channels_first", share=False).eval()

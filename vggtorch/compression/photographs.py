@@ -27,26 +27,34 @@ class Photographs:
         shown: those that layers are fitted to.
         held_out: a tenth of all, two at least, that tell how good the fit is.
         size: height and width of a crop; that of the whole image where the network can't take
-            less.
+            less. Of what are no images, all axes behind the channels.
     """
 
     shown: Tensor
     held_out: Tensor
-    size: tuple[int, int]
+    size: tuple[int, ...]
 
     def crops(self, number: int, generator: torch.Generator, held_out: bool = False) -> Tensor:
         """Squares at random places of the images in turn, or of random ones if there are more."""
         source = self.held_out if held_out else self.shown
-        (height, width), (high, wide) = source.shape[2:], self.size
         if number >= len(source):
             which = torch.arange(number) % len(source)
         else:
             which = torch.randperm(len(source), generator=generator)[:number]
-        tops = torch.randint(height - high + 1, (number,), generator=generator)
-        lefts = torch.randint(width - wide + 1, (number,), generator=generator)
-        places = zip(which.tolist(), tops.tolist(), lefts.tolist(), strict=True)
-        crops = [source[i, :, top : top + high, left : left + wide] for i, top, left in places]
-        return torch.stack(crops).contiguous(memory_format=torch.channels_last)
+        starts = [
+            torch.randint(whole - part + 1, (number,), generator=generator).tolist()
+            for whole, part in zip(source.shape[2:], self.size, strict=True)
+        ]
+        crops = [
+            source[(i, slice(None), *(slice(a, a + n) for a, n in zip(at, self.size, strict=True)))]
+            for i, *at in zip(which.tolist(), *starts, strict=True)
+        ]
+        return packed(torch.stack(crops))
+
+
+def packed(x: Tensor) -> Tensor:
+    """A batch in memory as convolutions like it best."""
+    return x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x.contiguous()
 
 
 def split(model: keras.Model, images: Any, seed: int) -> Photographs:
@@ -57,18 +65,21 @@ def split(model: keras.Model, images: Any, seed: int) -> Photographs:
             preprocessing of its weight set can't give.
     """
     array = checked_images(images, model, FEWEST)
+    if not str(kind := model.inputs[0].dtype).startswith(("float", "bfloat")):
+        raise ValueError(
+            f"Received a model that takes {kind}; expected one of floats, as images are."
+        )
     _check_values(array, model)
     pixels = torch.from_numpy(array)
-    if pixels.ndim == 4 and data_format(model) == "channels_last":
-        pixels = pixels.permute(0, 3, 1, 2)  # NHWC -> NCHW view
+    if pixels.ndim > 2 and data_format(model) == "channels_last":
+        pixels = pixels.movedim(-1, 1)  # NHWC -> NCHW view
     order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(seed))
     pixels = pixels[order]
     held = max(2, len(pixels) // 10)
     # Layers that know the size of the map they get can't take crops, only whole images.
     sized = keras.layers.Flatten | keras.layers.Reshape
     whole = pixels.ndim != 4 or any(isinstance(layer, sized) for layer in model.layers)
-    height, width = pixels.shape[2:]
-    size = (height, width) if whole else (min(CROP, height), min(CROP, width))
+    size = tuple(n if whole else min(CROP, n) for n in pixels.shape[2:])
     return Photographs(pixels[held:], pixels[:held], size)
 
 

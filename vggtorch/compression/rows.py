@@ -154,7 +154,7 @@ class Responses:
         kernel, old = kernel.double(), old.double()
         second = x.T @ x / len(x) + rows.noise * kernel.T @ kernel
         wanted = x.T @ y / len(x) + rows.noise * kernel.T @ old
-        damped = second + 1e-9 * second.trace() * torch.eye(len(second))
+        damped = second + (1e-9 * second.trace() + 1e-30) * torch.eye(len(second))
         matrix = torch.cholesky_solve(wanted, torch.linalg.cholesky(damped)) @ root.double()
         _, vectors = torch.linalg.eigh(matrix.T @ second @ matrix)
         self.vectors, self.matrix = vectors.flip(1).float(), matrix.float()  # (O, O)

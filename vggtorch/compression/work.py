@@ -30,6 +30,7 @@ CHECKED = 16  # crops of images that nothing is fitted to
 ROWS = 4096  # positions of each layer, at most
 MEMORY = 1 << 28  # bytes of the patches at these positions, of all layers
 CALIBRATED = 0.26  # of a layer's cost, at which its effect on the last map is measured
+SPARE = 0.02  # of a budget, which may be left over
 ROUNDS = 4  # of a choice for a time, each corrected by what the one before it took
 Options = dict[str, list[Option]]
 
@@ -96,6 +97,8 @@ class Work:
     def __post_init__(self) -> None:
         generator = torch.Generator().manual_seed(self.seed)
         number = max(FEWEST, min(160, PIXELS // prod(self.images.size)))
+        if len(self.images.size) < 2:  # no images, whose positions are many
+            number = min(ROWS, len(self.images.shown))
         self.fitted = self.images.crops(number, generator).split(BATCH)
         self.checked = self.images.crops(CHECKED, generator, held_out=True).split(BATCH)
 
@@ -273,6 +276,8 @@ class Work:
             chosen, total = known
             return {name: option for name, (option,) in _options(chosen).items()}, total
         chosen, total = self._choice(options, times, by, whole)
+        if by == "multiply-adds":
+            self._fill_(chosen, total / times)
         self.notes["choice"] = [_plain({name: [one] for name, one in chosen.items()}), total]
         return chosen, total
 
@@ -312,6 +317,24 @@ class Work:
                     )
                 chosen = self._single(options, choose(grouped, budget))
         return chosen, total
+
+    def _fill_(self, chosen: dict[str, Option], budget: float) -> None:
+        """Give layers the ranks that the budget still has room for, those of most error first.
+
+        Where few layers have few channels, the next of the ranks that were tried may be far away.
+        """
+        counted = [*self.networks.sites, *self.between]
+        left = budget - self.networks.total + sum(site.multiply_adds for site in counted)
+        left -= sum(option.cost for option in chosen.values())
+        for site in sorted(self.networks.sites, key=lambda site: -chosen[site.name].error):
+            method, ranks, cost, error = vars(chosen[site.name]).values()
+            if left < SPARE * budget or method not in METHODS:
+                continue
+            most = (cost + left) / site.multiply_adds
+            for more in ranks_for(site, method, most, lanes=1):
+                if len(more) == len(ranks) and (now := multiply_adds(site, method, more)) > cost:
+                    chosen[site.name] = Option(method, more, float(now), error)
+                    left -= now - cost
 
     def _grouped(self, options: Options) -> Options:
         """Options of pairs, each of which is either one for each of both or a deletion."""

@@ -1,0 +1,129 @@
+"""Models of every kind that are graphs of layers are compressed to the budget, and stay of it."""
+
+from __future__ import annotations
+
+import warnings
+
+import keras
+import numpy as np
+import pytest
+from small import L, images, vgg
+
+import vggtorch as vt
+
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.slow]
+
+
+def conv(filters=32, size=3, **options):
+    return L.Conv2D(filters, size, **({"padding": "same", "activation": "relu"} | options))
+
+
+def of_policy(policy: str) -> keras.Model:
+    before = keras.config.dtype_policy()
+    keras.config.set_dtype_policy(policy)
+    try:
+        return vgg()
+    finally:
+        keras.config.set_dtype_policy(before)
+
+
+def sequential() -> keras.Model:
+    layers = [conv(), conv(padding="valid"), L.MaxPooling2D(), L.Flatten(), L.Dense(10)]
+    return keras.Sequential([keras.Input((24, 24, 3)), *layers], name="line")
+
+
+def several_outputs() -> keras.Model:
+    model = vgg()
+    return keras.Model(
+        model.inputs, {"a": model.get_layer("block2_pool").output, "b": model.output}
+    )
+
+
+def shared() -> keras.Model:
+    inputs, twice = keras.Input((24, 24, 3)), conv(name="twice")
+    x = twice(twice(conv(48)(inputs)[..., :32]))
+    return keras.Model(inputs, conv(48, name="last", padding="valid")(x))
+
+
+def channels_first() -> keras.Model:
+    inputs, first = keras.Input((3, 24, 24)), {"data_format": "channels_first"}
+    x = conv(**first)(conv(**first)(inputs))
+    return keras.Model(inputs, L.MaxPooling2D(**first)(x))
+
+
+def odd_strides() -> keras.Model:
+    x = inputs = keras.Input((25, 25, 3))
+    x = conv(padding="valid", strides=(2, 1))(x)
+    return keras.Model(inputs, conv(48, (3, 5), padding="valid", strides=2)(x))
+
+
+def restrained() -> keras.Model:
+    inputs = keras.Input((24, 24, 3))
+    x = conv(kernel_regularizer="l2", activity_regularizer="l2")(inputs)
+    return keras.Model(inputs, conv(kernel_constraint=keras.constraints.MaxNorm(5))(x))
+
+
+def perceptron() -> keras.Model:
+    inputs = keras.Input((64,))
+    return keras.Model(inputs, L.Dense(96)(L.Dense(128, activation="relu")(inputs)))
+
+
+def of_sequences() -> keras.Model:
+    inputs = keras.Input((20, 16))
+    x = L.Dense(64, activation="relu")(L.Conv1D(64, 3, activation="relu")(inputs))
+    return keras.Model(inputs, L.Dense(64)(x))
+
+
+KINDS = {
+    "Sequential": (sequential, 2.0),
+    **{p: (lambda p=p: of_policy(p), 2.0) for p in ("mixed_bfloat16", "bfloat16", "float64")},
+    "several outputs": (several_outputs, 2.0),
+    "shared layer": (shared, 1.2),
+    "channels first": (channels_first, 2.0),
+    "odd strides": (odd_strides, 1.5),
+    "regularisers and constraints": (restrained, 1.5),
+    "vectors": (perceptron, 1.5),
+    "sequences": (of_sequences, 1.2),
+}
+
+
+def shown(model: keras.Model) -> np.ndarray:
+    shape = model.inputs[0].shape[1:]
+    if len(shape) < 3:
+        mixed = np.random.default_rng(0).normal(size=(400, 8)) @ np.random.default_rng(1).normal(
+            size=(8, int(np.prod(shape)))
+        )
+        return mixed.reshape(400, *shape).astype("float32")
+    x = images(40, max(shape))
+    return x.transpose(0, 3, 1, 2) if shape[0] == 3 else x
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind(kind):
+    make, times = KINDS[kind]
+    keras.utils.set_random_seed(0)
+    model = make()
+    x = shown(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # none that says nothing to whoever compresses
+        result, found = vt.compress(model, times, x, steps=3)
+    assert times <= found.times < 1.15 * times
+    counted = [vt.inspect(m, repeats=1).total.multiply_adds for m in (model, result)]
+    assert counted == [found.before, found.after]
+    assert min(found.likeness.values()) > 0.9
+    policies = [{layer.dtype_policy.name for layer in m.layers} for m in (model, result)]
+    assert policies[0] == policies[1]
+    before, after = (keras.tree.flatten(m.predict(x[:8], verbose=0)) for m in (model, result))
+    for a, b in zip(before, after, strict=True):
+        a, b = (np.asarray(y, "float32").ravel() for y in (a, b))
+        assert a @ b / np.linalg.norm(a) / np.linalg.norm(b) > 0.9
+
+
+def test_layers_that_give_nothing_are_alike():
+    model = vgg()
+    dead = model.get_layer("block2_conv1")
+    dead.set_weights([0 * weights for weights in dead.get_weights()])
+    _, found = vt.compress(model, 2, images(), steps=1)
+    assert found.times >= 2
+    assert found.likeness["block1_pool"] > 0.7
+    assert found.likeness["block3_pool"] == 1.0  # zeros, as before
