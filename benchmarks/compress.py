@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import copy
 import time
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -311,20 +312,31 @@ def other_networks(args: argparse.Namespace) -> None:
     """Random weights, made something by a short training on the images of DATA."""
     from keras import applications
 
-    x, labels = cifar10(args.data, "train", args.each[0])
-    x = x / 60  # as the networks' own preprocessing has it, about
-    for name, make in (
-        ("ResNet50", applications.ResNet50),
-        ("MobileNetV2", applications.MobileNetV2),
-    ):
+    (x, labels), (x_test, labels_test) = (
+        cifar10(args.data, part, n) for part, n in zip(("train", "test"), args.each, strict=True)
+    )
+    x, x_test = x / 60, x_test / 60  # as the networks' own preprocessing has it, about
+    for name in args.networks:
         keras.utils.set_random_seed(0)
+        make = getattr(applications, name)
         base = make(weights=None, include_top=False, input_shape=(96, 96, 3), pooling="avg")
+        for layer in base.layers:
+            if isinstance(layer, keras.layers.BatchNormalization):
+                layer.momentum = 0.9  # so that its statistics are known after so few steps
         model = keras.Model(base.inputs, keras.layers.Dense(10, activation="softmax")(base.output))
         model.compile("adam", "sparse_categorical_crossentropy", metrics=["accuracy"])
+        vt.accelerate_(model)
         model.fit(x, labels, batch_size=32, epochs=args.epochs, verbose=2)
-        for times in (1.5, 2):
-            _, found = vt.compress(base, times, x[:250], seconds=args.seconds, steps=args.steps)
-            print(f"{name}, {times} asked, {found.times:.2f} had, likeness {found.likeness}")
+        print(f"{name}: accuracy {model.evaluate(x_test, labels_test, verbose=0)[1]:.3f}")
+        shown = x[
+            torch.randperm(len(x), generator=torch.Generator().manual_seed(args.seed)).numpy()
+        ]
+        for times in args.times:
+            _, found = vt.compress(
+                base, times, shown[: args.images], seconds=args.seconds, steps=args.steps
+            )
+            methods = Counter(row.method for row in found.layers)
+            print(f"{found}\n{name}, {times:g} asked, {found.times:.2f} had; {methods}", flush=True)
 
 
 def main() -> None:
@@ -335,7 +347,7 @@ def main() -> None:
     parser.add_argument("question", choices=questions)
     parser.add_argument("data", type=Path, nargs="?", help="CIFAR-10 as folders")
     parser.add_argument("--models", type=Path, default=Path("compressed"), help="folder of results")
-    parser.add_argument("--times", type=float, nargs="+", default=[2, 3, 4])
+    parser.add_argument("--times", type=float, nargs="+", help="by default 2 3 4")
     parser.add_argument(
         "--ways", nargs="+", choices=WAYS, default=list(WAYS), metavar="WAY", help="for peers"
     )
@@ -351,7 +363,10 @@ def main() -> None:
         "--each", type=int, nargs=2, default=(200, 100), help="images of each class"
     )
     parser.add_argument("--repeats", type=int, default=10, help="for speed")
+    names = ["ResNet50", "MobileNetV2"]
+    parser.add_argument("--networks", nargs="+", choices=names, default=names)
     args = parser.parse_args()
+    args.times = args.times or ([1.5, 2] if args.question == "networks" else [2, 3, 4])
     if args.question in ("probe", "networks") and args.data is None:
         parser.error(f"{args.question} needs DATA, a folder with train/<class>/*.jpg")
     if (args.photographs is None) != (args.test is None):
