@@ -1,20 +1,17 @@
-"""What users have called in between, what it may change, and where an epoch's figures go."""
+"""What users have called in between, and what it may change."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import keras
 import numpy as np
 import pytest
 import tiny
 import torchmetrics
-from accelerate import tracking
-from accelerate.tracking import GeneralTracker
 
 from vggtorch.training import loop
-from vggtorch.training.callbacks import Callback, check_callbacks, check_trackers
+from vggtorch.training.callbacks import Callback, check_callbacks
 from vggtorch.training.config import METRICS, TrainConfig
 from vggtorch.training.loop import finetune
 
@@ -116,48 +113,3 @@ def test_other_callbacks_are_refused(config):
 
     with pytest.raises(ValueError, match="put note='good' among the figures; expected a number"):
         finetune(tiny.network(), tiny.dataset(), config=config, callbacks=[Wrong()])
-
-
-class Kept(GeneralTracker):
-    """As one of Accelerate's is written."""
-
-    name = "kept"
-    requires_logging_directory = False
-
-    def __init__(self):
-        super().__init__()
-        self.rows: list[tuple[int, dict]] = []
-        self.settings: dict[str, Any] = {}
-        self.ended = 0
-
-    @property
-    def tracker(self):
-        return self.rows
-
-    def store_init_configuration(self, values):
-        self.settings = values
-
-    def log(self, values, step=None, **_):
-        self.rows.append((step, values))
-
-    def finish(self):
-        self.ended += 1
-
-
-@pytest.mark.slow
-def test_trackers_of_accelerate_get_settings_and_figures(config):
-    kept = Kept()
-    config = dataclasses.replace(config, log_with=(kept,), unfreeze=())
-    history = finetune(tiny.network(), tiny.dataset(), config=config)
-    assert [step for step, _ in kept.rows] == [0, 1, 2]
-    assert [values for _, values in kept.rows] == history.epochs
-    assert kept.settings["epochs"] == 3 and kept.settings["optimizer"] == "adamw"
-    assert kept.ended == 1
-
-
-def test_trackers_that_aren_t_there_are_refused(monkeypatch):
-    with pytest.raises(ValueError, match="log_with='wandbb'; expected some of .*wandb.*General"):
-        check_trackers(["wandbb"])
-    monkeypatch.setattr(tracking, "_available_trackers", [])
-    with pytest.raises(ValueError, match="log_with='mlflow', whose package isn't installed: pip i"):
-        check_trackers(["mlflow"])

@@ -1,21 +1,16 @@
-"""What users have called in between, and trackers that keep an epoch's figures."""
+"""What users have called in between."""
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import keras
 
 from vggtorch.training.config import TrainConfig
 from vggtorch.training.evaluation import Evaluation
-from vggtorch.training.optimization import name_of
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator
-
     from vggtorch.training.loop import History
 
 
@@ -99,54 +94,3 @@ def check_figures(figures: dict[str, Any]) -> None:
             raise ValueError(
                 f"A callback has put {name}={value!r} among the figures; expected a number."
             ) from error
-
-
-def check_trackers(given: Sequence[Any]) -> None:
-    """See that trackers are Accelerate's, and that their packages are installed.
-
-    Raises:
-        ValueError: another name, or a package that isn't installed.
-    """
-    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, get_available_trackers
-
-    available = {str(name) for name in get_available_trackers()}
-    for one in given:
-        if isinstance(one, GeneralTracker):
-            continue
-        if str(one) not in LOGGER_TYPE_TO_CLASS:
-            raise ValueError(
-                f"Received log_with={one!r}; expected some of "
-                f"{', '.join(sorted(map(str, LOGGER_TYPE_TO_CLASS)))}, or an "
-                f"accelerate.tracking.GeneralTracker."
-            )
-        if str(one) not in available:
-            extra = "'vggtorch[tensorboard]'" if one == "tensorboard" else f"{one}"
-            raise ValueError(
-                f"Received log_with={one!r}, whose package isn't installed: pip install {extra}."
-            )
-
-
-@contextlib.contextmanager
-def tracked(
-    config: TrainConfig, accelerator: Accelerator
-) -> Iterator[Callable[[dict[str, float], int], None]]:
-    """Begin and end what the trackers keep of a run; inside, log an epoch's figures."""
-    if not config.log_with:
-        yield lambda figures, epoch: None
-        return
-    accelerator.init_trackers("vggtorch", config=_settings(config))
-    try:
-        yield lambda figures, epoch: accelerator.log(figures, step=epoch)
-    finally:
-        for tracker in accelerator.trackers:  # end_training would end torch's processes too
-            tracker.finish()
-
-
-def _settings(config: TrainConfig) -> dict[str, Any]:
-    """The settings as trackers take them: numbers, and all else as text."""
-    found = {f.name: getattr(config, f.name) for f in dataclasses.fields(TrainConfig)}
-    return {
-        name: value if isinstance(value, bool | int | float) else name_of(value)
-        for name, value in found.items()
-        if name != "log_with"
-    }

@@ -28,8 +28,6 @@ from vggtorch.training.callbacks import (
     call,
     check_callbacks,
     check_figures,
-    check_trackers,
-    tracked,
 )
 from vggtorch.training.config import TrainConfig
 from vggtorch.training.data import (
@@ -67,6 +65,7 @@ from vggtorch.training.schedules import after_epoch_, after_step_, make_schedule
 from vggtorch.training.step import regularization, train_step_
 from vggtorch.training.stopping import Interrupted, Terminated, stoppable
 from vggtorch.training.temperature import check_temperature, divide_logits_, fitted_temperature
+from vggtorch.training.trackers import Trackers, check_trackers, tracked
 from vggtorch.weight_sets import DataConfig
 
 if TYPE_CHECKING:
@@ -159,8 +158,12 @@ def finetune(
     check_callbacks(callbacks)
     check_trackers(config.log_with)
     accelerator = make_accelerator(config.precision, config.log_with, config.output_dir)
-    with locked(Path(config.output_dir)) if accelerator.is_main_process else nullcontext():
-        return _finetune(model, train, validation, config, accelerator, callbacks)
+    folder = Path(config.output_dir)
+    with (
+        locked(folder) if accelerator.is_main_process else nullcontext(),
+        tracked(config, accelerator) as trackers,
+    ):
+        return _finetune(model, train, validation, config, accelerator, callbacks, trackers)
 
 
 def _finetune(
@@ -170,6 +173,7 @@ def _finetune(
     config: TrainConfig,
     accelerator: Accelerator,
     callbacks: Sequence[Any],
+    trackers: Trackers,
 ) -> History:
     """What `finetune` does, in a folder that no other run is at work in."""
     images = images_for(model, config)
@@ -214,13 +218,13 @@ def _finetune(
     stage = None
     with (
         stoppable(accelerator.num_processes) as stop,
-        tracked(config, accelerator) as log,
         open_display(accelerator.is_main_process) as show,
         left_behind(last, progress, save, show, accelerator),
         clear_errors(config.num_workers),
     ):
         freeze_for_(model, config, progress.epoch)
         show.say(first_lines(model, read, config, images, accelerator.device))
+        trackers.begin(_about(model, read, classes, images), progress.epochs)
         call(callbacks, "on_train_begin", model, config)
         while (progress.epoch < config.epochs and not progress.stopped) and not (
             progress.step == 0 and _is_stale(progress.epoch, progress.best_epoch, config.patience)
@@ -288,7 +292,7 @@ def _finetune(
                 progress.loss, progress.correct, progress.images, progress.seconds = 0.0, 0, 0, 0.0
                 save(is_best, found)
                 show.end(epoch, result)
-                log(result, epoch)
+                trackers.log(result, epoch)
             stop.agree(accelerator)
     accelerator.wait_for_everyone()
     content = checkpoints.read(best)
@@ -322,8 +326,25 @@ def _finetune(
         tested,
         temperature,
     )
+    trackers.log_outcome(history)
     call(callbacks, "on_train_end", history)
     return history
+
+
+def _about(
+    model: keras.Model, read: RunData, classes: tuple[str, ...], images: DataConfig
+) -> dict[str, Any]:
+    """What trackers keep of a run beside its settings."""
+    parts = {"train": read.training, "validation": read.validation, "test": read.test}
+    height, width = images.size or (0, 0)
+    return {
+        "model": model.name,
+        "weight_set": images.weight_set,
+        "parameters": model.count_params(),
+        "classes": len(classes),
+        "input": f"{height}x{width}",
+        **{f"{name}_images": len(part) for name, part in parts.items() if part is not None},
+    }
 
 
 @contextmanager
