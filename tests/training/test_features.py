@@ -13,19 +13,20 @@ from accelerate import Accelerator
 
 from vggtorch.training import data, features
 from vggtorch.training.identity import network_digest
+from vggtorch.training.loop import finetune
 
 
 def prefix_of(model):
     return keras.Model(model.inputs, features.frozen_end(model))
 
 
-def cached(model, source, folder, **changed):
+def cached(model, source, folder, *, prefix=None, **changed):
     options = {
         "weights": None, "copies": 1, "dtype": "float32", "num_workers": 0,
         "advance": lambda images: None,
     }  # fmt: skip
     return features.cached_features(
-        prefix_of(model), source, folder, accelerator=Accelerator(), **options | changed
+        prefix or prefix_of(model), source, folder, accelerator=Accelerator(), **options | changed
     )
 
 
@@ -106,6 +107,33 @@ def test_features_are_those_of_the_network_and_read_back(folder, tmp_path):
         assert torch.equal(found_labels, labels)
     assert torch.equal(found[[(5, 2)]][0], found[[(5, 0)]][0])  # modulo the copies
     assert not torch.equal(found[[(5, 1)]][0], found[[(5, 0)]][0])
+
+
+def test_features_are_made_of_those_of_the_layers_below(folder, tmp_path):
+    model = frozen()
+    low = model.get_layer("block1_pool").output
+    below = cached(model, folder, tmp_path / "f", copies=2, prefix=keras.Model(model.inputs, low))
+    above = keras.Model(low, features.frozen_end(model))
+    found = cached(model, below, tmp_path / "f", copies=2, prefix=above)
+    expected = cached(model, folder, tmp_path / "f", copies=2)
+    np.testing.assert_allclose(found.values, expected.values, rtol=1e-5, atol=1e-6)
+    assert torch.equal(found.labels, expected.labels)
+    assert len({below.digest, found.digest, expected.digest}) == 3
+
+
+@pytest.mark.slow
+def test_what_is_frozen_in_all_epochs_runs_once(config, images, monkeypatch):
+    read: list[tuple[int, int]] = []
+    real = data.Folder._image
+    monkeypatch.setattr(
+        data.Folder, "_image", lambda self, *key: read.append(key) or real(self, *key)
+    )
+    finetune(
+        tiny.network(), images, config=config, freeze="flatten",
+        unfreeze=((1, "block2_conv1"),), augment="flip", cache_copies=2,
+    )  # fmt: skip
+    shapes = 3  # one image of each file is read for its shape: training twice, validation
+    assert len(read) <= 2 * 18 + 6 + shapes
 
 
 def test_half_precision(folder, tmp_path):

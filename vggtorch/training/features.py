@@ -62,10 +62,17 @@ def _is_frozen(operation: keras.Operation) -> bool:
 
 @dataclass(frozen=True)
 class Features:
-    """A source of features on disk: augmentation a of an image is its copy a, modulo the copies."""
+    """A source of features on disk: augmentation a of an image is its copy a, modulo the copies.
 
-    values: np.ndarray  # (copies, images, ...) memory-mapped
+    Attributes:
+        values: (copies, images, ...), memory-mapped.
+        labels: (images,).
+        digest: a hash of all that the values depend on.
+    """
+
+    values: np.ndarray
     labels: torch.Tensor
+    digest: str
 
     def __len__(self) -> int:
         return self.values.shape[1]
@@ -78,7 +85,7 @@ class Features:
 
 def cached_features(
     prefix: keras.Model,
-    source: Folder | DatasetSource,
+    source: Folder | DatasetSource | Features,
     folder: Path,
     *,
     weights: str | None,
@@ -96,7 +103,7 @@ def cached_features(
 
     Args:
         prefix: the frozen part of a network.
-        source: the images.
+        source: the images, or what the layers below made of them.
         folder: where the file goes.
         weights: the weight set whose preprocessing the network expects.
         copies: augmentations of each image, from 0, the plain one.
@@ -111,7 +118,10 @@ def cached_features(
     """
     from accelerate.utils import broadcast_object_list
 
-    images, labels = fingerprint(source, copies)
+    if isinstance(source, Features):
+        images, labels = source.digest, source.labels.tolist()
+    else:
+        images, labels = fingerprint(source, copies)
     half = dtype == "float16"
     network = network_digest(prefix, flags=False, values=True)
     recipe = [images, weights, copies, half, accelerator.mixed_precision, network]
@@ -124,12 +134,12 @@ def cached_features(
                 prefix, source, path, weights, copies, dtype, num_workers, accelerator, advance
             )
         accelerator.wait_for_everyone()
-    return Features(np.load(path, mmap_mode="r"), torch.tensor(labels))
+    return Features(np.load(path, mmap_mode="r"), torch.tensor(labels), key)
 
 
 def _compute(
     prefix: keras.Model,
-    source: Folder | DatasetSource,
+    source: Folder | DatasetSource | Features,
     path: Path,
     weights: str | None,
     copies: int,
@@ -216,7 +226,9 @@ def _clear(path: Path) -> None:
             left.unlink(missing_ok=True)
 
 
-def _feature_shape(prefix: keras.Model, source: Folder | DatasetSource) -> tuple[int, ...]:
+def _feature_shape(
+    prefix: keras.Model, source: Folder | DatasetSource | Features
+) -> tuple[int, ...]:
     images, _ = source[[(0, 0)]]
     return tuple(prefix.compute_output_shape(tuple(images.shape))[1:])
 

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,7 +43,7 @@ from vggtorch.training.data import (
 )
 from vggtorch.training.display import Display, open_display
 from vggtorch.training.evaluation import Evaluation, evaluate
-from vggtorch.training.features import cached_features, frozen_end
+from vggtorch.training.features import Features, cached_features, frozen_end
 from vggtorch.training.heads import check_frozen, class_names, logits_network, with_head
 from vggtorch.training.identity import check_identity, identity_of
 from vggtorch.training.mixing import mixes
@@ -232,7 +233,7 @@ def _finetune(
             epoch = progress.epoch
             if stage is None or epoch in dict(config.unfreeze):
                 freeze_for_(model, config, epoch)
-                stage = prepare(model, read, config, accelerator, show)
+                stage = prepare(model, read, config, epoch, accelerator, show)
                 module = accelerator.prepare_model(stage.module)
             keys = stage.keys(read.plan, epoch)
             show.begin(f"epoch {epoch + 1}/{config.epochs}", sum(map(len, keys)), progress.images)
@@ -424,32 +425,48 @@ class Stage:
 
 
 def prepare(
-    model: keras.Model, read: RunData, config: TrainConfig, accelerator: Any, show: Display
+    model: keras.Model,
+    read: RunData,
+    config: TrainConfig,
+    epoch: int,
+    accelerator: Any,
+    show: Display,
 ) -> Stage:
-    """The part of a model that trains as it is frozen now, and what goes into it."""
+    """The part of a model that trains from this epoch on, and what goes into it.
+
+    What is frozen in all epochs runs once; what is frozen in this one runs on what that made.
+    """
     # Mixed images are new in every step: what frozen layers make of them can't be kept.
-    end = frozen_end(model) if config.cache and not mixes(config) else model.inputs[0]
-    module = logits_network(model, end)
+    is_cached = config.cache and not mixes(config)
+    ends = [model.inputs[0]]
+    for when in (config.epochs - 1, epoch):
+        freeze_for_(model, config, when)
+        if is_cached and (end := frozen_end(model)) is not ends[-1]:
+            ends.append(end)
+    module = logits_network(model, ends[-1])
     # In pieces, batch norm is of each piece, in one process and in several.
     whole = config.gradient_accumulation_steps == 1
     synchronize_(module.network, accelerator.num_processes > 1 and whole)
-    if end is model.inputs[0]:
+    if len(ends) == 1:
         return Stage(module, read.training, read.validation, is_cached=False)
-    prefix = keras.Model(model.inputs, end)
+    prefixes = [keras.Model(start, end) for start, end in pairwise(ends)]
 
     def features(source: Folder | DatasetSource, copies: int) -> Source:
-        show.begin("frozen layers, once", copies * len(source))
-        return cached_features(
-            prefix,
-            source,
-            Path(config.cache_dir or Path(config.output_dir) / "features"),
-            weights=arithmetic_of(model),
-            copies=copies,
-            dtype=config.cache_dtype,
-            num_workers=config.num_workers,
-            accelerator=accelerator,
-            advance=show.advance,
-        )
+        found: Folder | DatasetSource | Features = source
+        for prefix in prefixes:
+            show.begin("frozen layers, once", copies * len(source))
+            found = cached_features(
+                prefix,
+                found,
+                Path(config.cache_dir or Path(config.output_dir) / "features"),
+                weights=arithmetic_of(model),
+                copies=copies,
+                dtype=config.cache_dtype,
+                num_workers=config.num_workers,
+                accelerator=accelerator,
+                advance=show.advance,
+            )
+        return found
 
     training = features(read.training, config.cache_copies)
     validation = None if read.validation is None else features(read.validation, 1)

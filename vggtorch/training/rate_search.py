@@ -103,7 +103,7 @@ def find_learning_rate(
             state = first_state(model, config, accelerator.device, weight)
             freeze_for_(model, config, 0)
             with open_display(accelerator.is_main_process) as show:
-                stage = prepare(model, read, config, accelerator, show)
+                stage = prepare(model, read, config, 0, accelerator, show)
                 module = accelerator.prepare_model(stage.module).train()
                 show.begin("learning rate", steps * config.batch_size)
                 keys = list(itertools.islice(_endless(stage, read.plan), steps))
