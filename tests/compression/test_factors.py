@@ -67,6 +67,7 @@ def test_no_pair_of_the_rank_is_better_in_the_metric():
     found = METHODS["low rank"](given, 3)
     # Descent from there leads nowhere.
     a, b = (p.weight.flatten(1).clone().requires_grad_() for p in found.parts)
+    assert found.bias is not None
     bias = found.bias.clone().requires_grad_()
     optimizer = torch.optim.LBFGS([a, b, bias], max_iter=100, line_search_fn="strong_wolfe")
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
+from functools import partial
 
 import keras
 import numpy as np
@@ -74,9 +76,9 @@ def of_sequences() -> keras.Model:
     return keras.Model(inputs, L.Dense(64)(x))
 
 
-KINDS = {
+KINDS: dict[str, tuple[Callable[[], keras.Model], float]] = {
     "Sequential": (sequential, 2.0),
-    **{p: (lambda p=p: of_policy(p), 2.0) for p in ("mixed_bfloat16", "bfloat16", "float64")},
+    **{p: (partial(of_policy, p), 2.0) for p in ("mixed_bfloat16", "bfloat16", "float64")},
     "several outputs": (several_outputs, 2.0),
     "shared layer": (shared, 1.2),
     "channels first": (channels_first, 2.0),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -58,7 +59,7 @@ def test_the_time_of_a_resumed_training_is_that_of_the_whole_run(tmp_path, monke
     monkeypatch.setattr(joint, "distance", second_by_second)
     for module in (joint, resuming):
         monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: clock[0]))
-    settings = {"steps": 1000, "seconds": 50.0}  # the time alone decides
+    settings: Any = {"steps": 1000, "seconds": 50.0}  # the time alone decides
     whole, found = vt.compress(vgg(), 2, images(), **settings)
     with monkeypatch.context() as m:
         killed_at("state", m)
@@ -77,7 +78,7 @@ def test_a_resumed_run_has_the_layers_that_were_measured_before(tmp_path, monkey
 
     monkeypatch.setattr(work, "seconds_of", seconds)
     monkeypatch.setattr(work, "ratio_of", lambda *_: 2.1)
-    settings = {"by": "seconds", "steps": 0}
+    settings: Any = {"by": "seconds", "steps": 0}
     whole, _ = vt.compress(vgg(), 2, images(), **settings)
     with monkeypatch.context() as m:
         killed_at("factors", m)

@@ -105,7 +105,8 @@ def pairs_of(
     for first in by_name.values():
         if first.name in taken:
             continue
-        node, between = nodes[first.name], []
+        node = nodes[first.name]
+        between: list[Site] = []
         while _goes_through(node, first.name) and node.operation.name not in taps:
             following = readers.get(id(node.outputs[0]), [])
             if len(following) != 1 or id(node.outputs[0]) in outputs:

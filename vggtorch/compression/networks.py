@@ -170,7 +170,7 @@ def tapped_result(model: keras.Model, taps: Sequence[str]) -> nn.Module:
     return _lowered(keras.Model(model.inputs, tensors))
 
 
-def _lowered(model: keras.Model) -> nn.Module:
+def _lowered(model: keras.Model) -> torch.fx.GraphModule:
     with warnings.catch_warnings():  # in no loop of the user's is this network trained
         warnings.filterwarnings("ignore", message=".* has regularizers", category=UserWarning)
         return to_torch(model, data_format="channels_first", share=False).eval()
