@@ -123,11 +123,14 @@ def test_features_are_made_of_those_of_the_layers_below(folder, tmp_path):
 
 @pytest.mark.slow
 def test_what_is_frozen_in_all_epochs_runs_once(config, images, monkeypatch):
-    read: list[tuple[int, int]] = []
+    read = []
     real = data.Folder._image
-    monkeypatch.setattr(
-        data.Folder, "_image", lambda self, *key: read.append(key) or real(self, *key)
-    )
+
+    def image(self, *key):
+        read.append(key)
+        return real(self, *key)
+
+    monkeypatch.setattr(data.Folder, "_image", image)
     finetune(
         tiny.network(), images, config=config, freeze="flatten",
         unfreeze=((1, "block2_conv1"),), augment="flip", cache_copies=2,
