@@ -57,6 +57,16 @@ def vggtorch_compiled(place: Path, x: np.ndarray, dtype: str) -> Engine:
     return lambda: compiled(images), _from_torch
 
 
+def vggtorch_engine(place: Path, x: np.ndarray, dtype: str) -> Engine:
+    """What `optimize_for_inference` gives."""
+    return _engine(place, x, dtype, winograd=False)
+
+
+def vggtorch_winograd(place: Path, x: np.ndarray, dtype: str) -> Engine:
+    """The same with Winograd's convolutions."""
+    return _engine(place, x, dtype, winograd=True)
+
+
 def vggtorch_int8(place: Path, x: np.ndarray, dtype: str) -> Engine:
     """torchao's PT2E with the X86 quantizer on `to_torch`'s network, as docs/speed.md has it."""
     import torch
@@ -178,6 +188,8 @@ def keras_on_torch(place: Path, x: np.ndarray, dtype: str) -> Engine:
 ENGINES: dict[str, tuple[str, Callable[[Path, np.ndarray, str], Engine]]] = {
     OURS: ("torch", vggtorch),
     "vggtorch, compiled": ("torch", vggtorch_compiled),
+    "vggtorch, engine": ("torch", vggtorch_engine),
+    "vggtorch, Winograd": ("torch", vggtorch_winograd),
     "vggtorch, int8": ("torch", vggtorch_int8),
     "torchvision, channels-last": ("torch", torchvision_channels_last),
     "torchvision, compiled": ("torch", torchvision_compiled),
@@ -206,6 +218,17 @@ def _ours(place: Path, dtype: str) -> tuple[Any, Any]:
     torch.set_grad_enabled(False)
     network = vt.to_torch(_keras(keras, place, "float32"), share=False).eval()
     return torch, network.to(getattr(torch, dtype))
+
+
+def _engine(place: Path, x: np.ndarray, dtype: str, *, winograd: bool) -> Engine:
+    import vggtorch as vt  # isort: skip  (before keras)
+    import keras
+    import torch
+
+    model = _keras(keras, place, "float32")
+    run = vt.optimize_for_inference(model, dtype=getattr(torch, dtype), winograd=winograd)
+    images = torch.from_numpy(x)
+    return lambda: run(images), _from_torch
 
 
 def _torchvision(place: Path, dtype: str) -> tuple[Any, Any]:

@@ -6,6 +6,7 @@ from .features import FeatureExtractor as FeatureExtractor
 from .features import PerceptualLoss as PerceptualLoss
 from .lowering import accelerate_ as accelerate_
 from .lowering import export as export
+from .lowering import optimize_for_inference as optimize_for_inference
 from .lowering import to_torch as to_torch
 from .measuring import bench as bench
 from .measuring import compare as compare

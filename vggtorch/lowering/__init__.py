@@ -8,13 +8,15 @@ layers as torch.nn's modules), `kernels` (what torch computes faster than its pu
 and what makes it faster), `running` (how steps run: in groups, and again in backward), `plan` (all
 of it, and when it may run), `network` (the torch network), `writing` (`to_torch`, which writes the
 graph down), `on_keras` (the network on Keras's own variables), `accelerating` (the Keras model
-itself runs it) and `exporting`.
+itself runs it), `winograd` and `inference` (a model as it is now, prepared to answer fast) and
+`exporting`.
 """
 
 from vggtorch.lowering.accelerating import accelerate_
 from vggtorch.lowering.batch_norm import BatchNorm2d, synchronize_
 from vggtorch.lowering.exporting import export
 from vggtorch.lowering.fused import FusedConv2d
+from vggtorch.lowering.inference import optimize_for_inference
 from vggtorch.lowering.kernels import conv2d, has_fused_ops, prepared_weight
 from vggtorch.lowering.network import TorchNetwork
 from vggtorch.lowering.on_keras import OnKeras, Product, between
@@ -31,6 +33,7 @@ __all__ = [
     "conv2d",
     "export",
     "has_fused_ops",
+    "optimize_for_inference",
     "prepared_weight",
     "synchronize_",
     "to_torch",

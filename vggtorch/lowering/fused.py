@@ -25,6 +25,8 @@ from vggtorch.lowering.kernels import Convolution, MaxPoolReLU, Product, ReusedM
 SAFE = 1e37
 # Random numbers that the rows of a kernel are multiplied by to see whether it has changed.
 PROBE = torch.randn(4096, generator=torch.Generator().manual_seed(0))
+# Integers with as many bits as a floating-point number.
+INTEGERS = {torch.float32: torch.int32, torch.bfloat16: torch.int16}
 # On a CPU a product of mixed precision trains in its weight's own dtype with fewer rows than this:
 # reading a large weight takes longer than its product, and casting it and its gradient most.
 MANY_ROWS = 128
@@ -119,7 +121,17 @@ def _is_same(tensor: Tensor, kept: Tensor) -> bool:
     return torch.equal(flat.view(bits), kept.view(bits))
 
 
-class FusedConv2d:
+class Bounded:
+    """A step that wants to know how large the numbers in its input can be.
+
+    It is called with that bound, or None where nobody knows, and returns its output's too.
+    """
+
+    def __call__(self, x: Tensor, bound: float | None) -> tuple[Tensor, float | None]:
+        raise NotImplementedError
+
+
+class FusedConv2d(Bounded):
     """A convolution, the batch norm that follows it and the ReLU or ReLU6 after that as one step.
 
     oneDNN's ReLU is max(x, 0), which makes 0 of NaN, where torch keeps NaN. So the fused step runs
@@ -151,8 +163,7 @@ class FusedConv2d:
                 return self._one_by_one(x), None
             state = norm.running_mean, norm.running_var, norm.weight, norm.bias
             tensors += [t for t in state if t is not None]
-        made = self.constants(tensors, (dtype, options, eps), dtype, x, options)
-        weight, bias, gain, offset = made
+        prepared, gain, offset = self._made(tensors, (dtype, options, eps), dtype, x, options)
         known = bound is not None
         if bound is None:
             bound = _magnitude(x)
@@ -161,9 +172,20 @@ class FusedConv2d:
             out = _magnitude(x) * gain + offset
         if not out < SAFE:  # also where it is NaN
             return self._one_by_one(x), None
+        return self._convolved(x, prepared, options, out), out
+
+    def _made(self, tensors: list[Tensor], settings: Any, *args: Any) -> tuple[Any, float, float]:
+        """What `_constants` makes of these tensors as they are now."""
+        made: tuple[Any, float, float] = self.constants(tensors, settings, *args)
+        return made
+
+    def _convolved(
+        self, x: Tensor, prepared: Any, options: tuple[Any, ...], bound: float
+    ) -> Tensor:
+        """The output for a finite x, no number of which is larger than the bound."""
+        weight, bias = prepared
         stride, padding, dilation, groups = options
-        y = kernels.conv2d(x, weight, bias, stride, padding, dilation, groups, self.kind)
-        return y, out
+        return kernels.conv2d(x, weight, bias, stride, padding, dilation, groups, self.kind)
 
     def _one_by_one(self, x: Tensor) -> Tensor:
         y: Tensor = self.conv(x)
@@ -182,23 +204,29 @@ class FusedConv2d:
             weight = weight * scale.reshape(-1, 1, 1, 1)
         return weight, None if bias is None else bias.detach()
 
+    def folded_in(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        """The same in another dtype."""
+        weight, bias = self.folded()
+        return weight.to(dtype), None if bias is None else bias.to(dtype)
+
     def _constants(
         self, dtype: torch.dtype, x: Tensor, options: tuple[Any, ...]
-    ) -> tuple[Tensor, Tensor | None, float, float]:
+    ) -> tuple[tuple[Tensor, Tensor | None], float, float]:
         """The folded weight, prepared, and bias; and how much an output can be.
 
         At most the first number times the largest input, plus the second, of the convolution itself
         and behind the batch norm.
         """
-        conv = self.conv
-        gain, offset = _gain(conv.weight.detach()), _largest(conv.bias)
-        weight, bias = self.folded()
+        weight, bias = self.folded_in(dtype)
+        return (kernels.prepared_weight(weight, x.shape, *options), bias), *self._growth()
+
+    def _growth(self) -> tuple[float, float]:
+        """`_constants`' two numbers."""
+        gain, offset = _gain(self.conv.weight.detach()), _largest(self.conv.bias)
         if self.norm is not None:
+            weight, bias = self.folded()
             gain, offset = gain + _gain(weight), offset + _largest(bias)
-        weight = weight.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
-        prepared = kernels.prepared_weight(weight, x.shape, *options)
-        return prepared, bias, gain, offset
+        return gain, offset
 
 
 def _is_usual(x: Tensor, conv: nn.Conv2d, mixed: bool) -> bool:
@@ -228,11 +256,46 @@ def _largest(bias: Tensor | None) -> float:
     return 0.0 if bias is None else float(bias.abs().max())
 
 
+class PairMaxPool2d(Bounded):
+    """A 2x2 max pool behind a ReLU, as maxima of two rows and then of two columns.
+
+    torch's pool notes where each maximum was, which only gradients need, and in bfloat16 makes
+    floats of all numbers. Those that are finite and not negative are in the order of their bits,
+    so integers are compared here.
+    """
+
+    def __init__(self, pool: nn.MaxPool2d) -> None:
+        self.pool = pool
+
+    @staticmethod
+    def takes(pool: nn.MaxPool2d) -> bool:
+        """Whether it is a pool of separate 2x2 windows, and nothing else."""
+        return (
+            pool.kernel_size in (2, (2, 2))
+            and pool.stride in (2, (2, 2))
+            and pool.padding in (0, (0, 0))
+            and pool.dilation in (1, (1, 1))
+            and not (pool.ceil_mode or pool.return_indices)
+        )
+
+    def __call__(self, x: Tensor, bound: float | None) -> tuple[Tensor, float | None]:
+        integers = INTEGERS.get(x.dtype)
+        if bound is None or integers is None or x.ndim != 4 or min(x.shape[2:]) < 2:
+            return self.pool(x), bound
+        bits = x.permute(0, 2, 3, 1).view(integers)
+        high, wide = x.shape[2] // 2, x.shape[3] // 2
+        rows = bits[:, : 2 * high, : 2 * wide].unflatten(1, (high, 2))
+        columns = torch.maximum(rows[:, :, 0], rows[:, :, 1]).unflatten(2, (wide, 2))
+        largest = torch.maximum(columns[:, :, :, 0], columns[:, :, :, 1])
+        return largest.view(x.dtype).permute(0, 3, 1, 2), bound
+
+
 class FusedLinear:
     """A product as a step of inference; its ReLU overwrites what was computed."""
 
     def __init__(self, linear: nn.Linear, activation: nn.Module | None, mixed: bool) -> None:
-        self.linear, self.activation, self.mixed = linear, activation, mixed
+        self.linear: Any = linear  # or what computes the same with a weight prepared once
+        self.activation, self.mixed = activation, mixed
 
     @torch.no_grad()
     def __call__(self, x: Tensor) -> Tensor:

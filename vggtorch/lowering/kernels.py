@@ -43,6 +43,7 @@ def _onednn() -> bool:
         torch.backends.mkldnn.is_available()
         and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+        and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
         and hasattr(torch.ops.aten, "mkldnn_reorder_conv2d_weight")
     )
 
@@ -80,6 +81,11 @@ def prepared_weight(
     return torch.ops.aten.mkldnn_reorder_conv2d_weight(
         weight.to_mkldnn(), padding, stride, dilation, groups, shape
     )
+
+
+def prepared_linear_weight(weight: Tensor) -> Tensor:
+    """A weight (out, in) in the order that oneDNN likes best, for inputs of any batch."""
+    return torch.ops.mkldnn._reorder_linear_weight(weight, None)
 
 
 # Activations as oneDNN knows them: a name and its numbers.

@@ -109,7 +109,7 @@ class Plan:
                 run.constants.is_checked = False
         values: dict[int, Any] = dict(enumerate(inputs))
         run_segments(self.plans.fast(settled), values)
-        return _filled(self.structure, values)
+        return filled(self.structure, values)
 
     def release(self) -> None:
         """Let go of the memory that is kept for the gradients of large products."""
@@ -195,13 +195,13 @@ def _places(structure: Any) -> list[int]:
     return [i for part in structure for i in _places(part)]
 
 
-def _filled(structure: Any, values: dict[int, Any]) -> Any:
+def filled(structure: Any, values: dict[int, Any]) -> Any:
     """What the network returns: torch.fx's lists and dicts as Python's own."""
     if isinstance(structure, Place):
         return values[structure.index]
     if isinstance(structure, dict):
-        return {key: _filled(part, values) for key, part in structure.items()}
+        return {key: filled(part, values) for key, part in structure.items()}
     if isinstance(structure, list | tuple):
-        parts = [_filled(part, values) for part in structure]
+        parts = [filled(part, values) for part in structure]
         return tuple(parts) if isinstance(structure, tuple) else parts
     return structure

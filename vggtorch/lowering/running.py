@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vggtorch.lowering.batch_norm import KerasBatchNorm
-from vggtorch.lowering.fused import FusedConv2d, product_dtype
+from vggtorch.lowering.fused import Bounded, product_dtype
 from vggtorch.lowering.layer_modules import SamePad
 from vggtorch.lowering.steps import Segment, Step, kind_of
 
@@ -109,7 +109,7 @@ def _run(steps: list[Step], values: dict[int, Any], sizes: list[int] | None = No
         inputs = [values[i] for i in step.inputs]
         for i in step.last_use:
             del values[i]
-        if isinstance(step.run, FusedConv2d):
+        if isinstance(step.run, Bounded):
             output, bounds[step.output] = step.run(inputs[0], bounds.get(step.inputs[0]))
         else:
             output = step.run(*inputs)

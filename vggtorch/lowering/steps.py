@@ -20,6 +20,7 @@ from vggtorch.lowering.fused import (
     FusedConv2d,
     FusedLinear,
     OverwritingReLU,
+    PairMaxPool2d,
     ReLUPool2d,
     TrainedConv2d,
     TrainedLinear,
@@ -110,7 +111,10 @@ CONVOLUTIONS = (nn.Conv2d, MixedConv2d)
 LINEARS = (nn.Linear, MixedLinear)
 NORMS = (BatchNorm1d, BatchNorm2d, BatchNorm3d)
 DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
-POOLS = (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, SameAvgPool, GlobalMaxPool, ReLUPool2d)
+POOLS = (
+    nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, SameAvgPool, GlobalMaxPool, PairMaxPool2d,
+    ReLUPool2d,
+)  # fmt: skip
 # What looks at one image at a time and has no weights. Products aren't here because they would read
 # their large weights once for each group.
 ELEMENTWISE = (
@@ -239,10 +243,14 @@ class Plans:
         return self.fused[kind, *key]
 
     def _for_inference(self, steps: list[Step], only_use: dict[int, Step]) -> list[Step]:
-        """A convolution takes over the batch norm and the ReLU after it, a product its ReLU."""
+        """A convolution takes over the batch norm and the ReLU after it, a product its ReLU.
+
+        A max pool behind a convolution's ReLU compares pairs.
+        """
         here = {id(step) for step in steps}
         result: list[Step] = []
         absorbed = set()
+        positive: set[int] = set()  # values behind a convolution's ReLU
 
         def after(step: Step, *kinds: type) -> Step | None:
             found = only_use.get(step.output)
@@ -251,6 +259,12 @@ class Plans:
 
         for step in steps:
             kind, norm, activation, end = kind_of(step), None, None, step
+            if (
+                kind is nn.MaxPool2d
+                and step.inputs[0] in positive
+                and PairMaxPool2d.takes(step.run)
+            ):
+                step = replace(step, run=self._once(PairMaxPool2d, step.run))
             if id(step) in absorbed or kind not in (*CONVOLUTIONS, *LINEARS):
                 result += [] if id(step) in absorbed else [step]
                 continue
@@ -265,6 +279,8 @@ class Plans:
             else:
                 run = self._once(FusedLinear, step.run, activation, kind is MixedLinear)
             result.append(replace(step, run=run, output=end.output))
+            if activation is not None and kind in CONVOLUTIONS:
+                positive.add(end.output)
         return result
 
     def _for_training(self, steps: list[Step], only_use: dict[int, Step]) -> list[Step]:
