@@ -58,7 +58,7 @@ class FrozenConv2d:
     def __call__(self, x: Tensor, bound: float | None) -> tuple[Tensor, float | None]:
         """As FusedConv2d has it."""
         self.forward.constants.is_checked = False
-        return self.forward(x, bound)
+        return self.forward([x], [bound])
 
     @torch.no_grad()
     def prepare(self, shape: torch.Size) -> tuple[Tensor, bool]:

@@ -1,14 +1,15 @@
 """Steps that do the work of several modules at once, or of one in another way.
 
-In inference a convolution, its batch norm and its ReLU are one kernel, for which the weights are
-prepared once and anew when a parameter changes. In training a ReLU overwrites what it gets, or
-follows the max pool behind it instead of going before it.
+In inference a convolution, its batch norm, an addition and a ReLU are one kernel, for which the
+weights are prepared once and anew when a parameter changes. In training a ReLU overwrites what it
+gets, or follows the max pool behind it instead of going before it.
 """
 
 # ruff: noqa: D102  (calling one does what its class says)
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -122,57 +123,72 @@ def _is_same(tensor: Tensor, kept: Tensor) -> bool:
 
 
 class Bounded:
-    """A step that wants to know how large the numbers in its input can be.
+    """A step that wants to know how large the numbers in its inputs can be.
 
-    It is called with that bound, or None where nobody knows, and returns its output's too.
+    It is called with these bounds, None where nobody knows, and returns its output's too.
     """
 
-    def __call__(self, x: Tensor, bound: float | None) -> tuple[Tensor, float | None]:
+    def __call__(
+        self, inputs: Sequence[Tensor], bounds: Sequence[float | None]
+    ) -> tuple[Tensor, float | None]:
         raise NotImplementedError
 
 
 class FusedConv2d(Bounded):
-    """A convolution, the batch norm that follows it and the ReLU or ReLU6 after that as one step.
+    """A convolution, and the batch norm, the addition and the ReLU or ReLU6 after it as one step.
 
     oneDNN's ReLU is max(x, 0), which makes 0 of NaN, where torch keeps NaN. So the fused step runs
-    only where no NaN can come up: its input is finite, and so small that not even the largest sum
-    of weights times it, before or after the batch norm, overflows. Otherwise the modules run one by
-    one, and give what they give.
+    only where no NaN can come up: its inputs are finite, and so small that not even the largest sum
+    of weights times them, before or after the batch norm, overflows. Otherwise the modules run one
+    by one, and give what they give.
+
+    Args:
+        mixed: the convolution computes in its input's dtype, whatever its weight's.
+        adds: there is a second input, which is added behind the batch norm.
     """
 
     def __init__(
-        self, conv: nn.Conv2d, norm: BatchNorm2d | None, activation: nn.Module | None, mixed: bool
+        self,
+        conv: nn.Conv2d,
+        norm: BatchNorm2d | None,
+        activation: nn.Module | None,
+        mixed: bool,
+        adds: bool = False,
     ) -> None:
         self.conv, self.norm, self.activation, self.mixed = conv, norm, activation, mixed
+        self.adds = adds
         self.constants = ParameterCache(self._constants)
         self.kind = {nn.ReLU: "relu", nn.ReLU6: "relu6", type(None): "none"}[type(activation)]
 
-    def __call__(self, x: Tensor, bound: float | None) -> tuple[Tensor, float | None]:
-        """The output and a bound of its magnitude, from the input and the bound that is known."""
-        conv = self.conv
+    def __call__(
+        self, inputs: Sequence[Tensor], bounds: Sequence[float | None]
+    ) -> tuple[Tensor, float | None]:
+        """The output and a bound of its magnitude."""
+        conv, x = self.conv, inputs[0]
         dtype = product_dtype(x, x.dtype if self.mixed else conv.weight.dtype)
         if not (_is_usual(x, conv, self.mixed) and kernels.has_fused_ops(x, dtype)):
-            return self._one_by_one(x), None
-        x = x.to(dtype).contiguous(memory_format=torch.channels_last)
+            return self._one_by_one(*inputs), None
         options: tuple[Any, ...] = conv.stride, conv.padding, conv.dilation, conv.groups
+        if self.adds and not _is_like_output(inputs[1], x, conv, dtype):
+            return self._one_by_one(*inputs), None
+        x, *others = (t.to(dtype).contiguous(memory_format=torch.channels_last) for t in inputs)
         tensors = [conv.weight] if conv.bias is None else [conv.weight, conv.bias]
         eps = None
         if self.norm is not None:
             norm, eps = self.norm, self.norm.eps
             if norm.running_mean is None or norm.running_var is None:
-                return self._one_by_one(x), None
+                return self._one_by_one(*inputs), None
             state = norm.running_mean, norm.running_var, norm.weight, norm.bias
             tensors += [t for t in state if t is not None]
         prepared, gain, offset = self._made(tensors, (dtype, options, eps), dtype, x, options)
-        known = bound is not None
-        if bound is None:
-            bound = _magnitude(x)
-        out = bound * gain + offset
-        if known and not out < SAFE:  # the bounds of many layers multiply up
-            out = _magnitude(x) * gain + offset
+        known = None not in bounds
+        # The bounds of many layers multiply up, so numbers are looked at before they are too large.
+        out = _sum_bound(bounds, gain, offset) if known else math.inf
+        if not out < SAFE:
+            out = _sum_bound([_magnitude(t) for t in (x, *others)], gain, offset)
         if not out < SAFE:  # also where it is NaN
-            return self._one_by_one(x), None
-        return self._convolved(x, prepared, options, out), out
+            return self._one_by_one(*inputs), None
+        return self._convolved(x, others, prepared, options, out), out
 
     def _made(self, tensors: list[Tensor], settings: Any, *args: Any) -> tuple[Any, float, float]:
         """What `_constants` makes of these tensors as they are now."""
@@ -180,16 +196,19 @@ class FusedConv2d(Bounded):
         return made
 
     def _convolved(
-        self, x: Tensor, prepared: Any, options: tuple[Any, ...], bound: float
+        self, x: Tensor, others: list[Tensor], prepared: Any, options: Any, bound: float
     ) -> Tensor:
-        """The output for a finite x, no number of which is larger than the bound."""
+        """The output, no number of which is larger than the bound."""
         weight, bias = prepared
+        other = others[0] if others else None
         stride, padding, dilation, groups = options
-        return kernels.conv2d(x, weight, bias, stride, padding, dilation, groups, self.kind)
+        return kernels.conv2d(x, weight, bias, stride, padding, dilation, groups, self.kind, other)
 
-    def _one_by_one(self, x: Tensor) -> Tensor:
+    def _one_by_one(self, x: Tensor, *others: Tensor) -> Tensor:
         y: Tensor = self.conv(x)
         y = y if self.norm is None else self.norm(y)
+        for other in others:
+            y = y + other
         return y if self.activation is None else self.activation(y)
 
     def folded(self) -> tuple[Tensor, Tensor | None]:
@@ -241,6 +260,18 @@ def _is_usual(x: Tensor, conv: nn.Conv2d, mixed: bool) -> bool:
     )
 
 
+def _is_like_output(other: Tensor, x: Tensor, conv: nn.Conv2d, dtype: torch.dtype) -> bool:
+    """Whether what is to be added has the shape and dtype of a convolution's output for x."""
+    sides: Any = (x.shape[2:], conv.kernel_size, conv.stride, conv.padding, conv.dilation)
+    size = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in zip(*sides, strict=True)]
+    return other.dtype == dtype and list(other.shape) == [len(x), len(conv.weight), *size]
+
+
+def _sum_bound(bounds: Sequence[float | None], gain: float, offset: float) -> float:
+    first, *others = (math.inf if bound is None else bound for bound in bounds)
+    return first * gain + offset + sum(others)
+
+
 def _magnitude(x: Tensor) -> float:
     """The largest magnitude in x (N, C, H, W), NaN if there is one."""
     low, high = torch.aminmax(x.permute(0, 2, 3, 1))  # NHWC, in the order of its memory
@@ -278,7 +309,10 @@ class PairMaxPool2d(Bounded):
             and not (pool.ceil_mode or pool.return_indices)
         )
 
-    def __call__(self, x: Tensor, bound: float | None) -> tuple[Tensor, float | None]:
+    def __call__(
+        self, inputs: Sequence[Tensor], bounds: Sequence[float | None]
+    ) -> tuple[Tensor, float | None]:
+        (x,), (bound,) = inputs, bounds
         integers = INTEGERS.get(x.dtype)
         if bound is None or integers is None or x.ndim != 4 or min(x.shape[2:]) < 2:
             return self.pool(x), bound

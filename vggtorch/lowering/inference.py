@@ -163,7 +163,7 @@ class FixedConv2d(FusedConv2d):
     """A fused convolution whose weights are prepared once; with a workspace also by Winograd's."""
 
     def __init__(self, fused: FusedConv2d, workspace: Workspace | None) -> None:
-        super().__init__(fused.conv, fused.norm, fused.activation, fused.mixed)
+        super().__init__(fused.conv, fused.norm, fused.activation, fused.mixed, fused.adds)
         self.workspace = workspace
         self.growth = self._growth()
         self.direct: tuple[Tensor, Tensor | None] | None = None
@@ -173,16 +173,21 @@ class FixedConv2d(FusedConv2d):
         return None, *self.growth
 
     def _convolved(
-        self, x: Tensor, prepared: Any, options: tuple[Any, ...], bound: float
+        self, x: Tensor, others: list[Tensor], prepared: Any, options: Any, bound: float
     ) -> Tensor:
-        if self.workspace is not None and bound * GROWTH < SAFE and pays(self.conv, x):
+        if (
+            self.workspace is not None
+            and not others
+            and bound * GROWTH < SAFE
+            and pays(self.conv, x)
+        ):
             if self.winograd is None:
                 self.winograd = WinogradConv2d(*self.folded_in(x.dtype), self.kind)
             return self.winograd(x, options[1], self.workspace)
         if self.direct is None:
             weight, bias = self.folded_in(x.dtype)
             self.direct = kernels.prepared_weight(weight, x.shape, *options), bias
-        return super()._convolved(x, self.direct, options, bound)
+        return super()._convolved(x, others, self.direct, options, bound)
 
 
 class FixedLinear(FusedLinear):

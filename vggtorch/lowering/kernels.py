@@ -105,10 +105,19 @@ def conv2d(
     dilation: Sequence[int],
     groups: int,
     activation: str = "none",
+    other: Tensor | None = None,
 ) -> Tensor:
-    """Convolution, bias and activation ("none", "relu" or "relu6") in one; no gradients."""
-    return torch.ops.mkldnn._convolution_pointwise(
-        x, weight, bias, padding, stride, dilation, groups, *_ACTIVATIONS[activation], ""
+    """Convolution, bias, a tensor to add and activation in one; no gradients.
+
+    The activation is "none", "relu" or "relu6", which alone has no addition before it.
+    """
+    name, numbers = _ACTIVATIONS[activation]
+    options = padding, stride, dilation, groups
+    if other is None:
+        return torch.ops.mkldnn._convolution_pointwise(x, weight, bias, *options, name, numbers, "")
+    unary = None if activation == "none" else name
+    return torch.ops.mkldnn._convolution_pointwise.binary(
+        x, other, weight, bias, *options, "add", 1.0, unary, numbers, ""
     )
 
 

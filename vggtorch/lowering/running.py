@@ -110,7 +110,8 @@ def _run(steps: list[Step], values: dict[int, Any], sizes: list[int] | None = No
         for i in step.last_use:
             del values[i]
         if isinstance(step.run, Bounded):
-            output, bounds[step.output] = step.run(inputs[0], bounds.get(step.inputs[0]))
+            known = [bounds.get(i) for i in step.inputs]
+            output, bounds[step.output] = step.run(inputs, known)
         else:
             output = step.run(*inputs)
             if kind_of(step) in _NOT_LARGER:

@@ -135,6 +135,7 @@ FUNCTIONS_BY_IMAGE = (
     torch.add, torch.sub, torch.mul, torch.div, torch.neg, torch.maximum, torch.minimum,
     operator.add, operator.sub, operator.mul, operator.truediv,
 )  # fmt: skip
+ADDITIONS = (torch.add, operator.add)
 # Backward doesn't need what these return, so that a ReLU may overwrite it.
 FRESH = (*CONVOLUTIONS, *LINEARS, *NORMS)
 FRESH_FUNCTIONS = (torch.add, torch.sub, torch.mul, torch.maximum, torch.minimum, torch.cat)
@@ -243,44 +244,64 @@ class Plans:
         return self.fused[kind, *key]
 
     def _for_inference(self, steps: list[Step], only_use: dict[int, Step]) -> list[Step]:
-        """A convolution takes over the batch norm and the ReLU after it, a product its ReLU.
+        """A convolution takes over the batch norm, addition and ReLU after it, a product its ReLU.
 
         A max pool behind a convolution's ReLU compares pairs.
         """
         here = {id(step) for step in steps}
         result: list[Step] = []
         absorbed = set()
+        sums: dict[int, tuple[Step, Any, int]] = {}  # a convolution that waits for its addition
         positive: set[int] = set()  # values behind a convolution's ReLU
 
-        def after(step: Step, *kinds: type) -> Step | None:
+        def after(step: Step, *kinds: Any) -> Step | None:
             found = only_use.get(step.output)
             fits = found is not None and id(found) in here and kind_of(found) in kinds
             return found if fits else None
 
+        def add(first: Step, kind: Any, norm: Any, end: Step, *others: int) -> None:
+            """Add a fused step for all from the first to the end, and the ReLU behind that."""
+            six = () if others or kind not in CONVOLUTIONS else (nn.ReLU6,)
+            activation = None
+            if found := after(end, nn.ReLU, *six):
+                activation, end = found.run, found
+                absorbed.add(id(end))
+            if kind in CONVOLUTIONS:
+                mixed, adds = kind is MixedConv2d, bool(others)
+                run = self._once(FusedConv2d, first.run, norm, activation, mixed, adds)
+            else:
+                run = self._once(FusedLinear, first.run, activation, kind is MixedLinear)
+            result.append(Step(run, (*first.inputs, *others), end.output))
+            if activation is not None and kind in CONVOLUTIONS:
+                positive.add(end.output)
+
         for step in steps:
-            kind, norm, activation, end = kind_of(step), None, None, step
-            if (
+            kind, norm, end = kind_of(step), None, step
+            if id(step) in absorbed:
+                continue
+            if id(step) in sums:
+                first, norm, value = sums[id(step)]
+                others = (i for i in step.inputs if i != value)
+                add(first, kind_of(first), norm, step, *others)
+            elif kind in CONVOLUTIONS:
+                if found := after(end, BatchNorm2d):
+                    norm, end = found.run, found
+                    absorbed.add(id(end))
+                found = after(end, *ADDITIONS)
+                if found and id(found) not in sums and _adds_two(found):
+                    sums[id(found)] = step, norm, end.output
+                else:
+                    add(step, kind, norm, end)
+            elif kind in LINEARS:
+                add(step, kind, None, step)
+            elif (
                 kind is nn.MaxPool2d
                 and step.inputs[0] in positive
                 and PairMaxPool2d.takes(step.run)
             ):
-                step = replace(step, run=self._once(PairMaxPool2d, step.run))
-            if id(step) in absorbed or kind not in (*CONVOLUTIONS, *LINEARS):
-                result += [] if id(step) in absorbed else [step]
-                continue
-            if kind in CONVOLUTIONS and (found := after(end, BatchNorm2d)):
-                norm, end = found.run, found
-                absorbed.add(id(end))
-            if found := after(end, nn.ReLU, *((nn.ReLU6,) if kind in CONVOLUTIONS else ())):
-                activation, end = found.run, found
-                absorbed.add(id(end))
-            if kind in CONVOLUTIONS:
-                run = self._once(FusedConv2d, step.run, norm, activation, kind is MixedConv2d)
+                result.append(replace(step, run=self._once(PairMaxPool2d, step.run)))
             else:
-                run = self._once(FusedLinear, step.run, activation, kind is MixedLinear)
-            result.append(replace(step, run=run, output=end.output))
-            if activation is not None and kind in CONVOLUTIONS:
-                positive.add(end.output)
+                result.append(step)
         return result
 
     def _for_training(self, steps: list[Step], only_use: dict[int, Step]) -> list[Step]:
@@ -306,6 +327,11 @@ class Plans:
                 continue
             result.append(pools.get(id(step), step))
         return result
+
+
+def _adds_two(step: Step) -> bool:
+    """Whether an addition takes two different values, and nothing else."""
+    return step.run.arguments == ((Place(0), Place(1)), {})
 
 
 def _overwrite(steps: list[Step], fresh: set[int]) -> list[Step]:

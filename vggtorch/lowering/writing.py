@@ -54,11 +54,11 @@ def to_torch(
     them (`parameters_to_vector`) on the torch side.
 
     **Speed.** On a CPU a call runs faster than its modules one by one: convolutions with their
-    batch norm and ReLU in one, pools before ReLUs, a few images at a time, frozen leading layers as
-    in inference. Whatever looks on or changes something gets the modules one by one: hooks,
-    tracers, compilers, transforms, dispatch modes, modules with another forward. A module that you
-    put in the place of another runs as it is. On a GPU torch's own operations run; for small
-    batches there use `torch.compile(network, mode="reduce-overhead")`.
+    batch norm, addition and ReLU in one, pools before ReLUs, a few images at a time, frozen leading
+    layers as in inference. Whatever looks on or changes something gets the modules one by one:
+    hooks, tracers, compilers, transforms, dispatch modes, modules with another forward. A module
+    that you put in the place of another runs as it is. On a GPU torch's own operations run; for
+    small batches there use `torch.compile(network, mode="reduce-overhead")`.
 
     **What is read once.** Strides, activations, dropout rates: changes of a layer other than of its
     weights and of `trainable` need another `to_torch`, and the next call warns of them. Penalties
