@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import product
 from math import prod
 from typing import Any
 
@@ -15,7 +16,15 @@ from torch import Tensor, nn
 from vggtorch.compression.choice import Option, choose
 from vggtorch.compression.clocks import ratio_of, seconds_of
 from vggtorch.compression.deletion import Pair, giving, numbers_of, order_of, reading
-from vggtorch.compression.factors import METHODS, SHARES, Factors, Part, multiply_adds, ranks_for
+from vggtorch.compression.factors import (
+    LANES,
+    METHODS,
+    SHARES,
+    Factors,
+    Part,
+    multiply_adds,
+    ranks_for,
+)
 from vggtorch.compression.joint import State, descend_
 from vggtorch.compression.networks import BATCH, Networks
 from vggtorch.compression.photographs import Photographs
@@ -326,12 +335,13 @@ class Work:
         counted = [*self.networks.sites, *self.between]
         left = budget - self.networks.total + sum(site.multiply_adds for site in counted)
         left -= sum(option.cost for option in chosen.values())
-        for site in sorted(self.networks.sites, key=lambda site: -chosen[site.name].error):
+        order = sorted(self.networks.sites, key=lambda site: -chosen[site.name].error)
+        for lanes, site in product((LANES, 1), order):
             method, ranks, cost, error = vars(chosen[site.name]).values()
             if left < SPARE * budget or method not in METHODS:
                 continue
             most = (cost + left) / site.multiply_adds
-            for more in ranks_for(site, method, most, lanes=1):
+            for more in ranks_for(site, method, most, lanes):
                 if len(more) == len(ranks) and (now := multiply_adds(site, method, more)) > cost:
                     chosen[site.name] = Option(method, more, float(now), error)
                     left -= now - cost
