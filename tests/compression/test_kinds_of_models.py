@@ -101,14 +101,14 @@ def shown(model: keras.Model) -> np.ndarray:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_kind(kind):
+def test_every_kind(kind, tmp_path):
     make, times = KINDS[kind]
     keras.utils.set_random_seed(0)
     model = make()
     x = shown(model)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)  # none that says nothing to whoever compresses
-        result, found = vt.compress(model, times, x, steps=3)
+        result, found = vt.compress(model, times, x, steps=3, folder=tmp_path)
     assert times <= found.times < 1.15 * times
     counted = [vt.inspect(m, repeats=1).total.multiply_adds for m in (model, result)]
     assert counted == [found.before, found.after]
@@ -119,6 +119,17 @@ def test_every_kind(kind):
     for a, b in zip(before, after, strict=True):
         a, b = (np.asarray(y, "float32").ravel() for y in (a, b))
         assert a @ b / np.linalg.norm(a) / np.linalg.norm(b) > 0.9
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("by", ["multiply-adds", "seconds"])
+def test_on_a_gpu(by, tmp_path):
+    model = vgg()
+    times = 2.0 if by == "multiply-adds" else 1.01
+    result, found = vt.compress(model, times, images(), by=by, steps=3, folder=tmp_path)
+    assert {v.value.device.type for m in (model, result) for v in m.variables} == {"cuda"}
+    assert by == "seconds" or found.times >= 2
+    assert min(found.likeness.values()) > 0.95
 
 
 def test_layers_that_give_nothing_are_alike():

@@ -21,7 +21,7 @@ def _example(shape: Sequence[int], device: torch.device) -> torch.Tensor:
 @torch.no_grad()
 def seconds_of(module: nn.Module, shape: Sequence[int], device: torch.device) -> float:
     """Median seconds of one image, after a warm-up; `shape` is what enters, without the batch."""
-    x = _example(shape, device)
+    x, module = _example(shape, device), module.to(device)
     return statistics.median(in_turns({"": lambda: module(x)}, REPEATS, device)[""])
 
 

@@ -154,7 +154,7 @@ def compress(
     tapped = tapped_result(result, networks.taps)
     after = likeness(networks, tapped, photographs.held_out)
     if by == "seconds":
-        left = total / ratio_of(whole.original, tapped, networks.entering, work.device)
+        left = total / ratio_of(whole.original, tapped, networks.entering, networks.device)
     else:
         counted = [*networks.sites, *work.between]
         fixed = networks.total - sum(site.multiply_adds for site in counted)

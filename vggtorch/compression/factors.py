@@ -99,9 +99,11 @@ class Factors:
 class _Reading(nn.Module):
     """Takes some channels of a map; they are deleted once the Keras model is built."""
 
+    kept: Tensor
+
     def __init__(self, kept: Tensor) -> None:
         super().__init__()
-        self.kept = kept
+        self.register_buffer("kept", kept)
 
     def forward(self, x: Tensor) -> Tensor:
         return x[:, self.kept]
@@ -110,9 +112,12 @@ class _Reading(nn.Module):
 class _Giving(nn.Module):
     """Gives a map with zeros in place of the channels that are to be deleted."""
 
+    kept: Tensor
+
     def __init__(self, kept: Tensor, outputs: int) -> None:
         super().__init__()
-        self.kept, self.outputs = kept, outputs
+        self.register_buffer("kept", kept)
+        self.outputs = outputs
 
     def forward(self, y: Tensor) -> Tensor:
         whole = y.new_zeros(len(y), self.outputs, *y.shape[2:])

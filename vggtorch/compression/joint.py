@@ -24,7 +24,7 @@ def distance(outputs: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
     for y, t in zip(outputs, targets, strict=True):
         size = t.flatten(1).norm(dim=1, keepdim=True).clamp_min(1e-30)
         errors.append(((y - t).flatten(1) / size).square().sum(1).mean())
-    weights = DEEPER ** torch.arange(len(errors))
+    weights = DEEPER ** torch.arange(len(errors), device=errors[0].device)
     return torch.stack(errors) @ weights / weights.sum()
 
 

@@ -47,10 +47,15 @@ class Networks:
     total: int
     entering: tuple[int, ...]
 
+    @property
+    def device(self) -> torch.device:
+        """Where they compute."""
+        return next(self.original.parameters()).device
+
     def install_(self, modules: Mapping[str, nn.Module]) -> None:
         """Put modules into the network in work, by the names of children."""
         for child, module in modules.items():
-            setattr(self.work, child, module)
+            setattr(self.work, child, module.to(self.device))
 
     def remove_(self, site: Site) -> None:
         """Give the network in work the original's layer back."""

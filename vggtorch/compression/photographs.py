@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vggtorch.keras_graph import data_format
+from vggtorch.keras_graph import data_format, raw_value
 from vggtorch.models import PREPROCESSING_SUFFIX, weight_set
 from vggtorch.surgery import checked_images
 from vggtorch.weight_sets import weight_set_named
@@ -21,7 +21,7 @@ FEWEST = 20
 
 @dataclass(frozen=True)
 class Photographs:
-    """Images, (N, C, H, W), in two parts.
+    """Images, (N, C, H, W), in two parts, on the device of the model's weights.
 
     Attributes:
         shown: those that layers are fitted to.
@@ -71,6 +71,8 @@ def split(model: keras.Model, images: Any, seed: int) -> Photographs:
         )
     _check_values(array, model)
     pixels = torch.from_numpy(array)
+    if model.variables:
+        pixels = pixels.to(raw_value(model.variables[0]).device)
     if pixels.ndim > 2 and data_format(model) == "channels_last":
         pixels = pixels.movedim(-1, 1)  # NHWC -> NCHW view
     order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(seed))

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import keras
-import numpy as np
 import torch
 
 from vggtorch import files
@@ -21,7 +20,7 @@ FILE = "compress.pt"
 FORMAT = 2
 
 
-def _fingerprint(model: keras.Model, images: Any, settings: Mapping[str, Any]) -> str:
+def _fingerprint(model: keras.Model, images: torch.Tensor, settings: Mapping[str, Any]) -> str:
     """A hash of all that decides the result."""
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     places: dict[int, int] = {}
@@ -34,10 +33,14 @@ def _fingerprint(model: keras.Model, images: Any, settings: Mapping[str, Any]) -
         digest.update(repr((type(layer).__name__, config, origins)).encode())
         places.update({id(t): len(places) + i for i, t in enumerate(node.outputs)})
     for variable in model.variables:
-        digest.update(raw_value(variable).detach().cpu().contiguous().numpy().tobytes())
+        digest.update(_bytes_of(raw_value(variable).detach()))
     for image in images:
-        digest.update(np.ascontiguousarray(image).tobytes())
+        digest.update(_bytes_of(image))
     return digest.hexdigest()
+
+
+def _bytes_of(tensor: torch.Tensor) -> bytes:
+    return tensor.cpu().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 class Notebook:
@@ -47,7 +50,7 @@ class Notebook:
         self,
         folder: str | os.PathLike | None,
         model: keras.Model,
-        images: Any,
+        images: torch.Tensor,
         settings: Mapping[str, Any],
     ) -> None:
         self.path = None if folder is None else Path(folder) / FILE

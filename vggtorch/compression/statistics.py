@@ -1,7 +1,8 @@
 """What layers see of images, and how much an error at each of them is at the end of the network.
 
 Bounded in memory: a fixed number of positions of each layer is drawn from all images, and the
-metrics are sums.
+metrics are sums. Networks run on their own device; what is seen is kept by the processor, whose
+linear algebra the closed forms are.
 """
 
 from __future__ import annotations
@@ -114,12 +115,12 @@ def look(
         def note(_: nn.Module, args: tuple[Tensor], y: Tensor) -> None:
             drawn = _draw(site, y, each, places)
             found.places.append(drawn)
-            found.patches.append(_patches(site, args[0].detach(), drawn))
-            found.outputs.append(_outputs(site, y.detach(), drawn))
+            found.patches.append(_patches(site, args[0].detach(), drawn).cpu())
+            found.outputs.append(_outputs(site, y.detach(), drawn).cpu())
 
             def back(gradient: Tensor) -> None:
                 g = (gradient if site.is_dense else gradient.movedim(1, -1)).flatten(0, -2)
-                found.metric = found.metric + g.T @ g / images
+                found.metric = found.metric + (g.T @ g / images).cpu()
 
             y.register_hook(back)
 
@@ -130,11 +131,12 @@ def look(
     with _removed_after([child.register_forward_hook(watch(site)) for child, site in pairs]):
         for batch in batches:
             x = batch.detach().requires_grad_(True)
-            total = torch.zeros(())
+            total = torch.zeros((), device=x.device)
             for y in network(x)[-ends:]:
                 flat = y.flatten(1)
                 size = flat.detach().norm(dim=1, keepdim=True).clamp_min(1e-30)
-                total = total + (flat / size * torch.randn(flat.shape, generator=noise)).sum()
+                drawn = torch.randn(flat.shape, generator=noise).to(x.device)
+                total = total + (flat / size * drawn).sum()
             total.backward()
             tick()
     return seen
@@ -148,7 +150,7 @@ def look_again(
     found: list[Tensor] = []
 
     def note(_: nn.Module, args: tuple[Tensor]) -> None:
-        found.append(_patches(site, args[0], places[len(found)]))
+        found.append(_patches(site, args[0], places[len(found)]).cpu())
         raise _ReachedError
 
     child = network.get_submodule(site.child)

@@ -139,7 +139,7 @@ class Work:
     def rows(self, site: Site, patches: Tensor) -> Rows:
         """What a layer is to give for patches that it sees at the places that were drawn."""
         found = self.seen[site.name]
-        weight = getattr(self.networks.original, site.child).weight.detach()
+        weight = getattr(self.networks.original, site.child).weight.detach().cpu()
         weight = weight if weight.ndim == 4 else weight[:, :, None, None]
         return Rows(patches, torch.cat(found.outputs), found.metric, weight)
 
@@ -189,7 +189,7 @@ class Work:
             cost = share * sum(self.cost(site, networks, by) for site in pair.between)
             if by == "seconds":
                 for site in (first, second):
-                    cost += seconds_of(modules[site.child], site.entering, self.device)
+                    cost += seconds_of(modules[site.child], site.entering, self.networks.device)
             else:
                 cost += share * (first.multiply_adds + second.multiply_adds)
             costs.append(cost)
@@ -207,25 +207,24 @@ class Work:
 
     def _giving(self, site: Site, kept: Tensor) -> Factors:
         layer = getattr(self.networks.original, site.child)
-        bias = None if layer.bias is None else layer.bias.detach()
-        return giving(layer.weight.detach(), bias, kept)
-
-    @property
-    def device(self) -> torch.device:
-        """Where the network computes."""
-        return next(self.networks.original.parameters()).device
+        bias = None if layer.bias is None else layer.bias.detach().cpu()
+        return giving(layer.weight.detach().cpu(), bias, kept)
 
     def cost(self, site: Site, networks: Networks, by: str) -> float:
         """What a layer of these networks costs as it is."""
         if by == "seconds":
-            return seconds_of(getattr(networks.original, site.child), site.entering, self.device)
+            return seconds_of(
+                getattr(networks.original, site.child), site.entering, self.networks.device
+            )
         return float(site.multiply_adds)
 
     def _cost(self, site: Site, by: str, method: str | None, ranks: Sequence[int]) -> float:
         if method is None:
             return self.cost(site, self.networks, by)
         if by == "seconds":
-            return seconds_of(self._module(site, method, ranks), site.entering, self.device)
+            return seconds_of(
+                self._module(site, method, ranks), site.entering, self.networks.device
+            )
         return float(multiply_adds(site, method, ranks))
 
     def _module(self, site: Site, method: str, ranks: Sequence[int]) -> nn.Module:
@@ -297,7 +296,7 @@ class Work:
             total, now = float(whole.total), float(self.networks.total)
         else:
             total, now = (
-                seconds_of(networks.original, networks.entering, self.device)
+                seconds_of(networks.original, networks.entering, self.networks.device)
                 for networks in (whole, self.networks)
             )
         sites = [site.name for site in (*self.networks.sites, *self.between)]
@@ -384,7 +383,9 @@ class Work:
             for name, option in new.items()
         }
         self.networks.install_(modules)
-        ratio = ratio_of(whole.original, self.networks.work, self.networks.entering, self.device)
+        ratio = ratio_of(
+            whole.original, self.networks.work, self.networks.entering, self.networks.device
+        )
         for name in new:
             self.networks.remove_(sites[name])
         return ratio
@@ -423,7 +424,7 @@ class Work:
             return METHODS[option.method](rows, *option.ranks)
         giver = next(pair.first for pair in self.pairs if pair.second is site)
         kept = getattr(self.networks.work, giver.child)[-1].kept
-        return reading(rows, kept)
+        return reading(rows, kept.cpu())
 
     def train_(self, sites: Sequence[Site], steps: int, seconds: float) -> State:
         """Train the new layers at all sites, installed before; `seconds` are for the whole run."""
