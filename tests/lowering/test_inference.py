@@ -90,6 +90,52 @@ def test_in_bfloat16_it_takes_and_gives_float32(use_winograd: bool, winograd_alw
     assert torch.equal(engine(x.bfloat16()), found)
 
 
+def words() -> keras.Model:
+    """A mask, and layers that run as Keras runs them."""
+    keras.utils.set_random_seed(0)
+    x = image = keras.Input((7,), dtype="int32")
+    x = layers.Embedding(9, 8, mask_zero=True)(x)
+    return keras.Model(image, layers.Dense(3, activation="softmax")(layers.GRU(5)(x)))
+
+
+def attention() -> keras.Model:
+    keras.utils.set_random_seed(0)
+    x = image = keras.Input((8, 8, 3))
+    x = layers.Reshape((36, 4))(layers.Conv2D(4, 3, activation="relu")(x))
+    x = layers.LayerNormalization()(layers.MultiHeadAttention(2, 4)(x, x) + x)
+    return keras.Model(image, layers.Dense(3)(x))
+
+
+@needs_onednn
+@pytest.mark.parametrize("dtype, tolerance", [(None, 1e-6), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("make", [words, attention])
+def test_layers_that_run_as_keras_runs_them(
+    make: Callable[[], keras.Model], dtype: torch.dtype | None, tolerance: float
+) -> None:
+    model = make()
+    shape = (3, *model.input_shape[1:])
+    x = torch.randint(0, 9, shape) if make is words else torch.randn(shape)
+    found = vt.optimize_for_inference(model, dtype=dtype, winograd=True)(x)
+    expected = model(x, training=False)
+    assert found.dtype == torch.float32
+    assert (found - expected).norm() <= tolerance * expected.norm()
+
+
+@pytest.mark.parametrize("policy", ["float64", "mixed_bfloat16", "bfloat16"])
+def test_a_model_of_another_policy_computes_as_it_says(policy: str) -> None:
+    keras.config.set_dtype_policy(policy)
+    try:
+        model = vgg(True)
+    finally:
+        keras.config.set_dtype_policy("float32")
+    x = torch.rand(2, 32, 32, 3)
+    expected = model(x, training=False)
+    found = vt.optimize_for_inference(model)(x.to(expected.dtype))
+    torch.testing.assert_close(found, expected, rtol=2e-2, atol=1e-5)
+    with pytest.raises(ValueError, match=rf"policies \['{policy}'\].*leave dtype out"):
+        vt.optimize_for_inference(model, dtype=torch.bfloat16)
+
+
 @needs_onednn
 @pytest.mark.slow
 def test_at_real_size_winograd_differs_in_the_last_bits_alone() -> None:

@@ -19,7 +19,7 @@ from keras import layers
 from precision import computing_in
 from small_vgg import on_keras, randomise
 
-from vggtorch.lowering import TorchNetwork, kernels, to_torch
+from vggtorch.lowering import TorchNetwork, kernels, optimize_for_inference, to_torch, winograd
 
 NETWORKS = int(os.environ.get("RANDOM_NETWORKS", "12"))
 ACTIVATIONS = [None, "relu", "relu", "relu6", "gelu", "sigmoid", "softmax", "leaky_relu"]
@@ -123,12 +123,15 @@ def batch(seed: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("seed", range(NETWORKS))
-def test_random_networks_equal_keras(seed: int) -> None:
+def test_random_networks_equal_keras(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("MIN_TILES", "MIN_CHANNELS"):  # so that small convolutions go Winograd's way
+        monkeypatch.setattr(winograd, name, dict.fromkeys(winograd.TRANSFORMS, 0))
     model = network(seed)
     x = batch(seed)
     with torch.no_grad():
         expected = network(seed)(x, training=False)
-        for run in (to_torch(model).eval(), on_keras(model).eval()):
+        engine = optimize_for_inference(model, winograd=True)
+        for run in (to_torch(model).eval(), on_keras(model).eval(), engine):
             assert off([run(x)], [expected]) < 1e-4
 
 

@@ -164,8 +164,7 @@ class FusedConv2d(Bounded):
         self, inputs: Sequence[Tensor], bounds: Sequence[float | None]
     ) -> tuple[Tensor, float | None]:
         """The output and a bound of its magnitude."""
-        conv, x = self.conv, inputs[0]
-        dtype = product_dtype(x, x.dtype if self.mixed else conv.weight.dtype)
+        conv, x, dtype = self.conv, inputs[0], self._dtype(inputs[0])
         if not (_is_usual(x, conv, self.mixed) and kernels.has_fused_ops(x, dtype)):
             return self._one_by_one(*inputs), None
         options: tuple[Any, ...] = conv.stride, conv.padding, conv.dilation, conv.groups
@@ -189,6 +188,10 @@ class FusedConv2d(Bounded):
         if not out < SAFE:  # also where it is NaN
             return self._one_by_one(*inputs), None
         return self._convolved(x, others, prepared, options, out), out
+
+    def _dtype(self, x: Tensor) -> torch.dtype:
+        """What it computes in."""
+        return product_dtype(x, x.dtype if self.mixed else self.conv.weight.dtype)
 
     def _made(self, tensors: list[Tensor], settings: Any, *args: Any) -> tuple[Any, float, float]:
         """What `_constants` makes of these tensors as they are now."""
@@ -328,8 +331,7 @@ class FusedLinear:
     """A product as a step of inference; its ReLU overwrites what was computed."""
 
     def __init__(self, linear: nn.Linear, activation: nn.Module | None, mixed: bool) -> None:
-        self.linear: Any = linear  # or what computes the same with a weight prepared once
-        self.activation, self.mixed = activation, mixed
+        self.linear, self.activation, self.mixed = linear, activation, mixed
 
     @torch.no_grad()
     def __call__(self, x: Tensor) -> Tensor:
@@ -340,6 +342,9 @@ class FusedLinear:
             y = kernels.linear(x.to(dtype), linear.weight.to(dtype), bias)
         else:
             y = linear(x)
+        return self._activated(y)
+
+    def _activated(self, y: Tensor) -> Tensor:
         if self.activation is None:
             return y
         return F.relu_(y) if type(self.activation) is nn.ReLU else self.activation(y)
