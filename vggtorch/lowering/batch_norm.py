@@ -12,32 +12,6 @@ from torch import Tensor, nn
 from vggtorch.lowering.layer_modules import Leaf
 
 
-def train_batch_norm(
-    x: Tensor,
-    mean: Tensor,
-    variance: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    step: float,
-    eps: float,
-) -> Tensor:
-    """Normalise by the batch's own moments, and let `mean` and `variance` go a step towards them.
-
-    torch would keep the unbiased variance; it is asked for the batch's own, and that is undone.
-    """
-    n = x.numel() // x.shape[1]
-    batch_mean, batch_variance = torch.zeros_like(mean), torch.zeros_like(variance)
-    # Not F.batch_norm, which refuses one value for each channel; Keras takes it.
-    y = torch.batch_norm(
-        x, weight, bias, batch_mean, batch_variance, True, 1.0, eps, torch.backends.cudnn.enabled
-    )
-    with torch.no_grad():
-        biased = batch_variance * ((n - 1) / n) if n > 1 else torch.zeros_like(batch_variance)
-        mean.lerp_(batch_mean, step)
-        variance.lerp_(biased, step)
-    return y
-
-
 class _SumOverProcesses(torch.autograd.Function):
     """The sum of a tensor over all processes; so is the gradient with respect to it."""
 
@@ -50,39 +24,6 @@ class _SumOverProcesses(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
         return _SumOverProcesses.forward(ctx, gradient)
-
-
-def train_over_processes(
-    x: Tensor,
-    mean: Tensor,
-    variance: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    step: float,
-    eps: float,
-) -> Tensor:
-    """`train_batch_norm` for a process's part of a batch, which may be empty.
-
-    The moments are those of all processes' images together; torch.nn.SyncBatchNorm does so on GPUs
-    only.
-    """
-    wide = x.float()
-    axes = [axis for axis in range(x.ndim) if axis != 1]
-    shape = [-1 if axis == 1 else 1 for axis in range(x.ndim)]
-    count = _SumOverProcesses.apply(wide.new_tensor(x.numel() // x.shape[1]))
-    batch_mean = _SumOverProcesses.apply(wide.sum(axes)) / count
-    centred = wide - batch_mean.view(shape)
-    batch_variance = _SumOverProcesses.apply(centred.square().sum(axes)) / count
-    scale = torch.rsqrt(batch_variance + eps)
-    if weight is not None:
-        scale = scale * weight
-    y = centred * scale.view(shape)
-    if bias is not None:
-        y = y + bias.view(shape)
-    with torch.no_grad():
-        mean.lerp_(batch_mean.to(mean.dtype), step)
-        variance.lerp_(batch_variance.to(variance.dtype), step)
-    return y.to(x.dtype)
 
 
 class KerasBatchNorm(Leaf, nn.modules.batchnorm._BatchNorm):
@@ -110,18 +51,54 @@ class KerasBatchNorm(Leaf, nn.modules.batchnorm._BatchNorm):
         self._check_input_dim(x)  # one image without a batch would be normalised along its height
         if not self.learns:
             return F.batch_norm(x, mean, variance, self.weight, self.bias, False, 0.0, self.eps)
+        normalise = self._over_processes if self.synchronized else self._alone
+        y, *moments = normalise(x)
         if self.counted:
-            mean, variance, step = mean.clone(), variance.clone(), 0.0
-        else:
-            if self.num_batches_tracked is not None:
-                self.num_batches_tracked.add_(1)
-            if self.momentum is not None:
-                step = self.momentum
-            else:  # a plain mean over all batches, which update_bn asks for
-                step = 1.0 / float(self.num_batches_tracked or 1)
-        if self.synchronized:
-            return train_over_processes(x, mean, variance, self.weight, self.bias, step, self.eps)
-        return train_batch_norm(x, mean, variance, self.weight, self.bias, step, self.eps)
+            return y
+        if self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+        step = self.momentum
+        if step is None:  # a plain mean over all batches, which update_bn asks for
+            step = 1.0 / float(self.num_batches_tracked or 1)
+        with torch.no_grad():
+            for kept, found in zip((mean, variance), moments, strict=True):
+                kept.lerp_(found.to(kept.dtype), step)
+        return y
+
+    def _alone(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x normalised by the batch's own moments; and these, mean and biased variance.
+
+        torch keeps the unbiased variance; it is asked for the batch's own, and that is undone.
+        """
+        n = x.numel() // x.shape[1]
+        mean, variance = torch.zeros_like(self.running_mean), torch.zeros_like(self.running_var)
+        # Not F.batch_norm, which refuses one value for each channel; Keras takes it.
+        y = torch.batch_norm(
+            x, self.weight, self.bias, mean, variance, True, 1.0, self.eps,
+            torch.backends.cudnn.enabled,
+        )  # fmt: skip
+        return y, mean, variance * ((n - 1) / n) if n > 1 else torch.zeros_like(variance)
+
+    def _over_processes(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The same for a process's part of a batch, which may be empty.
+
+        The moments are those of all processes' images together; torch.nn.SyncBatchNorm does so on
+        GPUs only.
+        """
+        wide = x.float()
+        axes = [axis for axis in range(x.ndim) if axis != 1]
+        shape = [-1 if axis == 1 else 1 for axis in range(x.ndim)]
+        count = _SumOverProcesses.apply(wide.new_tensor(x.numel() // x.shape[1]))
+        mean = _SumOverProcesses.apply(wide.sum(axes)) / count
+        centred = wide - mean.view(shape)
+        variance = _SumOverProcesses.apply(centred.square().sum(axes)) / count
+        scale = torch.rsqrt(variance + self.eps)
+        if self.weight is not None:
+            scale = scale * self.weight
+        y = centred * scale.view(shape)
+        if self.bias is not None:
+            y = y + self.bias.view(shape)
+        return y.to(x.dtype), mean, variance
 
 
 class BatchNorm1d(KerasBatchNorm, nn.BatchNorm1d):

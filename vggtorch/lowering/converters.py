@@ -30,8 +30,8 @@ from vggtorch.lowering.layer_modules import (
     SharedDropout,
     WideLayerNorm,
 )
-from vggtorch.lowering.products import PRODUCTS, ZERO_PADS
-from vggtorch.lowering.sites import Axes, Converter, Piece, Site
+from vggtorch.lowering.products import PRODUCTS
+from vggtorch.lowering.sites import Axes, Converter, Piece, Site, all_ranks
 
 # Normalisation
 
@@ -45,15 +45,12 @@ def _batch_norm(site: Site) -> list[Piece] | None:
     axis = layer.axis % site.rank
     if axis not in (1, site.rank - 1):
         return None
-    norm = _NORMS[site.rank](
-        layer.moving_mean.shape[0], layer.epsilon, 1 - layer.momentum,
-        device="meta", dtype=site.dtype,
+    norm = site.module(
+        _NORMS[site.rank], layer.moving_mean.shape[0], layer.epsilon, 1 - layer.momentum,
+        weight=layer.gamma if layer.scale else None, bias=layer.beta if layer.center else None,
+        running_mean=layer.moving_mean, running_var=layer.moving_variance,
     )  # fmt: skip
     norm.num_batches_tracked = torch.tensor(0)
-    site.set_(norm, "weight", layer.gamma if layer.scale else None)
-    site.set_(norm, "bias", layer.beta if layer.center else None)
-    site.set_(norm, "running_mean", layer.moving_mean)
-    site.set_(norm, "running_var", layer.moving_variance)
     norm.frozen = not layer.trainable
     site.ties.norms.append((norm, layer))
     return [Piece(norm, "", "first" if axis != 1 else "keras")]
@@ -68,9 +65,10 @@ def _layer_norm(site: Site) -> list[Piece] | None:
     if layer.compute_dtype in ("bfloat16", "float16"):
         dtype = keras_graph.torch_dtype(layer.compute_dtype)
         kind = partial(WideLayerNorm, compute_dtype=dtype)
-    norm = kind(site.inputs[0].shape[-1], layer.epsilon, device="meta", dtype=site.dtype)
-    site.set_(norm, "weight", layer.gamma if layer.scale else None)
-    site.set_(norm, "bias", layer.beta if layer.center else None)
+    norm = site.module(
+        kind, site.inputs[0].shape[-1], layer.epsilon,
+        weight=layer.gamma if layer.scale else None, bias=layer.beta if layer.center else None,
+    )  # fmt: skip
     return [Piece(norm, "", "keras")]
 
 
@@ -88,9 +86,9 @@ def _group_norm(site: Site) -> list[Piece] | None:
     alone = layer.groups == channels and not any(n is not None and n > 1 for n in sizes)
     if not _is_float32(site) or axis not in (1, site.rank - 1) or alone:
         return None
-    norm = nn.GroupNorm(layer.groups, channels, layer.epsilon, device="meta", dtype=site.dtype)
-    site.set_(norm, "weight", layer.gamma)
-    site.set_(norm, "bias", layer.beta)
+    norm = site.module(
+        nn.GroupNorm, layer.groups, channels, layer.epsilon, weight=layer.gamma, bias=layer.beta
+    )
     return [Piece(norm, "", "first" if axis != 1 else "keras")]
 
 
@@ -98,8 +96,7 @@ def _rms_norm(site: Site) -> list[Piece] | None:
     layer = site.layer
     if not _is_float32(site) or [axis % site.rank for axis in layer.axis] != [site.rank - 1]:
         return None
-    norm = nn.RMSNorm(site.inputs[0].shape[-1], layer.epsilon, device="meta", dtype=site.dtype)
-    site.set_(norm, "weight", layer.scale)
+    norm = site.module(nn.RMSNorm, site.inputs[0].shape[-1], layer.epsilon, weight=layer.scale)
     return [Piece(norm, "", "keras")]
 
 
@@ -143,59 +140,37 @@ def _layer_scale(site: Site) -> list[Piece]:
 
 # Pools, padding, shapes
 
-_POOLS = {
-    layers.MaxPooling1D: nn.MaxPool1d,
-    layers.MaxPooling2D: nn.MaxPool2d,
-    layers.MaxPooling3D: nn.MaxPool3d,
-    layers.AveragePooling1D: nn.AvgPool1d,
-    layers.AveragePooling2D: nn.AvgPool2d,
-    layers.AveragePooling3D: nn.AvgPool3d,
-}
-_AVERAGES = (layers.AveragePooling1D, layers.AveragePooling2D, layers.AveragePooling3D)
+
+def _max_pool(site: Site) -> list[Piece]:
+    size, stride = tuple(site.layer.pool_size), tuple(site.layer.strides)
+    pool = Piece(site.of("MaxPool")(size, stride))
+    if site.layer.padding == "valid":
+        return [pool]
+    # Keras repeats the edge, which leaves a maximum what it is.
+    return [Piece(SamePad(size, stride, (1,) * len(size), "replicate"), "_pad"), pool]
 
 
-def _pool(site: Site) -> list[Piece]:
-    layer = site.layer
-    size, stride = tuple(layer.pool_size), tuple(layer.strides)
-    pads = []
-    if layer.padding == "same":
-        if type(layer) in _AVERAGES:
-            return [Piece(SameAvgPool(size, stride))]
-        # Keras repeats the edge, which leaves a maximum what it is.
-        pads = [Piece(SamePad(size, stride, (1,) * len(size), "replicate"), "_pad")]
-    return [*pads, Piece(_POOLS[type(layer)](size, stride))]
+def _average_pool(site: Site) -> list[Piece]:
+    size, stride = tuple(site.layer.pool_size), tuple(site.layer.strides)
+    pool = site.of("AvgPool") if site.layer.padding == "valid" else SameAvgPool
+    return [Piece(pool(size, stride))]
 
 
 def _global_average(site: Site) -> list[Piece]:
-    pool = {3: nn.AdaptiveAvgPool1d, 4: nn.AdaptiveAvgPool2d, 5: nn.AdaptiveAvgPool3d}[site.rank]
     flatten = [] if site.layer.keepdims else [Piece(nn.Flatten(), "_flatten", "first")]
-    return [Piece(pool(1)), *flatten]
+    return [Piece(site.of("AdaptiveAvgPool")(1)), *flatten]
 
 
-_ADAPTIVE: dict[type, Any] = {
-    layers.AdaptiveAveragePooling1D: nn.AdaptiveAvgPool1d,
-    layers.AdaptiveAveragePooling2D: nn.AdaptiveAvgPool2d,
-    layers.AdaptiveAveragePooling3D: nn.AdaptiveAvgPool3d,
-    layers.AdaptiveMaxPooling1D: nn.AdaptiveMaxPool1d,
-    layers.AdaptiveMaxPooling2D: nn.AdaptiveMaxPool2d,
-    layers.AdaptiveMaxPooling3D: nn.AdaptiveMaxPool3d,
-}
+def _adaptive(kind: str, site: Site) -> list[Piece]:
+    return [Piece(site.of(kind)(tuple(site.layer.output_size)))]
 
 
-def _adaptive(site: Site) -> list[Piece]:
-    return [Piece(_ADAPTIVE[type(site.layer)](tuple(site.layer.output_size)))]
-
-
-def _global_max(site: Site) -> list[Piece]:
-    return [Piece(GlobalMaxPool(bool(site.layer.keepdims)))]
-
-
-def _zero_padding(site: Site, sign: int = 1) -> list[Piece]:
-    n = site.rank - 2
-    given = site.layer.padding if sign > 0 else site.layer.cropping
-    pairs = [given] if n == 1 else given
+def _padded(attribute: str, sign: int, site: Site) -> list[Piece]:
+    """Rows of zeros around a map, or fewer rows of it."""
+    given = getattr(site.layer, attribute)
+    pairs = [given] if site.rank == 3 else given
     # torch begins with the last axis
-    return [Piece(ZERO_PADS[n](tuple(sign * m for pair in reversed(pairs) for m in pair)))]
+    return [Piece(site.of("ZeroPad")(tuple(sign * m for pair in reversed(pairs) for m in pair)))]
 
 
 def _flatten(site: Site) -> list[Piece] | None:
@@ -213,8 +188,8 @@ def _dropout(site: Site) -> list[Piece] | None:
 
 
 def _spatial_dropout(site: Site) -> list[Piece] | None:
-    kind = {3: nn.Dropout1d, 4: nn.Dropout2d, 5: nn.Dropout3d}[site.rank]
-    return None if site.layer.seed is not None else [Piece(kind(site.layer.rate))]
+    layer = site.layer
+    return [Piece(site.of("Dropout")(layer.rate))] if layer.seed is None else None
 
 
 def _up_sampling(site: Site) -> list[Piece] | None:
@@ -251,68 +226,44 @@ def _torch_module(site: Site) -> list[Piece]:
 CONVERTERS: dict[type, Converter] = {
     **PRODUCTS,
     layers.BatchNormalization: _batch_norm,
-    **dict.fromkeys(
-        (layers.Cropping1D, layers.Cropping2D, layers.Cropping3D), partial(_zero_padding, sign=-1)
-    ),
-    layers.Dropout: _dropout,
-    layers.Flatten: _flatten,
-    layers.GlobalAveragePooling1D: _global_average,
-    layers.GlobalAveragePooling2D: _global_average,
-    layers.GlobalAveragePooling3D: _global_average,
-    layers.GlobalMaxPooling1D: _global_max,
-    layers.GlobalMaxPooling2D: _global_max,
-    layers.GlobalMaxPooling3D: _global_max,
     layers.GroupNormalization: _group_norm,
-    layers.Identity: lambda site: [Piece(nn.Identity(), "", "any")],
     layers.LayerNormalization: _layer_norm,
     layers.Normalization: _normalization,
     layers.RMSNormalization: _rms_norm,
     layers.Rescaling: _rescaling,
-    layers.SpatialDropout1D: _spatial_dropout,
-    layers.SpatialDropout2D: _spatial_dropout,
-    layers.SpatialDropout3D: _spatial_dropout,
-    layers.TorchModuleWrapper: _torch_module,
-    layers.UpSampling1D: _up_sampling,
-    layers.UpSampling2D: _up_sampling,
-    layers.UpSampling3D: _up_sampling,
-    layers.ZeroPadding1D: _zero_padding,
-    layers.ZeroPadding2D: _zero_padding,
-    layers.ZeroPadding3D: _zero_padding,
-    **dict.fromkeys(_ADAPTIVE, _adaptive),
-    **dict.fromkeys(_POOLS, _pool),
     keras_graph.LayerScale: _layer_scale,
+    **dict.fromkeys(all_ranks("MaxPooling"), _max_pool),
+    **dict.fromkeys(all_ranks("AveragePooling"), _average_pool),
+    **dict.fromkeys(all_ranks("AdaptiveMaxPooling"), partial(_adaptive, "AdaptiveMaxPool")),
+    **dict.fromkeys(all_ranks("AdaptiveAveragePooling"), partial(_adaptive, "AdaptiveAvgPool")),
+    **dict.fromkeys(all_ranks("GlobalAveragePooling"), _global_average),
+    **dict.fromkeys(
+        all_ranks("GlobalMaxPooling"), lambda site: [Piece(GlobalMaxPool(site.layer.keepdims))]
+    ),
+    **dict.fromkeys(all_ranks("ZeroPadding"), partial(_padded, "padding", 1)),
+    **dict.fromkeys(all_ranks("Cropping"), partial(_padded, "cropping", -1)),
+    **dict.fromkeys(all_ranks("UpSampling"), _up_sampling),
+    **dict.fromkeys(all_ranks("SpatialDropout"), _spatial_dropout),
+    layers.Dropout: _dropout,
+    layers.Flatten: _flatten,
+    layers.Identity: lambda site: [Piece(nn.Identity(), "", "any")],
+    layers.TorchModuleWrapper: _torch_module,
 }
-
-
 # What computes in another dtype than its weights have as Keras does.
 _MIXED = {
     layers.BatchNormalization,
-    layers.Conv1D,
-    layers.Conv2D,
-    layers.Conv3D,
     layers.Dense,
-    layers.DepthwiseConv1D,
-    layers.DepthwiseConv2D,
     layers.LayerNormalization,
-    layers.SeparableConv1D,
-    layers.SeparableConv2D,
+    *all_ranks("Conv"),
+    *all_ranks("DepthwiseConv"),
+    *all_ranks("SeparableConv"),
 }
 
 
-def is_usual(layer: keras.Layer) -> bool:
-    """Whether a layer does what its class does, and no more: no penalty, no `call` of its own."""
-    return layer.activity_regularizer is None and "call" not in vars(layer)
-
-
-def convert(site: Site) -> list[Piece] | None:
-    """The modules of a layer, in the order in which they run; None where Keras must run it.
-
-    A layer that isn't usual, or reads a masked tensor, is such a one.
-    """
+def convert(site: Site) -> list[Piece]:
+    """The modules of a layer, in the order in which they run; none where Keras must run it."""
     layer = site.layer
     converter = CONVERTERS.get(type(layer))
-    if converter is None or not is_usual(layer):
-        return None
-    if site.is_mixed and layer.variables and type(layer) not in _MIXED:
-        return None
-    return None if any(map(keras_graph.has_mask, site.inputs)) else converter(site)
+    if converter is None or (site.is_mixed and layer.variables and type(layer) not in _MIXED):
+        return []
+    return converter(site) or []

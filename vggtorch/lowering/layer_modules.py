@@ -8,7 +8,7 @@ Each takes and gives tensors with the channels on axis 1 where torch.nn's own mo
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,38 +40,36 @@ class _Mixed(Leaf):
 
     weight: Any
     bias: Any
+    product: Any  # of input, weight and bias
 
-    def cast(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Weight and bias in the dtype of x."""
-        return self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype)
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        y: Tensor = self.product(x, self.weight.to(x.dtype), bias)
+        return y
 
 
 class MixedConv1d(_Mixed, nn.Conv1d):
     """nn.Conv1d that computes in its input's dtype; x is (N, C, L)."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self._conv_forward(x, *self.cast(x))
+    product = nn.Conv1d._conv_forward
 
 
 class MixedConv2d(_Mixed, nn.Conv2d):
     """nn.Conv2d that computes in its input's dtype; x is (N, C, H, W)."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self._conv_forward(x, *self.cast(x))
+    product = nn.Conv2d._conv_forward
 
 
 class MixedConv3d(_Mixed, nn.Conv3d):
     """nn.Conv3d that computes in its input's dtype; x is (N, C, D, H, W)."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self._conv_forward(x, *self.cast(x))
+    product = nn.Conv3d._conv_forward
 
 
 class MixedLinear(_Mixed, nn.Linear):
     """nn.Linear that computes in its input's dtype; x is (..., in)."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, *self.cast(x))
+    product = staticmethod(F.linear)
 
 
 class WideLayerNorm(Leaf, nn.LayerNorm):
@@ -111,23 +109,22 @@ class GlobalMaxPool(Leaf):
         return torch.amax(x, tuple(range(2, x.ndim)), self.keepdims)
 
 
-def pad_same(
-    x: Tensor,
-    kernel: Sequence[int],
-    stride: Sequence[int],
-    dilation: Sequence[int],
-    mode: str,
-) -> Tensor:
-    """Pad (N, C, ...) as Keras's padding="same" does, which depends on the size with strides."""
-    pads: list[int] = []
-    for n, k, s, d in zip(x.shape[2:], kernel, stride, dilation, strict=True):
-        pads = [*keras_graph.same_padding(n, k, s, d), *pads]  # F.pad begins with the last axis
-    return F.pad(x, pads, mode=mode) if _is_open(pads) or any(pads) else x
+def _same_pads(
+    x: Tensor, kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]
+) -> list[tuple[int, int]]:
+    """What Keras's padding="same" adds to (N, C, ...), which depends on the size with strides."""
+    axes = zip(x.shape[2:], kernel, stride, dilation, strict=True)
+    return [keras_graph.same_padding(*axis) for axis in axes]
 
 
-def _is_open(pads: Iterable[int]) -> bool:
+def _padded(x: Tensor, pads: list[tuple[int, int]], mode: str) -> Tensor:
+    flat = [number for pair in reversed(pads) for number in pair]  # F.pad begins with the last axis
+    return F.pad(x, flat, mode=mode) if _are_open(pads) or any(flat) else x
+
+
+def _are_open(pads: list[tuple[int, int]]) -> bool:
     """Whether pads stand for those of many sizes, as in an export, and can't be compared."""
-    return any(isinstance(pad, torch.SymInt) for pad in pads)
+    return any(isinstance(number, torch.SymInt) for pair in pads for number in pair)
 
 
 class SamePad(Leaf):
@@ -145,7 +142,7 @@ class SamePad(Leaf):
         self.dilation, self.mode = tuple(dilation), mode
 
     def forward(self, x: Tensor) -> Tensor:
-        return pad_same(x, self.kernel, self.stride, self.dilation, self.mode)
+        return _padded(x, _same_pads(x, self.kernel, self.stride, self.dilation), self.mode)
 
     def extra_repr(self) -> str:
         return f"kernel={self.kernel}, stride={self.stride}, mode={self.mode!r}"
@@ -163,31 +160,25 @@ class SameAvgPool(Leaf):
         self.size, self.stride = tuple(size), tuple(stride)
 
     def forward(self, x: Tensor) -> Tensor:
-        return avg_pool_same(x, self.size, self.stride)
+        size, stride = self.size, self.stride
+        pool: Any = {3: F.avg_pool1d, 4: F.avg_pool2d, 5: F.avg_pool3d}[x.ndim]
+        pads = _same_pads(x, size, stride, (1,) * len(size))
+        y: Tensor
+        if _are_open(pads):
+            # Both ways in one: a number's weight is 0 for zeros that pad both sides alike, else 1.
+            odd = sum(after - before for before, after in pads)
+            weight = (_padded(torch.ones_like(x), pads, "constant") + odd).clamp(max=1)
+            y = pool(_padded(x, pads, "replicate") * weight, size, stride)
+            y = y / pool(weight, size, stride)
+        elif all(before == after for before, after in pads):
+            padding = tuple(before for before, _ in pads)
+            y = pool(x, size, stride, padding, count_include_pad=False)
+        else:
+            y = pool(_padded(x, pads, "replicate"), size, stride)
+        return y
 
     def extra_repr(self) -> str:
         return f"size={self.size}, stride={self.stride}"
-
-
-def avg_pool_same(x: Tensor, size: Sequence[int], stride: Sequence[int]) -> Tensor:
-    """What `SameAvgPool` computes."""
-    pool: Any = {3: F.avg_pool1d, 4: F.avg_pool2d, 5: F.avg_pool3d}[x.ndim]
-    y: Tensor
-    axes = zip(x.shape[2:], size, stride, strict=True)
-    pads = [keras_graph.same_padding(*axis) for axis in axes]
-    one = (1,) * len(size)
-    if _is_open(pad for pair in pads for pad in pair):
-        # Both ways in one: each number's weight is 0 for zeros that pad both sides alike, else 1.
-        odd = sum(after - before for before, after in pads)
-        weight = (pad_same(torch.ones_like(x), size, stride, one, "constant") + odd).clamp(max=1)
-        y = pool(pad_same(x, size, stride, one, "replicate") * weight, size, stride)
-        y = y / pool(weight, size, stride)
-    elif all(before == after for before, after in pads):
-        padding = tuple(before for before, _ in pads)
-        y = pool(x, size, stride, padding, count_include_pad=False)
-    else:
-        y = pool(pad_same(x, size, stride, one, "replicate"), size, stride)
-    return y
 
 
 class Normalize(Leaf):
@@ -386,9 +377,6 @@ class KerasLayer(Leaf):
                     setattr(self, name, tensor)
         return self
 
-    def _title(self) -> str:
+    def extra_repr(self) -> str:
         (operation,) = self.operation
         return f"{operation.name!r} ({type(operation).__name__})"
-
-    def extra_repr(self) -> str:
-        return self._title()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from keras import activations, layers
@@ -17,7 +18,7 @@ from vggtorch.lowering.layer_modules import (
     PReLU,
     SamePad,
 )
-from vggtorch.lowering.sites import Axes, Converter, Piece, Site
+from vggtorch.lowering.sites import Axes, Converter, Piece, Site, all_ranks
 from vggtorch.lowering.ties import Layout
 
 # Activations
@@ -40,14 +41,15 @@ _ACTIVATIONS: dict[Any, Callable[[], nn.Module]] = {
 }
 
 
-def activation(function: Any, rank: int, *, first: bool, suffix: str = "") -> list[Piece]:
-    """An activation function as a module; `first`: channels are on axis 1 where it is applied."""
+def _activation(site: Site, suffix: str = "", *, first: bool = False) -> list[Piece]:
+    """A layer's activation function; `first`: channels are on axis 1 where it is applied."""
+    function = site.layer.activation
     if function is None or function is activations.linear:
         return []
     axes: Axes = "first" if first else "keras"
     if function in (activations.softmax, activations.log_softmax):
         kind = nn.Softmax if function is activations.softmax else nn.LogSoftmax
-        return [Piece(kind(dim=1 if first and rank > 2 else -1), suffix, axes)]
+        return [Piece(kind(dim=1 if first and site.rank > 2 else -1), suffix, axes)]
     if function in _ACTIVATIONS:
         return [Piece(_ACTIVATIONS[function](), suffix, "any")]
     return [Piece(KerasFunction(function), suffix, "keras")]
@@ -57,14 +59,12 @@ def _ending(site: Site, *, first: bool) -> list[Piece]:
     """The activation at the end of a layer, named `block1_conv1_relu`."""
     function = site.layer.activation
     name = getattr(function, "__name__", type(function).__name__)
-    first = first and site.channels_last  # of a channels_first layer both axes are the same
-    return activation(function, site.rank, first=first, suffix=f"_{name}")
+    # Of a channels_first layer both axes are the same.
+    return _activation(site, f"_{name}", first=first and site.channels_last)
 
 
 def _activation_layer(site: Site) -> list[Piece]:
-    return activation(site.layer.activation, site.rank, first=False) or [
-        Piece(nn.Identity(), "", "any")
-    ]
+    return _activation(site) or [Piece(nn.Identity(), "", "any")]
 
 
 def _relu(site: Site) -> list[Piece] | None:
@@ -84,8 +84,7 @@ def _prelu(site: Site) -> list[Piece] | None:
     count, ones = max(shape), (1,) * (len(shape) - 1)
     if shape not in ((*ones, count), (count, *ones)):
         return None
-    prelu = PReLU(count, device="meta", dtype=site.dtype)
-    site.set_(prelu, "weight", alpha, Layout(split=shape, shape=(count,)))
+    prelu = site.module(PReLU, count, layout=Layout(split=shape, shape=(count,)), weight=alpha)
     axes: Axes = "any" if count == 1 else "first" if shape == (*ones, count) else "keras"
     return [Piece(prelu, "", axes)]
 
@@ -98,17 +97,8 @@ def _softmax(site: Site) -> list[Piece] | None:
 
 # Convolutions and products
 
-# By the number of axes, and whether they compute in another dtype than their weights have.
-_CONVOLUTIONS: dict[tuple[int, bool], Any] = {
-    (1, False): nn.Conv1d,
-    (2, False): nn.Conv2d,
-    (3, False): nn.Conv3d,
-    (1, True): MixedConv1d,
-    (2, True): MixedConv2d,
-    (3, True): MixedConv3d,
-}
-_TRANSPOSED: dict[int, Any] = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
-ZERO_PADS: dict[int, Any] = {1: nn.ZeroPad1d, 2: nn.ZeroPad2d, 3: nn.ZeroPad3d}
+# What computes in another dtype than its weights have, by the number of spatial axes.
+_MIXED: dict[int, Any] = {1: MixedConv1d, 2: MixedConv2d, 3: MixedConv3d}
 
 
 def _layout(kernel: Any, *, depthwise: bool = False) -> Layout:
@@ -125,61 +115,57 @@ def _padding(
 ) -> tuple[list[Piece], tuple[int, ...]]:
     """What pads before a convolution, and by how much the convolution itself pads."""
     none = (0,) * len(kernel)
-    if layer.padding == "valid":
-        return [], none
     totals = [(k - 1) * d for k, d in zip(kernel, dilation, strict=True)]
+    if layer.padding == "valid" or max(totals) == 0:  # a 1x1 kernel needs none at any stride
+        return [], none
     if layer.padding == "causal":
         return [Piece(nn.ZeroPad1d((totals[0], 0)), "_pad")], none
     if max(stride) == 1 and all(total % 2 == 0 for total in totals):
         return [], tuple(total // 2 for total in totals)
-    if max(totals) == 0:  # a 1x1 kernel needs no padding at any stride
-        return [], none
     return [Piece(SamePad(kernel, stride, dilation), "_pad")], none
 
 
-def _convolution(site: Site) -> list[Piece] | None:
+def _conv(site: Site) -> Any:
+    """torch's class of convolutions for a layer."""
+    return _MIXED[site.rank - 2] if site.is_mixed else site.of("Conv")
+
+
+def _windows(
+    site: Site, kernel: Any, bias: Any, suffix: str = "", *, depthwise: bool = False
+) -> list[Piece]:
+    """A convolution by a layer's windows, and what pads before it."""
     layer = site.layer
-    if getattr(layer, "lora_enabled", False) or layer.quantization_mode is not None:
-        return None
-    kernel, stride, dilation = (
-        tuple(v) for v in (layer.kernel_size, layer.strides, layer.dilation_rate)
-    )
-    pads, own = _padding(layer, kernel, stride, dilation)
-    depthwise = isinstance(layer, layers.DepthwiseConv2D | layers.DepthwiseConv1D)
-    if depthwise:
-        inputs, multiplier = layer.kernel.shape[-2:]
-        outputs, groups = inputs * multiplier, inputs
-    else:
-        inputs, outputs, groups = site.channels, layer.filters, layer.groups
-    conv = _CONVOLUTIONS[site.rank - 2, site.is_mixed](
-        inputs, outputs, kernel, stride, own, dilation, groups,
-        bias=False, device="meta", dtype=site.dtype,
+    options = [tuple(v) for v in (layer.kernel_size, layer.strides, layer.dilation_rate)]
+    pads, own = _padding(layer, *options)
+    size, stride, dilation = options
+    inputs, outputs = kernel.shape[-2:]
+    groups = inputs if depthwise else layer.groups
+    channels = (inputs, inputs * outputs) if depthwise else (inputs * groups, outputs)
+    conv = site.module(
+        _conv(site), *channels, size, stride, own, dilation, groups,
+        layout=_layout(kernel, depthwise=depthwise), weight=kernel, bias=bias,
     )  # fmt: skip
-    site.set_(conv, "weight", layer.kernel, _layout(layer.kernel, depthwise=depthwise))
-    site.set_(conv, "bias", layer.bias)
-    return [*pads, Piece(conv), *_ending(site, first=True)]
+    return [*pads, Piece(conv, suffix)]
+
+
+def _convolution(site: Site, *, depthwise: bool = False) -> list[Piece]:
+    layer = site.layer
+    return [
+        *_windows(site, layer.kernel, layer.bias, depthwise=depthwise),
+        *_ending(site, first=True),
+    ]
 
 
 def _separable(site: Site) -> list[Piece]:
-    layer = site.layer
-    kind = _CONVOLUTIONS[site.rank - 2, site.is_mixed]
-    kernel, stride, dilation = (
-        tuple(v) for v in (layer.kernel_size, layer.strides, layer.dilation_rate)
+    layer, kernel = site.layer, site.layer.pointwise_kernel
+    pointwise = site.module(
+        _conv(site), *kernel.shape[-2:], 1, layout=_layout(kernel), weight=kernel, bias=layer.bias
     )
-    pads, own = _padding(layer, kernel, stride, dilation)
-    inputs, multiplier = layer.depthwise_kernel.shape[-2:]
-    middle = inputs * multiplier
-    depthwise = kind(
-        inputs, middle, kernel, stride, own, dilation, inputs,
-        bias=False, device="meta", dtype=site.dtype,
-    )  # fmt: skip
-    pointwise = kind(middle, layer.filters, 1, bias=False, device="meta", dtype=site.dtype)
-    layout = _layout(layer.depthwise_kernel, depthwise=True)
-    site.set_(depthwise, "weight", layer.depthwise_kernel, layout)
-    site.set_(pointwise, "weight", layer.pointwise_kernel, _layout(layer.pointwise_kernel))
-    site.set_(pointwise, "bias", layer.bias)
-    pieces = [*pads, Piece(depthwise, "_depthwise"), Piece(pointwise, "_pointwise")]
-    return [*pieces, *_ending(site, first=True)]
+    return [
+        *_windows(site, layer.depthwise_kernel, None, "_depthwise", depthwise=True),
+        Piece(pointwise, "_pointwise"),
+        *_ending(site, first=True),
+    ]
 
 
 def _transposed_crop(layer: Any) -> list[tuple[int, int]]:
@@ -202,62 +188,52 @@ def _transposed_crop(layer: Any) -> list[tuple[int, int]]:
 
 
 def _transposed(site: Site) -> list[Piece]:
-    layer, n = site.layer, site.rank - 2
+    layer = site.layer
     crops = _transposed_crop(layer)
+    *_, outputs, inputs = layer.kernel.shape
     # Torch crops both sides alike, and fills up behind them.
     fills = tuple(max(before - after, 0) for before, after in crops)
-    conv = _TRANSPOSED[n](
-        site.channels, layer.filters, tuple(layer.kernel_size), tuple(layer.strides),
-        tuple(before for before, _ in crops), fills, dilation=tuple(layer.dilation_rate),
-        bias=False, device="meta", dtype=site.dtype,
+    conv = site.module(
+        site.of("ConvTranspose"), inputs, outputs, tuple(layer.kernel_size), tuple(layer.strides),
+        tuple(before for before, _ in crops), fills, 1, True, tuple(layer.dilation_rate),
+        layout=_layout(layer.kernel), weight=layer.kernel, bias=layer.bias,  # (I, O, H, W) -> HWOI
     )  # fmt: skip
-    site.set_(conv, "weight", layer.kernel, _layout(layer.kernel))  # (I, O, H, W) -> HWOI
-    site.set_(conv, "bias", layer.bias)
     rest = [amount for b, after in reversed(crops) for amount in (0, min(b - after, 0))]
-    cropping = [Piece(ZERO_PADS[n](tuple(rest)), "_crop")] if any(rest) else []
+    cropping = [Piece(site.of("ZeroPad")(tuple(rest)), "_crop")] if any(rest) else []
     return [Piece(conv), *cropping, *_ending(site, first=True)]
 
 
-def _dense(site: Site) -> list[Piece] | None:
-    layer = site.layer
-    if layer.lora_enabled or layer.quantization_mode is not None:
-        return None
-    inputs, outputs = layer.kernel.shape
-    kind = MixedLinear if site.is_mixed else nn.Linear
-    linear = kind(inputs, outputs, bias=False, device="meta", dtype=site.dtype)
-    site.set_(linear, "weight", layer.kernel, Layout((1, 0)))
-    site.set_(linear, "bias", layer.bias)
+def _dense(site: Site) -> list[Piece]:
+    layer, kind = site.layer, MixedLinear if site.is_mixed else nn.Linear
+    linear = site.module(
+        kind, *layer.kernel.shape, layout=Layout((1, 0)), weight=layer.kernel, bias=layer.bias
+    )
     return [Piece(linear, "", "keras"), *_ending(site, first=False)]
 
 
 def _embedding(site: Site) -> list[Piece] | None:
     layer = site.layer
-    if layer.mask_zero or layer.lora_enabled or layer.quantization_mode is not None:
+    if layer.mask_zero:
         return None
-    table = nn.Embedding(layer.input_dim, layer.output_dim, device="meta", dtype=site.dtype)
-    site.set_(table, "weight", layer.embeddings)
+    table = site.module(nn.Embedding, *layer.embeddings.shape, weight=layer.embeddings)
     return [Piece(table, "", "keras")]
 
 
 PRODUCTS: dict[type, Converter] = {
-    layers.Activation: _activation_layer,
-    layers.Conv1D: _convolution,
-    layers.Conv2D: _convolution,
-    layers.Conv3D: _convolution,
+    **dict.fromkeys(all_ranks("Conv"), _convolution),
+    **dict.fromkeys(all_ranks("DepthwiseConv"), partial(_convolution, depthwise=True)),
+    **dict.fromkeys(all_ranks("SeparableConv"), _separable),
     layers.Conv1DTranspose: _transposed,
     layers.Conv2DTranspose: _transposed,
     layers.Conv3DTranspose: _transposed,
     layers.Dense: _dense,
-    layers.DepthwiseConv1D: _convolution,
-    layers.DepthwiseConv2D: _convolution,
-    layers.ELU: lambda site: [Piece(nn.ELU(float(site.layer.alpha)), "", "any")],
     layers.Embedding: _embedding,
+    layers.Activation: _activation_layer,
+    layers.ELU: lambda site: [Piece(nn.ELU(float(site.layer.alpha)), "", "any")],
     layers.LeakyReLU: lambda site: [
         Piece(nn.LeakyReLU(float(site.layer.negative_slope)), "", "any")
     ],
     layers.PReLU: _prelu,
     layers.ReLU: _relu,
-    layers.SeparableConv1D: _separable,
-    layers.SeparableConv2D: _separable,
     layers.Softmax: _softmax,
 }

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import keras
 import torch
+from keras import layers
 from torch import nn
 
 from vggtorch import keras_graph
@@ -64,17 +65,25 @@ class Site:
         own = getattr(self.layer, "data_format", keras.config.image_data_format())
         return bool(own == "channels_last")
 
-    @property
-    def channels(self) -> int:
-        """How many channels enter."""
-        return int(self.inputs[0].shape[-1 if self.channels_last else 1])
+    def of(self, kind: str) -> Any:
+        """torch's class of a kind for these inputs: nn.MaxPool2d for "MaxPool" on images."""
+        return getattr(nn, f"{kind}{self.rank - 2}d")
+
+    def module(
+        self, kind: Any, *args: Any, layout: Layout = SAME, **variables: keras.Variable | None
+    ) -> Any:
+        """A module of torch with these variables in it, by name; `layout` is the weight's."""
+        made = kind(*args, device="meta", dtype=self.dtype)
+        for name, variable in variables.items():
+            self.set_(made, name, variable, layout if name == "weight" else SAME)
+        return made
 
     def set_(
         self, module: nn.Module, name: str, variable: keras.Variable | None, layout: Layout = SAME
     ) -> None:
         """Give a module a Keras variable's value: on its memory, or a copy without `share`."""
         if variable is None:
-            module.register_parameter(name, None)
+            setattr(module, name, None)
             return
         known = next((tie for tie in self.ties.pairs if tie.variable is variable), None)
         if known is not None:  # a layer that is called in several places has one weight
@@ -91,10 +100,12 @@ class Site:
             self.ties.pairs.append(tie)
             if self.share:
                 tie.share()
-        if name in module._buffers:
-            module.register_buffer(name, tensor)
-        else:
-            module.register_parameter(name, tensor)  # type: ignore[arg-type]
+        setattr(module, name, tensor)
 
 
 Converter = Callable[[Site], "list[Piece] | None"]
+
+
+def all_ranks(name: str) -> list[type]:
+    """Keras's layers of one name for one, two and three spatial axes, as far as there are such."""
+    return [kind for n in (1, 2, 3) if (kind := getattr(layers, f"{name}{n}D", None))]

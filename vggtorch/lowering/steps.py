@@ -132,13 +132,16 @@ STATELESS = (
     *BY_IMAGE, *LINEARS, nn.Softmax, nn.LogSoftmax, nn.Flatten, nn.Embedding, KerasFunction,
 )  # fmt: skip
 FUNCTIONS_BY_IMAGE = (
+    operator.add, operator.sub, operator.mul, operator.truediv, operator.neg,
     torch.add, torch.sub, torch.mul, torch.div, torch.neg, torch.maximum, torch.minimum,
-    operator.add, operator.sub, operator.mul, operator.truediv,
 )  # fmt: skip
 ADDITIONS = (torch.add, operator.add)
 # Backward doesn't need what these return, so that a ReLU may overwrite it.
 FRESH = (*CONVOLUTIONS, *LINEARS, *NORMS)
-FRESH_FUNCTIONS = (torch.add, torch.sub, torch.mul, torch.maximum, torch.minimum, torch.cat)
+FRESH_FUNCTIONS = (
+    operator.add, operator.sub, operator.mul, torch.add, torch.sub, torch.mul, torch.maximum,
+    torch.minimum, torch.cat,
+)  # fmt: skip
 
 
 def steps_of(graph: torch.fx.Graph, modules: dict[str, nn.Module]) -> tuple[list[Step], Any]:
@@ -225,10 +228,10 @@ class Plans:
         """What runs where so many of the first steps run as in inference."""
         if settled not in self.made:
             uses = Counter(i for step in self.steps for i in step.inputs) + Counter(self.outputs)
-            only_use = {i: step for step in self.steps for i in step.inputs if uses[i] == 1}
             fresh = {s.output for s in self.steps if is_fresh(s) and uses[s.output] == 1}
-            head = self._for_inference(self.steps[:settled], only_use)
-            tail = self._for_training(self.steps[settled:], only_use)
+            head, tail = self.steps[:settled], self.steps[settled:]
+            head = self._for_inference(head, _only_uses(head, uses))
+            tail = self._for_training(tail, _only_uses(tail, uses))
             steps = [
                 *_marked(_overwrite(head, fresh), BY_IMAGE_IN_INFERENCE),
                 *_marked(_overwrite(tail, fresh), BY_IMAGE),
@@ -248,7 +251,6 @@ class Plans:
 
         A max pool behind a convolution's ReLU compares pairs.
         """
-        here = {id(step) for step in steps}
         result: list[Step] = []
         absorbed = set()
         sums: dict[int, tuple[Step, Any, int]] = {}  # a convolution that waits for its addition
@@ -256,8 +258,7 @@ class Plans:
 
         def after(step: Step, *kinds: Any) -> Step | None:
             found = only_use.get(step.output)
-            fits = found is not None and id(found) in here and kind_of(found) in kinds
-            return found if fits else None
+            return found if found is not None and kind_of(found) in kinds else None
 
         def add(first: Step, kind: Any, norm: Any, end: Step, *others: int) -> None:
             """Add a fused step for all from the first to the end, and the ReLU behind that."""
@@ -306,7 +307,6 @@ class Plans:
 
     def _for_training(self, steps: list[Step], only_use: dict[int, Step]) -> list[Step]:
         """Convolutions and products with gradients of our own; a max pool before its ReLU."""
-        here = {id(step) for step in steps}
         pools: dict[int, Step] = {}
         result: list[Step] = []
         for step in steps:
@@ -316,12 +316,7 @@ class Plans:
                 step = replace(step, run=run)
             elif kind in LINEARS:
                 step = replace(step, run=self._once(TrainedLinear, step.run, kind is MixedLinear))
-            elif (
-                kind is nn.ReLU
-                and after is not None
-                and kind_of(after) is nn.MaxPool2d
-                and id(after) in here
-            ):
+            elif kind is nn.ReLU and after is not None and kind_of(after) is nn.MaxPool2d:
                 run = ReLUPool2d(step.run, after.run)
                 pools[id(after)] = replace(after, run=run, inputs=step.inputs)
                 continue
@@ -332,6 +327,11 @@ class Plans:
 def _adds_two(step: Step) -> bool:
     """Whether an addition takes two different values, and nothing else."""
     return step.run.arguments == ((Place(0), Place(1)), {})
+
+
+def _only_uses(steps: list[Step], uses: Counter[int]) -> dict[int, Step]:
+    """Which of these steps is the only one of all that takes a value, by the value's number."""
+    return {i: step for step in steps for i in step.inputs if uses[i] == 1}
 
 
 def _overwrite(steps: list[Step], fresh: set[int]) -> list[Step]:

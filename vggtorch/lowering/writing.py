@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
+from itertools import takewhile
 from typing import Any
 
 import keras
@@ -21,7 +22,7 @@ from keras import layers
 from torch import nn
 
 from vggtorch import keras_graph
-from vggtorch.lowering.converters import CONVERTERS, convert, is_usual
+from vggtorch.lowering.converters import CONVERTERS, convert
 from vggtorch.lowering.layer_modules import KerasLayer
 from vggtorch.lowering.network import TorchNetwork
 from vggtorch.lowering.settings import Settings
@@ -41,8 +42,7 @@ def to_torch(
     Its children have the layers' names and are torch's own classes: `block1_conv1` is an nn.Conv2d
     and `block1_conv1_relu` the nn.ReLU behind it. Weights are (O, I, H, W) and (out, in). A batch
     norm is an nn.BatchNorm2d with Keras's rules, its moving statistics buffers. A layer that torch
-    has no exact module for runs inside a module as Keras runs it; so do layers of a mixed dtype
-    policy, and those behind a mask.
+    has no exact module for runs inside a module as Keras runs it; so do those behind a mask.
 
     **One memory.** Each weight stands on the memory of its Keras variable: an optimizer's step,
     `load_state_dict` or `set_weights` on either side is seen by both, and a saved Keras model has
@@ -163,22 +163,22 @@ def _warn_of_penalties(model: keras.Model) -> None:
 
 
 _MERGES: dict[type, Callable[..., Any]] = {
-    layers.Add: torch.add,
-    layers.Multiply: torch.mul,
-    layers.Subtract: torch.sub,
+    layers.Add: operator.add,
+    layers.Multiply: operator.mul,
+    layers.Subtract: operator.sub,
     layers.Maximum: torch.maximum,
     layers.Minimum: torch.minimum,
-    layers.Average: torch.add,
+    layers.Average: operator.add,
 }
 # The layers that become torch's modules or functions, where they are set so that these can do it.
 WRITTEN = {*CONVERTERS, *_MERGES, layers.Concatenate, layers.Permute, layers.Reshape}
-_OPERATORS: dict[str, Callable[..., Any]] = {
-    "Add": torch.add,
-    "Subtract": torch.sub,
-    "Multiply": torch.mul,
-    "Divide": torch.div,
-    "TrueDivide": torch.div,
-    "Negative": torch.neg,
+_OPERATORS: dict[str | None, Callable[..., Any]] = {
+    "Add": operator.add,
+    "Subtract": operator.sub,
+    "Multiply": operator.mul,
+    "Divide": operator.truediv,
+    "TrueDivide": operator.truediv,
+    "Negative": operator.neg,
 }
 
 
@@ -196,7 +196,7 @@ class _Common:
 
     share: bool
     ties: Ties = field(default_factory=Ties)
-    pieces: dict[tuple[int, int], list[Piece] | None] = field(default_factory=dict)
+    pieces: dict[tuple[int, int], list[Piece]] = field(default_factory=dict)
     copies: dict[int, nn.Parameter] = field(default_factory=dict)
 
 
@@ -213,7 +213,8 @@ class _Builder:
         self.root = nn.Module()
         self.graph = torch.fx.Graph()
         self.values: dict[int, dict[str, torch.fx.Node]] = {}  # by the id of a Keras tensor
-        self.names: dict[tuple[int, ...], list[tuple[str, str]] | None] = {}  # of layers' modules
+        self.names: dict[tuple[int, int], list[str]] = {}  # of layers' modules
+        self.nested: dict[int, str] = {}  # names of models inside
         self.hidden: set[int] = set()  # tensors that may carry a mask which they don't show
 
     def build(self, name: str) -> TorchNetwork:
@@ -229,12 +230,7 @@ class _Builder:
             self.values[id(tensor)] = {axes: node}
         for call in keras_graph.calls(self.model):
             if not call.is_input:
-                last = next(reversed(self.graph.nodes), None)
                 self._step(call)
-                for node in reversed(self.graph.nodes):
-                    if node is last:
-                        break
-                    node.meta["layer"] = call.operation.name
         outputs = {id(t): self._outgoing(t) for t in self.model.outputs}
         structure = keras_graph.output_structure(self.model)
         self.graph.output(keras.tree.map_structure(lambda t: outputs[id(t)], structure))
@@ -263,7 +259,7 @@ class _Builder:
             known[axes] = self._permuted(next(iter(known.values())), rank, to_first=axes == "first")
         return known[axes]
 
-    def _common(self, tensors: list[keras.KerasTensor]) -> str:
+    def _cheapest(self, tensors: Sequence[keras.KerasTensor]) -> str:
         """The order of axes that needs the fewest permutations for all of these."""
         first = sum("first" in self.values[id(t)] for t in tensors)
         return "first" if 2 * first >= len(tensors) else "keras"
@@ -271,15 +267,37 @@ class _Builder:
     # Steps
 
     def _step(self, call: keras_graph.Node) -> None:
+        last = next(reversed(self.graph.nodes), None)
         masked = any(map(keras_graph.has_mask, call.input_tensors))
         # A mask that comes up or goes on inside of a nested model isn't shown on its output.
         hidden = any(id(t) in self.hidden for t in call.input_tensors)
         if hidden or _masks_inside(call.operation, masked):
             self.hidden |= {id(tensor) for tensor in call.outputs}
             masked = True
-        ways = (self._reshape, self._as_torch, self._merge, self._nested)
-        if masked or not any(write(call) for write in ways):
-            self._by_keras(call)
+        if masked or not self._written(call):
+            module = KerasLayer(call, None if self.common.share else self.common.copies)
+            self._call_module(call, self._add(call.operation.name, module))
+        for node in takewhile(lambda node: node is not last, reversed(self.graph.nodes)):
+            node.meta["layer"] = call.operation.name
+
+    def _written(self, call: keras_graph.Node) -> bool:
+        """Write a call down as torch's own modules and functions; False where these can't do it."""
+        layer = call.operation
+        if not isinstance(layer, keras.Layer):
+            return self._operator(call)
+        if not _is_plain(call):
+            return False
+        if inner := keras_graph.functional(layer):
+            return self._nested(call, inner)
+        if layer.activity_regularizer is not None or "call" in vars(layer):
+            return False
+        # Keras computes with the adapter, or in whole numbers.
+        if getattr(layer, "lora_enabled", False) or layer.quantization_mode is not None:
+            return False
+        if type(layer) in (layers.Reshape, layers.Permute):
+            return self._reshape(call)
+        merges = type(layer) in _MERGES or type(layer) is layers.Concatenate
+        return self._merge(call) if merges else self._as_torch(call)
 
     def _set(self, tensor: keras.KerasTensor, axes: str, node: torch.fx.Node) -> None:
         self.values[id(tensor)] = {axes: node}
@@ -287,42 +305,24 @@ class _Builder:
 
     def _as_torch(self, call: keras_graph.Node) -> bool:
         """Write down a call of a layer that torch.nn has modules for."""
-        layer = call.operation
-        if not isinstance(layer, keras.Layer) or not _is_plain(call):
+        layer, tensors, pieces = call.operation, call.input_tensors, self.common.pieces
+        if len(tensors) != 1 or len(call.outputs) != 1:
             return False
-        if len(call.input_tensors) != 1 or len(call.outputs) != 1:
-            return False
-        (tensor,) = call.input_tensors
-        rank = len(tensor.shape)
+        rank = len(tensors[0].shape)
         key = (id(layer), rank)
-        if key not in self.names:
-            common = self.common
-            if key not in common.pieces:
-                site = Site(layer, call.input_tensors, common.ties, common.share)
-                common.pieces[key] = convert(site)
-            pieces = common.pieces[key]
-            self.names[key] = (
-                None
-                if pieces is None
-                else [
-                    (
-                        self._add(layer.name + piece.suffix, piece.module),
-                        self._axes(piece.axes, layer),
-                    )
-                    for piece in pieces
-                ]
-            )
-        modules = self.names[key]
-        if not modules:
+        if key not in pieces:
+            pieces[key] = convert(Site(layer, tensors, self.common.ties, self.common.share))
+        if not pieces[key]:
             return False
-        axes = modules[0][1]
-        if axes == "any":
-            axes = self._common([tensor])
+        if key not in self.names:
+            self.names[key] = [self._add(layer.name + p.suffix, p.module) for p in pieces[key]]
+        wanted = [self._axes(piece.axes, layer) for piece in pieces[key]]
+        axes = self._cheapest(tensors) if wanted[0] == "any" else wanted[0]
         node = self._cast(call, axes)
-        for name, wanted in modules:
-            if wanted not in ("any", axes) and rank > 2:
-                node = self._permuted(node, rank, to_first=wanted == "first")
-                axes = wanted
+        for name, order in zip(self.names[key], wanted, strict=True):
+            if order not in ("any", axes) and rank > 2:
+                node = self._permuted(node, rank, to_first=order == "first")
+                axes = order
             node = self.graph.call_module(name, (node,))
         self._set(call.outputs[0], axes, node)
         return True
@@ -345,10 +345,6 @@ class _Builder:
     def _reshape(self, call: keras_graph.Node) -> bool:
         """Write down a call of a layer that gives the same numbers with other axes."""
         layer = call.operation
-        if type(layer) not in (layers.Reshape, layers.Permute):
-            return False
-        if not is_usual(layer) or not _is_plain(call):
-            return False
         x = self._cast(call, "keras")
         if type(layer) is layers.Permute:
             node = self.graph.call_method("permute", (x, 0, *layer.dims))
@@ -367,73 +363,50 @@ class _Builder:
         return self.graph.call_method("unflatten", (x, 1, tuple(shape))) if len(shape) > 1 else x
 
     def _merge(self, call: keras_graph.Node) -> bool:
-        """Write down a sum, product, concatenation, or an operator between tensors and numbers."""
-        operation, tensors = call.operation, list(call.input_tensors)
-        ranks = {len(t.shape) for t in tensors}
-        dtypes = {_dtype(t) for t in (*tensors, *call.outputs)}
-        if len(ranks) != 1 or len(dtypes) != 1 or "float" not in (dtype := dtypes.pop()):
+        """Write down a sum, product, concatenation and the like of several tensors."""
+        layer, tensors = call.operation, call.input_tensors
+        if len(tensors) < 2 or _one_dtype(call) != layer.compute_dtype:
             return False
-        kind = type(operation)
-        if isinstance(operation, keras.Layer):
-            known = kind in _MERGES or kind is layers.Concatenate
-            if not known or len(tensors) < 2 or not is_usual(operation):
-                return False
-            if operation.compute_dtype != dtype or not _is_plain(call):
-                return False
-        elif (
-            keras_graph.operation_kind(operation) not in _OPERATORS
-            or call.arguments.kwargs
-            or any(not isinstance(a, keras.KerasTensor | int | float) for a in call.arguments.args)
-        ):
-            return False
-        axes = self._common(tensors)
-        nodes = {id(t): self.value(t, axes) for t in tensors}
-        values = [nodes[id(t)] for t in tensors]
-        if kind is layers.Concatenate:
-            (rank,) = ranks
-            axis = operation.axis % rank
+        axes = self._cheapest(tensors)
+        values = [self.value(t, axes) for t in tensors]
+        if type(layer) is layers.Concatenate:
+            rank = len(tensors[0].shape)
+            axis = layer.axis % rank
             if axes == "first" and axis > 0:
                 axis = 1 if axis == rank - 1 else axis + 1
             node = self.graph.call_function(torch.cat, (values, axis))
-        elif kind in _MERGES:
-            node = reduce(lambda a, b: self.graph.call_function(_MERGES[kind], (a, b)), values)
-            if kind is layers.Average:
-                node = self.graph.call_function(torch.div, (node, len(values)))
         else:
-            arguments = [
-                nodes[id(a)] if isinstance(a, keras.KerasTensor) else a for a in call.arguments.args
-            ]
-            function = _OPERATORS[str(keras_graph.operation_kind(operation))]
-            if not isinstance(arguments[0], torch.fx.Node):  # torch.sub(1, x) takes no number first
-                function = getattr(operator, _PLAIN[function])
-            node = self.graph.call_function(function, tuple(arguments))
+            function = _MERGES[type(layer)]
+            node = reduce(lambda a, b: self.graph.call_function(function, (a, b)), values)
+        if type(layer) is layers.Average:
+            node = self.graph.call_function(operator.truediv, (node, len(values)))
         self._set(call.outputs[0], axes, node)
         return True
 
-    def _nested(self, call: keras_graph.Node) -> bool:
-        """Write down a call of a model as that of a network of its own."""
-        inner = keras_graph.functional(call.operation)
-        if inner is None or not _is_plain(call):
+    def _operator(self, call: keras_graph.Node) -> bool:
+        """Write down an operator between tensors and numbers."""
+        kind, args = keras_graph.operation_kind(call.operation), call.arguments.args
+        known = all(isinstance(a, keras.KerasTensor | int | float) for a in args)
+        if kind not in _OPERATORS or call.arguments.kwargs or not known or not _one_dtype(call):
             return False
-        key = (id(call.operation),)
-        if key not in self.names:
-            network = _Builder(inner, self.common).build(call.operation.name)
-            self.names[key] = [(self._add(call.operation.name, network), "keras")]
-        self._call_module(call, key)
+        axes = self._cheapest(call.input_tensors)
+        values = (self.value(a, axes) if isinstance(a, keras.KerasTensor) else a for a in args)
+        node = self.graph.call_function(_OPERATORS[kind], tuple(values))
+        self._set(call.outputs[0], axes, node)
         return True
 
-    def _by_keras(self, call: keras_graph.Node) -> None:
-        """Write down a call that runs as Keras runs it."""
-        key = (id(call.operation), id(call))
-        module = KerasLayer(call, None if self.common.share else self.common.copies)
-        self.names[key] = [(self._add(call.operation.name, module), "keras")]
-        self._call_module(call, key)
+    def _nested(self, call: keras_graph.Node, inner: keras.Function) -> bool:
+        """Write down a call of a model as that of a network of its own."""
+        model = call.operation
+        if id(model) not in self.nested:
+            network = _Builder(inner, self.common).build(model.name)
+            self.nested[id(model)] = self._add(model.name, network)
+        self._call_module(call, self.nested[id(model)])
+        return True
 
-    def _call_module(self, call: keras_graph.Node, key: tuple[int, ...]) -> None:
-        modules = self.names[key]
-        assert modules is not None
+    def _call_module(self, call: keras_graph.Node, name: str) -> None:
         arguments = tuple(self.value(t, "keras") for t in call.input_tensors)
-        node = self.graph.call_module(modules[0][0], arguments)
+        node = self.graph.call_module(name, arguments)
         for i, tensor in enumerate(call.outputs):
             several = len(call.outputs) > 1
             part = self.graph.call_function(operator.getitem, (node, i)) if several else node
@@ -446,9 +419,6 @@ class _Builder:
             name += "_"
         self.root.add_module(name, module)
         return name
-
-
-_PLAIN = {torch.add: "add", torch.sub: "sub", torch.mul: "mul", torch.div: "truediv"}
 
 
 def _identifier(name: str, taken: Sequence[str] = ()) -> str:
@@ -466,6 +436,13 @@ def _dtype(tensor: keras.KerasTensor) -> str:
     layer = keras_graph.producer(tensor)
     known = type(layer) in WRITTEN and layer.autocast and "float" in tensor.dtype
     return str(layer.compute_dtype if known else tensor.dtype)
+
+
+def _one_dtype(call: keras_graph.Node) -> str | None:
+    """The float dtype of all tensors around a call; None where they, or numbers of axes, differ."""
+    ranks = {len(t.shape) for t in call.input_tensors}
+    dtype, *others = {_dtype(t) for t in (*call.input_tensors, *call.outputs)}
+    return dtype if len(ranks) == 1 and not others and "float" in dtype else None
 
 
 def _masks_inside(operation: Any, masked: bool) -> bool:
