@@ -4,7 +4,7 @@ from vggtorch.lowering import running
 
 # These files have little to do with how a batch runs.
 WITHOUT_GROUPS = (
-    "test_applications", "test_export", "test_kernels", "test_network", "test_torch_tools",
+    "test_applications", "test_export", "test_kernels", "test_network", "test_torch_",
 )  # fmt: skip
 
 

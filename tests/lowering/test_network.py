@@ -12,7 +12,7 @@ from keras import layers as L
 from torch import nn
 
 from vggtorch.lowering import to_torch
-from vggtorch.lowering.layer_modules import KerasLayer, MixedConv2d
+from vggtorch.lowering.layer_modules import KerasLayer, MixedConv2d, Permute
 
 
 @pytest.fixture(autouse=True)
@@ -67,6 +67,7 @@ def test_children_are_torchs_own_classes_under_the_layers_names():
         "fc1", "fc1_relu", "fc2", "fc2_relu", "predictions", "predictions_softmax"
     ]  # fmt: skip
     assert kinds["flatten"] is nn.Flatten
+    assert kinds.pop("flatten_permute") is Permute  # Keras flattens (N, H, W, C)
     assert set(kinds.values()) == {
         nn.Conv2d, nn.ReLU, nn.MaxPool2d, nn.Flatten, nn.Linear, nn.Softmax
     }  # fmt: skip

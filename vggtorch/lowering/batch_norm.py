@@ -100,6 +100,18 @@ class KerasBatchNorm(Leaf, nn.modules.batchnorm._BatchNorm):
             y = y + self.bias.view(shape)
         return y.to(x.dtype), mean, variance
 
+    def __prepare_scriptable__(self) -> None:
+        """Say why torch.jit.script can't take it, which asks every module for a form that it can.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            "torch.jit.script can't take a batch norm by Keras's rules. Use torch.jit.trace or "
+            "torch.export.export, or first put torch's own nn.BatchNorm2d in its place, as "
+            "docs/torch.md shows."
+        )
+
 
 class BatchNorm1d(KerasBatchNorm, nn.BatchNorm1d):
     """nn.BatchNorm1d by Keras's rules; x is (N, C) or (N, C, L)."""

@@ -203,6 +203,20 @@ class Normalize(Leaf):
         return (x - mean) / variance.sqrt().clamp(min=self.least)
 
 
+class Permute(Leaf):
+    """The axes of a tensor in another order."""
+
+    def __init__(self, *order: int) -> None:
+        super().__init__()
+        self.order = order
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.permute(self.order)
+
+    def extra_repr(self) -> str:
+        return ", ".join(map(str, self.order))
+
+
 class Scale(Leaf):
     """x * weight, a number for each channel, which is the last axis."""
 
@@ -341,6 +355,12 @@ class KerasLayer(Leaf):
         (operation,) = self.operation
         variables = list(getattr(operation, "variables", ()))
         mine = [getattr(self, name) for name in self.names]
+        if len(variables) != len(mine):
+            raise ValueError(
+                f"{operation.path!r} has {len(variables)} variables now, and had {len(mine)} when "
+                f"this network was made: what LoRA or quantization has changed in Keras needs "
+                f"another network. Call to_torch again."
+            )
         if all(keras_graph.raw_value(v) is t for v, t in zip(variables, mine, strict=True)):
             yield
             return

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,7 +13,7 @@ from vggtorch.lowering.plan import Plan
 from vggtorch.lowering.settings import Settings
 from vggtorch.lowering.ties import Ties
 
-KEPT_OUT = "_written", "_plan", "_ties", "_settings"  # of pickles
+KEPT_OUT = "_written", "_plan", "_ties", "_settings", "_compiled_call_impl"  # of pickles
 
 
 class TorchNetwork(torch.fx.GraphModule):
@@ -30,6 +30,10 @@ class TorchNetwork(torch.fx.GraphModule):
         _written: torch.fx.Graph  # the graph as the code of `forward` has it
 
         def __getattr__(self, name: str) -> Any: ...
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.register_load_state_dict_post_hook(_loaded)
 
     def _sync(self) -> bool:
         """Carry over what was replaced on either side; not under a tracer, which must not see it.
@@ -48,7 +52,7 @@ class TorchNetwork(torch.fx.GraphModule):
 
         The fast plan runs it where nobody can tell; else torch runs it as any other module.
         """
-        if self._sync():
+        if self._sync() and self._compiled_call_impl is None:
             plan = self._current_plan()
             inputs = args if plan is None else plan.in_order(args, kwargs)
             if plan is not None and plan.takes(inputs):
@@ -58,7 +62,7 @@ class TorchNetwork(torch.fx.GraphModule):
     def is_watched(self) -> bool:
         """Whether its modules must run one by one: hooks, modes, transforms, other forwards."""
         plan = self._current_plan()
-        return plan is None or plan.is_watched()
+        return plan is None or plan.is_watched() or self._compiled_call_impl is not None
 
     def train(self, mode: bool = True) -> TorchNetwork:
         """As torch.nn.Module has it; evaluation lets go of memory that training has kept."""
@@ -85,11 +89,12 @@ class TorchNetwork(torch.fx.GraphModule):
     # A GraphModule's own copies drop hooks, and what the graph doesn't use; a module's keep all.
 
     def __copy__(self) -> TorchNetwork:
-        own = {k: copy.copy(v) if isinstance(v, dict) else v for k, v in vars(self).items()}
+        state = self.__getstate__()
+        own = {k: copy.copy(v) if isinstance(v, dict) else v for k, v in state.items()}
         return self._with(own)
 
     def __deepcopy__(self, memo: Any) -> TorchNetwork:
-        return self._with(copy.deepcopy(vars(self), memo))
+        return self._with(copy.deepcopy(self.__getstate__(), memo))
 
     def _with(self, state: dict[str, Any]) -> TorchNetwork:
         """A network of these attributes, with code of its own."""
@@ -107,10 +112,13 @@ class TorchNetwork(torch.fx.GraphModule):
         ranks = [n.meta.get("rank") for n in self._written.nodes if n.op == "placeholder"]
         return _unpickled, (make, (state, *rest), ranks)
 
-    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
-        """As torch.nn.Module has it, with requires_grad as Keras's `trainable` flags are now."""
+    def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
+        """As torch.nn.Module has it, with requires_grad as Keras's `trainable` flags are now.
+
+        Every list of parameters, that of a module around this one too, begins with it.
+        """
         self._sync()
-        return super().named_parameters(*args, **kwargs)
+        return super().named_modules(*args, **kwargs)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """As torch.nn.Module has it, with what Keras has replaced."""
@@ -123,13 +131,13 @@ class TorchNetwork(torch.fx.GraphModule):
         self._ties.find()
         return self
 
-    def load_state_dict(
-        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
-    ) -> Any:
-        """As torch.nn.Module has it; with `assign` the Keras variables take the new memory."""
-        result = super().load_state_dict(state_dict, strict, assign)
-        self._ties.find()
-        return result
+
+def _loaded(network: TorchNetwork, _: Any) -> None:
+    """Let the Keras variables take new memory, which `load_state_dict(assign=True)` puts in.
+
+    A hook, because a module around the network loads into it without its `load_state_dict`.
+    """
+    network._ties.find()
 
 
 def _unpickled(

@@ -31,6 +31,7 @@ from vggtorch.lowering.layer_modules import (
     MixedConv2d,
     MixedLinear,
     Normalize,
+    Permute,
     PReLU,
     Rescale,
     SameAvgPool,
@@ -123,7 +124,7 @@ ELEMENTWISE = (
 )  # fmt: skip
 BY_IMAGE = (
     *ELEMENTWISE, *POOLS, *CONVOLUTIONS, nn.LayerNorm, WideLayerNorm, nn.Upsample, nn.ZeroPad2d,
-    nn.GroupNorm, Normalize, PReLU, Rescale, SamePad, Scale, FusedConv2d, TrainedConv2d,
+    nn.GroupNorm, Normalize, Permute, PReLU, Rescale, SamePad, Scale, FusedConv2d, TrainedConv2d,
     OverwritingReLU,
 )  # fmt: skip
 BY_IMAGE_IN_INFERENCE = (*BY_IMAGE, *NORMS, *DROPOUTS)

@@ -23,7 +23,7 @@ from torch import nn
 
 from vggtorch import keras_graph
 from vggtorch.lowering.converters import CONVERTERS, convert
-from vggtorch.lowering.layer_modules import KerasLayer
+from vggtorch.lowering.layer_modules import KerasLayer, Permute
 from vggtorch.lowering.network import TorchNetwork
 from vggtorch.lowering.settings import Settings
 from vggtorch.lowering.sites import Axes, Piece, Site
@@ -240,8 +240,7 @@ class _Builder:
     # Values
 
     def _permuted(self, node: torch.fx.Node, rank: int, *, to_first: bool) -> torch.fx.Node:
-        last, between = rank - 1, range(1, rank - 1)
-        order = (0, last, *between) if to_first else (0, *range(2, rank), 1)
+        order = (0, rank - 1, *range(1, rank - 1)) if to_first else _channels_last(rank)
         return self.graph.call_method("permute", (node, *order))
 
     def _outgoing(self, tensor: keras.KerasTensor) -> torch.fx.Node:
@@ -317,6 +316,12 @@ class _Builder:
         if key not in self.names:
             self.names[key] = [self._add(layer.name + p.suffix, p.module) for p in pieces[key]]
         wanted = [self._axes(piece.axes, layer) for piece in pieces[key]]
+        known = self.values[id(tensors[0])]
+        if type(layer) is layers.Flatten and rank > 2 and "keras" not in known:
+            # A child, so that nn.Sequential of all children is still right: no later layer could
+            # tell that its numbers are in another order.
+            name = self._add(f"{layer.name}_permute", Permute(*_channels_last(rank)))
+            known["keras"] = self.graph.call_module(name, (known["first"],))
         axes = self._cheapest(tensors) if wanted[0] == "any" else wanted[0]
         node = self._cast(call, axes)
         for name, order in zip(self.names[key], wanted, strict=True):
@@ -419,6 +424,11 @@ class _Builder:
             name += "_"
         self.root.add_module(name, module)
         return name
+
+
+def _channels_last(rank: int) -> tuple[int, ...]:
+    """The axes of (N, C, ...) in the order (N, ..., C)."""
+    return (0, *range(2, rank), 1)
 
 
 def _identifier(name: str, taken: Sequence[str] = ()) -> str:
