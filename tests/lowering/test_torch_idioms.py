@@ -376,8 +376,9 @@ def test_exported_by_hand(network: Any, x: torch.Tensor, strict: bool) -> None:
 @pytest.mark.slow
 def test_onnx_by_hand(network: Any, x: torch.Tensor) -> None:
     runtime = importlib.import_module("onnxruntime")
-    content = io.BytesIO()
-    torch.onnx.export(network, (x,), dynamic_shapes=({0: "batch"},), verbose=False).save(content)
+    content: Any = io.BytesIO()
+    program: Any = torch.onnx.export(network, (x,), dynamic_shapes=({0: "batch"},), verbose=False)
+    program.save(content)
     session = runtime.InferenceSession(content.getvalue())
     (found,) = session.run(None, {session.get_inputs()[0].name: x[:3].numpy()})
     assert_close(torch.from_numpy(found), network(x[:3]).detach())

@@ -71,7 +71,8 @@ class KerasBatchNorm(Leaf, nn.modules.batchnorm._BatchNorm):
         torch keeps the unbiased variance; it is asked for the batch's own, and that is undone.
         """
         n = x.numel() // x.shape[1]
-        mean, variance = torch.zeros_like(self.running_mean), torch.zeros_like(self.running_var)
+        kept: Any = self.running_mean
+        mean, variance = torch.zeros_like(kept), torch.zeros_like(kept)
         # Not F.batch_norm, which refuses one value for each channel; Keras takes it.
         y = torch.batch_norm(
             x, self.weight, self.bias, mean, variance, True, 1.0, self.eps,
