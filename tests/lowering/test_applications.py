@@ -5,11 +5,13 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import itertools
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import keras
@@ -28,10 +30,11 @@ ALL = [
     and name != "NASNetMobile"  # which Keras refuses to build on torch
 ]
 SOME = ["ConvNeXtTiny", "DenseNet121", "EfficientNetV2B0", "MobileNetV3Small", "ResNet50V2"]
-ROUNDING = 1e-4  # in float32 Keras's gradients of EfficientNetV2B3 are half of that off float64's
 SIZES = {"InceptionV3": 75, "InceptionResNetV2": 75, "Xception": 71}
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread", "policy")]
+NAMES = ALL if os.environ.get("APPLICATIONS") == "all" else SOME
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 
 @pytest.fixture(autouse=True)
@@ -40,10 +43,39 @@ def group_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(running, "GROUP_BYTES", 1)
 
 
-@pytest.fixture
-def policy(dtype: str) -> Iterator[None]:
-    with computing_in(dtype):
-        yield
+def built(name: str) -> keras.Model:
+    """A network that draws nothing at random, with moving statistics and biases of all kinds."""
+    keras.utils.set_random_seed(0)
+    size = SIZES.get(name, 32)
+    make = getattr(keras.applications, name)
+    model = randomise(
+        make(weights=None, include_top=False, input_shape=(size, size, 3), pooling="avg")
+    )
+    for layer in model.layers:
+        for rate in {"rate", "drop_path_rate"} & set(vars(layer)):
+            setattr(layer, rate, 0.0)
+    return model
+
+
+def images(model: keras.Model, seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return 255 * torch.rand(3, *model.input_shape[1:], generator=generator)
+
+
+def outcome(
+    model: keras.Model, run: Callable[[Any], torch.Tensor], x: torch.Tensor, part: slice
+) -> list[list[torch.Tensor]]:
+    """Output, some of the gradients, and moving statistics, which are then what they were."""
+    state = [v.value for v in model.non_trainable_variables]
+    before = [value.clone() for value in state]
+    y = run(x)
+    variables = [v.value for v in model.trainable_variables]
+    gradients = list(torch.autograd.grad(y.square().mean(), variables[part]))
+    after = [value.clone() for value in state]
+    with torch.no_grad():
+        for value, was in zip(state, before, strict=True):
+            value.copy_(was)
+    return [[y], gradients, after or [y]]
 
 
 def off(found: Any, expected: Any) -> float:
@@ -56,64 +88,68 @@ def off(found: Any, expected: Any) -> float:
     return math.sqrt(distance / length)
 
 
-def parts(tensors: list[torch.Tensor], most: int = 100_000_000) -> list[list[torch.Tensor]]:
-    """The tensors in lists of so many numbers, whose gradients fit in the memory of most machines.
+def parts(model: keras.Model, most: int = 100_000_000) -> list[slice]:
+    """All trainable variables in parts of so many numbers, so that gradients fit in memory.
 
-    ConvNeXtXLarge in float64 would else need 9 GB.
+    Those of ConvNeXtXLarge in float64 would else need 6 GB.
     """
-    found: list[list[torch.Tensor]] = [[]]
-    for tensor in tensors:
-        if sum(t.numel() for t in found[-1]) + tensor.numel() > most:
-            found.append([])
-        found[-1].append(tensor)
-    return found
+    ends, size = [0], 0
+    for i, variable in enumerate(model.trainable_variables):
+        size += variable.value.numel()
+        if size > most:
+            ends.append(i)
+            size = variable.value.numel()
+    return [slice(a, b) for a, b in itertools.pairwise([*ends, None])]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("name", ALL if os.environ.get("APPLICATIONS") == "all" else SOME)
-def test_networks_equal_keras(name: str, dtype: str) -> None:
-    keras.utils.set_random_seed(0)
-    size = SIZES.get(name, 32)
-    make = getattr(keras.applications, name)
-    model = randomise(
-        make(weights=None, include_top=False, input_shape=(size, size, 3), pooling="avg")
-    )
-    for layer in model.layers:  # which draw anew in each run
-        for rate in {"rate", "drop_path_rate"} & set(vars(layer)):
-            setattr(layer, rate, 0.0)
-    exact = dtype == "float64"
-    trained = [v.value for v in model.trainable_variables]
-    state = [v.value for v in model.non_trainable_variables]
-    before = [value.clone() for value in state]
+@pytest.mark.parametrize("name", NAMES)
+def test_networks_equal_keras_in_float64(name: str) -> None:
+    with computing_in("float64"):
+        model = built(name)
+        x = images(model, 1).double()
+        with torch.no_grad():
+            assert off([to_torch(model).eval()(x)], [model(x, training=False)]) < 1e-10
+        module = on_keras(model)
+        for training, part in itertools.product((False, True), parts(model)):
+            mine = outcome(model, module.train(training), x, part)
+            theirs = outcome(model, partial(model, training=training), x, part)
+            for found, expected in zip(mine, theirs, strict=True):
+                assert off(found, expected) < (1e-5 if training else 1e-10)
 
-    def images(seed: int) -> torch.Tensor:
-        x = 255 * torch.rand(3, size, size, 3, generator=torch.Generator().manual_seed(seed))
-        return x.to(getattr(torch, dtype))
 
-    def trains_alike(x: torch.Tensor, training: bool, part: list[torch.Tensor]) -> float:
-        results = []
-        for run in (module.train(training), lambda x: model(x, training=training)):
-            y = run(x)
-            grads = torch.autograd.grad(y.square().mean(), part)
-            results.append([[y], grads, [value.clone() for value in state] or [y]])
-            with torch.no_grad():
-                for value, was in zip(state, before, strict=True):
-                    value.copy_(was)
-        return sum(off(mine, theirs) for mine, theirs in zip(*results, strict=True))
+@pytest.mark.parametrize("name", NAMES)
+def test_networks_equal_keras_in_float32(name: str) -> None:
+    """In inference: over few pixels, training with batch norm multiplies what is rounded off.
 
-    with torch.no_grad():
-        expected = model(images(0), training=False)
-        found = to_torch(model).eval()(images(0))
-    assert found.dtype == expected.dtype
-    assert off([found], [expected]) < (1e-10 if exact else ROUNDING)
-    module = on_keras(model)
-    # Batch norm over few pixels multiplies rounding: in float32 training can't be compared.
-    for training, part in itertools.product((False, True) if exact else (False,), parts(trained)):
-        limit = (1e-5 if training else 1e-10) if exact else ROUNDING
-        # In float32 rounding turns a ReLU of some batch on or off, which all gradients before it
-        # tell; hardly so in each of three.
-        for seed in (1,) if exact else (1, 2, 3):
-            error = trains_alike(images(seed), training, part)
-            if error < limit:
-                break
-        assert error < limit
+    Some networks do so in inference too (Keras's own gradients of EfficientNetV2S are 7 % off), so
+    where the two aren't equal, ours may be off from those in float64 by twice as much as Keras's.
+    A ReLU that rounding turns on or off shows in all gradients before it; hardly so for three
+    batches.
+    """
+    model = built(name)
+    network, module = to_torch(model).eval(), on_keras(model).eval()
+
+    @functools.cache
+    def exact() -> keras.Model:
+        with computing_in("float64"):
+            twin = built(name)
+            twin.set_weights(model.get_weights())
+        return twin
+
+    def are_alike(seed: int, part: slice) -> bool:
+        x = images(model, seed)
+        mine = outcome(model, module, x, part)
+        theirs = outcome(model, partial(model, training=False), x, part)
+        with torch.no_grad():
+            mine.append([network(x)])
+        theirs.append(theirs[0])
+        if all(off(a, b) < 1e-5 for a, b in zip(mine, theirs, strict=True)):
+            return True
+        with computing_in("float64"):
+            truth = outcome(exact(), partial(exact(), training=False), x.double(), part)
+        truth.append(truth[0])
+        triples = zip(mine, theirs, truth, strict=True)
+        return all(off(a, t) < 2 * off(b, t) + 1e-5 for a, b, t in triples)
+
+    for part in parts(model):
+        assert any(are_alike(seed, part) for seed in (1, 2, 3))
