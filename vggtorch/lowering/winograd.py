@@ -21,7 +21,7 @@ CHUNK_BYTES = 8 << 20
 # The tiles of one call must be this many, or reading the transformed kernels takes longer than what
 # they spare; and so must the channels, or transforming the images does.
 MIN_TILES = {torch.float32: 32, torch.bfloat16: 128}
-MIN_CHANNELS = {torch.float32: 128, torch.bfloat16: 256}
+MIN_CHANNELS = {torch.float32: 160, torch.bfloat16: 256}
 # The transformed numbers are up to so many times as large as the sums of the convolution can be.
 GROWTH = 1e5
 
@@ -34,10 +34,10 @@ class Transform:
     kernel: tuple[tuple[float, ...], ...]
     outputs: tuple[tuple[float, ...], ...]
 
-    def twice(self, name: str, dtype: torch.dtype) -> Tensor:
-        """One of them for both axes at once: rows and columns are pairs."""
-        matrix = torch.tensor(getattr(self, name), dtype=torch.float64)
-        return torch.kron(matrix, matrix).to(dtype)
+    def matrix(self, name: str, dtype: torch.dtype, *, both: bool) -> Tensor:
+        """One of them for one axis, or for both at once: rows and columns are pairs then."""
+        one = torch.tensor(getattr(self, name), dtype=torch.float64)
+        return (torch.kron(one, one) if both else one).to(dtype)
 
 
 F2 = Transform(
@@ -116,9 +116,12 @@ class WinogradConv2d:
         dtype = weight.dtype
         self.transform = TRANSFORMS[dtype]
         self.m = len(self.transform.outputs)
-        self.images = self.transform.twice("images", dtype)
-        self.outputs = self.transform.twice("outputs", dtype)
-        kernel = self.transform.twice("kernel", torch.float64)
+        # In bfloat16 both axes at once: between them numbers would be rounded once more, and
+        # products of so few rows are slow there.
+        self.both = dtype == torch.bfloat16
+        self.images = self.transform.matrix("images", dtype, both=self.both)
+        self.outputs = self.transform.matrix("outputs", dtype, both=self.both)
+        kernel = self.transform.matrix("kernel", torch.float64, both=True)
         out, into = weight.shape[:2]
         flat = weight.permute(2, 3, 1, 0).reshape(9, into * out).double()
         self.kernels = (kernel @ flat).to(dtype).view(-1, into, out)
@@ -134,7 +137,7 @@ class WinogradConv2d:
         _put_(padded, x.permute(0, 2, 3, 1), padding)
         result = x.new_empty(n, m * high, m * wide, out)
         # Whole images at a time, or rows of tiles of one.
-        tile_bytes = len(self.images) * max(into, out) * x.element_size()
+        tile_bytes = len(self.kernels) * max(into, out) * x.element_size()
         count = max(1, CHUNK_BYTES * torch.get_num_threads() // tile_bytes)
         images = max(1, count // (high * wide))
         rows = high if images > 1 else min(high, max(1, count // wide))
@@ -153,26 +156,46 @@ class WinogradConv2d:
         into, out = self.kernels.shape[1:]
         n, high, wide = len(x), target.shape[1] // m, target.shape[2] // m
         tiles = n * high * wide
-        by_image, by_row, by_column, _ = x.stride()
-        windows = x.as_strided(
-            (a, a, n, high, wide, into),
-            (by_row, by_column, by_image, m * by_row, m * by_column, 1),
-        )
-        gathered = workspace.take("gathered", windows.shape, x.dtype).copy_(windows)
-        moved = workspace.take("moved", (a * a, tiles * into), x.dtype)
-        torch.mm(self.images, gathered.view(a * a, -1), out=moved)
+        moved = self._transformed(x, high, wide, workspace)
         sums = workspace.take("sums", (a * a, tiles, out), x.dtype)
         torch.bmm(moved.view(a * a, tiles, into), self.kernels, out=sums)
         if self.bias is not None:
             sums[a + 1] += self.bias  # which each output takes once, as its matrix has it
         back = workspace.take("moved", (m * m, tiles * out), x.dtype)
-        torch.mm(self.outputs, sums.view(a * a, -1), out=back)
+        if self.both:
+            torch.mm(self.outputs, sums.view(a * a, -1), out=back)
+        else:
+            half = workspace.take("gathered", (m, a, tiles * out), x.dtype)
+            torch.mm(self.outputs, sums.view(a, -1), out=half.view(m, -1))
+            torch.bmm(self.outputs.expand(m, m, a), half, out=back.view(m, m, -1))
         pixels = back.view(m, m, n, high, wide, out).permute(2, 3, 0, 4, 1, 5)
         view = target.view(n, high, m, wide, m, out)
         if self.activation == "none":
             view.copy_(pixels)
         else:
             torch.clamp(pixels, 0, 6 if self.activation == "relu6" else None, out=view)
+
+    def _transformed(self, x: Tensor, high: int, wide: int, workspace: Workspace) -> Tensor:
+        """The windows of x (N, H + 2, W + 2, I), transformed: (a * a, N * high * wide * I)."""
+        m, a, (n, _, width, into) = self.m, self.m + 2, x.shape
+        by_image, by_row, by_column, _ = x.stride()
+        shape = a, a, n, high, wide, into
+        gathered = workspace.take("gathered", shape, x.dtype)
+        moved = workspace.take("moved", (a * a, n * high * wide * into), x.dtype)
+        if self.both:
+            strides = by_row, by_column, by_image, m * by_row, m * by_column, 1
+            gathered.copy_(x.as_strided(shape, strides))
+            torch.mm(self.images, gathered.view(a * a, -1), out=moved)
+            return moved
+        lines = workspace.take("lines", (n, high, a, width * into), x.dtype)
+        for image, line in zip(x, lines, strict=True):
+            windows = image.as_strided((high, a, width * into), (m * by_row, by_row, 1))
+            torch.bmm(self.images.expand(high, a, a), windows, out=line)
+        by_image, by_tile, by_row, _ = lines.stride()
+        strides = by_row, into, by_image, by_tile, m * into, 1
+        gathered.copy_(lines.as_strided(shape, strides))
+        torch.bmm(self.images.expand(a, a, a), gathered.view(a, a, -1), out=moved.view(a, a, -1))
+        return moved
 
 
 def _put_(padded: Tensor, x: Tensor, padding: Sequence[int]) -> None:
