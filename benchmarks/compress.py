@@ -151,7 +151,7 @@ def peers(args: argparse.Namespace, model: keras.Model, shown: Any, unseen: Any)
             networks = networks_of(model, images, ())
             with open_progress() as progress:
                 pairs = pairs_of(model, networks.sites, networks.depthwise, networks.taps)
-                notes = Notebook(None, model, (), {})
+                notes = Notebook(None, model, images.shown, {})
                 work = Work(networks, images, args.seed, notes, progress, pairs)
                 begun = time.monotonic()
                 result = way(work, times)
