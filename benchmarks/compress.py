@@ -336,7 +336,8 @@ def other_networks(args: argparse.Namespace) -> None:
                 base, times, shown[: args.images], seconds=args.seconds, steps=args.steps
             )
             methods = Counter(row.method for row in found.layers)
-            print(f"{found}\n{name}, {times:g} asked, {found.times:.2f} had; {methods}", flush=True)
+            print(f"{found}\n{name}, {times:g} asked, {found.times:.2f} had; {methods}")
+            print(f"{found.seconds:.0f} s", flush=True)
 
 
 def main() -> None:
