@@ -361,9 +361,48 @@ def test_new_variables_of_a_layer_that_keras_runs(change: Callable[[keras.Layer]
     assert_close(to_torch(model)(x), model(x))
 
 
+def with_lstm() -> keras.Model:
+    keras.utils.set_random_seed(0)
+    rows = keras.Input((5, 4))
+    return keras.Model(rows, layers.Dense(2)(layers.LSTM(3, name="lstm")(rows)))
+
+
+def test_what_is_assigned_to_a_layer_that_keras_runs_is_kerass_too() -> None:
+    model, x = with_lstm(), torch.rand(2, 5, 4)
+    network = to_torch(model)
+    state = {k: 1.5 * v if v.is_floating_point() else v for k, v in network.state_dict().items()}
+    network.load_state_dict(state, assign=True)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.mul_(0.5)
+    assert_close(network(x), model(x))
+
+
+@pytest.mark.filterwarnings("ignore:.*stand alone")
+def test_a_layer_that_keras_runs_loads_from_no_values() -> None:
+    model, x = with_lstm(), torch.rand(2, 5, 4)
+    network = to_torch(model)
+    expected, state = network(x), {k: v.clone() for k, v in network.state_dict().items()}
+    network.to("meta").load_state_dict(state, assign=True)
+    assert_close(network(x), expected)
+    assert_close(model(x), expected)
+
+
+def test_moving_a_layer_that_keras_runs_leaves_its_state_a_buffer() -> None:
+    network = to_torch(with_lstm())
+    names = [[n for n, _ in network.named_parameters()], [n for n, _ in network.named_buffers()]]
+    network.to("cpu")
+    assert names == [
+        [n for n, _ in network.named_parameters()], [n for n, _ in network.named_buffers()]
+    ]  # fmt: skip
+    assert len(names[1]) == 1  # of the seed of its dropout
+
+
 def test_scripting_says_why_not(network: Any) -> None:
     with pytest.raises(ValueError, match=r"batch norm by Keras's rules. Use torch.jit.trace"):
         torch.jit.script(network)
+    with pytest.raises(ValueError, match=r"the Keras code of 'lstm' \(LSTM\). Use torch.jit.tr"):
+        torch.jit.script(to_torch(with_lstm()))
 
 
 @pytest.mark.parametrize("strict", [False, True])

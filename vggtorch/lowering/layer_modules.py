@@ -381,8 +381,9 @@ class KerasLayer(Leaf):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> KerasLayer:
         """Take the Keras variables along to another device, and leave them alone otherwise."""
         own = {name: getattr(self, name) for name in self.names}
-        recast = any(fn(t.new_empty(0)).dtype != t.dtype for t in own.values())
-        if recast:  # `.half()` would change the values of the Keras model
+        new = [(fn(t.new_empty(0)), t) for t in own.values()]
+        parts = any(a.dtype != b.dtype or a.is_meta != b.is_meta for a, b in new)
+        if parts:  # `.half()` would change the values of the Keras model
             warn_parted(self.operation[0].variables)
             for name, tensor in own.items():
                 copy = tensor.detach().clone()
@@ -390,12 +391,31 @@ class KerasLayer(Leaf):
                     copy = nn.Parameter(copy, tensor.requires_grad)
                 setattr(self, name, copy)
         super()._apply(fn, recurse)
-        if not recast:
+        if not parts:
             for name, tensor in own.items():
                 if name in self._buffers:  # torch has put another tensor there
                     tensor.data = getattr(self, name)
-                    setattr(self, name, tensor)
+                    self._buffers[name] = tensor  # setattr would list it as a parameter
         return self
+
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, local_metadata: dict[str, Any], *lists: Any
+    ) -> None:
+        """Copy values into Keras's own tensors, also with assign=True, unless they have none."""
+        if not any(getattr(self, name).is_meta for name in self.names):
+            local_metadata = {**local_metadata, "assign_to_params_buffers": False}
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *lists)
+
+    def __prepare_scriptable__(self) -> None:
+        """Say why torch.jit.script can't take it, which asks every module for a form that it can.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            f"torch.jit.script can't take the Keras code of {self.extra_repr()}. Use "
+            f"torch.jit.trace or torch.export.export."
+        )
 
     def extra_repr(self) -> str:
         (operation,) = self.operation
