@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections import Counter
-
 import keras
 import numpy as np
 import pytest
+from applications import beginning, waists
 from contract import (
     check,
     equal,
@@ -26,37 +25,22 @@ from vggtorch.surgery import freeze_, insert, remove, replace, stack, truncate, 
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.slow]
 
-
-NETWORKS: dict[str, tuple[int, int | None]] = {
-    # of keras.applications: the smallest input each takes, and how many of its layers are enough
-    # to have each kind of its blocks; two are taken whole
-    "VGG16": (32, None),
-    "ResNet50": (32, None),
-    "InceptionV3": (75, 136),
-    "DenseNet121": (32, 70),
-    "MobileNetV3Small": (32, 66),
-    "EfficientNetB0": (32, 76),
-    "Xception": (71, 48),
-    "ConvNeXtTiny": (32, 34),
-}
+NETWORKS = (
+    *("VGG16", "ResNet50", "InceptionV3", "DenseNet121", "MobileNetV3Small", "EfficientNetB0"),
+    *("Xception", "ConvNeXtTiny"),
+)
 
 
 @pytest.fixture(scope="module", params=NETWORKS)
 def network(request):
-    size, enough = NETWORKS[request.param]
-    build = getattr(keras.applications, request.param)
-    model = build(weights=None, include_top=False, input_shape=(size, size, 3))
-    if enough is not None:
-        taken = {layer.name for layer in model.layers[:enough]}
-        last = [name for name in waists(model) if name in taken][-1]
-        model = keras.Model(model.input, output_of(model, last))
-    shake_(remember_(model, "oxford"))
+    model = shake_(remember_(beginning(request.param), "oxford"))
     first = next(layer for layer in model.layers if isinstance(layer, kl.Conv2D))
     first.kernel_regularizer = first.kernel.regularizer = keras.regularizers.L2(0.1)
     last = next(layer for layer in reversed(model.layers) if layer.trainable_weights)
     last.trainable_weights[0].trainable = False
     model.layers[len(model.layers) // 2].dtype_policy = keras.DTypePolicy("mixed_bfloat16")
-    return model, images(size, count=1), run(model, images(size, count=1))
+    x = images(model.input_shape[1], count=1)
+    return model, x, run(model, x)
 
 
 @pytest.fixture(autouse=True)
@@ -69,23 +53,6 @@ def input_untouched(request):
     before = snapshot(model)
     yield
     same_snapshot(before, snapshot(model))
-
-
-def waists(model):
-    """Layers that every path goes through, in order."""
-    order = nodes(model)
-    left = Counter(id(parent) for node in order for parent in node.parent_nodes)
-    found: list[str] = []
-    waiting: dict[int, int] = {}
-    for node in order:
-        for parent in node.parent_nodes:
-            waiting[id(parent)] -= 1
-            if not waiting[id(parent)]:
-                del waiting[id(parent)]
-        if not waiting:
-            found.append(node.operation.name)
-        waiting[id(node)] = left[id(node)]
-    return found
 
 
 def between(model, first, last):
