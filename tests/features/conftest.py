@@ -5,22 +5,18 @@ from __future__ import annotations
 from collections import OrderedDict
 
 import vggtorch as vt  # isort: skip  (first: it selects Keras's torch backend)
+import by_torchvision
 import keras
 import pytest
 import torch
 from torch import nn
-from torchvision.models import vgg as torchvision_models
 
 
 @pytest.fixture(scope="session")
 def torchvision_vgg():
     """torchvision's layers under torchvision's names; its classifier would only take memory."""
     torch.manual_seed(0)
-    layers = torchvision_models.make_layers(torchvision_models.cfgs["D"])
-    for module in layers:
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-            nn.init.normal_(module.get_parameter("bias"), std=0.01)
+    layers = by_torchvision.features("vgg16")
     return nn.Sequential(OrderedDict(features=layers)).eval().requires_grad_(False)
 
 

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import vggtorch as vt  # isort: skip  (first: it selects Keras's torch backend)
+import by_torchvision
 import keras
 import torch
-import torchvision
 from torch import Tensor, nn
 
 from vggtorch.lowering import TorchNetwork, to_torch
@@ -53,14 +53,16 @@ def vgg11_bn() -> keras.Model:
 
 def vgg11_bn_by_hand(model: keras.Model) -> nn.Module:
     """torchvision's `features`, an average pool and an nn.Linear on the same weights."""
-    features = torchvision.models.vgg11_bn(weights=None).features
+    with torch.device("meta"):
+        features = by_torchvision.features("vgg11", batch_norm=True)
     tensors = {
         key: v.value.detach()
         for key, v in vt.named_variables(model).items()
         if not key.startswith("logits")
     }
     state = keras_to_torchvision(tensors, "vgg11_bn")
-    features.load_state_dict({k.removeprefix("features."): v.clone() for k, v in state.items()})
+    values = {k.removeprefix("features."): v.clone() for k, v in state.items()}
+    features.load_state_dict(values, assign=True)
     linear = nn.Linear(512, 10)
     dense = model.get_layer("logits")
     with torch.no_grad():

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+import by_torchvision
 import keras
 import numpy as np
 import pytest
@@ -31,11 +32,8 @@ def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module", params=[False, True], ids=["plain", "batch_norm"])
 def network(request: pytest.FixtureRequest) -> nn.Sequential:
     """torchvision's features of VGG11."""
-    import torchvision
-
     torch.manual_seed(0)
-    make = torchvision.models.vgg11_bn if request.param else torchvision.models.vgg11
-    features = make(num_classes=2).features
+    features = by_torchvision.features("vgg11", request.param)
     for module in features:
         if isinstance(module, nn.BatchNorm2d):
             module.get_buffer("running_mean").uniform_(-1, 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import by_torchvision
 import keras
 import numpy as np
 import pytest
@@ -78,9 +79,7 @@ class Torch(nn.Module):
 
     def __init__(self, head: nn.Module) -> None:
         super().__init__()
-        import torchvision
-
-        self.features = torchvision.models.vgg11().features
+        self.features = by_torchvision.features("vgg11")
         self.classifier = head
 
 

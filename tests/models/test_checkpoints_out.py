@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import by_torchvision
 import keras
 import numpy as np
 import pytest
@@ -47,15 +48,13 @@ def test_a_head_is_right_in_torch_and_back(
     tmp_path: Path, backbone: keras.Model, ending: str
 ) -> None:
     """Behind torch's own Flatten, which reads the map in another order than Keras's."""
-    import torchvision
-
     model = vt.stack(backbone, head())
     norm = model.get_layer("norm")
     norm.set_weights([np.random.default_rng(0).uniform(0.5, 1, w.shape) for w in norm.weights])
     vt.save_weights(model, tmp_path / f"a.{ending}")
     state = torch.load(tmp_path / f"a.{ending}")
     network: Any = nn.Module()
-    network.features = torchvision.models.vgg11().features
+    network.features = by_torchvision.features("vgg11")
     network.norm, network.hidden = nn.BatchNorm1d(512 * 6, eps=norm.epsilon), nn.Linear(512 * 6, 5)
     network.out = nn.Linear(5, 3)
     network.load_state_dict(state)  # strictly
@@ -115,10 +114,8 @@ def test_the_weight_set_is_kept_in_every_form(tmp_path: Path, form: str) -> None
     np.testing.assert_array_equal(vt.preprocess(grey, again), vt.preprocess(grey, "oxford"))
     # Each is what the form's own library writes, and read by it.
     if form in ("pth", "bin"):
-        import torchvision
-
         network: Any = nn.Module()
-        network.features = torchvision.models.vgg11().features[:1]
+        network.features = by_torchvision.features("vgg11")[:1]
         network.load_state_dict(torch.load(path))
     elif form == "weights.h5":
         by_keras = cut(None)

@@ -1,0 +1,16 @@
+"""torchvision's VGGs without their classifiers, whose 120 million random numbers take seconds."""
+
+from __future__ import annotations
+
+from torch import nn
+from torchvision.models import vgg
+
+
+def features(name: str, batch_norm: bool = False) -> nn.Sequential:
+    """What torchvision's network of this name has as `features`, with random weights and biases."""
+    layers = vgg.make_layers(vgg.cfgs[{"vgg11": "A", "vgg16": "D"}[name]], batch_norm)
+    for module in layers:
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            nn.init.normal_(module.get_parameter("bias"), std=0.01)
+    return layers
