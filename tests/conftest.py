@@ -53,6 +53,17 @@ def _room_for_the_next(_memory):
         _memory[0] = psutil.Process().memory_info().rss
 
 
+@pytest.fixture
+def narrow(monkeypatch):
+    """The VGGs with an eighth of the channels, for what doesn't depend on how many there are."""
+    from vggtorch import architectures
+    from vggtorch.weights import conversion
+
+    for module in (architectures, conversion):
+        monkeypatch.setattr(module, "WIDTHS", (8, 16, 32, 64, 64))
+        monkeypatch.setattr(module, "HIDDEN", 64)
+
+
 @pytest.fixture(scope="module")
 def one_thread():
     """For tests on small tensors: on a busy machine threads would only wait for one another."""

@@ -42,6 +42,7 @@ def test_inspect_prints_every_layer(tmp_path, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("narrow")
 def test_inspect_compares_and_draws(tmp_path, capsys):
     drawing = tmp_path / "graph.svg"
     assert main(["inspect", "vgg13", "--before", "vgg11", "--draw", str(drawing)]) == 0
@@ -58,6 +59,7 @@ def test_bench_prints_every_way_to_run(tmp_path, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("narrow")
 def test_predict_prints_the_most_probable_classes(tmp_path, capsys):
     weights, image = tmp_path / "random.safetensors", tmp_path / "china.png"
     model = models.remember_(vt.VGG11(weights=None), "imagenet")

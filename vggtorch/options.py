@@ -74,7 +74,7 @@ def with_options_of_train_config(command: Callable[..., None]) -> Callable[..., 
                 field.name,
                 inspect.Parameter.KEYWORD_ONLY,
                 default=default,
-                annotation=Annotated[hint, typer.Option(*_names(field.name, hint), **details)],
+                annotation=Annotated[hint, typer.Option(*_names(field.name), **details)],
             )
         )
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
@@ -82,7 +82,7 @@ def with_options_of_train_config(command: Callable[..., None]) -> Callable[..., 
     return command
 
 
-def _names(field: str, hint: Any) -> list[str]:
+def _names(field: str) -> list[str]:
     """The names of an option that has a short one; none where typer makes the only one."""
     flag = "--" + field.replace("_", "-")
     return [flag, SHORT[field]] if field in SHORT else []

@@ -157,6 +157,7 @@ def test_whatever_is_set_on_a_layer_afterwards_counts(change: str) -> None:
     assert len(model.losses) == len(twin.losses) == (change == "penalty")
 
 
+@pytest.mark.filterwarnings("ignore:The model does not have any trainable weights")
 def test_a_model_may_be_accelerated_while_keras_works_out_shapes() -> None:
     """Then its weights may have no values yet, as in a Sequential model that fit builds."""
     model = keras.Sequential([layers.Dense(2)])

@@ -13,7 +13,7 @@ from keras import layers
 from vggtorch import files
 from vggtorch.models import remember_
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("narrow")]
 
 
 def vgg(**options):
@@ -57,13 +57,13 @@ RUN = {".onnx": run_onnx, ".pt2": run_pt2}
 
 
 @pytest.mark.parametrize("ending", RUN)
-@pytest.mark.parametrize("batch", [1, 3])
-def test_the_file_computes_what_keras_does(tmp_path, ending, batch):
-    model, x = vgg(), images(batch, 32, 32, 3)
-    path = tmp_path / f"model{ending}"
+def test_the_file_computes_what_keras_does(tmp_path, ending):
+    model, path = vgg(), tmp_path / f"model{ending}"
     vt.export(model, path)
-    (found,) = RUN[ending](path, x)
-    np.testing.assert_allclose(found, model.predict(x, verbose=0), rtol=1e-4, atol=1e-6)
+    for batch in (1, 3):
+        x = images(batch, 32, 32, 3)
+        (found,) = RUN[ending](path, x)
+        np.testing.assert_allclose(found, model.predict(x, verbose=0), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("ending", RUN)
@@ -163,14 +163,14 @@ def of_images(*added, size=8, **options):
 
 
 @pytest.mark.parametrize("ending", RUN)
-@pytest.mark.parametrize("batch", [1, 5])
-def test_reshapes_leave_the_batch_open(tmp_path, ending, batch):
+def test_reshapes_leave_the_batch_open(tmp_path, ending):
     model = of_images(layers.Reshape((4, 16, 3)), layers.GlobalAveragePooling2D())
-    x = images(batch, 8, 8, 3) / 255
     path = tmp_path / f"model{ending}"
     vt.export(model, path)
-    (found,) = RUN[ending](path, x)
-    np.testing.assert_allclose(found, model.predict(x, verbose=0), rtol=1e-4, atol=1e-5)
+    for batch in (1, 5):
+        x = images(batch, 8, 8, 3) / 255
+        (found,) = RUN[ending](path, x)
+        np.testing.assert_allclose(found, model.predict(x, verbose=0), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("ending", RUN)
@@ -188,27 +188,32 @@ def test_images_so_small_that_they_end_as_one_pixel(tmp_path, ending):
 
 @pytest.mark.parametrize("ending", RUN)
 @pytest.mark.parametrize(
-    "layer",
+    "branches",
     [
-        layers.Conv2D(2, 3, strides=2, padding="same"),
-        layers.MaxPooling2D(2, padding="same"),
-        layers.AveragePooling2D(2, padding="same"),
-        layers.AveragePooling2D(3, 2, padding="same"),
-        layers.Conv1D(2, 3, strides=3, padding="same"),
-        layers.AveragePooling1D(3, 2, padding="same"),
+        [
+            layers.Conv2D(2, 3, strides=2, padding="same"),
+            layers.MaxPooling2D(2, padding="same"),
+            layers.AveragePooling2D(2, padding="same"),
+            layers.AveragePooling2D(3, 2, padding="same"),
+        ],
+        [
+            layers.Conv1D(2, 3, strides=3, padding="same"),
+            layers.AveragePooling1D(3, 2, padding="same"),
+        ],
     ],
+    ids=["2D", "1D"],
 )
-def test_same_padding_with_strides_at_any_size(tmp_path, ending, layer):
+def test_same_padding_with_strides_at_any_size(tmp_path, ending, branches):
     """How much pads, and on which side, depends on the size."""
-    n = 1 if "1D" in type(layer).__name__ else 2
+    n = 1 if "1D" in type(branches[0]).__name__ else 2
     image = keras.Input((*(None,) * n, 3))
-    model = keras.Model(image, layer(image))
+    model = keras.Model(image, [layer(image) for layer in branches])
     path = tmp_path / f"model{ending}"
     vt.export(model, path)
     for size in ((2, 31, 32), (1, 32, 33), (3, 35, 37), (2, 36, 34)):
         x = images(*size[: n + 1], 3) / 255
-        (found,) = RUN[ending](path, x)
-        np.testing.assert_allclose(found, model.predict(x, verbose=0), rtol=1e-4, atol=1e-5)
+        for found, expected in zip(RUN[ending](path, x), model.predict(x, verbose=0), strict=True):
+            np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("ending", RUN)

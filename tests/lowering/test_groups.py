@@ -40,10 +40,12 @@ def test_vgg_with_batch_norm_trains_at_its_own_size(one_thread: None, checkpoint
     """Where the ReLU behind a batch norm is the first step that runs in groups."""
 
     def make() -> keras.Model:
-        return vt.VGG11(weights=None, include_top=False, input_shape=(224, 224, 3), batch_norm=True)
+        shape = (224, 224, 3)
+        vgg = vt.VGG11(weights=None, include_top=False, input_shape=shape, batch_norm=True)
+        return vt.truncate(vgg, "block3_pool")  # behind it all images fit into one group
 
-    # Rounding turns some of the ReLUs of eight layers on and off.
-    both_train(make, torch.rand(2, 224, 224, 3), tolerance=5e-2, checkpoint=checkpoint)
+    # Rounding turns some of the ReLUs of four layers on and off.
+    both_train(make, torch.rand(3, 224, 224, 3), tolerance=5e-2, checkpoint=checkpoint)
 
 
 def norm_then_relu(image: Any) -> Any:

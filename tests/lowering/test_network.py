@@ -111,13 +111,6 @@ def test_training_with_batch_norm_moves_the_statistics_as_keras_does():
         assert torch.allclose(a.value, b.value, rtol=1e-5, atol=1e-6), a.path
 
 
-@pytest.mark.slow
-def test_a_network_at_its_own_size_trains_with_batch_norm():
-    network = to_torch(vgg(batch_norm=True, include_top=False, size=224)).train()
-    network(images(8, 224)).sum().backward()
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in network.parameters())
-
-
 def test_nan_stays_nan():
     model = small(batch_norm=False)
     network = to_torch(model).eval()

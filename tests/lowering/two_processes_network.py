@@ -17,7 +17,8 @@ from vggtorch.lowering import TorchNetwork
 
 def network() -> tuple[keras.Model, TorchNetwork]:
     keras.utils.set_random_seed(0)
-    vgg = vt.VGG11(weights=None, include_top=False, input_shape=(32, 32, 3), pooling="avg")
+    vgg = vt.VGG11(weights=None, include_top=False, input_shape=(32, 32, 3))
+    vgg = vt.stack(vt.truncate(vgg, "block4_conv1"), keras.layers.GlobalAveragePooling2D())
     return vgg, vt.to_torch(vgg, data_format="channels_first")
 
 
@@ -62,7 +63,7 @@ def main() -> None:
     )
 
     _, sharded = network()
-    for module in (sharded.block3_conv1, sharded.block4_conv1):
+    for module in (sharded.block2_conv1, sharded.block3_conv1):
         fully_shard(module)
     fully_shard(sharded)
     sharded(mine).square().mean().backward()

@@ -14,7 +14,7 @@ from precision import computing_in
 from sklearn.datasets import load_sample_images
 
 import vggtorch as vt
-from vggtorch import architectures, models
+from vggtorch import models
 from vggtorch.architectures import ARCHITECTURES
 from vggtorch.keras_graph import graph_of
 from vggtorch.lowering import OnKeras
@@ -158,14 +158,8 @@ def test_a_saved_pth_is_what_torchvision_loads(oxford, tmp_path):
         assert_close(oxford(images), expected.movedim(1, -1), "block5_pool")
 
 
-# The torch network against the Keras model it was made of: outputs and gradients
-
-
-@pytest.fixture
-def narrow(monkeypatch):
-    """The networks with few channels: in float64 no kernel depends on how many there are."""
-    monkeypatch.setattr(architectures, "WIDTHS", (8, 16, 32, 64, 64))
-    monkeypatch.setattr(architectures, "HIDDEN", 64)
+# The torch network against the Keras model it was made of: outputs and gradients. The networks are
+# narrow, since in float64 no kernel depends on how many channels there are.
 
 
 def outputs_and_gradients(model, run):
