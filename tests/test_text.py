@@ -92,7 +92,8 @@ def named(tmp_path_factory):
     config = TrainConfig(
         head="linear", epochs=1, batch_size=8, image_size=16, output_dir=str(folder / "run")
     )
-    history = finetune(tiny.network(None), data, config=config)
+    with pytest.warns(UserWarning, match="validation images are files of the training data again"):
+        history = finetune(tiny.network(None), data, config=config)
     save_trained(history, folder / "run")
     write_report(history, folder / "run" / "report.html")
     return history, folder

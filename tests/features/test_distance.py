@@ -21,6 +21,7 @@ def peer(torchvision_vgg):
     return network.requires_grad_(False)
 
 
+@pytest.mark.filterwarnings("ignore:.*weight.*deprecated since 0.13")  # of torchvision, by lpips
 @pytest.mark.slow
 @pytest.mark.parametrize("checkpoint", [False, True])
 def test_values_and_gradients_are_those_of_the_package(vgg, peer, images, checkpoint):

@@ -100,6 +100,7 @@ def cut(name: str | None) -> keras.Model:
     return remember_(vt.truncate(vgg, "block1_pool"), name)
 
 
+@pytest.mark.filterwarnings("ignore:keras.saving.load_model reads")
 @pytest.mark.slow
 @pytest.mark.parametrize("form", ["pth", "bin", "safetensors", "weights.h5", "keras", "h5"])
 def test_the_weight_set_is_kept_in_every_form(tmp_path: Path, form: str) -> None:
@@ -172,6 +173,7 @@ def test_the_loss_of_a_weight_set_is_said(tmp_path: Path, by_keras: bool) -> Non
     assert vt.weight_set(model) is None
 
 
+@pytest.mark.filterwarnings("ignore:keras.saving.load_model reads")
 @pytest.mark.slow
 def test_conversion_keeps_the_weight_set_from_form_to_form(tmp_path: Path) -> None:
     model = vt.VGG11(weights=None, include_top=False, input_shape=(32, 32, 3))

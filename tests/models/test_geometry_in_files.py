@@ -61,6 +61,7 @@ def test_geometry_and_classes_come_back_from_every_form(tmp_path: Path, form: st
     assert vt.data_config(other) == dataclasses.replace(CONFIG, label_names=("a", "b", "c"))
 
 
+@pytest.mark.filterwarnings("ignore:Names differ and were matched by their order")
 @pytest.mark.parametrize("form", ["pth", "safetensors", "weights.h5"])
 def test_a_nested_network_gives_its_geometry_too(tmp_path: Path, form: str) -> None:
     def nested(config: DataConfig | None) -> keras.Model:

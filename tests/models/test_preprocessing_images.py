@@ -65,6 +65,7 @@ def test_prediction_turns_files_and_pil_images(tmp_path):
     np.testing.assert_array_equal(preprocess(converted, "oxford", size=32), expected)
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
 def test_a_damaged_exif_block_leaves_the_image_as_it_is_stored(tmp_path):
     path = tmp_path / "a.jpg"
     Image.fromarray(corners()).save(path, exif=b"Exif\0\0II*\0\xff\xff\xff\xff", quality=95)
@@ -254,6 +255,8 @@ SAVED = ["bmp", "gif", "jpg", "jp2", "png", "ppm", "tiff", "webp"] + (
 )
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize("suffix", SAVED)
 def test_damaged_files_raise_nothing_but_a_value_error_that_names_them(suffix, tmp_path):
     path = tmp_path / f"a.{suffix}"
@@ -307,6 +310,7 @@ def test_a_pipe_is_not_waited_for(tmp_path):
         preprocess(tmp_path / "a.jpg", "oxford")
 
 
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize("size", [(13376, 13376), (20000, 20000)])
 def test_too_many_pixels_are_refused_by_the_header(size, tmp_path):
     path = tmp_path / "a.png"

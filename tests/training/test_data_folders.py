@@ -111,7 +111,8 @@ def test_a_run_on_train_and_test_holds_out_a_part_of_train(tmp_path, config):
     assert isinstance(read.test, data.Folder) and all("test" in p.parts for p in read.test.paths)
     # A validation folder of the user's own is told apart from the classes too.
     other = tiny.pictures(tmp_path / "other", each=1)
-    read = read_data(tmp_path / "data", other, config, images)
+    with pytest.warns(UserWarning, match="1 of 3 validation images are files of the training"):
+        read = read_data(tmp_path / "data", other, config, images)
     assert (len(read.training), len(read.validation or ())) == (24, 3)
 
 

@@ -93,6 +93,7 @@ def test_a_network_without_maps():
         activation_maps(keras.Model(image, x, name="flat"), torch.rand(1, 4, 4, 3), [0])
 
 
+@pytest.mark.filterwarnings("ignore:'k' .5. greater than or equal to 'n_classes'")
 @pytest.mark.parametrize("classes", [3, 8])
 def test_figures_are_those_of_scikit_learn_and_torchmetrics(classes):
     from sklearn import metrics

@@ -20,6 +20,8 @@ from vggtorch.training import keeping
 from vggtorch.training.prediction import image_files
 from vggtorch.weight_sets import DataConfig
 
+pytestmark = pytest.mark.filterwarnings("ignore:Left out of")
+
 
 @pytest.fixture(scope="module")
 def run(history, tmp_path_factory):
@@ -58,7 +60,6 @@ def test_files_folders_and_patterns(tmp_path, monkeypatch):
         assert str(caught.value).startswith(message)
 
 
-@pytest.mark.filterwarnings("default:Left out of")
 @pytest.mark.slow
 @pytest.mark.parametrize("batch_size", ["2", "100"])
 def test_predict_writes_a_row_for_each_image_and_passes_over_what_it_cant_read(
@@ -119,7 +120,6 @@ def test_images_none_of_which_can_be_read(run, tmp_path, capsys):
     capsys.readouterr()
 
 
-@pytest.mark.filterwarnings("default:Left out of")
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -200,7 +200,6 @@ def test_whatever_a_network_ends_in_its_probabilities_are_scored(tmp_path):
         vt.evaluate_folder(model, folder)
 
 
-@pytest.mark.filterwarnings("default:Left out of")
 @pytest.mark.slow
 def test_features_are_written_read_and_resumed(run, photos, tmp_path, capsys, monkeypatch):
     parquet = pytest.importorskip("pyarrow.parquet")

@@ -40,7 +40,10 @@ def test_out_of_memory_runs_the_batch_in_pieces(config, monkeypatch):
 
     monkeypatch.setattr(step.F, "cross_entropy", small_gpu)
     config = dataclasses.replace(config, output_dir=config.output_dir + "2")
-    with pytest.warns(UserWarning, match=r"from step 0 on, each batch of 6 runs in 4 pieces"):
+    with (
+        pytest.warns(UserWarning, match=r"from step 0 on, each batch of 6 runs in 2 pieces"),
+        pytest.warns(UserWarning, match=r"from step 0 on, each batch of 6 runs in 4 pieces"),
+    ):
         history = finetune(tiny.network(dropout=0.0), tiny.dataset(), config=config)
     np.testing.assert_allclose(tiny.curve(history), expected, rtol=1e-5)
 
