@@ -333,8 +333,9 @@ def other_networks(args: argparse.Namespace) -> None:
         ]
         for times in args.times:
             _, found = vt.compress(
-                base, times, shown[: args.images], seconds=args.seconds, steps=args.steps
-            )
+                base, times, shown[: args.images], methods=args.methods, seconds=args.seconds,
+                steps=args.steps,
+            )  # fmt: skip
             methods = Counter(row.method for row in found.layers)
             print(f"{found}\n{name}, {times:g} asked, {found.times:.2f} had; {methods}")
             print(f"{found.seconds:.0f} s", flush=True)
@@ -365,6 +366,8 @@ def main() -> None:
     )
     parser.add_argument("--repeats", type=int, default=10, help="for speed")
     names = ["ResNet50", "MobileNetV2"]
+    every = [*METHODS, "channels", "composition"]
+    parser.add_argument("--methods", nargs="+", choices=every, default=every, help="for networks")
     parser.add_argument("--networks", nargs="+", choices=names, default=names)
     args = parser.parse_args()
     args.times = args.times or ([1.5, 2] if args.question == "networks" else [2, 3, 4])
