@@ -223,10 +223,15 @@ def compress(
         network = constructor(model)(weights=weights, include_top=top)
     else:
         network = model_from_name(model)
-    small, found = vt.compress(
-        network, times, vt.preprocess(chosen, network),
-        by=by, keep=keep or [], seconds=seconds, seed=seed, folder=checkpoints,
-    )  # fmt: skip
+    try:
+        small, found = vt.compress(
+            network, times, vt.preprocess(chosen, network),
+            by=by, keep=keep or [], seconds=seconds, seed=seed, folder=checkpoints,
+        )  # fmt: skip
+    except KeyboardInterrupt as stop:
+        again = "the same command goes on where it was"
+        hint = again if checkpoints else f"with --checkpoints FOLDER {again}"
+        raise typer.Abort(f"interrupted; {hint}") from stop
     print(found)
     drawing = Path(out).with_suffix(".svg")
     with files.atomic(out) as temporary:
@@ -324,7 +329,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             prog_name="vggtorch",
             standalone_mode=False,
         )
-        return status or 0
+        if status != 130:  # by which typer says that Ctrl-C was pressed
+            return status or 0
+        message = "interrupted"
     except typer.TyperException as error:  # the command line can't be read so
         context = getattr(error, "ctx", None)
         command = context.command_path if context else "vggtorch"
@@ -332,7 +339,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         message = f"{reason}. Try {command} --help."
         status = error.exit_code
     except typer.Abort as error:
-        message, status = "interrupted", 130
+        message, status = str(error) or "interrupted", 130
         if isinstance(error.__cause__, Interrupted):
             message = _carry_on(arguments)
     except Terminated:

@@ -7,6 +7,7 @@ from PIL import Image
 from small import images, vgg
 
 from vggtorch.cli import main
+from vggtorch.compression import work
 from vggtorch.models import remember_
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -35,6 +36,36 @@ def test_it_writes_the_model_and_a_drawing_and_prints_the_table(folder, capsys):
     small = keras.saving.load_model(out)
     assert small.get_layer("block1_conv2").kernel.shape == (3, 3, 16, 16)
     assert "block3_conv1" in out.with_suffix(".svg").read_text()
+
+
+@pytest.mark.slow
+def test_interrupted_it_says_how_to_go_on(folder, capsys, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    out = folder / "small.keras"
+    words = [str(folder / "model.keras"), str(folder / "photos"), "--times", "2", "--out", str(out)]
+    words += ["--seconds", "0"]
+    for options, text in (
+        ([], "interrupted; with --checkpoints FOLDER the same command goes on where it was"),
+        (["--checkpoints", str(folder / "work")], "interrupted; the same command goes on where"),
+    ):
+        with monkeypatch.context() as m:
+            m.setattr(work, "descend_", interrupted)
+            assert main(["compress", *words, *options]) == 130
+        assert f"vggtorch: {text}" in capsys.readouterr().err
+    monkeypatch.setattr(work, "look", None)  # nothing is looked at again
+    assert main(["compress", *words, *options]) == 0
+    assert out.exists()
+
+
+def test_ctrl_c_is_never_silent(monkeypatch, capsys):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("vggtorch.inspect", interrupted)
+    assert main(["inspect", "vgg11"]) == 130
+    assert capsys.readouterr().err == "vggtorch: interrupted\n"
 
 
 def test_what_it_refuses_it_says_in_words_of_options(folder, capsys):
