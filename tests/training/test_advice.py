@@ -16,12 +16,12 @@ def test_few_images_freeze_all_and_cut_lower_where_images_differ():
     assert similar.unfreeze == different.unfreeze == ()
 
 
-def test_some_images_unfreeze_the_last_block_gently_and_all_is_seen_of_few():
+def test_of_some_images_a_tenth_validates_and_of_few_all_is_seen():
     few, some, many = (advise(10 * each, 10) for each in (199, 200, 500))
-    assert few.unfreeze == () and few.crop_pct == some.crop_pct == 1 and many.crop_pct is None
-    assert some.unfreeze == ((2, "block5_conv1"),) and some.freeze == "block5_pool"
-    assert some.layer_decay < many.layer_decay
-    assert "block 5" in str(some) and "block 5" not in str(few)
+    assert few.crop_pct == some.crop_pct == 1 and many.crop_pct is None
+    assert few.unfreeze == some.unfreeze == () and some.freeze == "block5_pool"
+    assert (few.validation_split, some.validation_split, many.validation_split) == (0.2, 0.1, 0.2)
+    assert "a tenth" in str(some) and "a tenth" not in str(few) + str(many)
     assert advise(2000, 10, "similar").unfreeze == advise(2000, 10, "different").unfreeze == ()
 
 

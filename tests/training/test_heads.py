@@ -46,6 +46,16 @@ def test_heads(head, layers):
     keras.models.clone_model(surgery.truncate(model, "block1_pool"))
 
 
+def test_dense_layers_of_a_head_begin_as_torch_s_do():
+    model = with_head(tiny.network(None), TrainConfig(head="multilevel"), 40)
+    for name in ("head_hidden", "head_predictions"):
+        found = model.get_layer(name).kernel.value.detach()
+        inputs, outputs = found.shape
+        expected = torch.nn.Linear(inputs, outputs).weight
+        assert found.abs().max().item() == pytest.approx(inputs**-0.5, rel=0.01)
+        assert found.std().item() == pytest.approx(expected.std().item(), rel=0.05)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("head", ["tutorial", "linear", "mlp"])
 def test_heads_learn_the_same_from_maps_of_any_scale(head, images, config):
