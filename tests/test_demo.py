@@ -89,7 +89,7 @@ def test_the_demo_runs_end_to_end(monkeypatch, capsys, tmp_path):
         "EPOCHS": 1,
         "REPLACED_SIZE": 32,
         "UNLABELLED": 6,
-        "DISTILL_SECONDS": 2.0,
+        "DISTILL_STEPS": 2,
         "COMPRESS_TIMES": 1.05,
         "COMPRESS_STEPS": 1,
         "COMPRESS_SECONDS": 5.0,
