@@ -69,6 +69,7 @@ def convert(
         ) from error
     order = [rule.keras_key for rule in weights.rules(network, include_top=True)]
     tensors = {key: tensors[key] for key in order if key in tensors}
+    written = _renamed(target, tensors)
     if str(target).endswith((".h5", ".keras")):
         # Keras orders these forms by the layers of a model, so one is built around the tensors.
         grid, classes = GRID, CLASSES
@@ -88,13 +89,11 @@ def convert(
         else:
             _save_whole(model, target, stacklevel=4)
     else:
-        said = checkpoint.weight_set, checkpoint.data_config
-        weights.write(target, _renamed(target, tensors), *said)
+        weights.write(target, written, checkpoint.weight_set, checkpoint.data_config)
     before = weights.traced(
         checkpoint.tensors, lambda read: weights.to_keras(read, checkpoint.form)
     )
     after = weights.traced(tensors, lambda read: _renamed(target, read))
-    written = _renamed(target, tensors)
     return [
         (name, tuple(checkpoint.tensors[name].shape), key, tuple(written[key].shape))
         for key in after
