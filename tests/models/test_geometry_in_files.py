@@ -18,6 +18,7 @@ from vggtorch.models import convert, remember_, remembered
 from vggtorch.weight_sets import DataConfig
 from vggtorch.weights import read
 
+pytestmark = pytest.mark.filterwarnings("ignore:keras.saving.load_model reads")
 SHAPE = (32, 32, 3)
 CONFIG = DataConfig(
     "oxford", input_size=(3, 32, 32), crop_pct=1.0, crop_mode="squash", interpolation="bicubic",
