@@ -144,7 +144,7 @@ MISTAKES = [
         "--cache-copies 2 --freeze block5_pool",
         "Received --cache-copies 2 with --augment none",
     ),
-    ("finetune unreadable --weights oxford --image-size 32", "train with --on-unreadable skip"),
+    ("finetune unreadable --weights oxford --image-size 32", "or pass --on-unreadable skip"),
     ("finetune images --weights oxford --image-size 32 --head mlp --cut fc9", "fc9"),
 ]
 

@@ -96,6 +96,10 @@ def evaluate(
         str | None,
         typer.Option(help="Regular expression; its first group, in a file's name, is the label."),
     ] = None,
+    on_unreadable: Annotated[
+        Literal["skip", "stop"],
+        typer.Option(help="Stop at an image that can't be read, or skip it."),
+    ] = "stop",
 ) -> None:
     """How well a trained model does on labelled images that nothing was chosen by."""
     if out and not out.endswith((".json", ".html")):
@@ -107,6 +111,7 @@ def evaluate(
         batch_size=batch_size,
         num_workers=num_workers,
         label_pattern=label_pattern,
+        on_unreadable=on_unreadable,
     )
     figures = found.figures()
     print(f"{len(found.labels)} images of {len(source.classes)} classes in {visible(source.root)}")

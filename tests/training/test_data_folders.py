@@ -211,7 +211,7 @@ def test_whatever_pil_raises_is_skipped_when_asked(tmp_path, monkeypatch, error)
     Image.new("RGB", (7, 7)).save(folder / "red" / "7.png")
     with pytest.raises(ValueError, match=r"1 of 24 images .*7.png: broken inside\. Mend"):
         data.read_folder(folder, 16)
-    with pytest.warns(UserWarning, match="7.png: broken inside. Training goes on without them"):
+    with pytest.warns(UserWarning, match="7.png: broken inside. They are left out"):
         assert len(data.read_folder(folder, 16, on_unreadable="skip")) == 23
 
 

@@ -184,6 +184,18 @@ def test_classes_are_told_by_their_names(run, tmp_path):
         vt.evaluate_folder(model, folder)
 
 
+def test_what_can_t_be_read_stops_an_evaluation_or_is_left_out(run, tmp_path, capsys):
+    folder = tiny.pictures(tmp_path / "data", each=2, seed=9)
+    (folder / "red" / "torn.png").write_bytes(b"nothing")
+    assert main(["evaluate", str(run), str(folder)]) == 1
+    assert "torn.png" in (said := capsys.readouterr().err) and "pass --on-unreadable skip" in said
+    with pytest.warns(UserWarning, match="1 of 7 images .* They are left out"):
+        assert main(["evaluate", str(run), str(folder), "--on-unreadable", "skip"]) == 0
+    assert "6 images of 3 classes" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="Received on_unreadable='hide'; expected 'skip' or"):
+        vt.evaluate_folder(tiny.network(), folder, on_unreadable="hide")  # type: ignore[arg-type]
+
+
 def test_whatever_a_network_ends_in_its_probabilities_are_scored(tmp_path):
     folder = tiny.pictures(tmp_path / "data", each=2, seed=9)
     config = DataConfig(preprocessing_inside=True)

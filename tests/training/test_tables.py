@@ -203,7 +203,7 @@ def test_what_a_table_has_beside_is_said(table, config):
     said = " ".join(str(w.message) for w in caught)
     assert "say nothing here: 'photographer'." in said and "2 rows of" in said
     path.write_text("data/red/0.png,red\ndata/blue/0.png,blue\ngone.png,red\n")
-    with pytest.warns(UserWarning, match="1 of 3 images .* Training goes on without them"):
+    with pytest.warns(UserWarning, match="1 of 3 images .* They are left out"):
         assert len(data.read_folder(path, 16, on_unreadable="skip")) == 2
     with pytest.raises(ValueError, match=r"which has the labels itself"):
         data.read_folder(path, 16, label_pattern="(a)")

@@ -72,5 +72,5 @@ def test_unreadable_images_are_skipped_if_asked(config, tmp_path):
     (folder / "red" / "3.png").write_text("no image")
     with pytest.raises(ValueError, match="1 of 24 images"):
         finetune(tiny.network(), folder, config=config)
-    with pytest.warns(UserWarning, match="Training goes on without them"):
+    with pytest.warns(UserWarning, match="They are left out"):
         finetune(tiny.network(), folder, config=dataclasses.replace(config, on_unreadable="skip"))

@@ -261,8 +261,8 @@ def read_classes(
     if bad:
         message = f"{len(bad)} of {len(images)} images in {part} can't be read: {_first(bad)}"
         if on_unreadable == "stop":
-            raise ValueError(f"{message} Mend or remove them, or train with on_unreadable='skip'.")
-        warnings.warn(f"{message} Training goes on without them.", stacklevel=3)
+            raise ValueError(f"{message} Mend or remove them, or pass on_unreadable='skip'.")
+        warnings.warn(f"{message} They are left out.", stacklevel=3)
     good = [
         Labelled(path, label, check.digest)
         for (path, label), check in zip(images, checked, strict=True)

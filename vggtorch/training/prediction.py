@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import keras
 import numpy as np
@@ -231,6 +231,7 @@ def evaluate_folder(
     batch_size: int = 32,
     num_workers: int = 0,
     label_pattern: str | None = None,
+    on_unreadable: Literal["skip", "stop"] = "stop",
 ) -> tuple[Evaluation, data.Folder]:
     """How well a model does on a folder with a subfolder for each class, and the images of it.
 
@@ -243,6 +244,7 @@ def evaluate_folder(
         batch_size: images at a time.
         num_workers: processes that read images.
         label_pattern: regular expression whose first group, in a file's name, is the label.
+        on_unreadable: stop at an image that can't be read, or leave it out with a warning.
 
     Raises:
         ValueError: classes that the model doesn't know, or what a folder is refused for.
@@ -266,11 +268,16 @@ def evaluate_folder(
     """
     if batch_size < 1:
         raise ValueError(f"Received batch_size={batch_size}; expected 1 or more.")
+    if on_unreadable not in ("skip", "stop"):
+        raise ValueError(f"Received on_unreadable={on_unreadable!r}; expected 'skip' or 'stop'.")
     part = test_part(Path(folder))
     config = data_config(model)
     size = config.size or (data.DEFAULT_SIZE, data.DEFAULT_SIZE)
     source = data.read_folder(
-        part, dataclasses.replace(config, input_size=(3, *size)), label_pattern=label_pattern
+        part,
+        dataclasses.replace(config, input_size=(3, *size)),
+        on_unreadable=on_unreadable,
+        label_pattern=label_pattern,
     )
     names = config.label_names or source.classes
     outputs = model.output_shape[-1]
