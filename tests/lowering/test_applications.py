@@ -109,21 +109,37 @@ def parts(model: keras.Model, most: int = 100_000_000) -> list[slice]:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_networks_equal_keras_in_float64(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All images in one group too, as nearly all are at this size."""
+    """To ten digits, or to what Keras itself changes by where the last digit of the input does.
+
+    That is 4e-6 of the whole EfficientNetV2M's output, whose numbers grow from layer to layer. All
+    images in one group too, as nearly all are at this size.
+    """
     with computing_in("float64"):
         model = built(name)
         x = images(model, 1).double()
-        with torch.no_grad():
-            assert off([to_torch(model).eval()(x)], [model(x, training=False)]) < 1e-10
-        module = on_keras(model)
-        assert WHOLE or not any(isinstance(m, KerasLayer) for m in module.network.modules())
+        network = to_torch(model).eval()
+        assert WHOLE or not any(isinstance(m, KerasLayer) for m in network.modules())
+
+        @functools.cache
+        def nudged(training: bool, part: slice) -> list[list[torch.Tensor]]:
+            other = x * (1 + 1e-15 * torch.rand_like(x))
+            return outcome(model, partial(model, training=training), other, part)
+
         for training, part in itertools.product((False, True), parts(model)):
             theirs = outcome(model, partial(model, training=training), x, part)
+            limit = 1e-5 if training else 1e-10
             for group_bytes in (1, 1 << 30):
                 monkeypatch.setattr(running, "GROUP_BYTES", group_bytes)
-                mine = outcome(model, on_keras(model).train(training), x, part)
-                for found, expected in zip(mine, theirs, strict=True):
-                    assert off(found, expected) < (1e-5 if training else 1e-10)
+                module = on_keras(model).train(training)
+                mine = outcome(model, module, x, part)
+                pairs = list(zip(mine, theirs, strict=True))
+                if not training:
+                    with torch.no_grad():
+                        pairs.append(([network(x)], theirs[0]))
+                for i, (found, expected) in enumerate(pairs):
+                    if not off(found, expected) < limit:
+                        other = nudged(training, part)[i % len(theirs)]
+                        assert off(found, expected) < limit + 10 * off(other, expected)
 
 
 @pytest.mark.parametrize("name", NAMES)
