@@ -123,7 +123,8 @@ def test_networks_equal_keras_in_float64(name: str, monkeypatch: pytest.MonkeyPa
         near = x * (1 + 1e-15 * torch.rand_like(x))
         for training, part in itertools.product((False, True), parts(model)):
             run = partial(model, training=training)
-            theirs, nudged = outcome(model, run, x, part), []
+            theirs = outcome(model, run, x, part)
+            nudged: list[Any] = []
             limit = 1e-5 if training else 1e-10
             for group_bytes in (1, 1 << 30):
                 monkeypatch.setattr(running, "GROUP_BYTES", group_bytes)
