@@ -421,3 +421,37 @@ def test_onnx_by_hand(network: Any, x: torch.Tensor) -> None:
     session = runtime.InferenceSession(content.getvalue())
     (found,) = session.run(None, {session.get_inputs()[0].name: x[:3].numpy()})
     assert_close(torch.from_numpy(found), network(x[:3]).detach())
+
+
+def test_a_child_that_is_compiled_in_place_runs_compiled(network: Any, x: torch.Tensor) -> None:
+    compiled: list[torch.fx.GraphModule] = []
+    expected = network(x)
+    network.block2_conv1.compile(backend=lambda graph, _: compiled.append(graph) or graph.forward)
+    assert_close(network(x), expected)
+    assert len(compiled) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_quantization_aware_training_with_torchs_own_norms(
+    network: Any, hand: Any, x: torch.Tensor
+) -> None:
+    """In eager mode, once the norms are replaced as docs/torch.md shows."""
+    quantization = torch.ao.quantization
+    found = []
+    for one in (network.train(), hand.train()):
+        for name, norm in list(one.named_modules()):
+            if isinstance(norm, nn.BatchNorm2d):
+                plain = nn.BatchNorm2d(norm.num_features, norm.eps, norm.momentum)
+                plain.load_state_dict(norm.state_dict())
+                one.set_submodule(name, plain)
+        one.predictions_softmax = nn.Identity()  # torch has none for quantized numbers
+        quantization.fuse_modules_qat(one, ["block2_conv1", "block2_bn1", "block2_relu1"], True)
+        whole: Any = quantization.QuantWrapper(one)
+        whole.qconfig = quantization.get_default_qat_qconfig("x86")
+        quantization.prepare_qat(whole, inplace=True)
+        whole(x).square().sum().backward()
+        gradient = one.get_submodule("block1_conv1").weight.grad
+        found.append([gradient, quantization.convert(whole.eval())(x)])
+    for ours, theirs in zip(*found, strict=True):
+        assert_close(ours.detach(), theirs.detach(), 5e-2)

@@ -317,9 +317,8 @@ class PairMaxPool2d(Bounded):
     ) -> tuple[Tensor, float | None]:
         (x,), (bound,) = inputs, bounds
         integers = INTEGERS.get(x.dtype)
-        if bound is None or integers is None or x.ndim != 4 or min(x.shape[2:]) < 2:
-            return self.pool(x), bound
-        if not self.takes(self.pool):  # what was set on it since
+        usual = bound is not None and x.ndim == 4 and min(x.shape[2:]) >= 2
+        if integers is None or not (usual and self.takes(self.pool)):  # somebody may change it
             return self.pool(x), bound
         bits = x.permute(0, 2, 3, 1).view(integers)
         high, wide = x.shape[2] // 2, x.shape[3] // 2

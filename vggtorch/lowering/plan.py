@@ -155,7 +155,8 @@ def _is_settled(step: Step, grad: bool) -> bool:
 
 
 def _is_plain(x: Any) -> bool:
-    return type(x) in (Tensor, nn.Parameter) and x.device.type == "cpu"
+    plain = type(x) in (Tensor, nn.Parameter) and x.device.type == "cpu"
+    return plain and x.layout is torch.strided and not x.is_quantized
 
 
 def _has_plain_weights(module: nn.Module) -> bool:
@@ -172,6 +173,7 @@ def _is_watched(module: nn.Module) -> bool:
         or module._backward_hooks
         or module._backward_pre_hooks
         or "forward" in vars(module)
+        or module._compiled_call_impl is not None
     )
 
 
