@@ -13,7 +13,7 @@ import keras
 from keras import layers
 from small_vgg import assert_close, images, on_keras, small_vgg, step
 
-from vggtorch.lowering import kernels, running
+from vggtorch.lowering import FusedConv2d, kernels, running
 
 
 def both_train(
@@ -134,7 +134,7 @@ def test_images_in_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels.Convolution, "apply", spy)
     with torch.profiler.profile() as profile:
         output, left = step(model, module)
-    assert entered[:5] == [1] * 5  # the first to see how many fit
+    assert entered[:5] == [2, 1, 1, 1, 1]  # the first two to see how many fit
     # Each would fill and add up a tensor as large as the batch's.
     assert "aten::slice_backward" not in {event.key for event in profile.key_averages()}
     assert_close(output, expected, 1e-4)
@@ -142,3 +142,17 @@ def test_images_in_groups(monkeypatch: pytest.MonkeyPatch) -> None:
         assert_close(actual, value, 1e-4)
     with torch.no_grad():
         assert_close(module.eval()(x), model(x, training=False))
+
+
+def test_a_weight_is_prepared_for_one_image_and_for_several() -> None:
+    """The orders differ, and a kernel with the other's takes several times as long."""
+    image = keras.Input((14, 14, 16))
+    network: Any = vt.to_torch(keras.Model(image, layers.Conv2D(32, 1)(image))).eval()
+    for count in (1, 4, 1, 3):
+        with torch.no_grad():
+            network(torch.randn(count, 14, 14, 16))
+    ((segment,),) = network._plan.plans.made.values()
+    (fused,) = (s.run for s in segment.steps if isinstance(s.run, FusedConv2d))
+    (weight, _), *_ = fused.constants.made
+    several = {False} if running.GROUP_BYTES > 1 else set()
+    assert set(weight.made) == {True} | several

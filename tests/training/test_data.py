@@ -76,7 +76,7 @@ def test_unreadable_images_stop_or_are_named_and_skipped(tmp_path):
     (folder / "blue" / "page.jpg").write_text("<html>404</html>")
     with pytest.raises(ValueError, match=r"2 of 25 images .* can't be read: .*page.jpg.*1.png"):
         data.read_folder(folder, 16)
-    with pytest.warns(UserWarning, match=r"2 of 25 .*page.jpg.*red/1.png.*without them"):
+    with pytest.warns(UserWarning, match=r"2 of 25 .*page.jpg.*red/1.png.*left out"):
         found = data.read_folder(folder, 16, on_unreadable="skip")
     assert len(found) == 23
     assert not {"1.png", "page.jpg"} & {p.name for p in found.paths if p.parent.name != "green"} - {
@@ -101,7 +101,7 @@ def test_a_class_with_only_unreadable_images_is_empty(tmp_path):
     folder = tiny.pictures(tmp_path / "data", each=1)
     (folder / "red" / "0.png").write_text("no image")
     with (
-        pytest.warns(UserWarning, match="without them"),
+        pytest.warns(UserWarning, match="left out"),
         pytest.raises(ValueError, match="No images for red"),
     ):
         data.read_folder(folder, 16, on_unreadable="skip")

@@ -122,6 +122,26 @@ def _is_same(tensor: Tensor, kept: Tensor) -> bool:
     return torch.equal(flat.view(bits), kept.view(bits))
 
 
+class PreparedWeight:
+    """A convolution's weight in the orders that oneDNN likes best for one image and for several.
+
+    These can differ, and a kernel with the other's weight can take five times as long.
+    """
+
+    def __init__(self, make: Callable[[Sequence[int]], Tensor]) -> None:
+        self.make = make
+        self.made: dict[bool, Tensor] = {}
+
+    @torch.no_grad()
+    def __call__(self, shape: Sequence[int]) -> Tensor:
+        """The weight for inputs of this shape (N, C, H, W)."""
+        single = shape[0] == 1
+        if single not in self.made:
+            with torch.autocast("cpu", enabled=False):
+                self.made[single] = self.make(shape)
+        return self.made[single]
+
+
 class Bounded:
     """A step that wants to know how large the numbers in its inputs can be.
 
@@ -179,7 +199,7 @@ class FusedConv2d(Bounded):
                 return self._one_by_one(*inputs), None
             state = norm.running_mean, norm.running_var, norm.weight, norm.bias
             tensors += [t for t in state if t is not None]
-        prepared, gain, offset = self._made(tensors, (dtype, options, eps), dtype, x, options)
+        prepared, gain, offset = self._made(tensors, (dtype, options, eps), dtype, options)
         known = None not in bounds
         # The bounds of many layers multiply up, so numbers are looked at before they are too large.
         out = _sum_bound(bounds, gain, offset) if known else math.inf
@@ -205,7 +225,9 @@ class FusedConv2d(Bounded):
         weight, bias = prepared
         other = others[0] if others else None
         stride, padding, dilation, groups = options
-        return kernels.conv2d(x, weight, bias, stride, padding, dilation, groups, self.kind, other)
+        return kernels.conv2d(
+            x, weight(x.shape), bias, stride, padding, dilation, groups, self.kind, other
+        )
 
     def _one_by_one(self, x: Tensor, *others: Tensor) -> Tensor:
         y: Tensor = self.conv(x)
@@ -232,15 +254,24 @@ class FusedConv2d(Bounded):
         return weight.to(dtype), None if bias is None else bias.to(dtype)
 
     def _constants(
-        self, dtype: torch.dtype, x: Tensor, options: tuple[Any, ...]
-    ) -> tuple[tuple[Tensor, Tensor | None], float, float]:
+        self, dtype: torch.dtype, options: tuple[Any, ...]
+    ) -> tuple[tuple[PreparedWeight, Tensor | None], float, float]:
         """The folded weight, prepared, and bias; and how much an output can be.
 
         At most the first number times the largest input, plus the second, of the convolution itself
         and behind the batch norm.
         """
-        weight, bias = self.folded_in(dtype)
-        return (kernels.prepared_weight(weight, x.shape, *options), bias), *self._growth()
+        return self.prepared_in(dtype, options), *self._growth()
+
+    def prepared_in(
+        self, dtype: torch.dtype, options: tuple[Any, ...]
+    ) -> tuple[PreparedWeight, Tensor | None]:
+        """The folded weight, to be prepared when inputs are known, and the bias."""
+
+        def make(shape: Sequence[int]) -> Tensor:
+            return kernels.prepared_weight(self.folded_in(dtype)[0], shape, *options)
+
+        return PreparedWeight(make), self.folded_in(dtype)[1]
 
     def _growth(self) -> tuple[float, float]:
         """`_constants`' two numbers."""

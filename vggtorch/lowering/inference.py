@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from vggtorch import keras_graph
 from vggtorch.lowering import kernels
-from vggtorch.lowering.fused import SAFE, FusedConv2d, FusedLinear
+from vggtorch.lowering.fused import SAFE, FusedConv2d, FusedLinear, PreparedWeight
 from vggtorch.lowering.layer_modules import KerasLayer
 from vggtorch.lowering.plan import Plan, filled
 from vggtorch.lowering.running import run_segments
@@ -218,7 +218,7 @@ class FixedConv2d(FusedConv2d):
         super().__init__(fused.conv, fused.norm, fused.activation, mixed, fused.adds)
         self.workspace, self.dtype = workspace, dtype
         self.growth = self._growth()
-        self.direct: tuple[Tensor, Tensor | None] | None = None
+        self.direct: tuple[PreparedWeight, Tensor | None] | None = None
         self.winograd: WinogradConv2d | None = None
 
     def _dtype(self, x: Tensor) -> torch.dtype:
@@ -236,8 +236,7 @@ class FixedConv2d(FusedConv2d):
                 self.winograd = WinogradConv2d(*self.folded_in(x.dtype), self.kind)
             return self.winograd(x, options[1], cast(Workspace, self.workspace))
         if self.direct is None:
-            weight, bias = self.folded_in(x.dtype)
-            self.direct = kernels.prepared_weight(weight, x.shape, *options), bias
+            self.direct = self.prepared_in(x.dtype, options)
         return super()._convolved(x, others, self.direct, options, bound)
 
     def _one_by_one(self, *inputs: Tensor) -> Tensor:

@@ -46,12 +46,15 @@ def _run_in_groups(segment: Segment, values: dict[int, Any]) -> None:
         sizes = [1]
         try:
             with torch.no_grad():
-                # A copy, because the first step may be a ReLU that overwrites its input.
-                _run(segment.steps, {number: x[:1].clone()}, sizes)
+                # A copy, because the first step may be a ReLU that overwrites its input. Two
+                # images, as groups are of several, so that no weight is prepared for one alone.
+                few = x[:2].clone()
+                _run(segment.steps, {number: few}, sizes)
         except Exception:  # the whole batch will tell its own shape
             _run(segment.steps, values | {number: x})
             raise
-        segment.group_sizes[key] = max(1, GROUP_BYTES * torch.get_num_threads() // max(sizes))
+        by_image = max(sizes) / len(few)
+        segment.group_sizes[key] = max(1, int(GROUP_BYTES * torch.get_num_threads() / by_image))
     parts: list[Tensor] = []
     size = segment.group_sizes[key]
     # The gradients of slices would be added up, each as large as x; those of a split are joined.
