@@ -132,12 +132,11 @@ class PreparedWeight:
         self.make = make
         self.made: dict[bool, Tensor] = {}
 
-    @torch.no_grad()
     def __call__(self, shape: Sequence[int]) -> Tensor:
         """The weight for inputs of this shape (N, C, H, W)."""
         single = shape[0] == 1
         if single not in self.made:
-            with torch.autocast("cpu", enabled=False):
+            with torch.no_grad(), torch.autocast("cpu", enabled=False):
                 self.made[single] = self.make(shape)
         return self.made[single]
 
@@ -207,7 +206,8 @@ class FusedConv2d(Bounded):
             out = _sum_bound([_magnitude(t) for t in (x, *others)], gain, offset)
         if not out < SAFE:  # also where it is NaN
             return self._one_by_one(*inputs), None
-        return self._convolved(x, others, prepared, options, out), out
+        y = self._convolved(x, others, prepared, options, out)
+        return y, min(out, 6.0) if self.kind == "relu6" else out
 
     def _dtype(self, x: Tensor) -> torch.dtype:
         """What it computes in."""

@@ -7,6 +7,7 @@ are missing, or don't take an input, `has_fused_ops` says so, and callers use to
 # ruff: noqa: D102  (forward and backward do what their class says)
 from __future__ import annotations
 
+import functools
 import sys
 import threading
 from collections.abc import Sequence
@@ -37,6 +38,7 @@ def is_intercepted() -> bool:
     )
 
 
+@functools.cache
 def _onednn() -> bool:
     """Whether this torch has oneDNN's fused convolution and product."""
     return (
