@@ -55,6 +55,11 @@ def one_number_for_each_channel(x: Any) -> Any:
     return layers.ReLU()(conv(x) + ops.mean(x, (1, 2), keepdims=True))
 
 
+def one_pixel_and_a_map(x: Any) -> Any:
+    """What is added is larger than the convolution's own output."""
+    return layers.ReLU()(conv(layers.AveragePooling2D(9)(x)) + x)
+
+
 def twice_the_same(x: Any) -> Any:
     y = conv(x)
     return layers.ReLU()(layers.Add()([y, y]))
@@ -66,7 +71,7 @@ def used_elsewhere(x: Any) -> Any:
 
 
 FUSED = [identity_block, projection_block, linear_block, three, by_the_operator, relu6_of_sum]
-BLOCKS = [*FUSED, one_number_for_each_channel, twice_the_same, used_elsewhere]
+BLOCKS = [*FUSED, one_number_for_each_channel, one_pixel_and_a_map, twice_the_same, used_elsewhere]
 
 
 def model_of(block: Callable[[Any], Any]) -> keras.Model:
@@ -131,3 +136,25 @@ def test_what_is_set_later_counts() -> None:
         network(x)
         model.layers[3].moving_mean.value.data += 1
         torch.testing.assert_close(network(x), model(x, training=False), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("number", [torch.nan, -torch.nan, torch.inf, -torch.inf])
+def test_what_is_added_may_not_be_finite(number: float) -> None:
+    """While what is convolved is, and a pool of pairs stands behind the sum."""
+    keras.utils.set_random_seed(0)
+    image, other = keras.Input((8, 8, 4)), keras.Input((8, 8, 4))
+    model = keras.Model([image, other], layers.MaxPooling2D(2)(relu_of_sum(conv(image), other)))
+    first, second = torch.randn(2, 3, 8, 8, 4)
+    second[1, 4, 4, 2] = number
+    with torch.no_grad():
+        found = vt.to_torch(model).eval()(first, second)
+        expected = model([first, second], training=False)
+    torch.testing.assert_close(found, expected, equal_nan=True)
+
+
+@pytest.mark.parametrize("activation", [None, torch.nn.ReLU(), torch.nn.ReLU6()])
+@torch.no_grad()
+def test_no_output_is_larger_than_its_bound(activation: Any) -> None:
+    conv, x = torch.nn.Conv2d(4, 8, 3), 5 * torch.randn(2, 4, 8, 8)
+    y, bound = FusedConv2d(conv, None, activation, mixed=False)([x], [float(x.abs().max())])
+    assert bound is None or bound >= y.abs().max() > 1

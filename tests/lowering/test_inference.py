@@ -106,9 +106,18 @@ def attention() -> keras.Model:
     return keras.Model(image, layers.Dense(3)(x))
 
 
+def with_weights_that_stay() -> keras.Model:
+    """Layers with numbers of their own behind a convolution, which no kernel takes over."""
+    keras.utils.set_random_seed(0)
+    x = image = keras.Input((8, 8, 3))
+    x = layers.PReLU(shared_axes=(1, 2))(layers.Conv2D(4, 3)(x))
+    x = layers.BatchNormalization()(layers.MaxPooling2D(2)(x))
+    return randomise(keras.Model(image, layers.Conv2DTranspose(3, 2)(x)))
+
+
 @needs_onednn
 @pytest.mark.parametrize("dtype, tolerance", [(None, 1e-6), (torch.bfloat16, 2e-2)])
-@pytest.mark.parametrize("make", [words, attention])
+@pytest.mark.parametrize("make", [words, attention, with_weights_that_stay])
 def test_layers_that_run_as_keras_runs_them(
     make: Callable[[], keras.Model], dtype: torch.dtype | None, tolerance: float
 ) -> None:
@@ -134,6 +143,17 @@ def test_a_model_of_another_policy_computes_as_it_says(policy: str) -> None:
     torch.testing.assert_close(found, expected, rtol=2e-2, atol=1e-5)
     with pytest.raises(ValueError, match=rf"policies \['{policy}'\].*leave dtype out"):
         vt.optimize_for_inference(model, dtype=torch.bfloat16)
+
+
+def test_a_product_takes_the_dtype_of_its_weight_alone() -> None:
+    image = keras.Input((4,))
+    model = keras.Model(image, layers.Dense(3)(image))
+    engine, x = vt.optimize_for_inference(model), torch.rand(2, 4)
+    for _ in range(2):  # before its weight is prepared, and after
+        for dtype in (torch.bfloat16, torch.float64):
+            with pytest.raises((RuntimeError, ValueError), match="(?i)dtype|float"):
+                engine(x.to(dtype))
+        torch.testing.assert_close(engine(x), model(x))
 
 
 @needs_onednn

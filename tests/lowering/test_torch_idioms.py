@@ -262,17 +262,23 @@ def test_the_children_of_a_chain_are_the_network(network: Any, x: torch.Tensor) 
     assert found["a"].shape == (4, 8, 8, 8)
 
 
-def test_a_network_that_is_compiled_in_place_runs_compiled(network: Any, x: torch.Tensor) -> None:
-    compiled: list[torch.fx.GraphModule] = []
+class Backend:
+    """One of torch.compile that keeps the graphs that it is given, and runs them as they are."""
 
-    def backend(graph: torch.fx.GraphModule, _: Any) -> Any:
-        compiled.append(graph)
+    def __init__(self) -> None:
+        self.graphs: list[torch.fx.GraphModule] = []
+
+    def __call__(self, graph: torch.fx.GraphModule, _: Any) -> Any:
+        self.graphs.append(graph)
         return graph.forward
 
+
+def test_a_network_that_is_compiled_in_place_runs_compiled(network: Any, x: torch.Tensor) -> None:
+    backend = Backend()
     expected = network(x)
     network.compile(backend=backend)
     assert_close(network(x), expected)
-    assert len(compiled) == 1 and network.is_watched()
+    assert len(backend.graphs) == 1 and network.is_watched()
     for copied in (copy.deepcopy(network), pickle.loads(pickle.dumps(network))):
         with torch.no_grad():
             copied.predictions.bias[0] = -100.0
@@ -424,16 +430,11 @@ def test_onnx_by_hand(network: Any, x: torch.Tensor) -> None:
 
 
 def test_a_child_that_is_compiled_in_place_runs_compiled(network: Any, x: torch.Tensor) -> None:
-    compiled: list[torch.fx.GraphModule] = []
-
-    def backend(graph: torch.fx.GraphModule, _: Any) -> Any:
-        compiled.append(graph)
-        return graph.forward
-
+    backend = Backend()
     expected = network(x)
     network.block2_conv1.compile(backend=backend)
     assert_close(network(x), expected)
-    assert len(compiled) == 1
+    assert len(backend.graphs) == 1
 
 
 @pytest.mark.slow

@@ -261,11 +261,15 @@ class FixedLinear(FusedLinear):
         """The product of the last axis, and the activation behind it."""
         if self.prepared is None:
             dtype = x.dtype if self.dtype is None else self.dtype
-            if not kernels.has_fused_ops(x, dtype):
+            fits = self.mixed or self.dtype is not None or dtype == self.linear.weight.dtype
+            if not (fits and kernels.has_fused_ops(x, dtype)):
                 return self._activated(self.linear(x))
             weight = kernels.prepared_linear_weight(self.linear.weight.to(dtype))
             bias = None if self.linear.bias is None else self.linear.bias.to(dtype)
             self.prepared = weight, bias
             del self.linear
-        x = x if self.dtype is None else x.to(self.dtype)
+        if self.dtype is not None:
+            x = x.to(self.dtype)
+        elif x.dtype != self.prepared[0].dtype:
+            raise ValueError(f"Received {x.dtype} where {self.prepared[0].dtype} is expected.")
         return self._activated(kernels.linear(x, *self.prepared))
