@@ -29,7 +29,12 @@ TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "
 
 def run_on_two(script, *arguments, launcher=()):
     """Run a script as two processes, by `TORCHRUN` or its own `as_two`; what it prints."""
-    folders = [ROOT, ROOT / "tests", Path(script).parent]
+    folders = [
+        ROOT,
+        ROOT / "tests",
+        Path(script).parent,
+        *os.environ.get("PYTHONPATH", "").split(os.pathsep),
+    ]
     result = subprocess.run(
         [sys.executable, *launcher, script, *arguments],
         env=os.environ

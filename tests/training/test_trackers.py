@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import struct
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import pytest
 import tiny
 from accelerate import tracking
 from accelerate.tracking import GeneralTracker
+from tracked import records
 
 from vggtorch.training import Callback
 from vggtorch.training.loop import finetune
@@ -158,25 +158,6 @@ def test_mlflow_has_parameters_curves_and_how_the_run_ended(config, split, mlflo
     assert curve == {i: pytest.approx(e["val_loss"]) for i, e in enumerate(history.epochs)}
     for name, value in outcome(history).items():
         assert run.data.metrics[name] == pytest.approx(value)
-
-
-def records(path: Path) -> list[Any]:
-    """What W&B has kept of a run offline: records in LevelDB's form, in blocks of 32 KiB."""
-    from wandb.proto import wandb_internal_pb2
-
-    data, at, found, part = path.read_bytes(), 7, [], b""
-    while at + 7 <= len(data):
-        left = 32768 - at % 32768
-        if left < 7:  # too short for a record's head
-            at += left
-            continue
-        _, length, kind = struct.unpack_from("<IHB", data, at)
-        part += data[at + 7 : at + 7 + length]
-        at += 7 + length
-        if kind in (1, 4):  # a whole record, or the last part of one
-            found.append(wandb_internal_pb2.Record.FromString(part))
-            part = b""
-    return found
 
 
 @pytest.mark.slow

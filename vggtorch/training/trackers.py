@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
+import os
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vggtorch import files
@@ -15,6 +19,9 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from vggtorch.training.loop import History
+
+
+KEPT = "trackers.json"  # in the run's folder: each tracker's own run, and what it has been told
 
 
 def check_trackers(given: Sequence[Any]) -> None:
@@ -43,40 +50,58 @@ def check_trackers(given: Sequence[Any]) -> None:
 
 
 class Trackers:
-    """The trackers of one run; nothing happens where the configuration names none."""
+    """The trackers of one run; nothing happens where the configuration names none.
+
+    Accelerate begins them in the main process alone; in the others there are none.
+    """
 
     def __init__(self, config: TrainConfig, accelerator: Accelerator) -> None:
         self._config, self._accelerator = config, accelerator
+        self._path = Path(config.output_dir, KEPT)
+        self._told: list[tuple[Any, _Told]] = []  # each tracker with what it has
 
     def begin(self, about: Mapping[str, Any], epochs: Sequence[dict[str, float]]) -> None:
         """Begin a run of each tracker with the settings, and what else is known of the run.
 
-        A run that is carried on begins another one there, which gets the earlier epochs again, so
-        that it is whole. TensorBoard has them already, in the run's folder.
+        A run that is carried on goes on in the same run of TensorBoard, W&B and MLflow, which get
+        those epochs that they lack. Another tracker begins another run, which gets all epochs.
 
         Raises:
             ValueError: a tracker couldn't begin.
         """
-        if not self._config.log_with:
+        if not (self._config.log_with and self._accelerator.is_main_process):
             return
         settings = {name: _plain(v) for name, v in {**_settings(self._config), **about}.items()}
+        before = _read(self._path) if self._config.resume else {}
+        options = {}
+        for name in before.keys() & set(map(str, self._config.log_with)):
+            options[name] = _go_on(name, before[name].run)
         try:
-            self._accelerator.init_trackers("vggtorch", config=settings)
+            self._accelerator.init_trackers("vggtorch", init_kwargs=options)
+            for tracker in self._accelerator.trackers:
+                told = before.get(tracker.name)
+                if told is None or told.run != _run_of(tracker):
+                    told = _Told(_run_of(tracker))
+                    tracker.store_init_configuration(settings)
+                self._told.append((tracker, told))
         except Exception as error:  # of any kind: each tracker has its own
             failed = [t.name for t in self._accelerator.trackers if not _has_begun(t)]
             name = failed[0] if failed else ", ".join(map(str, self._config.log_with))
             raise ValueError(
                 f"Received log_with={name!r}, which couldn't begin: {files.first_line(error)}"
             ) from error
-        for tracker in self._accelerator.trackers:
-            for epoch, figures in enumerate(epochs):
-                if tracker.name != "tensorboard":
-                    tracker.log(figures, step=epoch)
+        for tracker, told in self._told:
+            for epoch in range(told.epochs, len(epochs)):
+                tracker.log(epochs[epoch], step=epoch)
+            told.epochs = len(epochs)
+        self._keep()
 
     def log(self, figures: dict[str, float], epoch: int) -> None:
         """Log an epoch's figures."""
-        if self._config.log_with:
-            self._accelerator.log(figures, step=epoch)
+        for tracker, told in self._told:
+            tracker.log(figures, step=epoch)
+            told.epochs = epoch + 1
+        self._keep()
 
     def log_outcome(self, history: History) -> None:
         """Log what the weights that are kept reach, on validation images and on test images."""
@@ -86,7 +111,18 @@ class Trackers:
             if evaluation is not None:
                 named = {k.lower().replace(" ", "_"): v for k, v in evaluation.figures().items()}
                 best |= {f"{part}_{name}": value for name, value in named.items()}
-        self.log(best, len(history.epochs) - 1)
+        for tracker, told in self._told:
+            if not told.outcome:  # a run that had ended may be called again
+                tracker.log(best, step=len(history.epochs) - 1)
+                told.outcome = True
+        self._keep()
+
+    def _keep(self) -> None:
+        """Write down what the trackers have been told, for a run that carries this one on."""
+        known = {t.name: dataclasses.asdict(k) for t, k in self._told if k.run is not None}
+        if known:
+            with files.atomic(self._path) as temporary:
+                temporary.write_text(json.dumps(known, indent=2), encoding="utf-8")
 
     def end(self, status: str) -> None:
         """End each tracker's run as MLflow calls it: FINISHED, FAILED or KILLED."""
@@ -116,6 +152,60 @@ def tracked(config: TrainConfig, accelerator: Accelerator) -> Iterator[Trackers]
     trackers.end("FINISHED")
 
 
+@dataclasses.dataclass
+class _Told:
+    """What a tracker has: `run` is the name of its run, None where it can't go on with one."""
+
+    run: str | None
+    epochs: int = 0
+    outcome: bool = False
+
+
+def _read(path: Path) -> dict[str, _Told]:
+    """What `_keep` wrote; nothing where it didn't, or where that is damaged."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return {name: _Told(**told) for name, told in content.items()}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        warnings.warn(
+            f"{path} can't be read ({files.first_line(error)}): the trackers begin other runs.",
+            stacklevel=5,
+        )
+        return {}
+
+
+def _go_on(name: str, run: str | None) -> dict[str, Any]:
+    """What Accelerate's tracker is given so that it goes on with a run of its own."""
+    if name == "wandb" and "WANDB_RUN_ID" not in os.environ:
+        return {"id": run, "resume": "allow"}
+    if name == "mlflow":
+        import mlflow  # type: ignore[import-not-found,unused-ignore]
+
+        try:
+            if mlflow.get_run(run).info.lifecycle_stage == "active":
+                return {"run_id": run}
+            reason = "it was deleted"
+        except Exception as error:  # MLflow's own, or that of its store
+            reason = files.first_line(error)
+        warnings.warn(
+            f"MLflow's run {run} can't be carried on ({reason}): another one begins, with all "
+            f"epochs.",
+            stacklevel=5,
+        )
+    return {}
+
+
+def _run_of(tracker: Any) -> str | None:
+    """The name of the run that a tracker has begun, where it can be carried on by it."""
+    if tracker.name == "wandb":
+        return tracker.tracker.id
+    if tracker.name == "mlflow":
+        return tracker.tracker.info.run_id
+    return "" if tracker.name == "tensorboard" else None  # which writes into the run's own folder
+
+
 def _has_begun(tracker: Any) -> bool:
     """Whether a tracker of Accelerate's has its writer or run."""
     return hasattr(tracker, "tracker")
@@ -123,7 +213,7 @@ def _has_begun(tracker: Any) -> bool:
 
 def _settings(config: TrainConfig) -> dict[str, Any]:
     found = {f.name: getattr(config, f.name) for f in dataclasses.fields(TrainConfig)}
-    return {name: value for name, value in found.items() if name != "log_with"}
+    return {name: value for name, value in found.items() if name not in ("log_with", "resume")}
 
 
 def _plain(value: Any) -> Any:
