@@ -4,6 +4,7 @@
     python benchmarks/engines.py --networks resnet50 mobilenet_v2
     python benchmarks/engines.py --networks oxford --dtypes int8    fewer bits, and likeness
     python benchmarks/engines.py --batches 8 --profile            OpenVINO's own times by layer
+    python benchmarks/engines.py --sizes 64 128 512 --batches 1     VGG without its classifier
 
 Ours, torchvision (channels-last; compiled), ONNX Runtime and OpenVINO on what `vt.export` writes,
 and Keras on JAX and on torch. All have the same weights, and must give the same outputs before they
@@ -240,7 +241,10 @@ def _torchvision(place: Path, dtype: str) -> tuple[Any, Any]:
         raise NotImplementedError("it has no such network: strides, padding or head differ")
     name = (place / "name").read_text()
     twin = getattr(torchvision.models, name)(init_weights=False)
-    twin.load_state_dict(torch.load(place / "model.pth"))
+    weights = torch.load(place / "model.pth")
+    if not any(key.startswith("classifier") for key in weights):
+        twin.avgpool, twin.classifier = torch.nn.AdaptiveAvgPool2d(1), torch.nn.Identity()
+    twin.load_state_dict(weights)
     twin = twin.eval().to(getattr(torch, dtype), memory_format=torch.channels_last)
     return torch, twin
 
@@ -280,7 +284,10 @@ def serve(name: str, place: Path, dtype: str) -> None:
 
 
 def prepare(name: str, place: Path, size: int) -> None:
-    """Write a network, with random weights and statistics that keep its numbers in range."""
+    """Write a network, with random weights and statistics that keep its numbers in range.
+
+    VGG's classifier takes maps of 224 pixels: at other sizes the maps' means stand for it.
+    """
     import vggtorch as vt  # isort: skip  (before keras)
     import keras
 
@@ -290,6 +297,8 @@ def prepare(name: str, place: Path, size: int) -> None:
         model = vt.VGG16(weights="oxford", include_top=False, input_shape=(size, size, 3))
     elif name.startswith("vgg"):
         options |= {"classifier_activation": None, "batch_norm": name.endswith("_bn")}
+        if size != 224:
+            options |= {"include_top": False, "pooling": "avg"}
         model = getattr(vt, name.removesuffix("_bn").upper())(**options)
     else:
         make = {"resnet50": "ResNet50", "mobilenet_v2": "MobileNetV2"}[name]
@@ -304,7 +313,7 @@ def prepare(name: str, place: Path, size: int) -> None:
     (place / "model.json").write_text(model.to_json())
     np.savez(place / "w.npz", *model.get_weights())
     vt.export(model, place / "model.onnx")
-    if name.startswith("vgg") and size == 224:
+    if name.startswith("vgg"):
         vt.save_weights(model, place / "model.pth")
     np.save(place / "calibration.npy", images_of(name, 32, size, test=False))
 
