@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vggtorch import keras_graph
-from vggtorch.lowering.ties import warn_parted
+from vggtorch.lowering.ties import SAME, Tie
 
 
 class Leaf(nn.Module):
@@ -337,6 +337,15 @@ class KerasLayer(Leaf):
                 self.register_buffer(name, value if copies is None else value.detach())
             self.names.append(name)
 
+    def ties(self) -> list[Tie]:
+        """The layer's variables and the module's tensors, which are their very values."""
+        return [
+            Tie(variable, getattr(self, name), SAME, [(self, name)], variable.value.requires_grad)
+            for name, variable in zip(
+                self.names, getattr(self.operation[0], "variables", ()), strict=True
+            )
+        ]
+
     def forward(self, *inputs: Tensor) -> Any:
         (operation,) = self.operation
         args, kwargs = keras.tree.map_structure(
@@ -384,12 +393,12 @@ class KerasLayer(Leaf):
         new = [(fn(t.new_empty(0)), t) for t in own.values()]
         parts = any(a.dtype != b.dtype or a.is_meta != b.is_meta for a, b in new)
         if parts:  # `.half()` would change the values of the Keras model
-            warn_parted(self.operation[0].variables)
             for name, tensor in own.items():
                 copy = tensor.detach().clone()
                 if name in self._parameters:
-                    copy = nn.Parameter(copy, tensor.requires_grad)
-                setattr(self, name, copy)
+                    self._parameters[name] = nn.Parameter(copy, tensor.requires_grad)
+                else:
+                    self._buffers[name] = copy
         super()._apply(fn, recurse)
         if not parts:
             for name, tensor in own.items():

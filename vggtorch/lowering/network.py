@@ -31,10 +31,6 @@ class TorchNetwork(torch.fx.GraphModule):
 
         def __getattr__(self, name: str) -> Any: ...
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.register_load_state_dict_post_hook(_loaded)
-
     def _sync(self) -> bool:
         """Carry over what was replaced on either side; not under a tracer, which must not see it.
 
@@ -130,14 +126,6 @@ class TorchNetwork(torch.fx.GraphModule):
         super()._apply(fn, recurse)
         self._ties.find()
         return self
-
-
-def _loaded(network: TorchNetwork, _: Any) -> None:
-    """Let the Keras variables take new memory, which `load_state_dict(assign=True)` puts in.
-
-    A hook, because a module around the network loads into it without its `load_state_dict`.
-    """
-    network._ties.find()
 
 
 def _unpickled(

@@ -71,6 +71,7 @@ class OnKeras(nn.Module):
             (f"{names[id(module)]}.{name}", tie)
             for tie in self.network._ties.pairs
             if isinstance(tie.tensor, nn.Parameter)
+            and tie.tensor is not keras_graph.raw_value(tie.variable)
             for module, name in tie.places
         ]
         for operation in graph.operations:

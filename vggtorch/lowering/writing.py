@@ -46,12 +46,13 @@ def to_torch(
 
     **One memory.** Each weight stands on the memory of its Keras variable: an optimizer's step,
     `load_state_dict` or `set_weights` on either side is seen by both, and a saved Keras model has
-    what torch has learned. Gradients are each side's own. `.to(device)` moves both; freezing a
-    Keras layer freezes its weights here, from the next call or the next look at `parameters()`;
-    `requires_grad` set here is torch's own affair. Replacing a child, or converting to another
-    dtype (with a warning), leaves the Keras model with what it had. `copy.deepcopy` and pickles
-    stand alone. Kernels of the Keras model are views in another order from then on, so flatten
-    them (`parameters_to_vector`) on the torch side.
+    what torch has learned; so it has a parameter that you put in the place of another. Gradients
+    are each side's own. `.to(device)` moves both; freezing a Keras layer freezes its weights here,
+    from the next call or the next look at `parameters()`; `requires_grad` set here is torch's own
+    affair. Replacing a child, or converting to another dtype or shape (with a warning), leaves the
+    Keras model with what it had. `copy.deepcopy` and pickles stand alone. Kernels of
+    the Keras model are views in another order from then on, so flatten them
+    (`parameters_to_vector`) on the torch side.
 
     **Speed.** On a CPU a call runs faster than its modules one by one: convolutions with their
     batch norm, addition and ReLU in one, pools before ReLUs, a few images at a time, frozen leading
@@ -139,7 +140,12 @@ def network_of(
         outer = "first" if data_format == "channels_first" else "last"
     common = _Common(share)
     network = _Builder(graph, common, outer).build(name)
-    network._ties = common.ties if share else Ties()
+    if share:
+        network._ties = common.ties
+        for module in network.modules():
+            if isinstance(module, KerasLayer):
+                common.ties.pairs += module.ties()
+        common.ties.watch()
     if checkpoint:
         network.meta["checkpoint"] = True
     return network
