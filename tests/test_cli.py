@@ -75,11 +75,12 @@ def test_predict_prints_the_most_probable_classes(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_predict_refuses_weights_whose_preprocessing_is_not_known(tmp_path, capsys):
-    weights = tmp_path / "random.pth"
+    weights, image = tmp_path / "random.pth", tmp_path / "image.png"
+    Image.new("RGB", (8, 8)).save(image)
     vt.save_weights(vt.VGG11(weights=None, include_top=False), weights)
     assert main(["convert", str(weights), str(tmp_path / "random.keras")]) == 0
     capsys.readouterr()
-    assert main(["predict", "china.png", "--model", str(tmp_path / "random.keras")]) == 1
+    assert main(["predict", str(image), "--model", str(tmp_path / "random.keras")]) == 1
     assert "does not say which weight set" in capsys.readouterr().err
 
 
@@ -108,8 +109,11 @@ def test_export_writes_what_a_keras_file_computes(tmp_path, capsys):
 MISTAKES = [
     ("inspect vgg17", "vgg17"),
     ("convert nothing.pth x.safetensors", "nothing.pth"),
-    ("predict nothing.jpg --weights oxford", "has no classifier. Use --weights imagenet."),
-    ("predict a.jpg --architecture vgg11 --weights features.pth", "It has no classifier."),
+    ("predict images/red/0.png --weights oxford", "has no classifier. Use --weights imagenet."),
+    (
+        "predict images/red/0.png --architecture vgg11 --weights features.pth",
+        "It has no classifier.",
+    ),
     ("finetune nowhere --epochs 0", "Received --epochs 0; expected a whole number from 1."),
     (
         "finetune nowhere --cut block2_pool --advise none",

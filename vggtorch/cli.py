@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 import vggtorch as vt
-from vggtorch import commands, files, training_commands
+from vggtorch import commands, files, paths, training_commands
 from vggtorch.architectures import ARCHITECTURES
 from vggtorch.options import ArchitectureName, Weights, as_options
 from vggtorch.text import LONGEST_MESSAGE, visible, visible_lines
@@ -77,6 +77,7 @@ def run_demo(
     ] = "vggtorch-demo.html",
 ) -> None:
     """What pretrained layers bring: the tutorial on real weights and photographs, measured."""
+    paths.check_out(page, (".html",), "page")
     from vggtorch import demo
 
     demo.run(page)
@@ -103,6 +104,8 @@ def convert(
     ] = None,
 ) -> None:
     """Write a checkpoint in another form; prints which tensor became which."""
+    paths.check_weights(source, "")
+    paths.check_out(target, paths.CONVERTED, "")
     from vggtorch import models
 
     mapped = models.convert(source, target, architecture)
@@ -170,6 +173,10 @@ def inspect(
     ] = None,
 ) -> None:
     """What each layer of a network costs."""
+    for name in filter(None, (model, before)):
+        paths.check_model(name)
+    if draw:
+        paths.check_out(draw, (".svg",), "draw")
     from vggtorch.models import model_from_name
 
     network = model_from_name(model)
@@ -209,16 +216,19 @@ def compress(
     top: Annotated[bool, typer.Option(help="An architecture with its classifier.")] = True,
 ) -> None:
     """A network that costs less and sees the same; writes it and a drawing, prints a table."""
+    paths.check_model(model)
+    paths.check_weights(weights)
+    paths.check_images([folder])
+    paths.check_out(out, (".keras",))
+    if images < 1:
+        raise ValueError(f"Received --images {images}; expected 20 at least, better a few hundred.")
     from vggtorch.models import constructor, model_from_name
     from vggtorch.training import image_files
 
-    if not out.endswith(".keras"):
-        raise ValueError(f"Received out={out}; expected a name that ends in .keras.")
-    if images < 1:
-        raise ValueError(f"Received --images {images}; expected 20 at least, better a few hundred.")
-    paths = image_files([folder])
-    number = min(images, len(paths))
-    chosen = [paths[i * len(paths) // number] for i in range(number)]  # from all folders alike
+    found_there = image_files([folder])
+    number = min(images, len(found_there))
+    # From all folders alike.
+    chosen = [found_there[i * len(found_there) // number] for i in range(number)]
     if model in ARCHITECTURES:
         network = constructor(model)(weights=weights, include_top=top)
     else:
@@ -249,6 +259,7 @@ def bench(
     repeats: Annotated[int, typer.Option(help="Measurements, of which the median counts.")] = 5,
 ) -> None:
     """How fast a network runs on this machine: by Keras, and by vggtorch."""
+    paths.check_model(model)
     from vggtorch.models import model_from_name
 
     _show(vt.bench(model_from_name(model), batch, size=size, repeats=repeats))
@@ -263,6 +274,9 @@ def export(
     weights: Weights = "imagenet",
 ) -> None:
     """Write a network as ONNX or as torch.export's .pt2, to run without Keras."""
+    paths.check_model(model)
+    paths.check_weights(weights)
+    paths.check_out(path, paths.EXPORTED, "")
     from vggtorch.models import constructor, model_from_name
 
     named = model in ARCHITECTURES

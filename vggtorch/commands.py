@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 import vggtorch as vt
-from vggtorch import files
+from vggtorch import files, paths
 from vggtorch.architectures import ARCHITECTURES
 from vggtorch.options import Architecture, Weights
 from vggtorch.text import visible, visible_lines
@@ -53,13 +53,20 @@ def predict(
     batch_size: BatchSize = 32,
 ) -> None:
     """The most probable classes of images; status 1 if some can't be read."""
-    from vggtorch.training import image_files
-
-    if model is None and len(images) > 1:
-        if _is_model(images[0]):
-            model, *images = images
-        else:
-            image_files(images[:1])  # a run that isn't there is said before weights are fetched
+    if model is None and _is_model(images[0]):
+        model, *images = images
+        if not images:
+            raise ValueError(
+                f"Received the model {model} and no images. Expected files, folders or patterns "
+                f"behind it."
+            )
+    elif model is None and len(images) > 1 and not _is_there(images[0]):
+        raise ValueError(f"{paths.missing_network(images[0])} Or an image.")
+    paths.check_model(model or architecture)
+    paths.check_weights(weights)
+    paths.check_images(images)
+    if out:
+        paths.check_out(out, paths.PREDICTIONS)
     network = _network(model or architecture, weights)
     found = vt.predict_files(network, images, top=top, batch_size=batch_size)
     if out:
@@ -102,8 +109,10 @@ def evaluate(
     ] = "stop",
 ) -> None:
     """How well a trained model does on labelled images that nothing was chosen by."""
-    if out and not out.endswith((".json", ".html")):
-        raise ValueError(f"Received out={out}; expected a name that ends in .json or .html.")
+    paths.check_model(model)
+    paths.check_data(Path(data))
+    if out:
+        paths.check_out(out, (".json", ".html"))
     network = _network(model, "imagenet")
     found, source = vt.evaluate_folder(
         network,
@@ -152,6 +161,9 @@ def extract_features(
     shard_size: Annotated[int, typer.Option(help="Images in one file of the data set.")] = 1024,
 ) -> None:
     """A layer's output for any number of images; goes on where it was, also under torchrun."""
+    paths.check_model(model)
+    paths.check_weights(weights)
+    paths.check_images(images)
     network = _network(model, weights, include_top=False)
     process, processes = (int(os.environ.get(n, d)) for n, d in (("RANK", 0), ("WORLD_SIZE", 1)))
     problems = vt.write_features(
@@ -183,6 +195,10 @@ def push(
     revision: Annotated[str | None, typer.Option(help="A branch.")] = None,
 ) -> None:
     """Push a trained model to the Hugging Face hub, with its card."""
+    if not Path(run).is_dir():
+        raise ValueError(
+            f"There is no folder {run}.{paths.near(run)} Expected that of a run that has ended."
+        )
     address = vt.push_to_hub(run, repository, private=private, license=license, revision=revision)
     print(f"Pushed to {visible(address)}. Load it as {visible(_on_hub(repository, revision))}.")
 
@@ -191,10 +207,13 @@ def _on_hub(repository: str, revision: str | None) -> str:
     return f"hf://{repository.removeprefix('hf://')}" + (f"@{revision}" if revision else "")
 
 
-def _is_model(name: str) -> bool:
-    from vggtorch.weights import is_on_hub
+def _is_there(name: str) -> bool:
+    """Whether a name is that of a file or a folder, or can stand for many or for an address."""
+    return Path(name).exists() or any(character in name for character in "*?[") or "://" in name
 
-    known = name in ARCHITECTURES or name.endswith(".keras") or is_on_hub(name)
+
+def _is_model(name: str) -> bool:
+    known = name in ARCHITECTURES or name.endswith(".keras") or paths.is_on_hub(name)
     return known or any(Path(name, kept).is_file() for kept in ("model.keras", "last.pt"))
 
 

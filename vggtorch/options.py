@@ -97,7 +97,7 @@ _NO_OPTION = re.compile(  # hints that no option follows
 _STAGE = r"\((\d+), '([^']*)'\)"
 _NAMES = (
     f"{_FIELDS}|weights|architecture|times|by|keep|seconds|out|lowest|highest|steps|count|top"
-    "|shard_size"
+    "|shard_size|picture|draw|page"
 )
 _ARGUMENT = re.compile(rf"\b({_NAMES})=('[^']*'|\((?:{_STAGE},? ?)+\)|[\w.+-]*\w)")
 _LONG_NAME = re.compile(rf"(?<![-\w/.])({_FIELDS})(?![-\w/.=])")

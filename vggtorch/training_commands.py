@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 import vggtorch as vt
-from vggtorch import files
+from vggtorch import files, paths
 from vggtorch.options import Architecture, with_options_of_train_config
 from vggtorch.text import visible_lines
 from vggtorch.training import Interrupted, TrainConfig
@@ -56,13 +57,14 @@ def finetune(
     **options: Any,
 ) -> None:
     """Fine-tune on a folder of images; writes the model, its card and a report."""
-    from accelerate import PartialState
-
-    model, config = _model_and_config(context, train, architecture, weights, advise, options)
+    given = [train] if validation is None else [train, validation]
+    model, config = _model_and_config(context, given, architecture, weights, advise, options)
     try:
         history = vt.finetune(model, train, validation, config)
     except Interrupted as stop:  # which typer would swallow
         raise typer.Abort from stop
+    from accelerate import PartialState
+
     if PartialState().is_main_process:
         run = Path(config.output_dir)
         vt.save_trained(history, run)
@@ -93,14 +95,15 @@ def lr_find(
     **options: Any,
 ) -> None:
     """Find a learning rate for finetune, by a short run in which it rises; draws the loss."""
+    paths.check_out(picture, (".svg",), "picture")
+    model, config = _model_and_config(context, [train], architecture, weights, advise, options)
+    search = vt.find_learning_rate(
+        model, train, config, lowest=lowest, highest=highest, steps=steps
+    )
     from accelerate import PartialState
 
     from vggtorch.training import plot_rates
 
-    model, config = _model_and_config(context, train, architecture, weights, advise, options)
-    search = vt.find_learning_rate(
-        model, train, config, lowest=lowest, highest=highest, steps=steps
-    )
     if PartialState().is_main_process:
         plot_rates(search, picture)
         _show(f"Suggested: --lr {search.suggestion:.2g}\nWrote {picture}.")
@@ -120,7 +123,8 @@ def show_batch(
     **options: Any,
 ) -> None:
     """Draw what the network would see: the first images, augmented, with their labels."""
-    model, config = _model_and_config(context, train, architecture, weights, advise, options)
+    paths.check_out(picture, (".png", ".jpg", ".jpeg"), "picture")
+    model, config = _model_and_config(context, [train], architecture, weights, advise, options)
     drawn = vt.show_batch(model, train, config, count=count)
     with files.atomic(picture, body=(OSError, ValueError)) as temporary:
         drawn.save(temporary)
@@ -129,7 +133,7 @@ def show_batch(
 
 def _model_and_config(
     context: typer.Context,
-    train: str,
+    given_data: Sequence[str],
     architecture: str,
     weights: str | None,
     advise: Advice,
@@ -139,9 +143,6 @@ def _model_and_config(
 
     What can't be right is refused before the weights are loaded.
     """
-    from vggtorch.models import best_weight_set, constructor
-    from vggtorch.training import count_images, find_splits, settle_config
-
     given: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value
         for name, value in options.items()
@@ -149,6 +150,16 @@ def _model_and_config(
     }
     # Some settings need the plan's.
     TrainConfig(**{k: v for k, v in given.items() if advise == "none" or k not in _TOGETHER})
+    train = given_data[0]
+    for data in given_data:
+        paths.check_data(Path(data))
+    if weights is not None:
+        paths.check_weights(weights)
+    if context.info_name == "finetune":
+        paths.check_run(options["output_dir"], options["resume"])
+    from vggtorch.models import best_weight_set, constructor
+    from vggtorch.training import count_images, find_splits, settle_config
+
     count_images(find_splits(Path(train)).train, given.get("label_pattern"))
     size = given.get("image_size", 224)
     if size < SMALLEST:

@@ -113,4 +113,4 @@ def test_what_can_t_be_balanced_is_refused(config, capsys):
     assert main(["finetune", "photos", "--class-weight", "a,b"]) == 2
     assert "'a,b' was received; expected balanced, or numbers" in capsys.readouterr().err
     assert main(["finetune", "photos", "--class-weight", "1,2"]) == 1
-    assert "photos isn't a folder" in capsys.readouterr().err
+    assert "There is no photos." in capsys.readouterr().err

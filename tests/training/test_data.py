@@ -86,7 +86,7 @@ def test_unreadable_images_stop_or_are_named_and_skipped(tmp_path):
 
 
 def test_folders_that_cannot_be_right(tmp_path):
-    with pytest.raises(ValueError, match="isn't a folder. Expected one with a subfolder"):
+    with pytest.raises(ValueError, match="none. Expected a folder with a subfolder"):
         data.read_folder(tmp_path / "none", 16)
     (tmp_path / "flat").mkdir()
     with pytest.raises(ValueError, match="has no subfolders. Expected one for each class"):

@@ -124,16 +124,16 @@ def test_images_none_of_which_can_be_read(run, tmp_path, capsys):
     ("words", "message"),
     [
         ("predict --model nowhere a.png", "There is no nowhere. Expected the folder of a run"),
-        ("predict --model . a.png", ". has no model.keras. Expected the folder of a run"),
+        ("predict --model . {photos}", ". has no model.keras. Expected the folder of a run"),
         ("predict {run} nothing.png", "There is no file nothing.png."),
         ("predict {run} https://a.org/b.png", "https://a.org/b.png is an address, not a file."),
         ("predict {run} {photos} -b 0", "Received --batch-size 0; expected 1 or more."),
         ("evaluate {run} {photos} -b 0", "Received --batch-size 0; expected 1 or more."),
         ("predict {run} {photos} --top 0", "Received --top 0; expected 1 or more."),
-        ("predict nowhere {photos}", "There is no file nowhere."),  # before weights are fetched
+        ("predict nowhere {photos}", "There is no nowhere."),  # before weights are fetched
         ("features {run} {photos} --layer features.2 --out f", "no layer 'features.2'"),
         ("predict {run} {photos} --out found.txt", "expected a name that ends in .csv or .jsonl"),
-        ("evaluate {run} nowhere", "nowhere isn't a folder."),
+        ("evaluate {run} nowhere", "There is no nowhere."),
         (
             "features {run} {photos} --layer block1_pool --out a.csv",
             "expected the name of a folder",

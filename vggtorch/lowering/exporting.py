@@ -22,6 +22,7 @@ from vggtorch.lowering.layer_modules import KerasLayer
 from vggtorch.lowering.network import TorchNetwork
 from vggtorch.lowering.writing import check_data_format, network_of
 from vggtorch.models import data_config
+from vggtorch.paths import EXPORTED, check_out
 
 # Height and width, in pixels, for models that take any: to trace with, and to check with.
 TRACED, CHECKED, SMALL, ODD = (224, 224), (160, 192), (33, 40), (45, 51)
@@ -65,8 +66,7 @@ def export(model: keras.Model, path: str | PathLike, *, data_format: str | None 
         torch.Size([3, 2])
     """
     path = Path(path)
-    if path.suffix not in (".onnx", ".pt2"):
-        raise ValueError(f"Received {str(path)!r}; expected a name that ends in .onnx or .pt2.")
+    check_out(path, EXPORTED, "")
     if path.suffix == ".onnx" and not all(map(importlib.util.find_spec, ("onnx", "onnxscript"))):
         raise ImportError(
             "Writing ONNX needs the packages onnx and onnxscript. "

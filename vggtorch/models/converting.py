@@ -10,7 +10,7 @@ from os import PathLike
 import keras
 import torch
 
-from vggtorch import files, weights
+from vggtorch import files, paths, weights
 from vggtorch.architectures import CLASSES, GRID, WIDTHS, architecture_named
 from vggtorch.keras_graph import warn_of_older_form
 from vggtorch.models.filling import fill_, named_variables, path_of
@@ -54,6 +54,8 @@ def convert(
         ValueError: the source fits no network, or not this one, or the target has another ending.
         OSError: the source can't be had or the target can't be written.
     """
+    if isinstance(source, str | PathLike):
+        paths.check_weights(source, "")
     path = path_of(source, [architecture_named(architecture or "vgg16")])
     checkpoint = weights.read(path)
     tensors = weights.to_keras(checkpoint.tensors, checkpoint.form)

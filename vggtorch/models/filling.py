@@ -14,7 +14,7 @@ from pathlib import Path
 import keras
 import torch
 
-from vggtorch import weights
+from vggtorch import paths, weights
 from vggtorch.architectures import ARCHITECTURES, Architecture
 from vggtorch.keras_graph import (
     all_layers,
@@ -30,11 +30,6 @@ from vggtorch.keras_graph import (
 from vggtorch.weight_sets import WEIGHT_SETS
 
 BEST_FIRST = ("imagenet", "oxford")  # weight sets to fine-tune from
-# What weights are called elsewhere: by torchvision, timm and Keras.
-_ELSEWHERE = {
-    "IMAGENET1K_V1": "imagenet", "IMAGENET1K_FEATURES": "features", "DEFAULT": "imagenet",
-    "tv_in1k": "imagenet", "caffe": "oxford", "keras": "oxford", "True": "imagenet",
-}  # fmt: skip
 
 VGG_LAYERS = frozenset(
     layer.name
@@ -142,17 +137,9 @@ def path_of(
             f"a path, or None. A dict of tensors goes into a model that is there "
             f"(vt.load_weights(model, tensors))."
         )
-    if weights.is_on_hub(source):
+    if paths.is_on_hub(source):
         return weights.file_from_hub(str(source))
     if (Path(source) / "model.keras").is_file():  # the folder of a run that has ended
         return Path(source) / "model.keras"
-    if not Path(source).exists():
-        last = str(source).rpartition(".")[2]  # of VGG16_Weights.IMAGENET1K_V1, vgg16.tv_in1k
-        hint = f" {last} is called {_ELSEWHERE[last]} here." if last in _ELSEWHERE else ""
-        if source in ARCHITECTURES:
-            hint = f" {source} is a network (architecture={str(source)!r}) that has such weights."
-        raise ValueError(
-            f"Received weights={str(source)!r}; expected one of {', '.join(WEIGHT_SETS)} or "
-            f"the path of an existing file.{hint}"
-        )
+    paths.check_weights(source)
     return Path(source)

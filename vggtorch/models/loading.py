@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
-import re
 import warnings
 import zipfile
 from collections.abc import Mapping
@@ -16,7 +15,7 @@ from typing import Any, Literal, overload
 
 import keras
 
-from vggtorch import files, weights
+from vggtorch import files, paths, weights
 from vggtorch.architectures import ARCHITECTURES
 from vggtorch.models.filling import VGG_LAYERS, named_variables, path_of
 from vggtorch.models.leftovers import check, tell
@@ -280,7 +279,7 @@ def load_model(source: str | PathLike) -> keras.Model:
         OSError: the hub can't be reached, or doesn't have it.
     """
     path = Path(source)
-    if weights.is_on_hub(source):
+    if paths.is_on_hub(source):
         path = weights.folder_from_hub(str(source), ["model.keras", *KEPT])
     if path.is_dir():
         if (path / "model.keras").is_file():
@@ -292,13 +291,7 @@ def load_model(source: str | PathLike) -> keras.Model:
                 f"there (vt.load_weights(model, path))."
             )
     elif not path.is_file():
-        on_hub = ""
-        if re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
-            on_hub = f" On the Hugging Face hub it would be hf://{source}."
-        raise ValueError(
-            f"There is no {source}. Expected the folder of a run that has ended, a .keras "
-            f"file, or hf://owner/name.{on_hub}"
-        )
+        raise ValueError(paths.missing_model(source))
     try:
         if path.suffix == ".keras":
             weights.check_archive(path)
@@ -374,9 +367,5 @@ def model_from_name(name: str | PathLike) -> keras.Model:
     """
     if str(name) in ARCHITECTURES:
         return constructor(str(name))(weights=None)
-    try:
-        return load_model(name)
-    except ValueError as error:
-        if Path(name).exists() or weights.is_on_hub(name):
-            raise
-        raise ValueError(f"{error} Or one of {', '.join(ARCHITECTURES)}.") from None
+    paths.check_model(str(name))
+    return load_model(name)

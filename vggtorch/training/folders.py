@@ -13,7 +13,8 @@ from typing import Literal, NamedTuple
 
 from vggtorch import files
 from vggtorch.models import SUFFIXES, PixelGate, read_image
-from vggtorch.training.tables import SPLITS, TABLES, TablePart, is_table, ordered, read_rows
+from vggtorch.paths import TABLES, check_data
+from vggtorch.training.tables import SPLITS, TablePart, is_table, ordered, read_rows
 
 PIXELS_AT_ONCE = 2**26  # decoded at the same time while a folder is checked; about half a GB
 NAMED = 10  # files that a message lists; it counts the others
@@ -195,8 +196,7 @@ def _of_names(folder: Path, pattern: str) -> Found:
         ) from error
     if not expression.groups:
         raise ValueError(f"label_pattern={pattern!r} has no group. {_PATTERN}")
-    if not folder.is_dir():
-        raise ValueError(f"{folder} isn't a folder. Expected one with images.")
+    check_data(folder)
     files_there, left_out = images_under(folder)
     labels = [(path, expression.search(path.name)) for path in files_there]
     unlabelled = [path.name for path, match in labels if not (match and match[1])]
@@ -219,11 +219,7 @@ def _several(classes: list[str], who: str) -> list[str]:
 
 def _class_folders(folder: Path) -> list[str]:
     """The names of the classes, sorted."""
-    if not folder.is_dir():
-        raise ValueError(
-            f"{folder} isn't a folder. Expected one with a subfolder for each class, or a table of "
-            f"paths and labels that ends in {', '.join(sorted(TABLES))}."
-        )
+    check_data(folder)
     classes = sorted(p.name for p in folder.iterdir() if p.is_dir() and p.name[0] != ".")
     if not classes:
         raise ValueError(

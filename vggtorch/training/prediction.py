@@ -10,7 +10,6 @@ import dataclasses
 import glob
 import itertools
 import json
-import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,13 +22,12 @@ import torch
 from vggtorch import files
 from vggtorch.lowering import between
 from vggtorch.models import SUFFIXES, data_config, decode_predictions, preprocess
+from vggtorch.paths import PREDICTIONS, check_images, check_out
 from vggtorch.training import data
 from vggtorch.training.evaluation import Evaluation, evaluate
 from vggtorch.training.folders import images_under, tell_left_out, test_part
 from vggtorch.training.heads import logits_network
 from vggtorch.training.run import make_accelerator
-
-WRITTEN = (".csv", ".jsonl")
 
 
 class Batch(NamedTuple):
@@ -57,9 +55,9 @@ def image_files(given: Iterable[str | Path]) -> list[Path]:
         ValueError: a folder without images, or a pattern or a name that nothing matches.
     """
     found: list[Path] = []
+    given = list(given)
+    check_images(given)
     for one in given:
-        if re.match(r"[a-z]+://", str(one)):
-            raise ValueError(f"{one} is an address, not a file. Download it first.")
         path = Path(one)
         if path.is_dir():
             inside, left_out = images_under(path)
@@ -69,15 +67,11 @@ def image_files(given: Iterable[str | Path]) -> list[Path]:
                     f"{path} has no images. Expected {', '.join(sorted(SUFFIXES))} files."
                 )
             found += inside
-        elif path.exists() or not glob.has_magic(str(one)):
+        elif path.exists():
             found.append(path)
         else:
             matching = sorted(Path(p) for p in glob.glob(str(one), recursive=True))
-            if not matching:
-                raise ValueError(f"No file matches {one}.")
             found += [p for p in matching if p.is_file()]
-    if missing := [str(path) for path in found if not path.exists()]:
-        raise ValueError(f"There is no file {', '.join(missing[:5])}.")
     return list(dict.fromkeys(found))
 
 
@@ -174,12 +168,11 @@ def write_predictions(found: Iterable[Prediction], path: str | Path) -> list[Pre
             what was wrong) or in .jsonl (a line for each image, with a list of its classes).
 
     Raises:
-        ValueError: another ending.
+        ValueError: another ending, or no such folder.
         OSError: the file can't be written; one that stood there before is then still whole.
     """
     path = Path(path)
-    if path.suffix not in WRITTEN:
-        raise ValueError(f"Received {str(path)!r}; expected a name that ends in .csv or .jsonl.")
+    check_out(path, PREDICTIONS, "")
     problems: list[Prediction] = []
     with files.atomic(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         rows = _csv_rows if path.suffix == ".csv" else _json_lines

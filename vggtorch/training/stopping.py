@@ -10,8 +10,6 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
-import torch
-
 
 class Interrupted(KeyboardInterrupt):
     """A run was stopped by Ctrl-C, and has left a checkpoint."""
@@ -64,6 +62,8 @@ class Stopping:
         """Between two steps: stop, in all processes, if one of them has got a signal."""
         if not self._together:
             return
+        import torch  # late, since the command line asks for the classes here before it needs torch
+
         received = torch.tensor(float(self._received is not None), device=accelerator.device)
         if accelerator.reduce(received).item():
             self._received = self._received or signal.SIGTERM

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from vggtorch.models import SUFFIXES
+from vggtorch.paths import TABLES, check_data
 
 JSON = frozenset({".jsonl", ".ndjson"})
-TABLES = JSON | {".csv", ".tsv"}
 SPLITS = {
     "train": "train", "training": "train", "val": "validation", "valid": "validation",
     "validation": "validation", "dev": "validation", "test": "test", "testing": "test",
@@ -66,8 +66,7 @@ def read_rows(path: Path) -> list[Row]:
         ValueError: no such file, no columns of paths and labels, a row without one of them, an
             image that has two labels or is in two splits.
     """
-    if not path.is_file():
-        raise ValueError(f"There is no file {path}. Expected a table of images and their labels.")
+    check_data(path)
     try:
         found = list((_json_rows if path.suffix.lower() in JSON else _csv_rows)(path))
     except UnicodeDecodeError as error:

@@ -24,7 +24,7 @@ from vggtorch.weights.conversion import (
     traced,
 )
 from vggtorch.weights.copies import converted, verify
-from vggtorch.weights.hub import file_from_hub, folder_from_hub, folder_to_hub, is_on_hub
+from vggtorch.weights.hub import file_from_hub, folder_from_hub, folder_to_hub
 from vggtorch.weights.pickles import unpickled
 from vggtorch.weights.published import PUBLISHED, Published, publications
 from vggtorch.weights.sources import Checkpoint, fetch, find, local_copies, read, write
@@ -45,7 +45,6 @@ __all__ = [
     "folder_from_hub",
     "folder_to_hub",
     "identify",
-    "is_on_hub",
     "is_plain_name",
     "keras_to_timm",
     "keras_to_torchvision",

@@ -16,13 +16,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from vggtorch import files
+from vggtorch.paths import HUB
 from vggtorch.text import visible
 from vggtorch.weights.downloads import offline
 
-PREFIX = "hf://"  # as Keras writes it
-ELSEWHERE = re.compile(  # how others write it
-    r"(?:hf[-_]hub:|hub:|huggingface:|(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/)(.+)"
-)
 PATIENCE = 10.0  # seconds until the hub must have answered
 
 
@@ -32,20 +29,6 @@ class Repository(NamedTuple):
     name: str
     file: str = ""
     revision: str | None = None
-
-
-def is_on_hub(source: object) -> bool:
-    """Whether a source is an address on the hub.
-
-    Raises:
-        ValueError: it is one in the spelling of another tool.
-    """
-    text = str(source)
-    if text.startswith(PREFIX):
-        return True
-    if found := ELSEWHERE.fullmatch(text):
-        raise ValueError(f"Received {text!r}; expected hf://{found[1]}, as Keras writes it.")
-    return False
 
 
 def repository_of(address: str) -> Repository:
@@ -59,7 +42,7 @@ def repository_of(address: str) -> Repository:
         ValueError: no owner, no name, or what can't be a name.
     """
     part = r"[A-Za-z0-9](?:[\w.-]*[A-Za-z0-9_])?"
-    form = rf"(?:{PREFIX})?({part}/{part})(?:@([^/@]+))?(?:/(.+))?"
+    form = rf"(?:{HUB})?({part}/{part})(?:@([^/@]+))?(?:/(.+))?"
     found = re.fullmatch(form, address, re.ASCII)
     if found is None or "--" in found[1] or ".." in address:
         raise ValueError(
@@ -98,7 +81,7 @@ def file_from_hub(address: str) -> Path:
         )
     folder = folder_from_hub(address.removesuffix(f"/{wanted.file}"), [wanted.file])
     if not (folder / wanted.file).is_file():
-        raise OSError(f"{PREFIX}{wanted.name} has no file {visible(wanted.file)!r}.")
+        raise OSError(f"{HUB}{wanted.name} has no file {visible(wanted.file)!r}.")
     return folder / wanted.file
 
 
@@ -117,7 +100,7 @@ def folder_from_hub(address: str, patterns: Sequence[str]) -> Path:
     if wanted.file:
         raise ValueError(
             f"Received {visible(address)!r}; expected a repository without a file behind it, "
-            f"{PREFIX}{wanted.name}."
+            f"{HUB}{wanted.name}."
         )
     ask: dict[str, Any] = {"revision": wanted.revision, "allow_patterns": list(patterns)}
     try:
@@ -212,7 +195,7 @@ def _client(wanted: Repository, doing: str = "get") -> Iterator[None]:
     from huggingface_hub import constants, errors
 
     log_in = "log in with `hf auth login`, or set HF_TOKEN"
-    start = f"Could not {doing} {PREFIX}{wanted.name}"
+    start = f"Could not {doing} {HUB}{wanted.name}"
     try:
         yield
     except errors.GatedRepoError as error:
