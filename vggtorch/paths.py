@@ -125,7 +125,8 @@ def check_images(given: Iterable[str | os.PathLike]) -> None:
         ValueError: there is nothing of a name, or a pattern that nothing matches.
     """
     missing = []
-    for one in map(os.fspath, given):
+    for one in given:
+        one = os.fspath(one)
         if re.match(r"[a-z]+://", one):
             raise ValueError(f"{one} is an address, not a file. Download it first.")
         if os.path.exists(one):
