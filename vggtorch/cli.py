@@ -19,7 +19,7 @@ import vggtorch as vt
 from vggtorch import commands, files, paths, training_commands
 from vggtorch.architectures import ARCHITECTURES
 from vggtorch.options import ArchitectureName, Weights, as_options
-from vggtorch.text import LONGEST_MESSAGE, visible, visible_lines
+from vggtorch.text import LONGEST_MESSAGE, table, terminal_width, visible, visible_lines
 from vggtorch.training import Interrupted, Terminated
 
 Cost = Literal["multiply-adds", "seconds"]
@@ -109,9 +109,8 @@ def convert(
     from vggtorch import models
 
     mapped = models.convert(source, target, architecture)
-    width = max(len(f"{name} {shape}") for name, shape, _, _ in mapped)
-    for old, old_shape, new, new_shape in mapped:
-        _show(f"{f'{old} {old_shape}':{width}} -> {new} {new_shape}")
+    rows = [(f"{old} {shape}", f"-> {new} {made}") for old, shape, new, made in mapped]
+    _show(table(rows, 1 if terminal_width() else 2, terminal_width()))
 
 
 @weights_app.callback(
@@ -129,9 +128,11 @@ def list_weights() -> None:
     """List the known checkpoints, and where they are on this machine."""
     from vggtorch import weights
 
+    rows = []
     for known in weights.PUBLISHED.values():
-        places = [str(path) for path in weights.local_copies(known)] or ["not here"]
-        _show(f"{known.weight_set:9} {known.architecture:9} {known.file:42} {', '.join(places)}")
+        places = ", ".join(map(str, weights.local_copies(known))) or "not here"
+        rows.append((known.weight_set, known.architecture, known.file, places))
+    _show(table(rows, 4, terminal_width()))
 
 
 @weights_app.command("fetch", epilog=_examples("weights fetch vgg16-397923af.pth"))
@@ -181,7 +182,8 @@ def inspect(
 
     network = model_from_name(model)
     original = model_from_name(before) if before else None
-    _show(vt.inspect(network) if original is None else vt.compare(original, network))
+    found = vt.inspect(network) if original is None else vt.compare(original, network)
+    _show(found.as_text(terminal_width()))
     if draw:
         with files.atomic(draw) as temporary:
             temporary.write_text(vt.draw(network, original), encoding="utf-8")
@@ -242,7 +244,7 @@ def compress(
         again = "the same command goes on where it was"
         hint = again if checkpoints else f"with --checkpoints FOLDER {again}"
         raise typer.Abort(f"interrupted; {hint}") from stop
-    print(found)
+    _show(found.as_text(terminal_width()))
     drawing = Path(out).with_suffix(".svg")
     with files.atomic(out) as temporary:
         small.save(temporary)
@@ -262,7 +264,8 @@ def bench(
     paths.check_model(model)
     from vggtorch.models import model_from_name
 
-    _show(vt.bench(model_from_name(model), batch, size=size, repeats=repeats))
+    found = vt.bench(model_from_name(model), batch, size=size, repeats=repeats)
+    _show(found.as_text(terminal_width()))
 
 
 @app.command(

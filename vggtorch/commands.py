@@ -14,7 +14,7 @@ import vggtorch as vt
 from vggtorch import files, paths
 from vggtorch.architectures import ARCHITECTURES
 from vggtorch.options import Architecture, Weights
-from vggtorch.text import visible, visible_lines
+from vggtorch.text import table, terminal_width, visible, visible_lines
 
 if TYPE_CHECKING:
     import keras
@@ -126,14 +126,12 @@ def evaluate(
     print(f"{len(found.labels)} images of {len(source.classes)} classes in {visible(source.root)}")
     for name, value in figures.items():
         print(f"  {name:24} {value:.4f}")
-    width = max(len(name) for name in source.classes)
-    print(f"  {'class':{width}}  images  precision  recall     F1")
     rows = found.per_class(source.classes)
+    cells = [["  class", "images", "precision", "recall", "F1"]]
     for row in rows:
-        print(
-            f"  {visible(row.name):{width}}  {row.images:6}  {row.precision:9.3f}  "
-            f"{row.recall:6.3f}  {row.f1:5.3f}"
-        )
+        figures_of = (f"{share:.3f}" for share in (row.precision, row.recall, row.f1))
+        cells.append([f"  {visible(row.name)}", str(row.images), *figures_of])
+    print(table(cells, 1, terminal_width()))
     if out and out.endswith(".html"):
         vt.write_test_report(network, source, found, out)
         print(f"Wrote {visible(out)}.")

@@ -1,4 +1,4 @@
-"""Text that others wrote, made harmless where people read it: terminal, HTML page, Markdown.
+"""Text where people read it: that others wrote, made harmless, and tables that fit a terminal.
 
 Names of classes and tensors, headers of files and answers of servers may hold anything: line
 breaks, instructions for the terminal, marks of HTML, marks that turn the direction of writing.
@@ -10,6 +10,9 @@ import html
 import os
 import re
 import shlex
+import shutil
+import sys
+import textwrap
 from collections.abc import Sequence
 
 LONGEST_NAME = 200  # characters of a name that are shown
@@ -83,3 +86,71 @@ def without_folders(value: object) -> str:
         path = os.path.basename(path.rstrip(os.sep)) or os.sep
         return f"{option}{equals}{path}"
     return str(value)
+
+
+def terminal_width() -> int | None:
+    """Columns of the terminal that stdout is; None where it goes to a file or another program."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+
+
+def wrapped(text: str, width: int | None) -> str:
+    """Lines broken between words where they are longer than `width`, what follows indented.
+
+    >>> from vggtorch.text import wrapped
+    >>> print(wrapped("one two three", 8))
+    one two
+      three
+    """
+    if width is None:
+        return text
+    found: list[str] = []
+    for line in text.split("\n"):
+        indent = line[: len(line) - len(line.lstrip())]
+        found += textwrap.wrap(
+            line,
+            width,
+            subsequent_indent=indent or "  ",
+            break_long_words=False,
+            break_on_hyphens=False,
+        ) or [""]
+    return "\n".join(found)
+
+
+def table(lines: Sequence[Sequence[str]], left: int, width: int | None = None) -> str:
+    """Columns as wide as their longest cell, the first `left` flush left, the rest right.
+
+    Where that is wider than `width`, a row takes several lines, the first with the columns that are
+    flush left.
+
+    >>> from vggtorch.text import table
+    >>> print(table([("name", "n"), ("a", "10")], left=1))
+    name   n
+    a     10
+    """
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    parts = [list(range(len(widths)))]
+    if width is not None and sum(widths) + 2 * len(widths) - 2 > width:
+        parts = [part for part in _broken(widths, left, width) if part]
+    rows = []
+    for line in lines:
+        for part in parts:
+            cells = [
+                line[i].ljust(widths[i]) if i < left else line[i].rjust(widths[i]) for i in part
+            ]
+            text = "  ".join(cells).rstrip()
+            if text or part is parts[0]:
+                rows.append(text if part is parts[0] else f"    {text}")
+    return "\n".join(rows)
+
+
+def _broken(widths: Sequence[int], left: int, width: int) -> list[list[int]]:
+    """The columns of each line of a row that one line is too short for."""
+    parts: list[list[int]] = [[]]
+    room = width
+    for i, needed in enumerate(widths):
+        if i == left or (parts[-1] and needed > room):
+            parts.append([])
+            room = width - 4  # all lines but the first are indented
+        parts[-1].append(i)
+        room -= needed + 2
+    return parts

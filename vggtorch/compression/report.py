@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from vggtorch.text import table
+
 
 @dataclass(frozen=True)
 class LayerChange:
@@ -54,6 +56,10 @@ class Compression:
         return self.before / self.after
 
     def __str__(self) -> str:
+        return self.as_text()
+
+    def as_text(self, width: int | None = None) -> str:
+        """A table that is at most so many characters wide, if need be with two lines a row."""
         unit, scale, digits = ("M", 1e-6, 1) if self.by == "multiply-adds" else ("ms", 1e3, 3)
         lines: list[tuple[str, ...]] = [
             ("layer", "in its place", "ranks", f"{self.by}, {unit}", "after", "")
@@ -64,17 +70,10 @@ class Compression:
             cells = (f"{scale * n:,.{digits}f}" for n in (row.before, row.after))
             ranks = ", ".join(map(str, row.ranks))
             lines.append((row.name, row.method or "", ranks, *cells, ratio))
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        text = [
-            "  ".join(
-                cell.ljust(width) if i < 3 else cell.rjust(width)
-                for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-            ).rstrip()
-            for line in lines
-        ]
+        text = [table(lines, 3, width)]
         text.append(f"cosine to the original's maps, after {self.steps} steps of training:")
-        width = max(map(len, self.likeness))
+        longest = max(map(len, self.likeness))
         for name, value in self.likeness.items():
             first = self.closed_form[name]
-            text.append(f"  {name:{width}}  {value:.4f}  (before them {first:.4f})")
+            text.append(f"  {name:{longest}}  {value:.4f}  (before them {first:.4f})")
         return "\n".join(text)

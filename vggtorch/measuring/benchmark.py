@@ -13,7 +13,8 @@ from torch import Tensor
 from vggtorch.keras_graph import graph_of
 from vggtorch.lowering import OnKeras
 from vggtorch.measuring import timing
-from vggtorch.measuring.costs import example_of, table
+from vggtorch.measuring.costs import example_of
+from vggtorch.text import table
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,10 @@ class Bench:
     gradients: tuple[Result, ...]
 
     def __str__(self) -> str:
+        return self.as_text()
+
+    def as_text(self, width: int | None = None) -> str:
+        """A table that is at most so many characters wide, if need be with two lines a row."""
         header = ("", "median", "fastest", "slowest", "times as fast", "difference")
         lines: list[tuple[str, ...]] = [header]
         for title, results in (("inference", self.inference), ("gradients", self.gradients)):
@@ -60,7 +65,7 @@ class Bench:
                         f"{result.difference:.0e}",
                     )
                 )
-        return f"batch {self.batch}\n{table(lines, left=1)}"
+        return f"batch {self.batch}\n{table(lines, 1, width)}"
 
 
 def bench(model: keras.Model, batch: int = 8, *, size: int = 224, repeats: int = 5) -> Bench:

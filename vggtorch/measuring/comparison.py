@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import keras
 
 from vggtorch.keras_graph import graph_of
-from vggtorch.measuring.costs import Report, Row, cells, inspect, table
+from vggtorch.measuring.costs import Report, Row, cells, inspect
+from vggtorch.text import table
 
 
 @dataclass(frozen=True)
@@ -18,6 +19,10 @@ class Comparison:
     after: Report
 
     def __str__(self) -> str:
+        return self.as_text()
+
+    def as_text(self, width: int | None = None) -> str:
+        """A table that is at most so many characters wide, if need be with two lines a row."""
         header = ("block", "", "parameters", "multiply-adds", "activation", "time")
         lines: list[tuple[str, ...]] = [header]
         before = {row.name: row for row in self.before.blocks}
@@ -32,7 +37,7 @@ class Comparison:
                 lines.append(("" if old else name, "after", *cells(new)))
             if old is not None and new is not None and name == "total":
                 lines.append(("", "after/before", *_ratios(old, new)))
-        return table(lines, left=2)
+        return table(lines, 2, width)
 
 
 def compare(

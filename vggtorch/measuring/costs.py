@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from vggtorch.keras_graph import Functional, data_format, graph_of, input_structure, torch_dtype
 from vggtorch.lowering import OnKeras, TorchNetwork
 from vggtorch.measuring.timing import clock, in_turns
+from vggtorch.text import table
 
 
 @dataclass(frozen=True)
@@ -56,12 +57,16 @@ class Report:
         return tuple(_sum(name, rows) for name, rows in members.items())
 
     def __str__(self) -> str:
+        return self.as_text()
+
+    def as_text(self, width: int | None = None) -> str:
+        """A table that is at most so many characters wide, if need be with two lines a row."""
         header = ("layer", "kind", "output", "parameters", "multiply-adds", "activation", "time")
         lines = [
             (row.name, row.kind, "x".join(map(str, row.shape)), *cells(row))
             for row in (*self.layers, self.total)
         ]
-        return table([header, *lines], left=3)
+        return table([header, *lines], 3, width)
 
 
 def inspect(model: keras.Model, *, size: int = 224, repeats: int = 5) -> Report:
@@ -213,16 +218,4 @@ def cells(row: Row) -> tuple[str, ...]:
         f"{row.multiply_adds:,}",
         f"{row.activation / 2**20:.2f} MiB",
         f"{1000 * row.seconds:.2f} ms",
-    )
-
-
-def table(lines: list[tuple[str, ...]], left: int) -> str:
-    """Columns as wide as their longest cell, the first `left` flush left, the rest right."""
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if i < left else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
     )
