@@ -37,9 +37,9 @@ def visible(text: object, most: int = LONGEST_NAME) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
-def visible_lines(text: object, most: int = LONGEST_MESSAGE) -> str:
-    """The same of text of several lines, which stay lines; `most` characters of each."""
-    return "\n".join(visible(line, most) for line in str(text).split("\n"))
+def visible_lines(text: object) -> str:
+    """The same of text of several lines, which stay lines, each of LONGEST_MESSAGE characters."""
+    return "\n".join(visible(line, LONGEST_MESSAGE) for line in str(text).split("\n"))
 
 
 def in_html(text: object) -> str:

@@ -19,7 +19,9 @@ def on_keras(
 ) -> OnKeras:
     """The torch network of a model on the model's own Parameters, so that gradients are Keras's."""
     graph = keras_graph.graph_of(model, "on_keras")
-    return OnKeras(graph, model.name, data_format=data_format, checkpoint=checkpoint)
+    lowered = OnKeras(graph, model.name, data_format)
+    lowered.network.meta["checkpoint"] = checkpoint
+    return lowered
 
 
 def randomise(model: keras.Model) -> keras.Model:

@@ -218,38 +218,35 @@ def _onnx_runtime(network: TorchNetwork, path: Path) -> Callable[..., Any]:
     return run
 
 
+@torch.no_grad()
 def _check(
     network: TorchNetwork, run: Callable[..., Any], others: Sequence[Sequence[Tensor]]
 ) -> None:
     """See that what was exported gives at other batches and sizes what the model gives."""
-    for inputs in others:
-        _check_one(network, run, inputs)
-
-
-def _check_one(network: TorchNetwork, run: Callable[..., Any], inputs: Sequence[Tensor]) -> None:
-    shapes = ", ".join(str(tuple(x.shape)) for x in inputs)
     hint = (
         f"The model is traced{_through(network)}, and what is written holds for one batch "
         f"and image size only. Give the model fixed ones: keras.Input(shape, batch_size=n)."
     )
-    with torch.no_grad():
+    for inputs in others:
+        shapes = ", ".join(str(tuple(x.shape)) for x in inputs)
         try:
             expected = tree_leaves(network(*inputs))
         except Exception:  # the model itself takes images of certain sizes only
-            return
+            continue
         try:
             found = tree_leaves(run(*inputs))
         except Exception as error:
             raise ValueError(
                 f"The exported model fails at inputs of shape {shapes}: {_first_line(error)} {hint}"
             ) from error
-    for one, other in zip(found, expected, strict=True):
-        one, other = one.cpu().double(), other.cpu().double()
-        if one.shape != other.shape or (one - other).abs().max() > 1e-2 * (1 + other.abs().max()):
-            raise ValueError(
-                f"The exported model computes something else than the model at inputs of shape "
-                f"{shapes}. {hint}"
-            )
+        for one, other in zip(found, expected, strict=True):
+            one, other = one.cpu().double(), other.cpu().double()
+            differs = one.shape != other.shape
+            if differs or (one - other).abs().max() > 1e-2 * (1 + other.abs().max()):
+                raise ValueError(
+                    f"The exported model computes something else than the model at inputs of shape "
+                    f"{shapes}. {hint}"
+                )
 
 
 def _through(network: TorchNetwork) -> str:

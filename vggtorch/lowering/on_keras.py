@@ -53,18 +53,10 @@ class OnKeras(nn.Module):
         network: the torch network that it runs, with parameters of its own on the same memory.
     """
 
-    def __init__(
-        self,
-        graph: keras.Function,
-        name: str,
-        *,
-        data_format: str | None = None,
-        checkpoint: bool = False,
-    ) -> None:
+    def __init__(self, graph: keras.Function, name: str, data_format: str | None = None) -> None:
         super().__init__()
-        network = network_of(graph, name, data_format=data_format, checkpoint=checkpoint)
         # In a tuple, which keeps the network's parameters from being listed beside Keras's.
-        self._hidden = (network,)
+        self._hidden = (network_of(graph, name, data_format=data_format),)
         self._dtypes = [keras_graph.torch_dtype(x.dtype) for x in graph.inputs]
         names = {id(module): name for name, module in self.network.named_modules()}
         self._weights = [
@@ -141,4 +133,4 @@ def between(inputs: keras.KerasTensor, outputs: Any, *, data_format: str | None 
     """
     check_data_format(data_format)
     # It makes no nodes, so `layer.output` stays what it is.
-    return OnKeras(keras.Function(inputs, outputs), "between", data_format=data_format)
+    return OnKeras(keras.Function(inputs, outputs), "between", data_format)

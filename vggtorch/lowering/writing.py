@@ -97,9 +97,9 @@ def to_torch(
     check_data_format(data_format)
     graph = keras_graph.graph_of(model, "to_torch")
     _warn_of_penalties(model)
-    network = network_of(
-        graph, model.name, data_format=data_format, share=share, checkpoint=checkpoint
-    )
+    network = network_of(graph, model.name, data_format=data_format, share=share)
+    if checkpoint:
+        network.meta["checkpoint"] = True
     if share:
         network._settings = Settings(_written_layers(model, network))
     return network
@@ -132,7 +132,6 @@ def network_of(
     *,
     data_format: str | None = None,
     share: bool = True,
-    checkpoint: bool = False,
 ) -> TorchNetwork:
     """What `to_torch` returns, for any graph of Keras layers."""
     outer = "keras"
@@ -146,8 +145,6 @@ def network_of(
             if isinstance(module, KerasLayer):
                 common.ties.pairs += module.ties()
         common.ties.watch()
-    if checkpoint:
-        network.meta["checkpoint"] = True
     return network
 
 

@@ -13,15 +13,13 @@ COLOURS = ("#3b82c4", "#d9730d", "#2a9d6f", "#8a63d2")  # told apart on light an
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 460, 260, 62, 16, 56, 40
 
 
-def curves_svg(
-    curves: dict[str, Sequence[float]], title: str, axis: str = "epoch", mark: float | None = None
-) -> str:
-    """A line for each named curve over 1, 2, ...; SVG text."""
+def curves_svg(curves: dict[str, Sequence[float]], title: str) -> str:
+    """A line for each named curve over the epochs 1, 2, ...; SVG text."""
     points = {
         name: [(float(i), value) for i, value in enumerate(values, 1)]
         for name, values in curves.items()
     }
-    return chart(points, title, axis, mark, whole=True)
+    return chart(points, title, "epoch", whole=True)
 
 
 def ticks(low: float, high: float, most: int = 5, *, whole: bool = False) -> list[float]:

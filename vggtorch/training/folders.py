@@ -311,10 +311,10 @@ def images_under(folder: Path) -> tuple[list[Path], Counter[str]]:
     return images, left_out
 
 
-def tell_left_out(part: object, left_out: Counter[str], stacklevel: int = 4) -> None:
+def tell_left_out(part: object, left_out: Counter[str]) -> None:
     """Warn of files that aren't read."""
     if left_out:
-        warnings.warn(f"Left out of {part}: {_counted(left_out)}.", stacklevel=stacklevel)
+        warnings.warn(f"Left out of {part}: {_counted(left_out)}.", stacklevel=4)
 
 
 def _counted(left_out: Counter[str]) -> str:
