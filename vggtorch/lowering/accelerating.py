@@ -57,8 +57,9 @@ def accelerate_(model: keras.Model, compile: bool = False, enabled: bool = True)
         run = torch.compile(module) if compile else module
 
     def call(inputs: Any, training: bool | None = None, mask: Any = None) -> Any:
-        # Keras's own way where it works out shapes, which it does on tensors that are not real,
-        # where masks come in, and where only the calls inside say whether they train.
+        # The model's own `call` runs where Keras only works out shapes, with tensors that have no
+        # values, where masks come in, and where `training` is left to what the layers inside were
+        # called with.
         undecided = training is None and fixes_training
         if mask is not None or undecided or keras_graph.in_stateless_scope():
             return type(model).call(model, inputs, training=training, mask=mask)

@@ -46,7 +46,7 @@ class KerasBatchNorm(Leaf, nn.modules.batchnorm._BatchNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         mean, variance = self.running_mean, self.running_var
-        if mean is None or variance is None:  # somebody made it track nothing
+        if mean is None or variance is None:  # `track_running_stats` was set to False
             return super().forward(x)
         self._check_input_dim(x)  # one image without a batch would be normalised along its height
         if not self.learns:

@@ -84,8 +84,9 @@ def export(model: keras.Model, path: str | PathLike, *, data_format: str | None 
     )
     with torch.no_grad():
         program = torch.export.export(network, images, dynamic_shapes=dynamic)
-    # What isn't one pixel at the traced size, torch takes for what is never one: it then knows the
-    # order of a map's memory, which no operation here depends on. `_check` runs a small image.
+    # torch takes a size that isn't 1 while it traces for one that never is, and guards it, because
+    # the strides of a map of one pixel say nothing of its memory format. No operation here depends
+    # on that format, so these guards go; `_check` runs a small image.
     guards = [guard for guard in program._guards_code if not guard.endswith(" != 1")]
     program._guards_code = guards
     others = [

@@ -18,13 +18,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vggtorch import keras_graph
-from vggtorch.lowering.ties import SAME, Tie
+from vggtorch.lowering.ties import Tie
+from vggtorch.weights import unmoved
 
 
 class Leaf(nn.Module):
     """A module that tracers of torch.fx take as one step, as they do those of torch.nn.
 
-    They go by `__module__`. Written down inside out it would be bound to its mode, or to one size.
+    They go by `__module__`. A tracer that went inside would write down what it does in one mode,
+    training or inference, or for one image size.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -278,7 +280,7 @@ class KerasFunction(Leaf):
 def _parameters_from(modules: list[nn.Module], tensors: dict[int, Tensor]) -> Iterator[None]:
     """Let torch's modules inside of Keras layers compute with these tensors, by parameters' ids.
 
-    They don't ask Keras's variables for their values, and so no StatelessScope.
+    They read their own parameters, so a StatelessScope of Keras's variables doesn't reach them.
     """
     places = [m._parameters for module in modules for m in module.modules()]
     before = [dict(place) for place in places]
@@ -339,12 +341,12 @@ class KerasLayer(Leaf):
 
     def ties(self) -> list[Tie]:
         """The layer's variables and the module's tensors, which are their very values."""
-        return [
-            Tie(variable, getattr(self, name), SAME, [(self, name)], variable.value.requires_grad)
-            for name, variable in zip(
-                self.names, getattr(self.operation[0], "variables", ()), strict=True
-            )
-        ]
+        found, variables = [], getattr(self.operation[0], "variables", ())
+        for name, variable in zip(self.names, variables, strict=True):
+            value = keras_graph.raw_value(variable)
+            rule = unmoved(name, variable.path, tuple(value.shape))
+            found.append(Tie(variable, value, rule, [(self, name)], value.requires_grad))
+        return found
 
     def forward(self, *inputs: Tensor) -> Any:
         (operation,) = self.operation

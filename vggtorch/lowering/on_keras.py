@@ -132,5 +132,6 @@ def between(inputs: keras.KerasTensor, outputs: Any, *, data_format: str | None 
         ValueError: a path from the model's input to `outputs` that goes around `inputs`.
     """
     check_data_format(data_format)
-    # It makes no nodes, so `layer.output` stays what it is.
+    # A keras.Function, unlike a keras.Model, doesn't call the layers again, so that `layer.output`
+    # stays what it is.
     return OnKeras(keras.Function(inputs, outputs), "between", data_format)

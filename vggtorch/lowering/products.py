@@ -19,7 +19,6 @@ from vggtorch.lowering.layer_modules import (
     SamePad,
 )
 from vggtorch.lowering.sites import Axes, Converter, Piece, Site, all_ranks
-from vggtorch.lowering.ties import Layout
 
 # Activations
 
@@ -84,7 +83,7 @@ def _prelu(site: Site) -> list[Piece] | None:
     count, ones = max(shape), (1,) * (len(shape) - 1)
     if shape not in ((*ones, count), (count, *ones)):
         return None
-    prelu = site.module(PReLU, count, layout=Layout(split=shape, shape=(count,)), weight=alpha)
+    prelu = site.module(PReLU, count, weight=alpha)
     axes: Axes = "any" if count == 1 else "first" if shape == (*ones, count) else "keras"
     return [Piece(prelu, "", axes)]
 
@@ -99,15 +98,6 @@ def _softmax(site: Site) -> list[Piece] | None:
 
 # What computes in another dtype than its weights have, by the number of spatial axes.
 _MIXED: dict[int, Any] = {1: MixedConv1d, 2: MixedConv2d, 3: MixedConv3d}
-
-
-def _layout(kernel: Any, *, depthwise: bool = False) -> Layout:
-    """Keras's kernel (H, W, I, O) of torch's (O, I, H, W); (H, W, C, M) of (C * M, 1, H, W)."""
-    *window, inputs, outputs = kernel.shape
-    spatial = range(2, len(window) + 2)
-    if not depthwise:
-        return Layout((*spatial, 1, 0))
-    return Layout((*spatial, 0, 1), (inputs, outputs, *window), (inputs * outputs, 1, *window))
 
 
 def _padding(
@@ -142,8 +132,7 @@ def _windows(
     groups = inputs if depthwise else layer.groups
     channels = (inputs, inputs * outputs) if depthwise else (inputs * groups, outputs)
     conv = site.module(
-        _conv(site), *channels, size, stride, own, dilation, groups,
-        layout=_layout(kernel, depthwise=depthwise), weight=kernel, bias=bias,
+        _conv(site), *channels, size, stride, own, dilation, groups, weight=kernel, bias=bias
     )  # fmt: skip
     return [*pads, Piece(conv, suffix)]
 
@@ -158,9 +147,7 @@ def _convolution(site: Site, *, depthwise: bool = False) -> list[Piece]:
 
 def _separable(site: Site) -> list[Piece]:
     layer, kernel = site.layer, site.layer.pointwise_kernel
-    pointwise = site.module(
-        _conv(site), *kernel.shape[-2:], 1, layout=_layout(kernel), weight=kernel, bias=layer.bias
-    )
+    pointwise = site.module(_conv(site), *kernel.shape[-2:], 1, weight=kernel, bias=layer.bias)
     return [
         *_windows(site, layer.depthwise_kernel, None, "_depthwise", depthwise=True),
         Piece(pointwise, "_pointwise"),
@@ -196,7 +183,7 @@ def _transposed(site: Site) -> list[Piece]:
     conv = site.module(
         site.of("ConvTranspose"), inputs, outputs, tuple(layer.kernel_size), tuple(layer.strides),
         tuple(before for before, _ in crops), fills, 1, True, tuple(layer.dilation_rate),
-        layout=_layout(layer.kernel), weight=layer.kernel, bias=layer.bias,  # (I, O, H, W) -> HWOI
+        weight=layer.kernel, bias=layer.bias,
     )  # fmt: skip
     rest = [amount for b, after in reversed(crops) for amount in (0, min(b - after, 0))]
     cropping = [Piece(site.of("ZeroPad")(tuple(rest)), "_crop")] if any(rest) else []
@@ -205,9 +192,7 @@ def _transposed(site: Site) -> list[Piece]:
 
 def _dense(site: Site) -> list[Piece]:
     layer, kind = site.layer, MixedLinear if site.is_mixed else nn.Linear
-    linear = site.module(
-        kind, *layer.kernel.shape, layout=Layout((1, 0)), weight=layer.kernel, bias=layer.bias
-    )
+    linear = site.module(kind, *layer.kernel.shape, weight=layer.kernel, bias=layer.bias)
     return [Piece(linear, "", "keras"), *_ending(site, first=False)]
 
 

@@ -12,7 +12,8 @@ from keras import layers
 from torch import nn
 
 from vggtorch import keras_graph
-from vggtorch.lowering.ties import SAME, Layout, Tie, Ties
+from vggtorch.lowering.ties import Tie, Ties
+from vggtorch.models import rule_of
 
 # "first": channels on axis 1, as torch.nn's modules want it. "keras": as the Keras layer has it.
 # "any": it makes no difference.
@@ -69,18 +70,14 @@ class Site:
         """torch's class of a kind for these inputs: nn.MaxPool2d for "MaxPool" on images."""
         return getattr(nn, f"{kind}{self.rank - 2}d")
 
-    def module(
-        self, kind: Any, *args: Any, layout: Layout = SAME, **variables: keras.Variable | None
-    ) -> Any:
-        """A module of torch with these variables in it, by name; `layout` is the weight's."""
+    def module(self, kind: Any, *args: Any, **variables: keras.Variable | None) -> Any:
+        """A module of torch with these variables in it, by name."""
         made = kind(*args, device="meta", dtype=self.dtype)
         for name, variable in variables.items():
-            self.set_(made, name, variable, layout if name == "weight" else SAME)
+            self.set_(made, name, variable)
         return made
 
-    def set_(
-        self, module: nn.Module, name: str, variable: keras.Variable | None, layout: Layout = SAME
-    ) -> None:
+    def set_(self, module: nn.Module, name: str, variable: keras.Variable | None) -> None:
         """Give a module a Keras variable's value: on its memory, or a copy without `share`."""
         if variable is None:
             setattr(module, name, None)
@@ -90,13 +87,13 @@ class Site:
             tensor = known.tensor
             known.places.append((module, name))
         else:
-            value = keras_graph.raw_value(variable)
-            tensor = layout.to_torch(value.detach())
+            value, rule = keras_graph.raw_value(variable), rule_of(self.layer, variable)
+            tensor = rule.to_torch(value.detach()).contiguous()
             if not self.share and tensor.data_ptr() == value.data_ptr():
                 tensor = tensor.clone()
             if name not in module._buffers:
                 tensor = nn.Parameter(tensor, requires_grad=value.requires_grad)
-            tie = Tie(variable, tensor, layout, [(module, name)], value.requires_grad)
+            tie = Tie(variable, tensor, rule, [(module, name)], value.requires_grad)
             self.ties.pairs.append(tie)
             if self.share:
                 tie.share()

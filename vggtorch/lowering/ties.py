@@ -23,35 +23,8 @@ from torch.nn.modules.module import (
 )
 
 from vggtorch import keras_graph
+from vggtorch.weights import Rule
 
-
-@dataclass(frozen=True)
-class Layout:
-    """How torch's tensor becomes Keras's: seen in the shape `split`, its axes permuted to `order`.
-
-    An `order` of None means that both sides have the same axes. `shape` is that of torch's tensor,
-    where it isn't `split`'s: (C * M, 1, H, W) of (C, M, H, W), a depthwise convolution's kernel.
-    """
-
-    order: tuple[int, ...] | None = None
-    split: tuple[int, ...] | None = None
-    shape: tuple[int, ...] | None = None
-
-    def to_keras(self, tensor: Tensor) -> Tensor:
-        """Keras's view of torch's tensor."""
-        tensor = tensor if self.split is None else tensor.view(self.split)
-        return tensor if self.order is None else tensor.permute(self.order)
-
-    def to_torch(self, tensor: Tensor) -> Tensor:
-        """Torch's tensor, contiguous; on the same memory if that is how it already lies there."""
-        if self.order is not None:
-            inverse = sorted(range(len(self.order)), key=self.order.__getitem__)
-            tensor = tensor.permute(inverse)
-        tensor = tensor.contiguous()
-        return tensor if self.shape is None else tensor.view(self.shape)
-
-
-SAME = Layout()
 _PLAIN = Tensor, nn.Parameter  # not a subclass, such as quantized or sharded tensors
 
 
@@ -63,33 +36,28 @@ class Tie:
         variable: Keras's.
         tensor: torch's Parameter, or its buffer where Keras's variable is state; the variable's own
             where the module runs the Keras layer itself.
-        layout: how torch's axes are Keras's.
+        rule: how torch's axes become Keras's.
         places: the modules that the torch tensor stands in, and its name there.
         trains: Keras's flag when it was last carried over to torch.
         addresses: where both stood when they were last made to share memory.
         is_torn: torch has registered different tensors in its places.
-        shape: of torch's tensor.
     """
 
     variable: keras.Variable
     tensor: Tensor
-    layout: Layout
+    rule: Rule
     places: list[tuple[nn.Module, str]]
     trains: bool
     addresses: tuple[int, int] = (0, 0)
     is_torn: bool = False
-    shape: torch.Size = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.shape = self.tensor.shape
 
     @torch.no_grad()
     def share(self, *, from_torch: bool = True) -> None:
         """Let the Keras variable stand on the torch tensor's memory, or the other way round."""
         value = keras_graph.raw_value(self.variable)
         if not from_torch:
-            self.tensor.data = self.layout.to_torch(value.detach())
-        value.data = self.layout.to_keras(self.tensor.detach())
+            self.tensor.data = self.rule.to_torch(value.detach()).contiguous()
+        value.data = self.rule.to_view(self.tensor.detach()).view(self.rule.keras_shape)
         self.addresses = self.tensor.data_ptr(), value.data_ptr()
 
     def has_changed(self) -> bool:
@@ -99,7 +67,7 @@ class Tie:
             self.is_torn
             or type(tensor) not in _PLAIN
             or (tensor.data_ptr(), value.data_ptr()) != self.addresses
-            or tensor.shape != self.shape
+            or tensor.shape != self.rule.torch_shape
             or value.requires_grad != self.trains
         )
 
@@ -127,7 +95,7 @@ class Tie:
 
     def view(self) -> Tensor:
         """The Keras variable in torch's shape: a view, so that its gradient is the variable's."""
-        return self.layout.to_torch(keras_graph.raw_value(self.variable))
+        return self.rule.to_torch(keras_graph.raw_value(self.variable)).contiguous()
 
     def can_hold(self) -> bool:
         """Whether torch has one tensor of the Keras variable's dtype and size, with values."""
@@ -136,7 +104,7 @@ class Tie:
             not self.is_torn
             and type(self.tensor) in _PLAIN
             and self.tensor.dtype == value.dtype
-            and self.tensor.shape == self.shape
+            and self.tensor.shape == self.rule.torch_shape
             and self.tensor.is_meta == value.is_meta
             and (value.is_inference() or not self.tensor.is_inference())  # which can't learn
         )

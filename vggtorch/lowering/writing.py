@@ -271,7 +271,7 @@ class _Builder:
     def _step(self, call: keras_graph.Node) -> None:
         last = next(reversed(self.graph.nodes), None)
         masked = any(map(keras_graph.has_mask, call.input_tensors))
-        # A mask that comes up or goes on inside of a nested model isn't shown on its output.
+        # Keras doesn't show on a nested model's output a mask that begins inside or passes through.
         hidden = any(id(t) in self.hidden for t in call.input_tensors)
         if hidden or _masks_inside(call.operation, masked):
             self.hidden |= {id(tensor) for tensor in call.outputs}
@@ -321,8 +321,8 @@ class _Builder:
         wanted = [self._axes(piece.axes, layer) for piece in pieces[key]]
         known = self.values[id(tensors[0])]
         if type(layer) is layers.Flatten and rank > 2 and "keras" not in known:
-            # A child, so that nn.Sequential of all children is still right: no later layer could
-            # tell that its numbers are in another order.
+            # A child and not a call of `permute`, because an nn.Sequential of all children would
+            # leave that out, and the flat numbers, of the same shape, would be in another order.
             name = self._add(f"{layer.name}_permute", Permute(*_channels_last(rank)))
             known["keras"] = self.graph.call_module(name, (known["first"],))
         axes = self._cheapest(tensors) if wanted[0] == "any" else wanted[0]

@@ -34,6 +34,7 @@ from vggtorch.models.preprocessing import (
     decode_predictions,
     preprocess,
 )
+from vggtorch.models.torch_form import rule_of
 from vggtorch.models.vgg import VGG11, VGG13, VGG16, VGG19, constructor
 
 __all__ = [
@@ -65,6 +66,7 @@ __all__ = [
     "recipe",
     "remember_",
     "remembered",
+    "rule_of",
     "save_weights",
     "to_rgb",
     "weight_set",

@@ -71,6 +71,11 @@ def places_of(
         yield (*path, layer.name), layer
 
 
+def rule_of(layer: object, variable: keras.Variable) -> Rule:
+    """How the axes of a layer's own variable move to those of the modules that `to_torch` makes."""
+    return _rule(layer, "", "", variable.name, tuple(variable.shape), None)
+
+
 def _rule(
     layer: object, prefix: str, key: str, tail: str, shape: Shape, flat: Shape | None
 ) -> Rule:
@@ -79,9 +84,12 @@ def _rule(
     def rule(name: str, split: Shape, order: Shape, torch_shape: Shape | None = None) -> Rule:
         return Rule(f"{prefix}{name}", key, torch_shape or split, split, order, shape)
 
+    def same(name: str) -> Rule:
+        return weights.unmoved(f"{prefix}{name}", key, shape)
+
     def vector(name: str) -> Rule:
         if flat is None or shape != (prod(flat),):
-            return rule(name, shape, tuple(range(len(shape))))
+            return same(name)
         *grid, channels = flat
         return rule(name, (channels, *grid), (*range(1, len(flat)), 0), shape)
 
@@ -121,9 +129,9 @@ def _rule(
         names |= {"moving_mean": "running_mean", "moving_variance": "running_var"}
         return vector(f".{names.get(tail, tail)}")
     if isinstance(layer, layers.Embedding | LayerScale) and tail in ("embeddings", "gamma"):
-        return rule(".weight", shape, tuple(range(rank)))
+        return same(".weight")
     plain = tail.replace("/", "_").replace(".", "_")
-    return rule(f".{plain}", shape, tuple(range(rank)))
+    return same(f".{plain}")
 
 
 def _flat_inputs(model: keras.Model) -> dict[int, Shape]:

@@ -22,6 +22,7 @@ from vggtorch.weights.conversion import (
     to_keras,
     torchvision_to_keras,
     traced,
+    unmoved,
 )
 from vggtorch.weights.copies import converted, verify
 from vggtorch.weights.hub import file_from_hub, folder_from_hub, folder_to_hub
@@ -56,6 +57,7 @@ __all__ = [
     "to_keras",
     "torchvision_to_keras",
     "traced",
+    "unmoved",
     "unpickled",
     "verify",
     "write",

@@ -62,8 +62,13 @@ class Rule:
         return tensor.reshape(permuted).permute(inverse).reshape(self.torch_shape)
 
 
+def unmoved(torch_key: str, keras_key: str, shape: Shape) -> Rule:
+    """The rule of a tensor that has the same axes on both sides."""
+    return Rule(torch_key, keras_key, shape, shape, tuple(range(len(shape))), shape)
+
+
 def _vector(torch_key: str, keras_key: str, size: int) -> Rule:
-    return Rule(torch_key, keras_key, (size,), (size,), (0,), (size,))
+    return unmoved(torch_key, keras_key, (size,))
 
 
 def _layer_rules(layer: Layer, grid: int) -> Iterable[Rule]:
