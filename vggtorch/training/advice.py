@@ -8,17 +8,19 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from vggtorch.training.config import TrainConfig
+from vggtorch.weight_sets import DataConfig
 
 FEW = 500  # images of each class; below, blocks of VGG overfit
 FEWER = 200  # below, a tenth of a class is too few to validate on
 
 
 class Reason(NamedTuple):
-    """One decision of a plan, why, and who found so."""
+    """One decision of a plan, why, who found so, and the settings that it consists of."""
 
     decision: str
     why: str
     source: str
+    settings: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,26 @@ class Plan(TrainConfig):
 
     def __str__(self) -> str:
         return "\n".join(f"{r.decision}\n    {r.why}\n    [{r.source}]" for r in self.reasons)
+
+    def as_it_runs(self, images: DataConfig) -> str:
+        """The decisions that are followed with their reasons, and those that settings override.
+
+        Args:
+            images: what images are brought to, whose geometry a model may bring along.
+        """
+
+        def is_followed(reason: Reason) -> bool:
+            return all(
+                getattr(images if hasattr(images, name) else self, name) == value
+                for name, value in reason.settings.items()
+            )
+
+        followed = tuple(filter(is_followed, self.reasons))
+        others = [r.decision for r in self.reasons if r not in followed]
+        text = str(dataclasses.replace(self, reasons=followed))
+        return "\n".join(
+            [*([text] if text else []), *(f"By your settings, not: {d}" for d in others)]
+        )
 
 
 YOSINSKI = "Yosinski et al., How transferable are features in deep neural networks?, NeurIPS 2014"
@@ -54,40 +76,47 @@ _POOLED = Reason(
     "Pool each feature map to its mean and maximum under the head.",
     "So the head has thousands of weights rather than millions, and any image size fits.",
     FASTAI,
+    {},
 )
 _QUARTERS = Reason(
     "Pool each feature map to its mean and maximum under the head, and its quarters to means.",
     "So any image size fits, and the head still knows roughly where something is, which whole "
     "maps' means don't say.",
     f"{FASTAI}; {PYRAMID}",
+    {"head": "multilevel"},
 )
 _WHOLE = Reason(
     "Resize the shorter side to the size, and cut nothing off it.",
     "A centre crop of 0.875 leaves out a quarter of each image, and few images can't spare it.",
     FASTAI,
+    {"crop_mode": "center", "crop_pct": 1.0},
 )
 _LEVELS = Reason(
     "Put the head on the maps of the last three blocks together.",
     "Features get more specific with depth. Which depth serves these images best isn't known, and "
     "the head can choose.",
     f"{HYPERCOLUMNS}; folds of training images, benchmarks/tried.md",
+    {"head": "multilevel"},
 )
 _CACHED = Reason(
     "Run the frozen layers once, on each image and its mirror image.",
     "What doesn't change needn't be computed in every epoch, and twice the images cost nothing "
     "after that.",
     KERAS,
+    {"cache": True, "augment": "flip", "cache_copies": 2, "mixup": 0.0, "cutmix": 0.0},
 )
 _TENTH = Reason(
     "Hold out a tenth of the images, where nothing else validates.",
     "Against a fifth, what is learned from grows by an eighth, which matters more than how finely "
     "the best epoch is told.",
     "learning from 3000 images against 2000, benchmarks/tried.md",
+    {"validation_split": 0.1},
 )
 _SMOOTHED = Reason(
     "Smooth the labels by 0.1.",
     "A network that may not be certain is less so where it's wrong.",
     INCEPTION,
+    {"label_smoothing": 0.1},
 )
 
 
@@ -139,6 +168,7 @@ def advise(images: int, classes: int, similarity: Similarity | None = None) -> P
             else "Features get more specific with depth, and the images aren't like "
             "ImageNet's: what lies deeper would fit less.",
             YOSINSKI,
+            {"cut": cut},
         )
         reasons = [
             Reason(
@@ -146,6 +176,7 @@ def advise(images: int, classes: int, similarity: Similarity | None = None) -> P
                 f"{each} images of each class are too few for VGG's millions of weights: they "
                 f"would be learned by heart.",
                 CS231N,
+                {"freeze": cut, "head": head, "unfreeze": ()},
             ),
             _LEVELS if similarity is None else specific,
             _CACHED,
@@ -171,6 +202,7 @@ def advise(images: int, classes: int, similarity: Similarity | None = None) -> P
                 "The gradients of a new head are large and random at first, and would destroy "
                 "what the layers under it know.",
                 KERAS,
+                {"freeze": "block5_pool", "unfreeze": options["unfreeze"]},
             ),
             Reason(
                 f"Then unfreeze from the top, down to {since}.",
@@ -183,14 +215,18 @@ def advise(images: int, classes: int, similarity: Similarity | None = None) -> P
                     else "as the images aren't like ImageNet's, all but edges and textures should."
                 ),
                 f"{CS231N}; {ULMFIT}",
+                {"unfreeze": options["unfreeze"]},
             ),
             Reason(
                 f"Each block learns {options['layer_decay']} times as fast as the one above it.",
                 "The lower a layer, the more general it is and the less it has to change.",
                 ULMFIT,
+                {"layer_decay": options["layer_decay"]},
             ),
         ]
-    pooled = _QUARTERS if options["head"] == "multilevel" else _POOLED
+    pooled = _QUARTERS
+    if options["head"] != "multilevel":
+        pooled = _POOLED._replace(settings={"head": options["head"]})
     whole = (_WHOLE,) if "crop_pct" in options else ()
     return Plan(**options, reasons=(*reasons, pooled, *whole, _SMOOTHED))
 
@@ -215,12 +251,20 @@ def planned(
             f"Freeze every layer up to {last} and train a multilevel head alone.",
             "How far to cut and what to unfreeze is known here for VGG's blocks.",
             CS231N,
+            {"freeze": last, "head": "multilevel", "unfreeze": ()},
         )
         options = {"cut": last, "head": "multilevel", "freeze": last, **_FROZEN}
         plan = Plan(**options, reasons=(frozen, _LEVELS, _CACHED, _QUARTERS, _WHOLE, _SMOOTHED))
     changed = dict(given)
-    if "cut" in given:
-        changed.setdefault("freeze", given["cut"])
+    if "cut" in given and "freeze" not in given:
+        # What is decided of all that is kept goes where the user cuts.
+        changed["freeze"] = given["cut"]
+        changed["reasons"] = tuple(
+            r._replace(settings={**r.settings, "freeze": given["cut"]})
+            if "freeze" in r.settings
+            else r
+            for r in plan.reasons
+        )
     if given.get("augment") == "none":
         changed.setdefault("cache_copies", 1)
     if "unfreeze" not in given:

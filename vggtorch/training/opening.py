@@ -18,7 +18,6 @@ from vggtorch.training.features import frozen_end
 from vggtorch.training.folders import count_images, find_splits
 from vggtorch.training.items import label_names
 from vggtorch.training.mixing import mixes
-from vggtorch.training.reasons import plan_as_it_runs
 from vggtorch.training.run import Images, RunData
 from vggtorch.weight_sets import DataConfig
 
@@ -83,7 +82,7 @@ def first_lines(
     """What is about to happen: classes, images by split, device, input, what trains and why."""
     lines = []
     if isinstance(config, Plan):
-        lines.append(f"The plan:\n{plan_as_it_runs(config, images)}")
+        lines.append(f"The plan:\n{config.as_it_runs(images)}")
     if read.classes:
         more = f", and {len(read.classes) - NAMED} more" if len(read.classes) > NAMED else ""
         lines.append(f"{len(read.classes)} classes: {', '.join(read.classes[:NAMED])}{more}")
