@@ -126,6 +126,11 @@ def check_images(given: Iterable[str | os.PathLike]) -> None:
     """
     missing = []
     for one in given:
+        if not isinstance(one, str | os.PathLike):
+            raise ValueError(
+                f"Received a {type(one).__name__}; expected the path of an image. (Arrays and PIL "
+                f"images go through vt.preprocess into model.predict.)"
+            )
         one = os.fspath(one)
         if re.match(r"[a-z]+://", one):
             raise ValueError(f"{one} is an address, not a file. Download it first.")

@@ -13,6 +13,7 @@ import shlex
 import shutil
 import sys
 import textwrap
+import unicodedata
 from collections.abc import Sequence
 
 LONGEST_NAME = 200  # characters of a name that are shown
@@ -93,6 +94,19 @@ def terminal_width() -> int | None:
     return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
 
+def columns_of(text: str) -> int:
+    """How many columns of a terminal a line of text takes: Chinese characters take two each.
+
+    >>> from vggtorch.text import columns_of
+    >>> columns_of("cat"), columns_of("日本")
+    (3, 4)
+    """
+    if text.isascii():
+        return len(text)
+    wide = sum(unicodedata.east_asian_width(character) in "WF" for character in text)
+    return len(text) + wide - sum(map(bool, map(unicodedata.combining, text)))
+
+
 def wrapped(text: str, width: int | None) -> str:
     """Lines broken between words where they are longer than `width`, what follows indented.
 
@@ -127,16 +141,15 @@ def table(lines: Sequence[Sequence[str]], left: int, width: int | None = None) -
     name   n
     a     10
     """
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    widths = [max(map(columns_of, column)) for column in zip(*lines, strict=True)]
     parts = [list(range(len(widths)))]
     if width is not None and sum(widths) + 2 * len(widths) - 2 > width:
         parts = [part for part in _broken(widths, left, width) if part]
     rows = []
     for line in lines:
         for part in parts:
-            cells = [
-                line[i].ljust(widths[i]) if i < left else line[i].rjust(widths[i]) for i in part
-            ]
+            gaps = {i: " " * (widths[i] - columns_of(line[i])) for i in part}
+            cells = [line[i] + gaps[i] if i < left else gaps[i] + line[i] for i in part]
             text = "  ".join(cells).rstrip()
             if text or part is parts[0]:
                 rows.append(text if part is parts[0] else f"    {text}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -11,7 +12,7 @@ import typer
 import vggtorch as vt
 from vggtorch import files, paths
 from vggtorch.options import Architecture, with_options_of_train_config
-from vggtorch.text import visible_lines
+from vggtorch.text import terminal_width, visible_lines, wrapped
 from vggtorch.training import Interrupted, TrainConfig
 
 if TYPE_CHECKING:
@@ -180,4 +181,5 @@ def _model_and_config(
 
 
 def _show(text: object) -> None:
-    print(visible_lines(text))
+    if os.environ.get("RANK", "0") == "0":  # of torchrun's processes the first one speaks
+        print(wrapped(visible_lines(text), terminal_width()))

@@ -16,7 +16,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 import vggtorch as vt
-from vggtorch.models import fitted, fitted_arrays, recipe, remember_
+from vggtorch.models import fitted, fitted_arrays, read_image, recipe, remember_
 from vggtorch.weight_sets import DataConfig
 
 PHOTO = load_sample_images().images[0]  # (427, 640, 3) uint8
@@ -66,6 +66,35 @@ def test_the_recipe_does_the_same_without_us(config, target, tmp_path):
         photo(size).save(tmp_path / "a.png")
         expected = np.asarray(fitted(photo(size), config, target), np.float32)
         np.testing.assert_array_equal(names["prepared"](tmp_path / "a.png"), expected)
+
+
+def test_the_recipe_reads_every_kind_of_image_as_we_do(tmp_path):
+    """What is transparent shows white, photographs stand upright, CMYK and palettes are RGB."""
+    config = DataConfig(crop_pct=1.0)
+    names: dict = {}
+    exec(recipe(config, (32, 32)), names)
+    image, clear = photo((48, 40)), Image.linear_gradient("L").resize((40, 48))
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    for file, made, options in (
+        ("alpha.png", Image.merge("RGBA", (*image.split(), clear)), {}),
+        ("grey.png", Image.merge("LA", (image.convert("L"), clear)), {}),
+        ("key.png", image, {"transparency": image.getpixel((3, 3))}),
+        ("palette.png", image.convert("P"), {"transparency": 7}),
+        ("palette.gif", image.convert("P"), {"transparency": 7}),
+        ("cmyk.jpg", image.convert("CMYK"), {}),
+        ("bits.png", image.convert("1"), {}),
+        ("turned.jpg", image, {"exif": turned}),
+        ("turned.png", Image.merge("RGBA", (*image.split(), clear)), {"exif": turned}),
+    ):
+        made.save(tmp_path / file, **options)
+        expected = fitted(read_image(tmp_path / file), config, (32, 32))
+        found = names["prepared"](tmp_path / file)
+        np.testing.assert_array_equal(found, np.asarray(expected, np.float32), err_msg=file)
+    deep = np.asarray(image.convert("L")).astype(np.uint16) * 257
+    Image.fromarray(deep).save(tmp_path / "deep.png")
+    with pytest.raises(AssertionError, match="save .*deep.png with 8 bits"):
+        names["prepared"](tmp_path / "deep.png")
 
 
 @pytest.mark.parametrize("config", GEOMETRIES, ids=name)

@@ -74,6 +74,13 @@ def test_features_that_are_kept_show_the_copies_that_they_are_of(images, config)
     assert all(layer.trainable for layer in model.layers)
 
 
+def test_no_images_and_an_epoch_before_the_first_are_refused(images, config):
+    with pytest.raises(ValueError, match="Received count=0; expected 1 or more"):
+        show_batch(tiny.network(), images, config, count=0)
+    with pytest.raises(ValueError, match="Received epoch=-1; expected 0, the first one, or more"):
+        show_batch(tiny.network(), images, config, epoch=-1)
+
+
 def test_labels_of_mixed_images_are_shares():
     images, labels = torch.zeros(2, 4, 4, 3, dtype=torch.uint8), torch.tensor([0, 1])
     batch = Batch(images, labels, 2, (images.roll(1, 0), labels.roll(1, 0)))

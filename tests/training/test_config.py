@@ -51,3 +51,27 @@ def test_the_configuration_needs_no_keras_and_no_torch():
         "import sys, vggtorch as vt; vt.TrainConfig(); print({'keras', 'torch'} & {*sys.modules})"
     )
     assert result.stdout.split() == ["set()"], result.stderr
+
+
+def test_one_name_a_list_and_a_dictionary_are_what_they_stand_for():
+    one = TrainConfig(
+        metrics="auroc",
+        log_with="tensorboard",
+        freeze="a",
+        unfreeze={2: "b", 3: "c"},  # type: ignore[arg-type]
+    )
+    same = TrainConfig(
+        metrics=["auroc"],
+        log_with=["tensorboard"],
+        freeze="a",
+        unfreeze=[[2, "b"], (3, "c")],  # type: ignore[arg-type]
+    )
+    assert one == same and hash(one) == hash(same)
+    assert (one.metrics, one.log_with) == (("auroc",), ("tensorboard",))
+    assert one.unfreeze == ((2, "b"), (3, "c"))
+
+
+@pytest.mark.parametrize("given", ["2:b", 2, [2], [("b", 2)], {"b": 2}, [(2, "b", 3)]])
+def test_what_is_no_pair_of_an_epoch_and_a_layer_is_refused(given):
+    with pytest.raises(ValueError, match="expected pairs of an epoch from 1 to 9 and a layer's na"):
+        TrainConfig(freeze="a", unfreeze=given)

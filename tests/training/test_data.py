@@ -131,7 +131,7 @@ def test_hold_out_takes_a_share_of_every_class(tmp_path):
 
 def test_hold_out_needs_two_images_of_each_class(tmp_path):
     folder = data.read_folder(tiny.pictures(tmp_path / "data", each=1), 16)
-    with pytest.raises(ValueError, match="Class 'blue' has 1 image"):
+    with pytest.raises(ValueError, match="Class 'blue' has one image, which would be held out"):
         data.hold_out(folder, 0.2)
 
 

@@ -157,6 +157,50 @@ def test_what_is_left_out_is_counted_in_one_line(tmp_path):
         assert part in said
 
 
+def test_a_class_without_images_is_refused_before_any_is_read(tmp_path, monkeypatch):
+    folder = folders_in(tiny.pictures(tmp_path / "data"), "yellow", "pink")
+    monkeypatch.setattr(folders, "_checked", None)  # which reads them
+    for look in (folders.count_images, lambda part: data.read_folder(part, 16)):
+        with pytest.raises(ValueError, match="No images for pink, yellow in .*of every class: add"):
+            look(folder)
+
+
+def test_the_same_file_in_two_classes_is_said(tmp_path):
+    folder = tiny.pictures(tmp_path / "data")
+    shutil.copy(folder / "blue" / "0.png", folder / "red" / "also blue.png")
+    shutil.copy(folder / "blue" / "0.png", folder / "blue" / "again.png")  # no contradiction
+    (folder / "green" / "link.png").symlink_to(folder / "red" / "1.png")
+    with pytest.warns(UserWarning) as caught:
+        assert len(data.read_folder(folder, 16)) == 27
+    (said,) = [str(w.message) for w in caught]
+    assert said.startswith(f"2 images in {folder} of the same content as one of another class: ")
+    assert said.endswith("say. One of the two labels is wrong.")
+    assert f"{folder / 'red' / '1.png'} (red) is {folder / 'green' / 'link.png'} (green)" in said
+
+
+def test_a_table_of_labels_beside_a_folder_of_images_is_pointed_at(tmp_path):
+    folder = folders_in(tmp_path, "images") / "images"
+    with pytest.raises(ValueError, match="takes them there.$"):
+        data.read_folder(folder, 16)
+    (tmp_path / "train.csv").write_text("")
+    with pytest.raises(
+        ValueError, match=r"Perhaps .*train\.csv has them, and can be passed itself."
+    ):
+        data.read_folder(folder, 16)
+
+
+@pytest.mark.parametrize(
+    ("images_of_red", "message"),
+    [(1, "'red' has one image, which would be"), (2, "'red' has 2 images, all of which would be")],
+)
+def test_a_class_that_would_be_held_out_whole_is_refused(tmp_path, images_of_red, message):
+    folder = tiny.pictures(tmp_path / "data")
+    for path in sorted((folder / "red").iterdir())[images_of_red:]:
+        path.unlink()
+    with pytest.raises(ValueError, match=message):
+        data.hold_out(data.read_folder(folder, 16), 0.9)
+
+
 def test_messages_on_many_files_stay_short(tmp_path):
     folder = tiny.pictures(tmp_path / "data", each=1)
     for i in range(300):

@@ -104,6 +104,11 @@ def test_a_row_of_a_table_that_is_too_wide_takes_several_lines():
     assert table(rows, 2, 80) == table(rows, 2)
 
 
+def test_columns_stay_in_line_under_characters_that_are_wide_or_have_no_width():
+    rows = [("class", "n"), ("日本", "10"), ("e\u0301", "2")]
+    assert table(rows, 1).splitlines() == ["class   n", "日本   10", "e\u0301       2"]
+
+
 def test_lines_are_broken_between_words():
     text = "The plan:\nFreeze every layer.\n    A reason that is long.\n" + "x" * 30
     assert wrapped(text, None) == text

@@ -310,3 +310,11 @@ def test_a_folder_with_a_checkpoint_alone_says_how_to_have_a_model(tmp_path):
     (tmp_path / "last.pt").touch()
     with pytest.raises(ValueError, match=r"with resume=True\), or .*vt\.save_trained\(history"):
         vt.load_model(tmp_path)
+
+
+def test_one_image_needs_no_list_and_what_is_no_path_is_refused(run, photos):
+    model = vt.load_model(run)
+    (image,) = vt.predict_files(model, str(photos / "blue" / "0.png"))
+    assert image.path == photos / "blue" / "0.png" and image.classes
+    with pytest.raises(ValueError, match="Received a ndarray; expected the path of an image"):
+        list(vt.predict_files(model, [np.zeros((4, 4, 3))]))  # type: ignore[list-item]

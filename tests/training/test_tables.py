@@ -40,7 +40,7 @@ def images(config):
     return data.images_for(tiny.network(), config)
 
 
-@pytest.mark.parametrize("form", ["csv", "semicolons", "tsv", "jsonl"])
+@pytest.mark.parametrize("form", ["csv", "semicolons", "bars", "tsv", "jsonl"])
 def test_a_table_with_splits_is_read_as_pandas_wrote_it(table, config, form):
     frame, path = table
     if form == "jsonl":
@@ -48,7 +48,7 @@ def test_a_table_with_splits_is_read_as_pandas_wrote_it(table, config, form):
         frame.to_json(path, orient="records", lines=True)
     else:
         path = path.with_suffix(".tsv") if form == "tsv" else path
-        separator = {"tsv": "\t", "semicolons": ";"}.get(form, ",")
+        separator = {"tsv": "\t", "semicolons": ";", "bars": "|"}.get(form, ",")
         frame.to_csv(path, index=False, sep=separator, encoding="utf-8-sig")
     read = read_data(path, None, config, images(config))
     for source, split in ((read.training, "train"), (read.validation, "val"), (read.test, "test")):
@@ -201,9 +201,24 @@ def test_what_a_table_has_beside_is_said(table, config):
         rows = read_rows(path)
     assert len(rows) == 24
     said = " ".join(str(w.message) for w in caught)
-    assert "say nothing here: 'photographer'." in said and "2 rows of" in said
+    assert "say nothing here: 'photographer'." in said and "2 rows repeat others in" in said
     path.write_text("data/red/0.png,red\ndata/blue/0.png,blue\ngone.png,red\n")
     with pytest.warns(UserWarning, match="1 of 3 images .* They are left out"):
         assert len(data.read_folder(path, 16, on_unreadable="skip")) == 2
     with pytest.raises(ValueError, match=r"which has the labels itself"):
         data.read_folder(path, 16, label_pattern="(a)")
+
+
+def test_files_of_a_table_that_are_not_there_are_named_and_where_they_were_looked_for(table):
+    frame, path = table
+    frame["image_path"] = "elsewhere/" + frame["image_path"]
+    frame.to_csv(path)  # with pandas's index
+    with (
+        pytest.warns(UserWarning, match="say nothing here: one without a name\\."),
+        pytest.raises(ValueError) as refused,
+    ):
+        data.read_folder(TablePart(path, "train"), 16)
+    message = str(refused.value)
+    assert f"{path.parent / frame['image_path'][1]}: there is no such file." in message
+    assert f"Paths in labels.csv are relative to its folder, {path.parent}. Mend" in message
+    assert "Errno" not in message

@@ -92,7 +92,10 @@ def recipe(config: DataConfig, size: Size) -> str:
 from PIL import Image, ImageOps
 
 def prepared(path):
-    image = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
+    image = ImageOps.exif_transpose(Image.open(path))
+    assert image.mode[0] not in "IF", f"save {{path}} with 8 bits"
+    white = Image.new("RGBA", image.size, "white")  # seen where an image is transparent
+    image = Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
     if image.size != ({width}, {height}):
         {steps}
     return np.asarray(image, np.float32)

@@ -62,8 +62,10 @@ def show_batch(
     Raises:
         ValueError: what `finetune` raises of its data and settings.
     """
-    if count < 1 or epoch < 0:
-        raise ValueError(f"Received count={count}, epoch={epoch}; expected numbers from 1 and 0.")
+    if count < 1:
+        raise ValueError(f"Received count={count}; expected 1 or more.")
+    if epoch < 0:
+        raise ValueError(f"Received epoch={epoch}; expected 0, the first one, or more.")
     graph_of(model, "show_batch")
     config = settle_config(model, train, config, settings)
     read = read_data(train, None, config, images_for(model, config))

@@ -143,6 +143,8 @@ class TrainConfig:
     seed: int = _option(0, "Where all random numbers start.")
 
     def __post_init__(self) -> None:
+        for name in ("metrics", "log_with", "unfreeze"):
+            object.__setattr__(self, name, _as_tuple(getattr(self, name)))
         hints = typing.get_type_hints(TrainConfig)
         for name, hint in hints.items():
             choices = [c for a in (hint, *typing.get_args(hint)) for c in _choices(a)]
@@ -179,7 +181,8 @@ class TrainConfig:
                 f"stack your own first (vt.stack(vt.truncate(model, {self.cut!r}), layers))."
             )
         for entry in self.unfreeze:
-            if len(entry) != 2 or not isinstance(entry[0], int) or not 0 < entry[0] < self.epochs:
+            is_pair = isinstance(entry, tuple) and len(entry) == 2 and isinstance(entry[1], str)
+            if not (is_pair and isinstance(entry[0], int) and 0 < entry[0] < self.epochs):
                 raise ValueError(
                     f"Received unfreeze={self.unfreeze!r}; expected pairs of an epoch from 1 to "
                     f"{self.epochs - 1} and a layer's name: unfreeze=((2, 'block5_conv1'),), say."
@@ -189,6 +192,15 @@ class TrainConfig:
                 f"Received unfreeze={self.unfreeze!r}, and nothing is frozen. Name the layer that "
                 f"the run starts frozen up to: freeze='block5_pool'."
             )
+
+
+def _as_tuple(given: Any) -> Any:
+    """One name, a list, or a dictionary of epochs and layers as the tuple that it stands for."""
+    if isinstance(given, Mapping):
+        return tuple(given.items())
+    if isinstance(given, list | tuple):
+        return tuple(tuple(one) if isinstance(one, list) else one for one in given)
+    return (given,)
 
 
 def _check_class_weight(given: Any) -> None:

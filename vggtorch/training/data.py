@@ -214,9 +214,10 @@ def hold_out(folder: Folder, share: float) -> tuple[Folder, Folder]:
         members = rng.permutation(np.flatnonzero(labels == label))
         count = max(1, round(share * len(members)))
         if count == len(members):
+            there = "one image, which" if count == 1 else f"{count} images, all of which"
             raise ValueError(
-                f"Class {name!r} has {len(members)} image(s), and {count} of them would be held "
-                f"out for validation. Add images, or pass a validation folder."
+                f"Class {name!r} has {there} would be held out for validation. Add images, or pass "
+                f"a validation folder."
             )
         held[members[:count]] = True
 

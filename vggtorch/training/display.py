@@ -94,7 +94,7 @@ def open_display(is_main: bool) -> Iterator[Display]:
 
     class Throughput(bars.ProgressColumn):
         def render(self, task: bars.Task) -> str:
-            return f"{task.speed or 0:.0f} images/s"
+            return "" if task.speed is None else f"{task.speed:.0f} images/s"
 
     console = Console(stderr=True, quiet=not is_main)
     columns = (

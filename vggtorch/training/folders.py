@@ -37,6 +37,7 @@ class Labelled(NamedTuple):
 class _Check:
     digest: str = ""
     problem: str = ""
+    is_missing: bool = False
 
 
 class Splits(NamedTuple):
@@ -148,6 +149,7 @@ def as_part(given: str | Path | TablePart) -> Path | TablePart:
 def count_images(part: Path | TablePart, label_pattern: str | None = None) -> tuple[int, int]:
     """How many images and classes there are, by the files' names; refuses as `read_classes`."""
     classes, images, _ = _found(part, label_pattern)
+    _check_filled(part, classes, {label for _, label in images})
     return len(images), len(classes)
 
 
@@ -225,6 +227,7 @@ def _class_folders(folder: Path) -> list[str]:
         raise ValueError(
             f"{folder} has no subfolders. Expected one for each class, with that class's images. "
             f"Where files' names have the labels, label_pattern='^(.+)_[0-9]+' takes them there."
+            f"{_table_near(folder)}"
         )
     if len(classes) == 1:
         inside = folder / classes[0]
@@ -235,6 +238,13 @@ def _class_folders(folder: Path) -> list[str]:
             f"{f'; if the folders in it are classes, pass {inside}' if deeper else ''}."
         )
     return classes
+
+
+def _table_near(folder: Path) -> str:
+    """A hint at a table in a folder without classes, or beside it."""
+    places = [folder, folder.resolve().parent]
+    tables = [path for place in places for path in sorted(place.iterdir()) if is_table(path)]
+    return f" Perhaps {tables[0]} has them, and can be passed itself." if tables else ""
 
 
 def read_classes(
@@ -252,10 +262,13 @@ def read_classes(
     """
     classes, images, left_out = _found(part, label_pattern)
     tell_left_out(part, left_out)
+    _check_filled(part, classes, {label for _, label in images})
     checked = _checked([path for path, _ in images])
     bad = [check.problem for check in checked if check.problem]
     if bad:
         message = f"{len(bad)} of {len(images)} images in {part} can't be read: {_first(bad)}"
+        if isinstance(part, TablePart) and any(check.is_missing for check in checked):
+            message += f" Paths in {part.path.name} are relative to its folder, {part.path.parent}."
         if on_unreadable == "stop":
             raise ValueError(f"{message} Mend or remove them, or pass on_unreadable='skip'.")
         warnings.warn(f"{message} They are left out.", stacklevel=3)
@@ -264,7 +277,13 @@ def read_classes(
         for (path, label), check in zip(images, checked, strict=True)
         if not check.problem
     ]
-    filled = {image.label for image in good}
+    _check_filled(part, classes, {image.label for image in good})
+    _tell_contradictions(part, good, classes)
+    return classes, good
+
+
+def _check_filled(part: Path | TablePart, classes: Sequence[str], filled: set[int]) -> None:
+    """See that every class has images; before any is read, and for those that could be."""
     empty = [name for label, name in enumerate(classes) if label not in filled]
     # A rare class may be missing from a part of a table that doesn't train.
     if empty and not (isinstance(part, TablePart) and part.split in ("validation", "test")):
@@ -273,7 +292,26 @@ def read_classes(
             f"{part}. Expected {', '.join(sorted(SUFFIXES))} files of every class: add some, or "
             f"remove the {'class' if isinstance(part, TablePart) else 'subfolder'}."
         )
-    return classes, good
+
+
+def _tell_contradictions(
+    part: Path | TablePart, images: Sequence[Labelled], classes: Sequence[str]
+) -> None:
+    """Warn of files with the same content and different labels, of which one must be wrong."""
+    first: dict[str, Labelled] = {}
+    pairs = [
+        (image, same)
+        for image in images
+        if (same := first.setdefault(image.digest, image)).label != image.label
+    ]
+    if pairs:
+        image, same = pairs[0]
+        warnings.warn(
+            f"{_number(len(pairs), 'image')} in {part} of the same content as one of another "
+            f"class: {image.path} ({classes[image.label]}) is {same.path} ({classes[same.label]}), "
+            f"say. One of the two labels is wrong.",
+            stacklevel=4,
+        )
 
 
 def _listed(folder: Path, classes: Sequence[str]) -> tuple[list[tuple[Path, int]], Counter[str]]:
@@ -322,8 +360,11 @@ def _counted(left_out: Counter[str]) -> str:
     kinds = left_out.most_common(NAMED)
     more = left_out.total() - sum(count for _, count in kinds)
     parts = [f"{count} {kind}" for kind, count in kinds] + ([f"{more} others"] if more else [])
-    files_there = "1 file" if left_out.total() == 1 else f"{left_out.total()} files"
-    return f"{files_there} ({', '.join(parts)})"
+    return f"{_number(left_out.total(), 'file')} ({', '.join(parts)})"
+
+
+def _number(count: int, what: str) -> str:
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"
 
 
 def _first(problems: Sequence[str]) -> str:
@@ -340,6 +381,8 @@ def _checked(paths: Sequence[Path]) -> list[_Check]:
         try:
             read_image(path, gate)
             return _Check(digest=files.sha256(path))
+        except FileNotFoundError:
+            return _Check(problem=f"{path}: there is no such file.", is_missing=True)
         except (OSError, ValueError) as error:
             reason = files.first_line(error).removeprefix("Can't read ").rstrip(".")
             return _Check(problem=f"{reason}.")

@@ -10,6 +10,7 @@ import dataclasses
 import glob
 import itertools
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -46,8 +47,10 @@ class Prediction(NamedTuple):
     problem: str = ""
 
 
-def image_files(given: Iterable[str | Path]) -> list[Path]:
+def image_files(given: str | Path | Iterable[str | Path]) -> list[Path]:
     """The files that are meant: files themselves, all images in folders, and what patterns match.
+
+    One alone needs no list.
 
     Warns of other files in the folders.
 
@@ -55,7 +58,7 @@ def image_files(given: Iterable[str | Path]) -> list[Path]:
         ValueError: a folder without images, or a pattern or a name that nothing matches.
     """
     found: list[Path] = []
-    given = list(given)
+    given = [given] if isinstance(given, str | os.PathLike) else list(given)
     check_images(given)
     for one in given:
         path = Path(one)
@@ -109,7 +112,7 @@ def _reader(model: keras.Model) -> Callable[[Path], np.ndarray]:
 
 def predict_files(
     model: keras.Model,
-    images: Iterable[str | Path],
+    images: str | Path | Iterable[str | Path],
     *,
     top: int = 5,
     labels: Sequence[str] | None = None,

@@ -16,6 +16,7 @@ import keras
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from vggtorch import files
 from vggtorch.keras_graph import all_layers
 from vggtorch.training import checkpoints, data
 from vggtorch.training.balance import balanced, labels_of
@@ -189,16 +190,22 @@ def locked(folder: Path) -> Iterator[None]:
         ValueError: another run is at work in it.
         OSError: the folder can't be made or written to.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    another = "Choose another with output_dir='run2', say."
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"The folder {folder} can't be made: {error.strerror}. {another}") from error
     # A killed run's workers, which read images, live for up to 5 s longer, and hold the lock.
     lock = filelock.FileLock(folder / ".lock", timeout=LONGER)
     try:
         lock.acquire()
     except filelock.Timeout:
         raise ValueError(
-            f"Another run is at work in {folder}. Wait until it has ended, or choose another "
-            f"folder with output_dir='run2', say."
+            f"Another run is at work in {folder}. Wait until it has ended. {another}"
         ) from None
+    except OSError as error:
+        reason = error.strerror or files.first_line(error)
+        raise OSError(f"Nothing can be written into {folder}: {reason}. {another}") from error
     try:
         yield
     finally:

@@ -86,7 +86,8 @@ def read_rows(path: Path) -> list[Row]:
     if not rows:
         raise ValueError(f"{path} has no rows. Expected a path and a label in each.")
     if twice:
-        warnings.warn(f"{twice} rows of {path} repeat others, and count once.", stacklevel=3)
+        rows_do = "A row repeats another" if twice == 1 else f"{twice} rows repeat others"
+        warnings.warn(f"{rows_do} in {path}; each counts once.", stacklevel=3)
     return list(rows.values())
 
 
@@ -123,19 +124,23 @@ def _meanings(table: Path, names: Iterable[str]) -> dict[str, str]:
         for name in fitting:
             found[name] = "is_valid" if name.strip().lower() == "is_valid" else meaning
     if others := [name for name in names if name not in found]:
+        shown = [repr(name) if name.strip() else "one without a name" for name in others]
         warnings.warn(
-            f"Columns of {table} that say nothing here: {', '.join(map(repr, others))}.",
+            f"Columns of {table} that say nothing here: {', '.join(shown)}.",
             stacklevel=5,
         )
     return found
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Each row's line number and cells. Commas, semicolons or tabs; a header, or path and label."""
+    """Each row's line number and cells.
+
+    Commas, semicolons, tabs or bars stand between cells; a header, or path and label, comes first.
+    """
     with path.open(newline="", encoding="utf-8-sig") as file:
         first = file.readline()
         file.seek(0)
-        delimiter = max(",;\t", key=first.count)
+        delimiter = max(",;\t|", key=first.count)
         rows = csv.reader(file, delimiter=delimiter, skipinitialspace=True)
         header: list[str] | None = None
         for cells in rows:

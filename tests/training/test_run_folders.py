@@ -1,0 +1,33 @@
+"""A run's folder that can't be had is refused in words that say what to do."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import os
+
+import filelock
+import pytest
+import tiny
+
+from vggtorch.options import as_options
+from vggtorch.training.loop import finetune
+
+
+def test_a_folder_that_can_t_be_made_is_said(config, tmp_path):
+    (tmp_path / "file").write_text("")
+    changed = dataclasses.replace(config, output_dir=str(tmp_path / "file" / "run"))
+    with pytest.raises(OSError, match="run can't be made: Not a dir.* Choose another with outp"):
+        finetune(tiny.network(), tiny.dataset(), config=changed)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="the message is the system's")
+def test_a_folder_that_nothing_can_be_written_into_is_said(config, monkeypatch):
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), ".lock")
+
+    monkeypatch.setattr(filelock.FileLock, "acquire", refuse)
+    with pytest.raises(OSError, match="Nothing can be written into .*: Read-only file") as refused:
+        finetune(tiny.network(), tiny.dataset(), config=config)
+    said = as_options(str(refused.value))
+    assert said.endswith("Read-only file system. Choose another with --output-dir run2, say.")
