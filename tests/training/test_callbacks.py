@@ -51,7 +51,7 @@ def test_callbacks_are_called_in_between_and_may_add_figures(config):
         assert row["val_f1"] == pytest.approx(row["val_macro_f1"], abs=1e-6)
         assert isinstance(row["val_f1"], float)
     assert history.evaluation is not None
-    assert history.epochs[history.best_epoch]["val_auroc"] == history.evaluation.auroc
+    assert history.epochs[history.kept_epoch]["val_auroc"] == history.evaluation.auroc
     assert seen.calls[-1][1] is history
 
 
@@ -71,7 +71,7 @@ def test_a_callback_may_end_the_run_which_is_then_at_its_end(config):
     assert again.epochs == history.epochs
 
 
-def test_the_best_epoch_is_best_in_what_is_monitored():
+def test_the_kept_epoch_is_best_in_what_is_monitored():
     best = {"val_loss": 1.0, "val_accuracy": 0.5, "val_auroc": 0.7, "val_calibration_error": 0.2}
     other = {"val_loss": 0.9, "val_accuracy": 0.4, "val_auroc": 0.8, "val_calibration_error": 0.3}
     chosen = {m: loop._is_better(other, best, m) for m in ("accuracy", "auroc", "loss")}

@@ -23,6 +23,10 @@ from vggtorch.training.config import TrainConfig
         ({"ema_decay": 1.0}, "expected a number between 0 and 1, or None."),
         ({"head": "big"}, "Received head='big'; expected one of 'multilevel', 'linear', 'mlp', "),
         ({"augment": "all"}, "expected one of 'none', 'flip', 'crop', 'trivial'."),
+        (
+            {"monitor": "loss", "restore_best_weights": False},
+            "Received monitor='loss' with restore_best_weights=False and no patience",
+        ),
         ({"cut": "block2_pool"}, "Received cut='block2_pool' without a head."),
         (
             {"unfreeze": ((2, "block5_conv1"),)},

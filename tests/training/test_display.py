@@ -167,6 +167,7 @@ def test_of_a_plan_that_nothing_overrides_every_reason_holds(images, similarity)
 FREEZE, LEVELS = "Freeze every pretrained layer and train", "Put the head on the maps"
 CACHED, TENTH = "Run the frozen layers once", "Hold out a tenth"
 POOLED, WHOLE, SMOOTHED = "Pool each feature map", "Resize the shorter side", "Smooth the labels"
+LAST = "Keep the weights of the last"
 BEGIN, THEN, EACH = "Begin with all", "Then unfreeze", "Each block learns"
 
 
@@ -184,6 +185,11 @@ BEGIN, THEN, EACH = "Begin with all", "Then unfreeze", "Each block learns"
         ({"mixup": 0.2}, 60, {CACHED}),
         ({"validation_split": 0.3}, 900, {TENTH}),
         ({"label_smoothing": 0.0}, 60, {SMOOTHED}),
+        ({"restore_best_weights": True}, 60, {LAST}),
+        ({"patience": 3}, 60, {LAST}),
+        ({"monitor": "loss"}, 60, {LAST}),
+        ({"schedule": "constant"}, 60, {LAST}),
+        ({"schedule": "constant", "restore_best_weights": False}, 60, set()),
         ({"crop_pct": 0.875}, 60, {WHOLE}),
         ({"epochs": 2}, 3000, {BEGIN, THEN}),
         ({"freeze": "block4_pool"}, 3000, {BEGIN, THEN}),  # block5 trains, and by its rate

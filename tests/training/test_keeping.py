@@ -63,7 +63,7 @@ def test_a_model_without_a_weight_set_stays_as_it_is(history):
 def test_the_card_says_what_one_has_to_know(history, tmp_path):
     keeping.save_trained(history, tmp_path, command="vggtorch finetune data --epochs 2")
     card = (tmp_path / "README.md").read_text()
-    best = history.epochs[history.best_epoch]
+    best = history.epochs[history.kept_epoch]
     for expected in (
         "blue, green, red", "oxford", "vggtorch finetune data --epochs 2", "0 to 255",
         f"| val_accuracy | {best['val_accuracy']:.4g} |", "(None, 16, 16, 3)",

@@ -71,7 +71,7 @@ def test_it_learns(images, config):
     config = dataclasses.replace(config, epochs=12, learning_rate=1e-2)
     history = finetune(tiny.network(), images, config=config)
     assert history.classes == ("blue", "green", "red")
-    assert history.epochs[history.best_epoch]["val_accuracy"] == max(
+    assert history.epochs[history.kept_epoch]["val_accuracy"] == max(
         tiny.curve(history, "val_accuracy")
     )
     assert max(tiny.curve(history, "val_accuracy")) >= 0.8
@@ -127,7 +127,7 @@ def test_bf16_and_back(images, config):
 def test_the_evaluation_is_the_one_that_history_tells_of(images, config, precision, freeze):
     config = dataclasses.replace(config, precision=precision, freeze=freeze)
     history = finetune(tiny.network(), images, config=config)
-    best = history.epochs[history.best_epoch]
+    best = history.epochs[history.kept_epoch]
     assert history.evaluation is not None
     assert history.evaluation.accuracy == best["val_accuracy"]
     assert history.evaluation.loss == best["val_loss"]
@@ -151,15 +151,33 @@ def test_two_processes_give_the_losses_of_one(images, tmp_path):
                 np.testing.assert_allclose(a[figure], b[figure], rtol=1e-4, err_msg=figure)
 
 
+@pytest.mark.parametrize("patience", [None, 2])
+def test_the_last_epochs_weights_are_kept_where_the_best_ones_are_not_asked_for(config, patience):
+    train, held = tiny.dataset(), tiny.dataset(9)
+    config = dataclasses.replace(
+        config, epochs=9, learning_rate=1e-12, patience=patience, restore_best_weights=False
+    )
+    history = finetune(tiny.network(dropout=0.0), train, held, config)
+    # Nothing is learned, so the first epoch is the best, and stays so until patience ends.
+    accuracies = tiny.curve(history, "val_accuracy")
+    assert accuracies == [accuracies[0]] * len(accuracies)
+    assert len(history.epochs) == (9 if patience is None else patience + 1)
+    assert history.kept_epoch == len(history.epochs) - 1
+    content = checkpoints.read(Path(config.output_dir) / "best.pt")
+    assert content["progress"]["epoch"] == len(history.epochs)
+    assert history.evaluation is not None
+    assert history.evaluation.loss == history.epochs[-1]["val_loss"]
+
+
 @pytest.mark.slow
 def test_patience(config):
     train, held = tiny.dataset(), tiny.dataset(9)
     config = dataclasses.replace(config, epochs=9, patience=2, learning_rate=1e-12)
     history = finetune(tiny.network(dropout=0.0), train, held, config)
-    assert len(history.epochs) == history.best_epoch + 3
+    assert len(history.epochs) == history.kept_epoch + 3
     content = checkpoints.read(Path(config.output_dir) / "best.pt")
-    assert content["progress"]["best_epoch"] == history.best_epoch
-    assert content["progress"]["epoch"] == history.best_epoch + 1
+    assert content["progress"]["kept_epoch"] == history.kept_epoch
+    assert content["progress"]["epoch"] == history.kept_epoch + 1
 
 
 def test_tensorboard(images, config):

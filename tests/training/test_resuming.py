@@ -79,7 +79,7 @@ def test_a_resumed_run_ends_as_if_nothing_had_happened(images, config, variant, 
         np.testing.assert_array_equal(a, b)
     figures = [[{**e, "seconds": 0} for e in history.epochs] for history in (found, expected)]
     assert figures[0] == figures[1]
-    assert found.best_epoch == expected.best_epoch
+    assert found.kept_epoch == expected.kept_epoch
     assert found.evaluation is not None and expected.evaluation is not None
     assert torch.equal(found.evaluation.logits, expected.evaluation.logits)
 

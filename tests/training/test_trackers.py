@@ -66,8 +66,8 @@ def outcome(history) -> dict[str, float]:
     """What stands behind the epochs' rows."""
     assert history.evaluation is not None and history.test_evaluation is not None
     return {
-        "best_epoch": history.best_epoch,
-        "best_val_accuracy": history.epochs[history.best_epoch]["val_accuracy"],
+        "kept_epoch": history.kept_epoch,
+        "kept_val_accuracy": history.epochs[history.kept_epoch]["val_accuracy"],
         "test_accuracy": history.test_evaluation.accuracy,
         "test_macro_f1": history.test_evaluation.macro_f1,
         "test_loss": history.test_evaluation.loss,

@@ -52,7 +52,7 @@ def test_tensorboard_has_one_run_of_two_processes(two, one):
     for name in ("loss", "val_loss", "val_accuracy"):
         curve = [(event.step, event.value) for event in events.Scalars(name)]
         assert len(curve) == 3 and dict(curve) == expected(one, name)
-    assert len(events.Scalars("best_val_accuracy")) == 1
+    assert len(events.Scalars("kept_val_accuracy")) == 1
     assert len(list((two / "run" / "vggtorch").glob("*/hparams.yml"))) == 1
 
 
@@ -66,7 +66,7 @@ def test_mlflow_has_one_run_of_two_processes(two, one):
     for name in ("loss", "val_loss", "val_accuracy"):
         curve = [(m.step, m.value) for m in client.get_metric_history(run.info.run_id, name)]
         assert len(curve) == 3 and dict(curve) == expected(one, name)
-    assert len(client.get_metric_history(run.info.run_id, "best_val_accuracy")) == 1
+    assert len(client.get_metric_history(run.info.run_id, "kept_val_accuracy")) == 1
 
 
 @pytest.mark.slow
@@ -85,7 +85,7 @@ def test_wandb_has_one_run_of_two_processes(two, one):
     for name in ("loss", "val_loss", "val_accuracy"):
         assert [row["_step"] for row in rows] == [0, 1, 2]
         assert {row["_step"]: row[name] for row in rows} == expected(one, name)
-    assert "best_val_accuracy" in rows[-1]
+    assert "kept_val_accuracy" in rows[-1]
     exits = [r.exit.exit_code for part in found for r in part if r.HasField("exit")]
     assert exits == [1, 0, 0]
 

@@ -71,7 +71,7 @@ _FEW_IMAGES: dict[str, Any] = {
     "crop_pct": 1.0,
 }  # fmt: skip
 # Freeze all, run the frozen layers once for each image and its mirror image, train the head.
-_FROZEN: dict[str, Any] = {**_FEW_IMAGES, "epochs": 30}
+_FROZEN: dict[str, Any] = {**_FEW_IMAGES, "epochs": 30, "restore_best_weights": False}
 _POOLED = Reason(
     "Pool each feature map to its mean and maximum under the head.",
     "So the head has thousands of weights rather than millions, and any image size fits.",
@@ -108,9 +108,16 @@ _CACHED = Reason(
 _TENTH = Reason(
     "Hold out a tenth of the images, where nothing else validates.",
     "Against a fifth, what is learned from grows by an eighth, which matters more than how finely "
-    "the best epoch is told.",
+    "it is scored.",
     "learning from 3000 images against 2000, benchmarks/tried.md",
     {"validation_split": 0.1},
+)
+_LAST = Reason(
+    "Keep the weights of the last epoch.",
+    "The learning rate has fallen to nothing by then, and which of thirty epochs is best on a few "
+    "hundred validation images is mostly chance.",
+    "folds of training images, benchmarks/tried.md",
+    {"restore_best_weights": False},
 )
 _SMOOTHED = Reason(
     "Smooth the labels by 0.1.",
@@ -181,6 +188,7 @@ def advise(images: int, classes: int, similarity: Similarity | None = None) -> P
             _LEVELS if similarity is None else specific,
             _CACHED,
             *([_TENTH] if each >= FEWER else []),
+            _LAST,
         ]
     else:
         since = "block5_conv1" if is_similar else "block3_conv1"
@@ -254,7 +262,9 @@ def planned(
             {"freeze": last, "head": "multilevel", "unfreeze": ()},
         )
         options = {"cut": last, "head": "multilevel", "freeze": last, **_FROZEN}
-        plan = Plan(**options, reasons=(frozen, _LEVELS, _CACHED, _QUARTERS, _WHOLE, _SMOOTHED))
+        plan = Plan(
+            **options, reasons=(frozen, _LEVELS, _CACHED, _LAST, _QUARTERS, _WHOLE, _SMOOTHED)
+        )
     changed = dict(given)
     if "cut" in given and "freeze" not in given:
         # What is decided of all that is kept goes where the user cuts.
@@ -265,6 +275,9 @@ def planned(
             else r
             for r in plan.reasons
         )
+    if {"patience", "monitor"} & set(given) or given.get("schedule", "cosine") != "cosine":
+        # Whoever stops at a best epoch, or whose learning rate doesn't fall to nothing, wants that.
+        changed.setdefault("restore_best_weights", True)
     if given.get("augment") == "none":
         changed.setdefault("cache_copies", 1)
     if "unfreeze" not in given:

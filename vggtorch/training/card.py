@@ -123,7 +123,7 @@ def _scaled(history: History) -> str:
 
 
 def _text(history: History, model: keras.Model, command: str) -> str:
-    config, best = history.config, history.epochs[history.best_epoch]
+    config, best = history.config, history.epochs[history.kept_epoch]
     curves = "\n".join(f"| {name} | {value:.4g} |" for name, value in best.items())
     scored = list(evaluations(history))
     head = "".join(f" {len(found.labels)} {split} images |" for split, _, found in scored)
@@ -157,7 +157,7 @@ metadata (`data_config`) of a model that is exported to ONNX.
   augmentation {config.augment}, seed {config.seed}
 - Made by {as_code(command)} with {version_text()}
 
-Epoch {history.best_epoch + 1}, whose weights these are{_scaled(history)}:
+Epoch {history.kept_epoch + 1}, whose weights these are{_scaled(history)}:
 
 | figure | value |
 |---|---|

@@ -94,6 +94,9 @@ class TrainConfig:
     temperature_scaling: bool = _option(
         False, "Divide logits so that probabilities fit the validation images; kept in the model."
     )
+    restore_best_weights: bool = _option(
+        True, "Keep the weights of the best epoch, where images validate; else those of the last."
+    )
     patience: int | None = _option(None, "Stop after this many epochs without improvement.")
     precision: Literal["fp32", "bf16"] = _option("fp32", "Precision that the layers compute in.")
     image_size: int | None = _option(
@@ -174,6 +177,12 @@ class TrainConfig:
                     f"it is for isn't there yet. Pass what makes it: "
                     f"functools.partial({type(made).__name__}, ...)."
                 )
+        if self.monitor != "accuracy" and not self.restore_best_weights and self.patience is None:
+            raise ValueError(
+                f"Received monitor={self.monitor!r} with restore_best_weights=False and no "
+                f"patience, so that nothing would be chosen by it. Set restore_best_weights=True, "
+                f"or leave monitor out."
+            )
         _check_class_weight(self.class_weight)
         if self.head is None and self.cut is not None:
             raise ValueError(

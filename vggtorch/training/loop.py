@@ -78,15 +78,16 @@ class History:
     """What came out of a run.
 
     Attributes:
-        model: the trained Keras model, with the weights of the best epoch.
+        model: the trained Keras model, with the weights of `kept_epoch`.
         epochs: loss, accuracy, val_loss, val_accuracy, learning_rate and seconds of each.
-        best_epoch: the epoch (from 0) that is best on the validation images, in accuracy if
-            `config.monitor` says nothing else; the last one without validation.
+        kept_epoch: the epoch (from 0) that is best on the validation images, in accuracy if
+            `config.monitor` says nothing else; the last one without validation, and where
+            `config.restore_best_weights` is False.
         classes: their names by index; numbers where the data has no names.
         config: what the run was told to do.
         data_config: how its images became what the model takes; the model remembers it.
         validation: the images that it was validated on.
-        evaluation: what the best epoch's network said of them.
+        evaluation: what that network said of them.
         test: the images that nothing was chosen by: those of a folder `test` beside `train`.
         test_evaluation: what that network said of these, once, at the end.
         temperature: what the last layer's weights were divided by at the end, after `epochs`; the
@@ -95,7 +96,7 @@ class History:
 
     model: keras.Model
     epochs: list[dict[str, float]]
-    best_epoch: int
+    kept_epoch: int
     classes: tuple[str, ...]
     config: TrainConfig
     data_config: DataConfig
@@ -209,12 +210,12 @@ def _finetune(
         restore_(state, content, last)
         mine["weights"] = content["weights"]
 
-    def save(is_best: bool = False, found: Evaluation | None = None) -> None:
+    def save(is_kept: bool = False, found: Evaluation | None = None) -> None:
         if accelerator.is_main_process:
             content = {**mine, **state_dict(state)}
-            if is_best:
+            if is_kept:
                 content["evaluation"] = found and (found.logits, found.labels)
-            checkpoints.write(last, content, also=best if is_best else None)
+            checkpoints.write(last, content, also=best if is_kept else None)
 
     stage = None
     with (
@@ -228,7 +229,7 @@ def _finetune(
         trackers.begin(_about(model, read, classes, images), progress.epochs)
         call(callbacks, "on_train_begin", model, config)
         while (progress.epoch < config.epochs and not progress.stopped) and not (
-            progress.step == 0 and _is_stale(progress.epoch, progress.best_epoch, config.patience)
+            progress.step == 0 and _is_stale(progress.epochs, config)
         ):
             epoch = progress.epoch
             if stage is None or epoch in dict(config.unfreeze):
@@ -285,13 +286,12 @@ def _finetune(
             with stop.held():
                 after_epoch_(scheduler, result.get("val_loss", result["loss"]))
                 progress.epochs.append(result)
-                best_so_far = progress.epochs[progress.best_epoch]
-                is_best = _is_better(result, best_so_far, config.monitor)
-                if is_best:
-                    progress.best_epoch = epoch
+                is_kept = not config.restore_best_weights or _best(progress.epochs, config) == epoch
+                if is_kept:
+                    progress.kept_epoch = epoch
                 progress.epoch, progress.step = epoch + 1, 0
                 progress.loss, progress.correct, progress.images, progress.seconds = 0.0, 0, 0, 0.0
-                save(is_best, found)
+                save(is_kept, found)
                 show.end(epoch, result)
                 trackers.log(result, epoch)
             stop.agree(accelerator)
@@ -317,7 +317,7 @@ def _finetune(
     history = History(
         model,
         progress.epochs,
-        progress.best_epoch,
+        progress.kept_epoch,
         classes,
         config,
         images,
@@ -386,9 +386,19 @@ def _is_better(result: dict[str, float], best: dict[str, float], monitor: str) -
     return merits[0] > merits[1]
 
 
-def _is_stale(epoch: int, best_epoch: int, patience: int | None) -> bool:
-    """Whether the `patience` epochs before this one have brought no improvement."""
-    return patience is not None and epoch - 1 - best_epoch >= patience
+def _best(epochs: Sequence[dict[str, float]], config: TrainConfig) -> int:
+    """The best of the epochs so far."""
+    best = 0
+    for epoch, result in enumerate(epochs):
+        if _is_better(result, epochs[best], config.monitor):
+            best = epoch
+    return best
+
+
+def _is_stale(epochs: Sequence[dict[str, float]], config: TrainConfig) -> bool:
+    """Whether the last `config.patience` epochs have brought no improvement."""
+    patience = config.patience
+    return patience is not None and len(epochs) - 1 - _best(epochs, config) >= patience
 
 
 AGAIN = 10_007  # odd, so that an image comes mirrored the second time

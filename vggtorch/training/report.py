@@ -136,8 +136,9 @@ def _headline(history: History) -> str:
     cards = []
     for name, _, found in evaluations(history):
         cards += _split_cards(name, found)
-    best = f"{history.best_epoch + 1} of {len(history.epochs)}"
-    cards.append((best, "is the best epoch, whose weights these are"))
+    kept = f"{history.kept_epoch + 1} of {len(history.epochs)}"
+    which = "best" if history.config.restore_best_weights and history.validation else "last"
+    cards.append((kept, f"is the {which} epoch, whose weights these are"))
     cards.append((_duration(sum(e["seconds"] for e in history.epochs)), "in all epochs"))
     return _cards(cards)
 
@@ -172,7 +173,7 @@ def _curves(history: History) -> str:
     )
     names = list(history.epochs[0])
     rows = "".join(
-        f"<tr{' class=best' if i == history.best_epoch else ''}><th>{i + 1}</th>"
+        f"<tr{' class=kept' if i == history.kept_epoch else ''}><th>{i + 1}</th>"
         + "".join(f"<td>{epoch[name]:.4g}</td>" for name in names)
         + "</tr>"
         for i, epoch in enumerate(history.epochs)
@@ -264,9 +265,9 @@ SHORT = 12  # epochs whose table is open
 LARGEST_OPEN = 25  # classes whose table is open
 STYLE = """<style>
 :root{color-scheme:light dark;--ink:#1c2024;--page:#fff;--soft:#f2f4f6;--line:#d8dde2;
---best:#e3f1e8;--bar:#cfe2f3;--true:#bfe3cd}
+--kept:#e3f1e8;--bar:#cfe2f3;--true:#bfe3cd}
 @media (prefers-color-scheme:dark){:root{--ink:#e6e9ec;--page:#15181b;--soft:#20252a;--line:#363d44;
---best:#1f3a2a;--bar:#23435f;--true:#235239}}
+--kept:#1f3a2a;--bar:#23435f;--true:#235239}}
 *{box-sizing:border-box}
 body{font:15px/1.5 system-ui,sans-serif;color:var(--ink);background:var(--page);margin:0}
 main{max-width:1200px;margin:auto;padding:1rem}
@@ -284,7 +285,7 @@ dt{opacity:.75;font-size:.9rem}dd{margin:0;font-weight:600;font-variant-numeric:
 .wide{overflow-x:auto}table{border-collapse:collapse;font-variant-numeric:tabular-nums}
 td,th{padding:.2rem .6rem;text-align:right;font-weight:normal}
 th:first-child{text-align:left;padding-left:0}th{opacity:.75}
-tr{border-bottom:1px solid var(--line)}.best{background:var(--best)}
+tr{border-bottom:1px solid var(--line)}.kept{background:var(--kept)}
 .settings td{text-align:left;overflow-wrap:anywhere}
 .bar{background:linear-gradient(90deg,var(--bar) var(--share),transparent var(--share))}
 .confusion{font-size:.87rem}.confusion td{min-width:1.6rem;padding:.2rem .3rem;text-align:center}
@@ -305,7 +306,7 @@ ol .true{--bar:var(--true)}ul{margin:.25rem 0;padding-left:1.2rem}
 code{background:var(--soft);overflow-wrap:anywhere}footer{margin-top:2.5rem;opacity:.75}
 summary{cursor:pointer;margin:.25rem 0}
 @media print{body{font-size:11px}*{print-color-adjust:exact;-webkit-print-color-adjust:exact}
-:root{--ink:#000;--page:#fff;--soft:#f2f4f6;--line:#d8dde2;--best:#e3f1e8;--bar:#cfe2f3;
+:root{--ink:#000;--page:#fff;--soft:#f2f4f6;--line:#d8dde2;--kept:#e3f1e8;--bar:#cfe2f3;
 --true:#bfe3cd}
 details::details-content{content-visibility:visible;block-size:auto}
 figure,tr,svg,.confusion,.cards,.figures{break-inside:avoid}h2,h3{break-after:avoid}

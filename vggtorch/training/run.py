@@ -226,7 +226,7 @@ class Progress:
     rate: float = 0.0  # the head's learning rate in the last step
     stopped: bool = False  # by a callback
     pieces: int = 1  # that a process runs its part of a batch in
-    best_epoch: int = 0
+    kept_epoch: int = 0
     epochs: list[dict[str, float]] = field(default_factory=list)
 
 

@@ -105,15 +105,15 @@ class Trackers:
 
     def log_outcome(self, history: History) -> None:
         """Log what the weights that are kept reach, on validation images and on test images."""
-        best: dict[str, float] = {"best_epoch": history.best_epoch}
-        found = {"best_val": history.evaluation, "test": history.test_evaluation}
+        kept: dict[str, float] = {"kept_epoch": history.kept_epoch}
+        found = {"kept_val": history.evaluation, "test": history.test_evaluation}
         for part, evaluation in found.items():
             if evaluation is not None:
                 named = {k.lower().replace(" ", "_"): v for k, v in evaluation.figures().items()}
-                best |= {f"{part}_{name}": value for name, value in named.items()}
+                kept |= {f"{part}_{name}": value for name, value in named.items()}
         for tracker, told in self._told:
             if not told.outcome:  # a run that had ended may be called again
-                tracker.log(best, step=len(history.epochs) - 1)
+                tracker.log(kept, step=len(history.epochs) - 1)
                 told.outcome = True
         self._keep()
 
