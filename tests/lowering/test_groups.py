@@ -156,3 +156,50 @@ def test_a_weight_is_prepared_for_one_image_and_for_several() -> None:
     (weight, _), *_ = fused.constants.made
     several = {False} if running.GROUP_BYTES > 1 else set()
     assert set(weight.made) == {True} | several
+
+
+def strided(image: Any) -> Any:
+    """A map of 8 KB an image, one of 2 and one of 0.5."""
+    x = layers.Conv2D(8, 3, padding="same")(image)
+    return layers.Conv2D(8, 2, strides=2)(layers.Conv2D(8, 2, strides=2)(x))
+
+
+def through_a_waist(image: Any) -> Any:
+    """Maps of 16, 4, 0.5 and 6 KB an image: the third is the cheapest to join."""
+    x = layers.Conv2D(16, 3, padding="same")(image)
+    x = layers.DepthwiseConv2D(2, strides=2)(x)
+    return layers.Conv2D(24, 1)(layers.Conv2D(2, 1)(x))
+
+
+@pytest.mark.parametrize(
+    "build, room, count, groups",
+    [
+        (strided, 8 << 10, 6, [1, 1] * 6 + [6]),
+        (strided, 16 << 10, 5, [2, 2, 2, 2, 1, 1, 5]),  # the groups are as equal as can be
+        (strided, 32 << 10, 5, [3, 3, 2, 2, 5]),
+        (strided, 64 << 10, 5, [5, 5, 5]),
+        (through_a_waist, 16 << 10, 4, [1, 1, 1] * 4 + [2, 2]),
+    ],
+)
+def test_where_maps_are_smaller_groups_are_larger(
+    monkeypatch: pytest.MonkeyPatch, one_thread: None, build: Any, room: int, count: int,
+    groups: list[int],
+) -> None:  # fmt: skip
+    monkeypatch.setattr(running, "GROUP_BYTES", room)
+    image = keras.Input((16, 16, 3))
+    model = keras.Model(image, build(image))
+    network: Any = vt.to_torch(model).eval()
+    x = torch.randn(count, 16, 16, 3)
+    entered: list[int] = []
+    convolve = kernels.conv2d
+
+    def spy(x: torch.Tensor, *args: Any) -> torch.Tensor:
+        entered.append(len(x))
+        return convolve(x, *args)
+
+    with torch.no_grad():
+        network(x[:1])  # looks at the sizes
+        monkeypatch.setattr(kernels, "conv2d", spy)
+        found = network(x)
+    assert entered == groups
+    assert_close(found, model(x, training=False))

@@ -8,8 +8,9 @@ layers as torch.nn's modules), `kernels` (what torch computes faster than its pu
 and what makes it faster), `running` (how steps run: in groups, and again in backward), `plan` (all
 of it, and when it may run), `network` (the torch network), `writing` (`to_torch`, which writes the
 graph down), `on_keras` (the network on Keras's own variables), `accelerating` (the Keras model
-itself runs it), `winograd` and `inference` (a model as it is now, prepared to answer fast) and
-`exporting`.
+itself runs it); `trimming` (pixels that nobody takes), `winograd`, `fixed` (steps whose weights
+never change), `recorded` (steps as graphs of oneDNN's) and `inference` (a model as it is now,
+prepared to answer fast, by these); and `exporting`.
 """
 
 from vggtorch.lowering.accelerating import accelerate_

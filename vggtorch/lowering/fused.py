@@ -183,31 +183,37 @@ class FusedConv2d(Bounded):
         self, inputs: Sequence[Tensor], bounds: Sequence[float | None]
     ) -> tuple[Tensor, float | None]:
         """The output and a bound of its magnitude."""
-        conv, x, dtype = self.conv, inputs[0], self._dtype(inputs[0])
-        if not (_is_usual(x, conv, self.mixed) and kernels.has_fused_ops(x, dtype)):
+        if not self.takes(*inputs):
             return self._one_by_one(*inputs), None
+        conv, norm, dtype = self.conv, self.norm, self._dtype(inputs[0])
         options: tuple[Any, ...] = conv.stride, conv.padding, conv.dilation, conv.groups
-        if self.adds and not _is_like_output(inputs[1], x, conv, dtype):
-            return self._one_by_one(*inputs), None
         x, *others = (t.to(dtype).contiguous(memory_format=torch.channels_last) for t in inputs)
         tensors = [conv.weight] if conv.bias is None else [conv.weight, conv.bias]
         eps = None
-        if self.norm is not None:
-            norm, eps = self.norm, self.norm.eps
-            if norm.running_mean is None or norm.running_var is None:
-                return self._one_by_one(*inputs), None
+        if norm is not None:
+            eps = norm.eps
             state = norm.running_mean, norm.running_var, norm.weight, norm.bias
             tensors += [t for t in state if t is not None]
         prepared, gain, offset = self._made(tensors, (dtype, options, eps), dtype, options)
         known = None not in bounds
         # The bounds of many layers multiply up, so numbers are looked at before they are too large.
-        out = _sum_bound(bounds, gain, offset) if known else math.inf
+        out = sum_bound(bounds, gain, offset) if known else math.inf
         if not out < SAFE:
-            out = _sum_bound([_magnitude(t) for t in (x, *others)], gain, offset)
+            out = sum_bound([float(magnitude(t)) for t in (x, *others)], gain, offset)
         if not out < SAFE:  # also where it is NaN
             return self._one_by_one(*inputs), None
         y = self._convolved(x, others, prepared, options, out)
         return y, min(out, 6.0) if self.kind == "relu6" else out
+
+    def takes(self, x: Tensor, *others: Tensor) -> bool:
+        """Whether these inputs are such as the fused step computes, whatever their numbers."""
+        conv, norm, dtype = self.conv, self.norm, self._dtype(x)
+        return (
+            _is_usual(x, conv, self.mixed)
+            and kernels.has_fused_ops(x, dtype)
+            and all(_is_like_output(other, x, conv, dtype) for other in others)
+            and (norm is None or not (norm.running_mean is None or norm.running_var is None))
+        )
 
     def _dtype(self, x: Tensor) -> torch.dtype:
         """What it computes in."""
@@ -301,15 +307,16 @@ def _is_like_output(other: Tensor, x: Tensor, conv: nn.Conv2d, dtype: torch.dtyp
     return other.dtype == dtype and list(other.shape) == [len(x), len(conv.weight), *size]
 
 
-def _sum_bound(bounds: Sequence[float | None], gain: float, offset: float) -> float:
+def sum_bound(bounds: Sequence[float | None], gain: float, offset: float) -> float:
+    """How large an output can be for inputs with these bounds, the first one convolved."""
     first, *others = (math.inf if bound is None else bound for bound in bounds)
     return first * gain + offset + sum(others)
 
 
-def _magnitude(x: Tensor) -> float:
+def magnitude(x: Tensor) -> Tensor:
     """The largest magnitude in x (N, C, H, W), NaN if there is one."""
     low, high = torch.aminmax(x.permute(0, 2, 3, 1))  # NHWC, in the order of its memory
-    return float(torch.maximum(-low, high))
+    return torch.maximum(-low, high)
 
 
 def _gain(weight: Tensor) -> float:

@@ -10,20 +10,21 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 import keras
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vggtorch import keras_graph
 from vggtorch.lowering import kernels
-from vggtorch.lowering.fused import SAFE, FusedConv2d, FusedLinear, PreparedWeight
-from vggtorch.lowering.layer_modules import KerasLayer
+from vggtorch.lowering.fixed import cast_from, with_fixed_weights
 from vggtorch.lowering.plan import Plan, filled
+from vggtorch.lowering.recorded import Recorded
 from vggtorch.lowering.running import run_segments
-from vggtorch.lowering.steps import Call, Segment
-from vggtorch.lowering.winograd import GROWTH, WinogradConv2d, Workspace, pays
+from vggtorch.lowering.steps import Segment, Step, cut
+from vggtorch.lowering.trimming import trimmed
+from vggtorch.lowering.winograd import Workspace
 from vggtorch.lowering.writing import check_data_format, network_of
 
 
@@ -46,6 +47,11 @@ def optimize_for_inference(
     tiles are smaller, by 0.5 % (0.25 % without). The weights of these layers take four times the
     memory, in bfloat16 1.8 times. Layers with few channels and maps with few pixels are computed as
     without it, which is faster there.
+
+    **Shapes.** For the first four shapes of inputs, oneDNN prepares the convolutions and what is
+    around them when such inputs first come. That call takes longer, and torch keeps what was
+    prepared, about as much as the weights take for each shape, as long as the process runs. Other
+    shapes are computed without that, by up to a half slower.
 
     Args:
         model: a Functional or Sequential model, with any layers, on the CPU.
@@ -118,9 +124,14 @@ class InferenceEngine:
     def __init__(self, plan: Plan, dtype: torch.dtype | None, winograd: bool) -> None:
         self._plan, self._half = plan, dtype
         self._lock = threading.Lock()
-        workspace = Workspace() if winograd else None
-        segments = plan.plans.fast(len(plan.plans.steps))
-        self._segments = [_fixed(segment, workspace, dtype) for segment in segments]
+        plans, workspace = plan.plans, Workspace() if winograd else None
+        segments = plans.fast(len(plans.steps))
+        steps = trimmed([step for segment in segments for step in segment.steps], plans.outputs)
+        self._segments = [
+            replace(segment, steps=[_fixed(step, workspace, dtype) for step in segment.steps])
+            for segment in cut(steps, plans.inputs, plans.outputs, checkpoint=False)
+        ]
+        self._recorded: dict[int, Recorded] = {}  # by the identity of a segment or a part of one
 
     def __call__(self, *args: Tensor, **kwargs: Tensor) -> Any:
         """What the model returns for these inputs."""
@@ -134,11 +145,16 @@ class InferenceEngine:
         modes = torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False)
         with self._lock, modes[0], modes[1], modes[2]:
             values: dict[int, Any] = dict(enumerate(inputs))
-            run_segments(self._segments, values)
+            run_segments(self._segments, values, self._run)
         if self._half is not None:
             for number in self._plan.plans.outputs:
-                values[number] = _as(torch.float32, values[number], of=self._half)
+                values[number] = cast_from(self._half, values[number])
         return filled(self._plan.structure, values)
+
+    def _run(self, segment: Segment, values: dict[int, Any]) -> None:
+        if id(segment) not in self._recorded:
+            self._recorded[id(segment)] = Recorded(segment.steps)
+        self._recorded[id(segment)](values)
 
     def _checked(self, inputs: Sequence[Any]) -> list[Tensor]:
         """The inputs, if they are what the network takes."""
@@ -158,7 +174,7 @@ class InferenceEngine:
                     f"The input {name!r} requires a gradient, and an inference engine has none. "
                     f"Use vt.to_torch(model), or call it under torch.no_grad()."
                 )
-            checked.append(x if self._half is None else _as(torch.float32, x, of=self._half))
+            checked.append(x if self._half is None else cast_from(self._half, x))
         return checked
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -168,108 +184,5 @@ class InferenceEngine:
         )
 
 
-def _fixed(segment: Segment, workspace: Workspace | None, dtype: torch.dtype | None) -> Segment:
-    """The segment with weights that don't change, in another dtype if one is named."""
-    steps = []
-    for step in segment.steps:
-        run = step.run
-        if type(run) is FusedConv2d:
-            step = replace(step, run=FixedConv2d(run, workspace, dtype))
-        elif type(run) is FusedLinear:
-            step = replace(step, run=FixedLinear(run, dtype))
-        elif dtype is not None and _is_wide(run):
-            step = replace(step, run=Wide(run, dtype))
-        steps.append(step)
-    return replace(segment, steps=steps)
-
-
-def _is_wide(run: Any) -> bool:
-    """Whether it has numbers of its own in float32, or makes probabilities."""
-    module = run.target if isinstance(run, Call) else run
-    if not isinstance(module, nn.Module):
-        return False
-    wide = isinstance(module, KerasLayer | nn.Softmax | nn.LogSoftmax)
-    return wide or any(True for _ in (*module.parameters(), *module.buffers()))
-
-
-def _as(dtype: torch.dtype, value: Any, *, of: torch.dtype) -> Any:
-    """A tensor of one dtype in another; anything else as it is."""
-    return value.to(dtype) if isinstance(value, Tensor) and value.dtype == of else value
-
-
-class Wide:
-    """A step that computes in float32 among others that don't."""
-
-    def __init__(self, run: Any, half: torch.dtype) -> None:
-        self.run, self.half = run, half
-
-    def __call__(self, *inputs: Any) -> Any:
-        """What it gives for these inputs in float32."""
-        return self.run(*(_as(torch.float32, x, of=self.half) for x in inputs))
-
-
-class FixedConv2d(FusedConv2d):
-    """A fused convolution whose weights are prepared once; with a workspace also by Winograd's."""
-
-    def __init__(
-        self, fused: FusedConv2d, workspace: Workspace | None, dtype: torch.dtype | None
-    ) -> None:
-        mixed = fused.mixed or dtype is not None
-        super().__init__(fused.conv, fused.norm, fused.activation, mixed, fused.adds)
-        self.workspace, self.dtype = workspace, dtype
-        self.growth = self._growth()
-        self.direct: tuple[PreparedWeight, Tensor | None] | None = None
-        self.winograd: WinogradConv2d | None = None
-
-    def _dtype(self, x: Tensor) -> torch.dtype:
-        return super()._dtype(x) if self.dtype is None else self.dtype
-
-    def _made(self, tensors: list[Tensor], settings: Any, *args: Any) -> tuple[Any, float, float]:
-        return None, *self.growth
-
-    def _convolved(
-        self, x: Tensor, others: list[Tensor], prepared: Any, options: Any, bound: float
-    ) -> Tensor:
-        fits = self.workspace is not None and not others and bound * GROWTH < SAFE
-        if fits and pays(self.conv, x):
-            if self.winograd is None:
-                self.winograd = WinogradConv2d(*self.folded_in(x.dtype), self.kind)
-            return self.winograd(x, options[1], cast(Workspace, self.workspace))
-        if self.direct is None:
-            self.direct = self.prepared_in(x.dtype, options)
-        return super()._convolved(x, others, self.direct, options, bound)
-
-    def _one_by_one(self, *inputs: Tensor) -> Tensor:
-        if self.dtype is None:
-            return super()._one_by_one(*inputs)
-        wide = (_as(torch.float32, x, of=self.dtype) for x in inputs)
-        return super()._one_by_one(*wide).to(self.dtype)
-
-
-class FixedLinear(FusedLinear):
-    """A fused product (N, ..., in) to (N, ..., out) whose weight is prepared once.
-
-    As it was it is no longer kept, because it is often most of a network.
-    """
-
-    def __init__(self, fused: FusedLinear, dtype: torch.dtype | None) -> None:
-        super().__init__(fused.linear, fused.activation, fused.mixed)
-        self.dtype = dtype
-        self.prepared: tuple[Tensor, Tensor | None] | None = None
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """The product of the last axis, and the activation behind it."""
-        if self.prepared is None:
-            dtype = x.dtype if self.dtype is None else self.dtype
-            fits = self.mixed or self.dtype is not None or dtype == self.linear.weight.dtype
-            if not (fits and kernels.has_fused_ops(x, dtype)):
-                return self._activated(self.linear(x))
-            weight = kernels.prepared_linear_weight(self.linear.weight.to(dtype))
-            bias = None if self.linear.bias is None else self.linear.bias.to(dtype)
-            self.prepared = weight, bias
-            del self.linear
-        if self.dtype is not None:
-            x = x.to(self.dtype)
-        elif x.dtype != self.prepared[0].dtype:
-            raise ValueError(f"Received {x.dtype} where {self.prepared[0].dtype} is expected.")
-        return self._activated(kernels.linear(x, *self.prepared))
+def _fixed(step: Step, workspace: Workspace | None, dtype: torch.dtype | None) -> Step:
+    return replace(step, run=with_fixed_weights(step.run, workspace, dtype))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -130,6 +130,47 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str = "no
 
 def _matmul(a: Tensor, b: Tensor) -> Tensor:
     return linear(a, b.t(), None)  # in whatever order the numbers are: a copy would take longer
+
+
+# torch.jit is deprecated; where it is missing, nothing is compiled.
+_JIT: Any = getattr(torch, "jit", None)
+_COMPILING = threading.Lock()  # whether torch.jit hands graphs to oneDNN is one switch for all
+
+
+@functools.cache
+def _has_graphs() -> bool:
+    """Whether this torch has what `compiled` needs."""
+    names = (
+        "_get_trace_graph", "enable_onednn_fusion", "last_executed_optimized_graph",
+        "onednn_fusion_enabled",
+    )  # fmt: skip
+    has_functions = hasattr(torch._C, "_create_function_from_graph")
+    return _onednn() and has_functions and all(hasattr(_JIT, name) for name in names)
+
+
+def compiled(function: Callable[..., Any], inputs: Sequence[Tensor]) -> Callable[..., Any] | None:
+    """A function of tensors, prepared by oneDNN for inputs with these shapes, dtypes and strides.
+
+    oneDNN's operations above choose their kernel anew at each call; in a graph they have done so.
+    What the function holds besides its inputs becomes part of it. None where this torch can't.
+    """
+    if not (_has_graphs() and torch.backends.mkldnn.enabled):
+        return None
+    with _COMPILING, torch.no_grad():
+        before = _JIT.onednn_fusion_enabled()
+        _JIT.enable_onednn_fusion(True)
+        try:
+            graph = _JIT._get_trace_graph(function, tuple(inputs))[0]
+            # Not by torch.jit.trace, whose functions stay in memory as long as torch does.
+            made: Callable[..., Any] = torch._C._create_function_from_graph("steps", graph)
+            made(*inputs)  # It notes the shapes, and at the next call is compiled for them.
+            made(*inputs)
+            kinds = {node.kind() for node in _JIT.last_executed_optimized_graph().nodes()}
+        except RuntimeError:  # what can't be traced
+            return None
+        finally:
+            _JIT.enable_onednn_fusion(before)
+    return made if "prim::oneDNNFusionGuard" in kinds else None
 
 
 # Training, by gradients of our own

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,61 +24,111 @@ GROUP_BYTES = 8 << 20
 _NOT_LARGER = (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.ReLU, nn.ZeroPad2d, SamePad)
 
 
-def run_segments(segments: list[Segment], values: dict[int, Any]) -> None:
+# What runs a segment: values has what it takes, and gets what is needed later.
+Run = Callable[[Segment, dict[int, Any]], None]
+
+
+def run_segments(segments: list[Segment], values: dict[int, Any], run: Run | None = None) -> None:
     """Run all segments; `values` has the network's inputs and gets its outputs."""
+    run = run or _run_segment
     for segment in segments:
         if segment.grouped and len(values[segment.steps[0].inputs[0]]) > 0:
-            _run_in_groups(segment, values)
+            _run_in_groups(segment, values, run)
         else:
-            _run_segment(segment, values)
+            run(segment, values)
 
 
-def _run_in_groups(segment: Segment, values: dict[int, Any]) -> None:
+def _run_in_groups(segment: Segment, values: dict[int, Any], run: Run) -> None:
     """Run a segment that has one value in and one out for a few images after the other.
 
     What one layer writes is then still in the cache when the next reads it, and memory is
     used again instead of being taken from the system for each large activation.
     """
     (number,) = set(segment.steps[0].inputs)  # x * x takes its one value twice
-    result = segment.steps[-1].output
     x = values.pop(number)
-    key = x.shape[1:], product_dtype(x, x.dtype)
-    if key not in segment.group_sizes:
+    key = x.shape[1:], product_dtype(x, x.dtype), torch.is_grad_enabled()
+    if key not in segment.groups:
         # Before the first batch, so that the same batch always runs in the same groups: a
         # kernel's last bit depends on how many images it is given.
-        sizes = [1]
+        sizes: dict[int, int] = {}
         try:
             with torch.no_grad():
                 # A copy, because the first step may be a ReLU that overwrites its input. Two
                 # images, as groups are of several, so that no weight is prepared for one alone.
                 few = x[:2].clone()
-                _run(segment.steps, {number: few}, sizes)
+                run_steps(segment.steps, {number: few}, sizes)
         except Exception:  # the whole batch will tell its own shape
-            _run(segment.steps, values | {number: x})
+            run_steps(segment.steps, values | {number: x})
             raise
-        by_image = max(sizes) / len(few)
-        segment.group_sizes[key] = max(1, int(GROUP_BYTES * torch.get_num_threads() / by_image))
-    parts: list[Tensor] = []
-    size = segment.group_sizes[key]
+        bytes_of = [sizes.get(step.output, 0) / len(few) for step in segment.steps]
+        # Joining the groups again copies their maps, which backward would keep too.
+        parts = [segment] if torch.is_grad_enabled() else _parts(segment, bytes_of)
+        segment.groups[key] = _with_group_sizes(parts, bytes_of)
+    parts_and_sizes = segment.groups[key]
+    if len(x) <= min(size for _, size in parts_and_sizes):
+        parts_and_sizes = [(segment, len(x))]
+    for part, size in parts_and_sizes:
+        x = _in_groups(part, x, size, run)
+    values[segment.steps[-1].output] = x
+
+
+def _parts(segment: Segment, bytes_of: list[float]) -> list[Segment]:
+    """The segment cut where the rest needs at most half the memory, so that more images fit.
+
+    Of the places before the rest's largest value, the cut is where the one value that is needed
+    later is the smallest. `bytes_of`: how large each step's output is, of one image.
+    """
+    steps, parts, start = segment.steps, [], 0
+    live = set(steps[0].inputs)
+    ends = []
+    for i, step in enumerate(steps):
+        live = (live | {step.output}) - set(step.last_use)
+        if len(live) == 1:
+            ends.append(i)
+    while start < len(steps):
+        most = max(bytes_of[start:])
+        cuts = [i for i in ends if start <= i < len(steps) - 1 and 2 * max(bytes_of[i:]) <= most]
+        end = len(steps) - 1
+        if cuts:
+            behind = range(cuts[0] + 1, len(steps))
+            largest = max(behind, key=bytes_of.__getitem__)
+            end = min((i for i in cuts if i <= max(cuts[0], largest - 1)), key=bytes_of.__getitem__)
+        parts.append(replace(segment, steps=steps[start : end + 1], groups={}))
+        start = end + 1
+    return parts
+
+
+def _with_group_sizes(parts: list[Segment], bytes_of: list[float]) -> list[tuple[Segment, int]]:
+    """Each part, and how many images may run through it at a time."""
+    limit, sizes = GROUP_BYTES * torch.get_num_threads(), iter(bytes_of)
+    largest = [max(1, *itertools.islice(sizes, len(part.steps))) for part in parts]
+    return [(part, max(1, int(limit / n))) for part, n in zip(parts, largest, strict=True)]
+
+
+def _in_groups(segment: Segment, x: Tensor, size: int, run: Run) -> Tensor:
+    """The segment's output for x, which goes through it in equal groups of this size at most."""
+    number, result = segment.steps[0].inputs[0], segment.steps[-1].output
+    count = -(-len(x) // size)
+    outputs: list[Tensor] = []
     # The gradients of slices would be added up, each as large as x; those of a split are joined.
     # Only an unsafe split may be written to, which a ReLU at the start of the segment does where
     # nobody else needs x (`_overwrite` in steps.py).
-    for group in x.unsafe_split(size) if len(x) > size else (x,):
-        part = {number: group}
-        _run_segment(segment, part)
-        parts.append(part[result])
-    values[result] = parts[0] if len(parts) == 1 else torch.cat(parts)
+    for group in x.unsafe_split(-(-len(x) // count)) if count > 1 else (x,):
+        values = {number: group}
+        run(segment, values)
+        outputs.append(values[result])
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
 def _run_segment(segment: Segment, values: dict[int, Any]) -> None:
     """Run a segment's steps; `values` keeps what is needed later."""
     if not segment.checkpoint or not torch.is_grad_enabled():
-        _run(segment.steps, values)
+        run_steps(segment.steps, values)
         return
 
     def run(*inputs: Tensor) -> dict[int, Any]:
         inside = dict(zip(numbers, inputs, strict=True))
-        _run(segment.steps, inside)
+        run_steps(segment.steps, inside)
         return inside
 
     def contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
@@ -105,7 +158,9 @@ class _Again(AbstractContextManager[None]):
             norm.counted = False
 
 
-def _run(steps: list[Step], values: dict[int, Any], sizes: list[int] | None = None) -> None:
+def run_steps(
+    steps: list[Step], values: dict[int, Any], sizes: dict[int, int] | None = None
+) -> None:
     """Run the steps; `values` keeps what is needed later, `sizes` gets the bytes of each result."""
     bounds: dict[int, float | None] = {}  # how large the numbers in a value can be
     for step in steps:
@@ -121,4 +176,4 @@ def _run(steps: list[Step], values: dict[int, Any], sizes: list[int] | None = No
                 bounds[step.output] = bounds.get(step.inputs[0])
         values[step.output] = output
         if sizes is not None and isinstance(output, Tensor):
-            sizes.append(output.nbytes)
+            sizes[step.output] = output.nbytes

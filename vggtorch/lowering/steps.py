@@ -99,13 +99,14 @@ class Segment:
     Attributes:
         grouped: they may run for some of the images at a time.
         checkpoint: backward runs them again.
-        group_sizes: how many images at a time, for images of each shape and dtype.
+        groups: its parts, and how many images run through each at a time, for images of each shape
+            and dtype, with gradients and without.
     """
 
     steps: list[Step]
     grouped: bool
     checkpoint: bool = False
-    group_sizes: dict[Any, int] = field(default_factory=dict)
+    groups: dict[Any, list[tuple[Segment, int]]] = field(default_factory=dict)
 
 
 CONVOLUTIONS = (nn.Conv2d, MixedConv2d)
@@ -290,7 +291,7 @@ class Plans:
                     norm, end = found.run, found
                     absorbed.add(id(end))
                 found = after(end, *ADDITIONS)
-                if found and id(found) not in sums and _adds_two(found):
+                if found and id(found) not in sums and adds_two(found):
                     sums[id(found)] = step, norm, end.output
                 else:
                     add(step, kind, norm, end)
@@ -325,7 +326,7 @@ class Plans:
         return result
 
 
-def _adds_two(step: Step) -> bool:
+def adds_two(step: Step) -> bool:
     """Whether an addition takes two different values, and nothing else."""
     return step.run.arguments == ((Place(0), Place(1)), {})
 

@@ -1,0 +1,190 @@
+"""What an engine's convolutions leave out, and pad by themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import vggtorch as vt  # isort: skip  (first: it selects Keras's torch backend)
+import keras
+from keras import layers
+from small_vgg import randomise
+
+from vggtorch.lowering import FusedConv2d
+from vggtorch.lowering.trimming import PaddingConv2d
+
+Build = Callable[[Any], Any]
+
+
+def engine_and_kinds(build: Build, size: tuple[int, int] = (12, 12)) -> tuple[Any, Any, list[Any]]:
+    """A model, its engine, and what the engine's steps run."""
+    keras.utils.set_random_seed(0)
+    image = keras.Input((*size, 4))
+    model = randomise(keras.Model(image, build(image)))
+    engine = vt.optimize_for_inference(model)
+    return model, engine, [step.run for segment in engine._segments for step in segment.steps]
+
+
+def strides(runs: list[Any]) -> list[tuple[int, int]]:
+    return [run.conv.stride for run in runs if isinstance(run, FusedConv2d)]
+
+
+def check(model: keras.Model, engine: Any, size: tuple[int, int] = (12, 12)) -> None:
+    """What Keras computes, where one image has an infinity and another one NaN too."""
+    x = torch.randn(4, *size, 4)
+    for number in (0.0, torch.inf, torch.nan):
+        x[1, 0, -1, 0], x[2, -1, -1, 1] = number, -number
+        expected = model(x, training=False)
+        for found in (engine(x), engine(x)):
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
+def block(x: Any, stride: int, projected: bool) -> Any:
+    """A residual block that begins with its stride, as Keras's ResNets do."""
+    y = layers.Conv2D(4, 1, strides=stride, activation="relu")(x)
+    y = layers.Conv2D(4, 3, padding="same", activation="relu")(y)
+    y = layers.BatchNormalization()(layers.Conv2D(6, 1)(y))
+    x = layers.Conv2D(6, 1, strides=stride)(x) if projected else x
+    return layers.ReLU()(layers.Add()([x, y]))
+
+
+def resnet(x: Any) -> Any:
+    return block(block(block(x, 1, True), 1, False), 2, True)
+
+
+@pytest.mark.parametrize("size", [(12, 12), (13, 10), (1, 2)])
+def test_a_block_whose_pixels_are_left_out_computes_the_others_alone(size: tuple[int, int]) -> None:
+    model, engine, runs = engine_and_kinds(resnet, size)
+    one, two = (1, 1), (2, 2)
+    # The 3x3 of the second block takes the stride of the third, and its shortcut drops pixels.
+    assert sorted(strides(runs)) == [one] * 10 + [two]
+    assert any(type(run) is nn.MaxPool2d for run in runs)
+    check(model, engine, size)
+
+
+def taken_by_another(x: Any) -> Any:
+    y = layers.Conv2D(4, 3)(x)
+    z = layers.Conv2D(4, 1, strides=2)(y)
+    return layers.Concatenate()([layers.GlobalMaxPooling2D()(v) for v in (y, z)])
+
+
+def taken_by_a_larger_kernel(x: Any) -> Any:
+    return layers.Conv2D(4, 2, strides=2)(layers.Conv2D(4, 3)(x))
+
+
+def taken_at_two_strides(x: Any) -> Any:
+    y = layers.Conv2D(4, 3)(x)
+    ends = [layers.Conv2D(4, 1, strides=s)(y) for s in (2, 3)]
+    return layers.Concatenate()([layers.GlobalMaxPooling2D()(v) for v in ends])
+
+
+def added_at_a_stride(x: Any) -> Any:
+    y = layers.Conv2D(4, 3, strides=2, padding="same")(x)
+    z = layers.Conv2D(4, 1, strides=1)(layers.Conv2D(4, 1, strides=2)(x))
+    return layers.ReLU()(layers.Add()([y, z]))
+
+
+def of_the_input(x: Any) -> Any:
+    return layers.Conv2D(4, 1, strides=2)(x)
+
+
+def of_a_pool(x: Any) -> Any:
+    return layers.Conv2D(4, 1, strides=2)(layers.MaxPooling2D(3, 1)(x))
+
+
+@pytest.mark.parametrize(
+    "build",
+    [taken_by_another, taken_by_a_larger_kernel, taken_at_two_strides, added_at_a_stride,
+     of_the_input, of_a_pool],
+)  # fmt: skip
+def test_where_some_pixel_is_needed_strides_stay(build: Build) -> None:
+    model, engine, runs = engine_and_kinds(build)
+    own = [layer.strides for layer in model.layers if isinstance(layer, layers.Conv2D)]
+    assert sorted(strides(runs)) == sorted(own)
+    check(model, engine)
+
+
+def test_an_output_of_the_model_keeps_its_pixels() -> None:
+    image = keras.Input((9, 9, 4))
+    y = layers.Conv2D(4, 3, name="y")(image)
+    model = keras.Model(image, [y, layers.Conv2D(4, 1, strides=2)(y)])
+    x = torch.randn(2, 9, 9, 4)
+    for found, expected in zip(
+        vt.optimize_for_inference(model)(x), model(x, training=False), strict=True
+    ):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def padded(pads: Any, layer: keras.Layer) -> Build:
+    return lambda x: layers.ReLU(max_value=6)(layer(layers.ZeroPadding2D(pads)(x)))
+
+
+def depthwise(kernel: Any = 3, strides: int = 2, **options: Any) -> keras.Layer:
+    return layers.DepthwiseConv2D(kernel, strides, **options)
+
+
+INSIDE = {
+    "MobileNet's": (((0, 1), (0, 1)), depthwise),
+    "the other sides": (((1, 0), (1, 0)), depthwise),
+    "one of each": (((1, 0), (0, 1)), depthwise),
+    "EfficientNet's": (((1, 2), (1, 2)), lambda: depthwise(5)),
+    "one axis": (((0, 0), (1, 0)), depthwise),
+    "several of a channel": (((0, 1), (0, 1)), lambda: depthwise(depth_multiplier=2)),
+    "ResNet's": (3, lambda: layers.Conv2D(4, 7, strides=2)),
+    "uneven axes": (((2, 2), (1, 1)), lambda: layers.Conv2D(4, 3)),
+    "dilated": (2, lambda: layers.Conv2D(4, 3, dilation_rate=2)),
+}
+APART = {
+    "a full convolution": (((0, 1), (0, 1)), lambda: layers.Conv2D(4, 3, strides=2)),
+    "two more": (((0, 2), (0, 2)), depthwise),
+    "dilated": (((0, 1), (0, 1)), lambda: depthwise(strides=1, dilation_rate=2)),
+    "1x1": (1, lambda: layers.Conv2D(4, 1)),
+    "windows of zeros": (3, lambda: layers.Conv2D(4, 3)),
+    "twice": (1, lambda: layers.Conv2D(4, 3, padding="same")),
+}
+
+
+@pytest.mark.parametrize("name", INSIDE)
+def test_a_convolution_pads_by_itself(name: str) -> None:
+    pads, layer = INSIDE[name]
+    model, engine, runs = engine_and_kinds(padded(pads, layer()))
+    assert not any(isinstance(run, nn.ZeroPad2d) for run in runs)
+    assert any(isinstance(getattr(run, "fused", None), PaddingConv2d) for run in runs)
+    check(model, engine)
+
+
+@pytest.mark.parametrize("name", APART)
+def test_what_it_cannot_pad_is_padded_before(name: str) -> None:
+    pads, layer = APART[name]
+    model, engine, runs = engine_and_kinds(padded(pads, layer()))
+    assert any(isinstance(run, nn.ZeroPad2d) for run in runs)
+    check(model, engine)
+
+
+def shared_padding(x: Any) -> Any:
+    x = layers.ZeroPadding2D(1)(x)
+    return layers.Add()([layers.Conv2D(4, 3)(x), layers.Conv2D(4, 3)(x)])
+
+
+def test_a_padding_that_two_take_is_made_once() -> None:
+    model, engine, runs = engine_and_kinds(shared_padding)
+    assert sum(isinstance(run, nn.ZeroPad2d) for run in runs) == 1
+    check(model, engine)
+
+
+@pytest.mark.parametrize("activation, inside", [("relu", True), (None, False)])
+@pytest.mark.parametrize("pads, fits", [(1, True), (2, False), (((0, 1), (0, 1)), False)])
+def test_a_pool_pads_by_itself_what_is_not_negative(
+    activation: str | None, inside: bool, pads: Any, fits: bool
+) -> None:
+    def build(x: Any) -> Any:
+        x = layers.Conv2D(4, 3, activation=activation)(x)
+        return layers.MaxPooling2D(3, 2)(layers.ZeroPadding2D(pads)(x))
+
+    model, engine, runs = engine_and_kinds(build)
+    assert any(isinstance(run, nn.ZeroPad2d) for run in runs) is not (inside and fits)
+    check(model, engine)
