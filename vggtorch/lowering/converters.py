@@ -46,10 +46,8 @@ def _batch_norm(site: Site) -> list[Piece] | None:
     if axis not in (1, site.rank - 1):
         return None
     norm = site.module(
-        _NORMS[site.rank], layer.moving_mean.shape[0], layer.epsilon, 1 - layer.momentum,
-        weight=layer.gamma if layer.scale else None, bias=layer.beta if layer.center else None,
-        running_mean=layer.moving_mean, running_var=layer.moving_variance,
-    )  # fmt: skip
+        _NORMS[site.rank], layer.moving_mean.shape[0], layer.epsilon, 1 - layer.momentum
+    )
     norm.num_batches_tracked = torch.tensor(0)
     norm.frozen = not layer.trainable
     site.ties.norms.append((norm, layer))
@@ -65,10 +63,7 @@ def _layer_norm(site: Site) -> list[Piece] | None:
     if layer.compute_dtype in ("bfloat16", "float16"):
         dtype = keras_graph.torch_dtype(layer.compute_dtype)
         kind = partial(WideLayerNorm, compute_dtype=dtype)
-    norm = site.module(
-        kind, site.inputs[0].shape[-1], layer.epsilon,
-        weight=layer.gamma if layer.scale else None, bias=layer.beta if layer.center else None,
-    )  # fmt: skip
+    norm = site.module(kind, site.inputs[0].shape[-1], layer.epsilon)
     return [Piece(norm, "", "keras")]
 
 
@@ -86,9 +81,7 @@ def _group_norm(site: Site) -> list[Piece] | None:
     alone = layer.groups == channels and not any(n is not None and n > 1 for n in sizes)
     if not _is_float32(site) or axis not in (1, site.rank - 1) or alone:
         return None
-    norm = site.module(
-        nn.GroupNorm, layer.groups, channels, layer.epsilon, weight=layer.gamma, bias=layer.beta
-    )
+    norm = site.module(nn.GroupNorm, layer.groups, channels, layer.epsilon)
     return [Piece(norm, "", "first" if axis != 1 else "keras")]
 
 
@@ -96,7 +89,7 @@ def _rms_norm(site: Site) -> list[Piece] | None:
     layer = site.layer
     if not _is_float32(site) or [axis % site.rank for axis in layer.axis] != [site.rank - 1]:
         return None
-    norm = site.module(nn.RMSNorm, site.inputs[0].shape[-1], layer.epsilon, weight=layer.scale)
+    norm = site.module(nn.RMSNorm, site.inputs[0].shape[-1], layer.epsilon)
     return [Piece(norm, "", "keras")]
 
 

@@ -83,9 +83,8 @@ def _prelu(site: Site) -> list[Piece] | None:
     count, ones = max(shape), (1,) * (len(shape) - 1)
     if shape not in ((*ones, count), (count, *ones)):
         return None
-    prelu = site.module(PReLU, count, weight=alpha)
     axes: Axes = "any" if count == 1 else "first" if shape == (*ones, count) else "keras"
-    return [Piece(prelu, "", axes)]
+    return [Piece(site.module(PReLU, count), "", axes)]
 
 
 def _softmax(site: Site) -> list[Piece] | None:
@@ -120,36 +119,30 @@ def _conv(site: Site) -> Any:
     return _MIXED[site.rank - 2] if site.is_mixed else site.of("Conv")
 
 
-def _windows(
-    site: Site, kernel: Any, bias: Any, suffix: str = "", *, depthwise: bool = False
-) -> list[Piece]:
+def _windows(site: Site, kernel: Any, suffix: str = "", *, depthwise: bool = False) -> list[Piece]:
     """A convolution by a layer's windows, and what pads before it."""
-    layer = site.layer
-    options = [tuple(v) for v in (layer.kernel_size, layer.strides, layer.dilation_rate)]
-    pads, own = _padding(layer, *options)
-    size, stride, dilation = options
-    inputs, outputs = kernel.shape[-2:]
+    layer, (inputs, outputs) = site.layer, kernel.shape[-2:]
+    size, stride, dilation = map(tuple, (layer.kernel_size, layer.strides, layer.dilation_rate))
+    pads, own = _padding(layer, size, stride, dilation)
     groups = inputs if depthwise else layer.groups
     channels = (inputs, inputs * outputs) if depthwise else (inputs * groups, outputs)
-    conv = site.module(
-        _conv(site), *channels, size, stride, own, dilation, groups, weight=kernel, bias=bias
-    )  # fmt: skip
+    conv = site.module(_conv(site), *channels, size, stride, own, dilation, groups, suffix=suffix)
     return [*pads, Piece(conv, suffix)]
 
 
 def _convolution(site: Site, *, depthwise: bool = False) -> list[Piece]:
-    layer = site.layer
     return [
-        *_windows(site, layer.kernel, layer.bias, depthwise=depthwise),
+        *_windows(site, site.layer.kernel, depthwise=depthwise),
         *_ending(site, first=True),
     ]
 
 
 def _separable(site: Site) -> list[Piece]:
-    layer, kernel = site.layer, site.layer.pointwise_kernel
-    pointwise = site.module(_conv(site), *kernel.shape[-2:], 1, weight=kernel, bias=layer.bias)
+    layer = site.layer
+    channels = layer.pointwise_kernel.shape[-2:]
+    pointwise = site.module(_conv(site), *channels, 1, suffix="_pointwise")
     return [
-        *_windows(site, layer.depthwise_kernel, None, "_depthwise", depthwise=True),
+        *_windows(site, layer.depthwise_kernel, "_depthwise", depthwise=True),
         Piece(pointwise, "_pointwise"),
         *_ending(site, first=True),
     ]
@@ -183,7 +176,6 @@ def _transposed(site: Site) -> list[Piece]:
     conv = site.module(
         site.of("ConvTranspose"), inputs, outputs, tuple(layer.kernel_size), tuple(layer.strides),
         tuple(before for before, _ in crops), fills, 1, True, tuple(layer.dilation_rate),
-        weight=layer.kernel, bias=layer.bias,
     )  # fmt: skip
     rest = [amount for b, after in reversed(crops) for amount in (0, min(b - after, 0))]
     cropping = [Piece(site.of("ZeroPad")(tuple(rest)), "_crop")] if any(rest) else []
@@ -191,17 +183,15 @@ def _transposed(site: Site) -> list[Piece]:
 
 
 def _dense(site: Site) -> list[Piece]:
-    layer, kind = site.layer, MixedLinear if site.is_mixed else nn.Linear
-    linear = site.module(kind, *layer.kernel.shape, weight=layer.kernel, bias=layer.bias)
+    kind = MixedLinear if site.is_mixed else nn.Linear
+    linear = site.module(kind, *site.layer.kernel.shape)
     return [Piece(linear, "", "keras"), *_ending(site, first=False)]
 
 
 def _embedding(site: Site) -> list[Piece] | None:
-    layer = site.layer
-    if layer.mask_zero:
+    if site.layer.mask_zero:
         return None
-    table = site.module(nn.Embedding, *layer.embeddings.shape, weight=layer.embeddings)
-    return [Piece(table, "", "keras")]
+    return [Piece(site.module(nn.Embedding, *site.layer.embeddings.shape), "", "keras")]
 
 
 PRODUCTS: dict[type, Converter] = {

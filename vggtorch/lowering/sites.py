@@ -70,11 +70,15 @@ class Site:
         """torch's class of a kind for these inputs: nn.MaxPool2d for "MaxPool" on images."""
         return getattr(nn, f"{kind}{self.rank - 2}d")
 
-    def module(self, kind: Any, *args: Any, **variables: keras.Variable | None) -> Any:
-        """A module of torch with these variables in it, by name."""
+    def module(self, kind: Any, *args: Any, suffix: str = "") -> Any:
+        """A module of torch with the layer's variables in it; `suffix`: of several, which it is."""
         made = kind(*args, device="meta", dtype=self.dtype)
-        for name, variable in variables.items():
-            self.set_(made, name, variable)
+        variables = {
+            rule_of(self.layer, variable).torch_key: variable
+            for variable in keras_graph.own_variables(self.layer)
+        }
+        for name in (*made._parameters, *made._buffers):
+            self.set_(made, name, variables.get(f"{suffix}.{name}"))
         return made
 
     def set_(self, module: nn.Module, name: str, variable: keras.Variable | None) -> None:
