@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import keras
 from keras.layers import Layer
 
@@ -26,20 +24,8 @@ def freeze_(model: keras.Model, until: str | None = None) -> keras.Model:
             graph of layers.
     """
     wiring = Wiring(model, "freeze_")
-    _freeze_(wiring, [] if until is None else wiring.route(until))
+    _set_(wiring, [] if until is None else wiring.route(until), trainable=False)
     return model
-
-
-def _freeze_(wiring: Wiring, route: list[str]) -> None:
-    """Freeze what the layer at the end of `route` depends on; all if the route is empty."""
-    nodes = wiring.nodes
-    if route:
-        nodes = needed(t for node in wiring.nodes_named(route[0]) for t in node.outputs)
-    for layer in _layers(node.operation for node in nodes):
-        if route[1:] and layer.name == route[0]:
-            _freeze_(wiring.inside(layer.name), route[1:])
-        else:
-            layer.trainable = False
 
 
 def unfreeze_(model: keras.Model, since: str | None = None) -> keras.Model:
@@ -59,26 +45,26 @@ def unfreeze_(model: keras.Model, since: str | None = None) -> keras.Model:
             graph of layers.
     """
     wiring = Wiring(model, "unfreeze_")
-    _unfreeze_(wiring, [] if since is None else wiring.route(since))
+    _set_(wiring, [] if since is None else wiring.route(since), trainable=True)
     return model
 
 
-def _unfreeze_(wiring: Wiring, route: list[str]) -> None:
-    """Unfreeze what depends on the layer at the end of `route`; all if the route is empty."""
-    nodes = set(wiring.nodes)
+def _set_(wiring: Wiring, route: list[str], *, trainable: bool) -> None:
+    """Unfreeze what depends on the layer at the end of `route`, or freeze what it depends on.
+
+    All layers if the route is empty.
+    """
+    model, nodes = wiring.model, wiring.nodes
     if route:
-        nodes = wiring.readers_of(wiring.nodes_named(route[0]))
-    model = wiring.model
-    if not model.trainable:  # it is frozen as a whole: from now on its layers say what is frozen
+        named = wiring.nodes_named(route[0])
+        outputs = (tensor for node in named for tensor in node.outputs)
+        nodes = list(wiring.readers_of(named)) if trainable else needed(outputs)
+    if trainable and not model.trainable:  # frozen as a whole: now its layers say what is frozen
         model.trainable = True
         for layer in model.layers:
             layer.trainable = False
-    for layer in _layers(node.operation for node in nodes):
+    for layer in dict.fromkeys(n.operation for n in nodes if isinstance(n.operation, Layer)):
         if route[1:] and layer.name == route[0]:
-            _unfreeze_(wiring.inside(layer.name), route[1:])
+            _set_(wiring.inside(layer.name), route[1:], trainable=trainable)
         else:
-            layer.trainable = True
-
-
-def _layers(operations: Iterable[keras.Operation]) -> list[Layer]:
-    return [x for x in dict.fromkeys(operations) if isinstance(x, Layer)]
+            layer.trainable = trainable

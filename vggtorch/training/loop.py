@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -217,6 +218,12 @@ def _finetune(
                 content["evaluation"] = found and (found.logits, found.labels)
             checkpoints.write(last, content, also=best if is_kept else None)
 
+    judged = partial(
+        evaluate,
+        batch_size=config.batch_size,
+        num_workers=config.num_workers,
+        accelerator=accelerator,
+    )
     stage = None
     with (
         stoppable(accelerator.num_processes) as stop,
@@ -268,14 +275,7 @@ def _finetune(
             found = None
             if stage.validation is not None:
                 with averaged(state.trained, state.average, stop.held):
-                    found = evaluate(
-                        stage.module,
-                        model,
-                        stage.validation,
-                        batch_size=config.batch_size,
-                        num_workers=config.num_workers,
-                        accelerator=accelerator,
-                    )
+                    found = judged(stage.module, model, stage.validation)
                     result["val_loss"] = found.loss + regularization(model).item()
                 result["val_accuracy"] = found.accuracy
                 chosen = dict.fromkeys((*config.metrics, config.monitor))
@@ -306,14 +306,7 @@ def _finetune(
         evaluation = Evaluation(evaluation.logits / temperature, evaluation.labels)
     tested = None
     if read.test is not None:
-        tested = evaluate(
-            logits_network(model, model.inputs[0]),
-            model,
-            read.test,
-            batch_size=config.batch_size,
-            num_workers=config.num_workers,
-            accelerator=accelerator,
-        )
+        tested = judged(logits_network(model, model.inputs[0]), model, read.test)
     history = History(
         model,
         progress.epochs,
