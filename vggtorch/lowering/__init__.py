@@ -21,6 +21,7 @@ from vggtorch.lowering.inference import optimize_for_inference
 from vggtorch.lowering.kernels import conv2d, has_fused_ops, prepared_weight
 from vggtorch.lowering.network import TorchNetwork
 from vggtorch.lowering.on_keras import OnKeras, Product, between
+from vggtorch.lowering.sites import all_ranks
 from vggtorch.lowering.writing import to_torch
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "Product",
     "TorchNetwork",
     "accelerate_",
+    "all_ranks",
     "between",
     "conv2d",
     "export",

@@ -13,6 +13,7 @@ import numpy as np
 from keras import layers as kl
 
 from vggtorch.keras_graph import operation_kind, raw_value
+from vggtorch.lowering import all_ranks
 from vggtorch.surgery.channel_flow import Call, Channels, Flow, Following, Ids, Rule, Sized
 
 
@@ -307,32 +308,28 @@ _ELEMENTWISE = [
     *(keras.activations.tanh_shrink, keras.activations.threshold),
 ]
 
+# Layers for one, two and three spatial axes that take a map and give one of the same channels.
+_SPATIAL = (
+    "AdaptiveAveragePooling", "AdaptiveMaxPooling", "AveragePooling", "Cropping", "MaxPooling",
+    "SpatialDropout", "UpSampling", "ZeroPadding",
+)  # fmt: skip
+
 _LAYERS = {
-    **dict.fromkeys((kl.Conv1D, kl.Conv2D, kl.Conv3D), Rule(_convolution)),
+    **dict.fromkeys(all_ranks("Conv"), Rule(_convolution)),
     **dict.fromkeys((kl.Conv1DTranspose, kl.Conv2DTranspose), Rule(_convolution)),
-    **dict.fromkeys((kl.DepthwiseConv1D, kl.DepthwiseConv2D), Rule(_depthwise)),
-    **dict.fromkeys((kl.SeparableConv1D, kl.SeparableConv2D), Rule(_separable)),
+    kl.Conv3DTranspose: Rule(_convolution),
+    **dict.fromkeys(all_ranks("DepthwiseConv"), Rule(_depthwise)),
+    **dict.fromkeys(all_ranks("SeparableConv"), Rule(_separable)),
     **dict.fromkeys((kl.SimpleRNN, kl.GRU, kl.LSTM), Rule(_recurrent)),
     **dict.fromkeys((kl.Add, kl.Subtract, kl.Multiply), Rule(_merge, joins=True)),
     **dict.fromkeys((kl.Average, kl.Maximum, kl.Minimum), Rule(_merge, joins=True)),
     **dict.fromkeys((kl.ReLU, kl.LeakyReLU, kl.ELU, kl.Identity), Rule(_passing)),
     **dict.fromkeys((kl.GaussianNoise, kl.ActivityRegularization), Rule(_passing)),
     **dict.fromkeys((kl.Dropout, kl.GaussianDropout, kl.AlphaDropout), Rule(_dropout)),
-    **dict.fromkeys((kl.MaxPooling1D, kl.MaxPooling2D, kl.MaxPooling3D), Rule(_spatial)),
-    **dict.fromkeys((kl.AveragePooling1D, kl.AveragePooling2D), Rule(_spatial)),
-    **dict.fromkeys((kl.AdaptiveAveragePooling1D, kl.AdaptiveAveragePooling2D), Rule(_spatial)),
-    **dict.fromkeys((kl.AdaptiveMaxPooling1D, kl.AdaptiveMaxPooling2D), Rule(_spatial)),
-    **dict.fromkeys((kl.AdaptiveAveragePooling3D, kl.AdaptiveMaxPooling3D), Rule(_spatial)),
-    **dict.fromkeys((kl.ZeroPadding1D, kl.ZeroPadding2D, kl.ZeroPadding3D), Rule(_spatial)),
-    **dict.fromkeys((kl.Cropping1D, kl.Cropping2D, kl.Cropping3D), Rule(_spatial)),
-    **dict.fromkeys((kl.UpSampling1D, kl.UpSampling2D, kl.UpSampling3D), Rule(_spatial)),
-    **dict.fromkeys((kl.SpatialDropout1D, kl.SpatialDropout2D), Rule(_spatial)),
-    **dict.fromkeys((kl.CenterCrop, kl.RandomFlip), Rule(_spatial)),
-    **dict.fromkeys((kl.SpatialDropout3D, kl.Resizing, kl.AveragePooling3D), Rule(_spatial)),
-    **dict.fromkeys((kl.GlobalMaxPooling1D, kl.GlobalMaxPooling2D), Rule(_global_pool)),
-    **dict.fromkeys((kl.GlobalAveragePooling1D, kl.GlobalAveragePooling2D), Rule(_global_pool)),
-    **dict.fromkeys((kl.GlobalMaxPooling3D, kl.GlobalAveragePooling3D), Rule(_global_pool)),
-    kl.Conv3DTranspose: Rule(_convolution),
+    **{layer: Rule(_spatial) for name in _SPATIAL for layer in all_ranks(name)},
+    **dict.fromkeys((kl.CenterCrop, kl.RandomFlip, kl.Resizing), Rule(_spatial)),
+    **dict.fromkeys(all_ranks("GlobalMaxPooling"), Rule(_global_pool)),
+    **dict.fromkeys(all_ranks("GlobalAveragePooling"), Rule(_global_pool)),
     kl.Dense: Rule(_dense),
     kl.Embedding: Rule(_embedding),
     kl.BatchNormalization: Rule(_batch_norm),
