@@ -30,7 +30,7 @@ from vggtorch.weights import Checkpoint, Rule, Shape
 Path = tuple[str, ...]
 Slot = tuple[str, Rule | None]  # a weight of the model, and how torch's axes become Keras's
 
-# Two of these names mean two things; a layer's other names may stand for one another.
+# No two of these names are ever the same weight; other names may be two names of one.
 _KNOWN = frozenset({"kernel", "bias", "gamma", "beta", "moving_mean", "moving_variance"})
 
 

@@ -152,7 +152,7 @@ class Flow:
         now: dict[int, Channels | None] = {}
         for tensor, channels in zip(wiring.functional.inputs, entering, strict=True):
             now[id(tensor)] = channels
-        # Not those that only compute the masks which Keras hands on, and will compute again.
+        # Calls that only compute masks are left out: Keras makes them again for the new model.
         computing = set(needed(wiring.outputs))
         for node in (n for n in wiring.nodes if n.is_input or n in computing):
             path = wiring.prefix + node.operation.name

@@ -24,7 +24,7 @@ from vggtorch.surgery.remaking import changed_copy
 from vggtorch.surgery.wiring import Wiring, layer_names
 
 _VERB = "delete_channels"
-_TRUTHS = ("bool", "torch.bool")  # types of what is no number of a channel, though Python takes it
+_TRUTHS = ("bool", "torch.bool")  # which Python takes for the numbers 0 and 1
 
 
 def delete_channels(

@@ -145,7 +145,7 @@ def _flattened(flatten: kl.Flatten | None, convolution: keras.Layer) -> list[int
     first = convolution.data_format == "channels_first"
     order = [channels, *window] if first else [*window, channels]
     if flatten is not None and flatten.data_format == "channels_first":
-        order = [*order[1:], order[0]]  # which Flatten turns to the end, whatever it is
+        order = [*order[1:], order[0]]  # Flatten moves axis 1 to the end, channels or not
     return order
 
 

@@ -354,7 +354,7 @@ def left_behind(
             f"Stopped in epoch {progress.epoch + 1} after {progress.step} steps; {last} holds the "
             f"run, and resume=True carries it on."
         )
-        accelerator.wait_for_everyone()  # whoever launched them ends all when the first is gone
+        accelerator.wait_for_everyone()  # the launcher ends all when the first has ended
         raise
 
 
@@ -447,7 +447,8 @@ def prepare(
         if is_cached and (end := frozen_end(model)) is not ends[-1]:
             ends.append(end)
     module = logits_network(model, ends[-1])
-    # In pieces, batch norm is of each piece, in one process and in several.
+    # Under gradient accumulation each piece is normalised by its own moments, in one process and
+    # in several alike.
     whole = config.gradient_accumulation_steps == 1
     synchronize_(module.network, accelerator.num_processes > 1 and whole)
     if len(ends) == 1:
