@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from typing import Any
 
 import pytest
 from fresh import run
@@ -58,18 +59,11 @@ def test_the_configuration_needs_no_keras_and_no_torch():
 
 
 def test_one_name_a_list_and_a_dictionary_are_what_they_stand_for():
-    one = TrainConfig(
-        metrics="auroc",
-        log_with="tensorboard",
-        freeze="a",
-        unfreeze={2: "b", 3: "c"},  # type: ignore[arg-type]
-    )
-    same = TrainConfig(
-        metrics=["auroc"],
-        log_with=["tensorboard"],
-        freeze="a",
-        unfreeze=[[2, "b"], (3, "c")],  # type: ignore[arg-type]
-    )
+    alone: dict[str, Any] = {"metrics": "auroc", "log_with": "tensorboard"}
+    listed: dict[str, Any] = {"metrics": ["auroc"], "log_with": ["tensorboard"]}
+    pairs: list[Any] = [{2: "b", 3: "c"}, [[2, "b"], (3, "c")]]
+    one = TrainConfig(freeze="a", unfreeze=pairs[0], **alone)
+    same = TrainConfig(freeze="a", unfreeze=pairs[1], **listed)
     assert one == same and hash(one) == hash(same)
     assert (one.metrics, one.log_with) == (("auroc",), ("tensorboard",))
     assert one.unfreeze == ((2, "b"), (3, "c"))
