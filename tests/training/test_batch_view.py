@@ -13,7 +13,7 @@ from PIL import Image
 
 import vggtorch as vt
 from vggtorch.cli import main
-from vggtorch.training import data, loop, mixing
+from vggtorch.training import batch_view, data, loop, mixing
 from vggtorch.training.batch_view import EDGE, GAP, TEXT, _seen, show_batch
 from vggtorch.training.reading import Batch
 
@@ -79,6 +79,19 @@ def test_no_images_and_an_epoch_before_the_first_are_refused(images, config):
         show_batch(tiny.network(), images, config, count=0)
     with pytest.raises(ValueError, match="Received epoch=-1; expected 0, the first one, or more"):
         show_batch(tiny.network(), images, config, epoch=-1)
+
+
+def test_labels_with_accents_are_drawn_by_any_font(monkeypatch):
+    plain, accents = (
+        batch_view._sheet([np.zeros((8, 8, 3), np.uint8)], [text]) for text in ("Jäger", "Jager")
+    )
+    monkeypatch.setattr(batch_view, "FONTS", ())
+    by_default = [
+        np.asarray(batch_view._sheet([np.zeros((8, 8, 3), np.uint8)], [text]))
+        for text in ("Jäger", "Jager")
+    ]
+    np.testing.assert_array_equal(*by_default)  # an a, and no empty box
+    assert plain.size == accents.size
 
 
 def test_labels_of_mixed_images_are_shares():

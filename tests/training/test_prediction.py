@@ -318,3 +318,9 @@ def test_one_image_needs_no_list_and_what_is_no_path_is_refused(run, photos):
     assert image.path == photos / "blue" / "0.png" and image.classes
     with pytest.raises(ValueError, match="Received a ndarray; expected the path of an image"):
         list(vt.predict_files(model, [np.zeros((4, 4, 3))]))  # type: ignore[list-item]
+    for ask in (
+        lambda: list(vt.predict_files("run", [])),
+        lambda: vt.evaluate_folder("run", photos),
+    ):  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match="Received a str as the model; expected Keras's"):
+            ask()

@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import errno
 import os
+from typing import Any
 
 import filelock
+import numpy as np
 import pytest
 import tiny
 
@@ -19,6 +21,19 @@ def test_a_folder_that_can_t_be_made_is_said(config, tmp_path):
     changed = dataclasses.replace(config, output_dir=str(tmp_path / "file" / "run"))
     with pytest.raises(OSError, match="run can't be made: Not a dir.* Choose another with outp"):
         finetune(tiny.network(), tiny.dataset(), config=changed)
+
+
+def test_paths_and_arrays_in_a_list_are_no_data_set(config):
+    pairs: list[tuple[Any, str]] = [
+        (["photos"], "Received a list of paths; expected one folder, or a table of the paths"),
+        (
+            (np.zeros((4, 16, 16, 3)), np.zeros(4)),
+            "a tuple of arrays; expected a Dataset of pairs: .*TensorDataset.images, la",
+        ),
+    ]
+    for given, message in pairs:
+        with pytest.raises(ValueError, match=message):
+            finetune(tiny.network(), given, config=config)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="the message is the system's")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from typing import Any
+import unicodedata
+from typing import Any, cast
 
 import keras
 import torch
@@ -23,6 +25,11 @@ from vggtorch.training.pictures import pixels
 from vggtorch.training.reading import Batch, shared_batches
 from vggtorch.training.run import Images, make_accelerator, read_data
 
+# Where systems have one of them, the first that there is draws the labels.
+FONTS = (
+    "NotoSansCJK-Regular.ttc", "Arial Unicode.ttf", "msyh.ttc", "DejaVuSans.ttf",
+    "NotoSans-Regular.ttf", "LiberationSans-Regular.ttf", "arial.ttf", "Arial.ttf",
+)  # fmt: skip
 EDGE, TEXT, GAP = 160, 18, 8  # pixels: of an image's longer side, of a line, between images
 
 
@@ -105,18 +112,33 @@ def _seen(
     return images, texts
 
 
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    """A font of this machine that has letters of many languages; else PIL's own."""
+    for name in FONTS:
+        with contextlib.suppress(OSError):
+            return ImageFont.truetype(name, size)
+    return cast(ImageFont.FreeTypeFont, ImageFont.load_default(size))
+
+
+def _is_mark(character: str) -> bool:
+    """Whether it stands on the letter before it."""
+    return unicodedata.combining(character) != 0
+
+
 def _sheet(images: list[Any], texts: list[str]) -> Image.Image:
     """Images in rows, each with a line of text under it."""
     columns = math.ceil(math.sqrt(len(images)))
     rows = math.ceil(len(images) / columns)
     width, height = EDGE + GAP, EDGE + TEXT + GAP
     sheet = Image.new("RGB", (columns * width + GAP, rows * height + GAP), "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
+    draw, font = ImageDraw.Draw(sheet), _font(13)
     for place, (image, text) in enumerate(zip(images, texts, strict=True)):
         left, top = GAP + place % columns * width, GAP + place // columns * height
         small = ImageOps.contain(Image.fromarray(image), (EDGE, EDGE))
         sheet.paste(small, (left + (EDGE - small.width) // 2, top + (EDGE - small.height) // 2))
         line = visible(text)
+        if font.getname()[0] == ImageFont.load_default(13).getname()[0]:  # which has plain letters
+            line = "".join(c for c in unicodedata.normalize("NFKD", line) if not _is_mark(c))
         while draw.textlength(line, font) > EDGE:
             line = f"{line.rstrip('…')[:-1]}…"
         draw.text((left + EDGE // 2, top + EDGE + 2), line, "black", font, anchor="ma")

@@ -101,10 +101,19 @@ def batches(model: keras.Model, paths: Sequence[Path], batch_size: int) -> Itera
             yield Batch(good, np.concatenate(arrays) if arrays else np.zeros(0), problems)
 
 
+def _check_model(model: Any) -> None:
+    if not isinstance(model, keras.Model):
+        raise ValueError(
+            f"Received a {type(model).__name__} as the model; expected Keras's. (vt.load_model "
+            f"reads one.)"
+        )
+
+
 def _reader(model: keras.Model) -> Callable[[Path], np.ndarray]:
     def read(path: Path) -> np.ndarray:
         return np.asarray(preprocess(path, model))
 
+    _check_model(model)
     # What the model doesn't say is refused once, and not as a fault of every file.
     preprocess(np.zeros((32, 32, 3), np.uint8), model)
     return read
@@ -266,6 +275,7 @@ def evaluate_folder(
         raise ValueError(f"Received batch_size={batch_size}; expected 1 or more.")
     if on_unreadable not in ("skip", "stop"):
         raise ValueError(f"Received on_unreadable={on_unreadable!r}; expected 'skip' or 'stop'.")
+    _check_model(model)
     part = test_part(Path(folder))
     config = data_config(model)
     size = config.size or (data.DEFAULT_SIZE, data.DEFAULT_SIZE)

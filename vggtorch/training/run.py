@@ -122,6 +122,16 @@ class _Given(NamedTuple):
 
 def _splits(given: Images) -> _Given:
     """What trains, validates and tests of what the user passed as one."""
+    if isinstance(given, list | tuple) and given and _is_plain(given[0]):
+        paths = isinstance(given[0], str | Path)
+        raise ValueError(
+            f"Received a {type(given).__name__} of {'paths' if paths else 'arrays'}; expected "
+            + (
+                "one folder, or a table of the paths and their labels."
+                if paths
+                else "a Dataset of pairs: torch.utils.data.TensorDataset(images, labels)."
+            )
+        )
     if isinstance(given, str | Path):
         tell_beside(Path(given), stacklevel=6)
         return _Given(*find_splits(Path(given)))
@@ -135,6 +145,11 @@ def _splits(given: Images) -> _Given:
             f"validation and test, each once."
         )
     return _Given(**parts)
+
+
+def _is_plain(one: Any) -> bool:
+    """Whether a list of such is no Dataset: of paths, or images and labels as Keras takes them."""
+    return isinstance(one, str | Path) or hasattr(one, "__array__")
 
 
 def _with_classes_of(training: Any, other: Any, name: str) -> Any:
