@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import warnings
 
 import pandas
 import pytest
@@ -191,6 +192,17 @@ def test_lines_of_json_that_can_t_be_right(tmp_path, text, message):
     (tmp_path / "labels.jsonl").write_text(text)
     with pytest.raises(ValueError, match=message):
         read_rows(tmp_path / "labels.jsonl")
+
+
+def test_a_table_that_is_looked_into_twice_warns_once(table):
+    frame, path = table
+    pandas.concat([frame, frame[:1]]).assign(note="x").to_csv(path, index=False)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        find_splits(path)
+        count_images(TablePart(path, "train"))
+    said = sorted(str(w.message).partition(f"{path}")[0] for w in caught)
+    assert said == ["A row repeats another in ", "Columns of "]
 
 
 def test_what_a_table_has_beside_is_said(table, config):

@@ -117,6 +117,10 @@ def _font(size: int) -> ImageFont.FreeTypeFont:
     for name in FONTS:
         with contextlib.suppress(OSError):
             return ImageFont.truetype(name, size)
+    return _own_font(size)
+
+
+def _own_font(size: int) -> ImageFont.FreeTypeFont:
     return cast(ImageFont.FreeTypeFont, ImageFont.load_default(size))
 
 
@@ -137,7 +141,7 @@ def _sheet(images: list[Any], texts: list[str]) -> Image.Image:
         small = ImageOps.contain(Image.fromarray(image), (EDGE, EDGE))
         sheet.paste(small, (left + (EDGE - small.width) // 2, top + (EDGE - small.height) // 2))
         line = visible(text)
-        if font.getname()[0] == ImageFont.load_default(13).getname()[0]:  # which has plain letters
+        if font.getname() == _own_font(13).getname():  # which has plain letters alone
             line = "".join(c for c in unicodedata.normalize("NFKD", line) if not _is_mark(c))
         while draw.textlength(line, font) > EDGE:
             line = f"{line.rstrip('…')[:-1]}…"

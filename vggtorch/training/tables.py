@@ -87,7 +87,8 @@ def read_rows(path: Path) -> list[Row]:
         raise ValueError(f"{path} has no rows. Expected a path and a label in each.")
     if twice:
         rows_do = "A row repeats another" if twice == 1 else f"{twice} rows repeat others"
-        warnings.warn(f"{rows_do} in {path}; each counts once.", stacklevel=3)
+        # From here, so that it is said once of a table that is looked into several times.
+        warnings.warn(f"{rows_do} in {path}; each counts once.", stacklevel=1)
     return list(rows.values())
 
 
@@ -127,7 +128,7 @@ def _meanings(table: Path, names: Iterable[str]) -> dict[str, str]:
         shown = [repr(name) if name.strip() else "one without a name" for name in others]
         warnings.warn(
             f"Columns of {table} that say nothing here: {', '.join(shown)}.",
-            stacklevel=5,
+            stacklevel=1,
         )
     return found
 
