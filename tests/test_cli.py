@@ -270,6 +270,8 @@ def test_the_help_of_finetune_has_every_field_with_its_default(capsys):
         option = found[0] if found else ""
         assert field.metadata["help"].replace(" ", "") in option.replace(" ", "")
     assert "--epochs <int> Passes over the training images. [default: 10]" in words
+    assert "Rules of thumb choose what isn't given, before the defaults below" in words
+    assert "mlflow. May be given several times." in words
 
 
 @pytest.fixture

@@ -204,7 +204,8 @@ def compress(
     out: Annotated[str, typer.Option(metavar="FILE", help="Where to write it; a .keras file.")],
     by: Annotated[Cost, typer.Option(help="What is to be less.")] = "multiply-adds",
     keep: Annotated[
-        list[str] | None, typer.Option(metavar="LAYER", help="A layer that stays as it is.")
+        list[str] | None,
+        typer.Option(metavar="LAYER", help="A layer that stays; may be given several times."),
     ] = None,
     images: Annotated[int, typer.Option(help="How many images to look at, at most.")] = 300,
     seconds: Annotated[

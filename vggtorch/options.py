@@ -66,6 +66,8 @@ def with_options_of_train_config(command: Callable[..., None]) -> Callable[..., 
             details |= {"metavar": "NAME"}
         elif field.name in ("optimizer", "schedule"):
             hint = str
+        if hint == list[str]:
+            details["help"] += " May be given several times."
         if field.name == "class_weight":
             hint = str | None
             details |= {"metavar": "WEIGHTS", "callback": _class_weight}

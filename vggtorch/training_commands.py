@@ -35,8 +35,8 @@ PretrainedWeights = Annotated[
 Advise = Annotated[
     Advice,
     typer.Option(
-        help="Rules of thumb choose what isn't given: for any images, for such as are similar "
-        "to ImageNet's or different, or none."
+        help="Rules of thumb choose what isn't given, before the defaults below: for any images, "
+        "for such as are similar to ImageNet's or different, or none."
     ),
 ]
 
