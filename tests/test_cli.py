@@ -309,7 +309,7 @@ def test_every_field_is_an_option(config_of):
         cache_copies=2, cache_dtype="float16", cache_dir="c", output_dir="r", checkpoint_steps=9,
         resume=True, seed=4, label_pattern="([0-9])", mixup=0.2, cutmix=1.0,
         class_weight=(1.0, 2.5), sampling="balanced", metrics=("auroc", "macro_f1"), monitor="loss",
-        temperature_scaling=True,
+        temperature_scaling=True, restore_best_weights=False,
         log_with=("wandb",),
     )  # fmt: skip
     words = []
