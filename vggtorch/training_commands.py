@@ -40,6 +40,11 @@ Advise = Annotated[
     ),
 ]
 
+# Settings that a search for a learning rate doesn't follow, so that `finetune`'s options may stay.
+_UNSEARCHED = (
+    "learning_rate", "schedule", "warmup", "resume", "patience", "monitor", "metrics",
+    "restore_best_weights", "temperature_scaling", "ema_decay", "checkpoint_steps", "log_with",
+)  # fmt: skip
 # Settings of which one may need another that the plan sets.
 _TOGETHER = ("cut", "unfreeze", "freeze")
 
@@ -98,6 +103,9 @@ def lr_find(
     """Find a learning rate for finetune, by a short run in which it rises; draws the loss."""
     paths.check_out(picture, (".svg",), "picture")
     model, config = _model_and_config(context, [train], architecture, weights, advise, options)
+    if unused := [name for name in _UNSEARCHED if _is_given(context, name)]:
+        shown = ", ".join(f"--{name.replace('_', '-')}" for name in unused)
+        _show(f"Without effect on the search: {shown}.")
     search = vt.find_learning_rate(
         model, train, config, lowest=lowest, highest=highest, steps=steps
     )
@@ -147,7 +155,7 @@ def _model_and_config(
     given: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value
         for name, value in options.items()
-        if (source := context.get_parameter_source(name)) and source.name != "DEFAULT"
+        if _is_given(context, name)
     }
     # Some settings need the plan's.
     TrainConfig(**{k: v for k, v in given.items() if advise == "none" or k not in _TOGETHER})
@@ -178,6 +186,12 @@ def _model_and_config(
     if advise == "none":
         return model, TrainConfig(**given)
     return model, settle_config(model, train, None, given, None if advise == "auto" else advise)
+
+
+def _is_given(context: typer.Context, name: str) -> bool:
+    """Whether the user has given an option."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name != "DEFAULT"
 
 
 def _show(text: object) -> None:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import math
+
 import keras
 import numpy as np
 import pytest
 import tiny
 import torch
 
+from vggtorch.keras_graph import graph_of
 from vggtorch.measuring import bench, benchmark, timing
+from vggtorch.measuring.costs import example_of
+from vggtorch.models import as_layers, remember_
 from vggtorch.surgery import freeze_
+from vggtorch.weight_sets import DataConfig
 
 
 @pytest.mark.slow
@@ -80,3 +86,16 @@ def test_tokens() -> None:
 def test_too_few_images_or_turns_are_refused() -> None:
     with pytest.raises(ValueError, match="Received batch=0 and repeats=5; expected 1 or more"):
         bench(tiny.network(), 0)
+
+
+def test_a_model_with_its_preprocessing_inside_gets_pixels() -> None:
+    """On noise around 0 its images are nearly the same, and Keras's batch norm then gives NaN."""
+    image = keras.Input((8, 8, 3))
+    x = as_layers(image, "oxford")
+    x = keras.layers.Conv2D(4, 3, name="conv")(x)
+    x = keras.layers.GlobalAveragePooling2D()(keras.layers.BatchNormalization()(x))
+    model = remember_(keras.Model(image, x), DataConfig(preprocessing_inside=True))
+    pixels = example_of(graph_of(model, "bench"), 8, 2, torch.device("cpu"))
+    assert 0 <= pixels.min() < 20 and 235 < pixels.max() <= 255
+    found = bench(model, batch=2, repeats=1)
+    assert all(math.isfinite(r.difference) for r in (*found.inference, *found.gradients))

@@ -84,9 +84,11 @@ def test_a_resumed_run_ends_as_if_nothing_had_happened(images, config, variant, 
     assert torch.equal(found.evaluation.logits, expected.evaluation.logits)
 
 
-def test_a_finished_run_resumes_to_what_it_was(images, config):
+def test_a_finished_run_resumes_to_what_it_was(images, config, capsys):
     first = finetune(tiny.network(), images, config=config)
+    assert "had ended" not in capsys.readouterr().err
     again = finetune(tiny.network(), images, config=dataclasses.replace(config, resume=True))
+    assert "had ended: nothing is trained." in capsys.readouterr().err
     assert again.epochs == first.epochs
     assert all(map(np.array_equal, tiny.weights(again.model), tiny.weights(first.model)))
     assert again.evaluation is not None and first.evaluation is not None

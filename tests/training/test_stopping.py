@@ -66,7 +66,7 @@ def test_a_run_stopped_while_images_are_read_ends_as_it_would_have(settings, exp
     with pytest.raises(Interrupted):
         finetune(tiny.network(), train, validation, settings)
     shown = capsys.readouterr().err
-    assert "last.pt holds the run, and resume=True carries it on." in shown
+    assert "last.pt holds the run, and the same call with `resume` carries it on." in shown
     assert checkpoints.read(Path(settings.output_dir) / "last.pt")
     assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
     assert sorted(p.name for p in Path(settings.output_dir).iterdir() if p.name != ".lock") in (

@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from vggtorch.keras_graph import Functional, data_format, graph_of, input_structure, torch_dtype
 from vggtorch.lowering import OnKeras, TorchNetwork
 from vggtorch.measuring.timing import clock, in_turns
+from vggtorch.models import remembered
 from vggtorch.text import table
 
 
@@ -116,14 +117,20 @@ def inspect(model: keras.Model, *, size: int = 224, repeats: int = 5) -> Report:
 def example_of(graph: Functional, size: int, batch: int, device: torch.device) -> Any:
     """Inputs in the structure that the model takes; `size` where it leaves H and W open.
 
-    Random, but zeros for whole numbers, which often stand for entries of a table.
+    Random, but zeros for whole numbers, which often stand for entries of a table. A model with its
+    preprocessing inside gets pixels of 0 to 255: on smaller numbers all images are the same to it.
     """
+    pixels = remembered(graph).preprocessing_inside
     inputs = []
     for tensor in graph.inputs:
         dtype = torch_dtype(tensor.dtype)
-        make = torch.randn if dtype.is_floating_point else torch.zeros
         shape = [batch, *(n or size for n in tensor.shape[1:])]
-        inputs.append(make(shape, device=device, dtype=dtype))
+        if not dtype.is_floating_point:
+            inputs.append(torch.zeros(shape, device=device, dtype=dtype))
+        elif pixels:
+            inputs.append(255 * torch.rand(shape, device=device, dtype=dtype))
+        else:
+            inputs.append(torch.randn(shape, device=device, dtype=dtype))
     return keras.tree.pack_sequence_as(input_structure(graph), inputs)
 
 

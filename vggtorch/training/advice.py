@@ -114,8 +114,8 @@ _TENTH = Reason(
 )
 _LAST = Reason(
     "Keep the weights of the last epoch.",
-    "The learning rate has fallen to nothing by then, and which of thirty epochs is best on a few "
-    "hundred validation images is mostly chance.",
+    "The learning rate has fallen to nothing by then, and which epoch is best on a few hundred "
+    "validation images is mostly chance.",
     "folds of training images, benchmarks/tried.md",
     {"restore_best_weights": False},
 )

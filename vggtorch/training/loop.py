@@ -24,6 +24,7 @@ import torch
 from vggtorch.keras_graph import graph_of
 from vggtorch.lowering import synchronize_
 from vggtorch.models import remember_
+from vggtorch.paths import check_run
 from vggtorch.training import checkpoints
 from vggtorch.training.balance import class_weights
 from vggtorch.training.callbacks import (
@@ -162,6 +163,7 @@ def finetune(
     check_trackers(config.log_with)
     accelerator = make_accelerator(config.precision, config.log_with, config.output_dir)
     folder = Path(config.output_dir)
+    check_run(config.output_dir, config.resume)
     with (
         locked(folder) if accelerator.is_main_process else nullcontext(),
         tracked(config, accelerator) as trackers,
@@ -201,11 +203,6 @@ def _finetune(
     progress = state.progress
     last, best = (Path(config.output_dir) / name for name in ("last.pt", "best.pt"))
     if last.exists():
-        if not config.resume:
-            raise ValueError(
-                f"{last} exists: the folder holds another run. Pass resume=True to carry that on, "
-                f"or another folder as output_dir."
-            )
         content = checkpoints.read(last)
         check_identity(last, content, mine, model)
         restore_(state, content, last)
@@ -233,6 +230,8 @@ def _finetune(
     ):
         freeze_for_(model, config, progress.epoch)
         show.say(first_lines(model, read, config, images, accelerator.device))
+        if progress.epoch == config.epochs or progress.stopped:
+            show.say(f"The run in {config.output_dir} had ended: nothing is trained.")
         trackers.begin(_about(model, read, classes, images), progress.epochs)
         call(callbacks, "on_train_begin", model, config)
         while (progress.epoch < config.epochs and not progress.stopped) and not (
@@ -352,7 +351,7 @@ def left_behind(
         save()
         show.say(
             f"Stopped in epoch {progress.epoch + 1} after {progress.step} steps; {last} holds the "
-            f"run, and resume=True carries it on."
+            f"run, and the same call with `resume` carries it on."
         )
         accelerator.wait_for_everyone()  # the launcher ends all when the first has ended
         raise
