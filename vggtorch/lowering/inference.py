@@ -131,7 +131,7 @@ class InferenceEngine:
             replace(segment, steps=[_fixed(step, workspace, dtype) for step in segment.steps])
             for segment in cut(steps, plans.inputs, plans.outputs, checkpoint=False)
         ]
-        self._recorded: dict[int, Recorded] = {}  # by the identity of a segment or a part of one
+        self._recorded: dict[tuple[int, int], Recorded] = {}  # by its first and last output
 
     def __call__(self, *args: Tensor, **kwargs: Tensor) -> Any:
         """What the model returns for these inputs."""
@@ -152,9 +152,12 @@ class InferenceEngine:
         return filled(self._plan.structure, values)
 
     def _run(self, segment: Segment, values: dict[int, Any]) -> None:
-        if id(segment) not in self._recorded:
-            self._recorded[id(segment)] = Recorded(segment.steps)
-        self._recorded[id(segment)](values)
+        # Not by the segment itself: images of each shape run through other parts of one, though
+        # mostly with the same steps.
+        key = segment.steps[0].output, segment.steps[-1].output
+        if key not in self._recorded:
+            self._recorded[key] = Recorded(segment.steps)
+        self._recorded[key](values)
 
     def _checked(self, inputs: Sequence[Any]) -> list[Tensor]:
         """The inputs, if they are what the network takes."""
