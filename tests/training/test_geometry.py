@@ -102,8 +102,9 @@ def test_pt2_has_the_same_beside_it(tmp_path):
 def test_the_size_is_the_models(pictures, tmp_path):
     config = vt.TrainConfig(epochs=1, output_dir=str(tmp_path / "run"))
     assert vt.finetune(tiny.network(2), pictures, config=config).data_config.size == (16, 16)
+    other = dataclasses.replace(config, image_size=32, output_dir=str(tmp_path / "other"))
     with pytest.raises(ValueError, match="image_size=32; tiny takes images of 16x16. Leave image"):
-        vt.finetune(tiny.network(2), pictures, config=dataclasses.replace(config, image_size=32))
+        vt.finetune(tiny.network(2), pictures, config=other)
     open_model = tiny.network(None, size=None)
     assert data.images_for(open_model, config).size == (224, 224)
     sized = dataclasses.replace(config, image_size=48)
