@@ -110,3 +110,29 @@ def test_reshapes_compute_in_the_policys_dtype_too() -> None:
     for actual, expected in zip(on_keras(model)(inputs), model(inputs), strict=True):
         assert_close(actual.detach().float(), expected.detach().float(), 1e-2)
         assert actual.dtype == expected.dtype
+
+
+@pytest.mark.skipif(
+    not kernels.has_fused_ops(torch.empty(0), torch.bfloat16), reason="needs oneDNN in bfloat16"
+)
+@pytest.mark.parametrize(("rows", "inside"), [(4, torch.float32), (200, torch.bfloat16)])
+def test_a_few_rows_of_inference_are_not_worth_a_cast_of_the_weight(
+    rows: int, inside: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used = []
+    product = kernels.linear
+
+    def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        used.append((x.dtype, weight.dtype))
+        return product(x, weight, bias)
+
+    monkeypatch.setattr(kernels, "linear", linear)
+    inputs = keras.Input((64,))
+    model = keras.Model(inputs, keras.layers.Dense(32, bias_initializer="normal")(inputs))
+    x = torch.randn(rows, 64)
+    module = on_keras(model).eval()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        y = module(x)
+    assert used == [(inside, inside)] and y.dtype == torch.bfloat16
+    kernel, bias = (torch.as_tensor(w).to(inside) for w in model.get_weights())
+    assert_close(y.float(), (x.to(inside) @ kernel + bias).float(), 1e-2)

@@ -28,7 +28,7 @@ SAFE = 1e37
 PROBE = torch.randn(4096, generator=torch.Generator().manual_seed(0))
 # Integers with as many bits as a floating-point number.
 INTEGERS = {torch.float32: torch.int32, torch.bfloat16: torch.int16}
-# On a CPU a product of mixed precision trains in its weight's own dtype with fewer rows than this:
+# On a CPU a product of mixed precision is in its weight's own dtype with fewer rows than this:
 # reading a large weight takes longer than its product, and casting it and its gradient most.
 MANY_ROWS = 128
 
@@ -374,11 +374,14 @@ class FusedLinear:
 
     @torch.no_grad()
     def __call__(self, x: Tensor) -> Tensor:
-        linear = self.linear
-        dtype = product_dtype(x, x.dtype if self.mixed else linear.weight.dtype)
+        linear, own = self.linear, self.linear.weight.dtype
+        dtype = product_dtype(x, x.dtype if self.mixed else own)
         if _is_rows(x, linear, self.mixed) and kernels.has_fused_ops(x, dtype):
-            bias = None if linear.bias is None else linear.bias.to(dtype)
-            y = kernels.linear(x.to(dtype), linear.weight.to(dtype), bias)
+            # To cast the weight takes longer than a few rows do with it as it is.
+            few = kernels.has_fused_ops(x, own) and len(x) < MANY_ROWS
+            inside = own if few else dtype
+            bias = None if linear.bias is None else linear.bias.to(inside)
+            y = kernels.linear(x.to(inside), linear.weight.to(inside), bias).to(dtype)
         else:
             y = linear(x)
         return self._activated(y)
