@@ -40,10 +40,16 @@ Advise = Annotated[
     ),
 ]
 
-# Settings that a search for a learning rate doesn't follow, so that `finetune`'s options may stay.
+# What a search for a learning rate doesn't follow, and what changes nothing in what is drawn of a
+# batch. They are said and not refused, so that the options of `finetune` may stay.
 _UNSEARCHED = (
     "learning_rate", "schedule", "warmup", "resume", "patience", "monitor", "metrics",
     "restore_best_weights", "temperature_scaling", "ema_decay", "checkpoint_steps", "log_with",
+)  # fmt: skip
+_UNDRAWN = (
+    *_UNSEARCHED, "gradient_accumulation_steps", "optimizer", "layer_decay", "weight_decay",
+    "label_smoothing", "class_weight", "max_grad_norm", "precision", "num_workers", "cache_dtype",
+    "cache_dir", "output_dir",
 )  # fmt: skip
 # Settings of which one may need another that the plan sets.
 _TOGETHER = ("cut", "unfreeze", "freeze")
@@ -103,9 +109,7 @@ def lr_find(
     """Find a learning rate for finetune, by a short run in which it rises; draws the loss."""
     paths.check_out(picture, (".svg",), "picture")
     model, config = _model_and_config(context, [train], architecture, weights, advise, options)
-    if unused := [name for name in _UNSEARCHED if _is_given(context, name)]:
-        shown = ", ".join(f"--{name.replace('_', '-')}" for name in unused)
-        _show(f"Without effect on the search: {shown}.")
+    _tell_unused(context, _UNSEARCHED, "the search")
     search = vt.find_learning_rate(
         model, train, config, lowest=lowest, highest=highest, steps=steps
     )
@@ -134,6 +138,7 @@ def show_batch(
     """Draw what the network would see: the first images, augmented, with their labels."""
     paths.check_out(picture, (".png", ".jpg", ".jpeg"), "picture")
     model, config = _model_and_config(context, [train], architecture, weights, advise, options)
+    _tell_unused(context, _UNDRAWN, "the picture")
     drawn = vt.show_batch(model, train, config, count=count)
     with files.atomic(picture, body=(OSError, ValueError)) as temporary:
         drawn.save(temporary)
@@ -186,6 +191,12 @@ def _model_and_config(
     if advise == "none":
         return model, TrainConfig(**given)
     return model, settle_config(model, train, None, given, None if advise == "auto" else advise)
+
+
+def _tell_unused(context: typer.Context, unused: Sequence[str], on: str) -> None:
+    """Say which of the options that the user has given have no effect."""
+    if given := [f"--{n.replace('_', '-')}" for n in unused if _is_given(context, n)]:
+        _show(f"Without effect on {on}: {', '.join(given)}.")
 
 
 def _is_given(context: typer.Context, name: str) -> bool:

@@ -118,5 +118,7 @@ def test_the_command_draws_it(tmp_path, capsys, images):
     model = vt.VGG11(weights=weights, include_top=False, input_shape=(32, 32, 3))
     expected: Any = show_batch(model, images, count=4, batch_size=8)
     np.testing.assert_array_equal(np.asarray(Image.open(picture)), np.asarray(expected))
+    assert main(["show_batch", str(images), *options, *shown, "--lr", "0.1"]) == 0
+    assert "Without effect on the picture: --learning-rate." in capsys.readouterr().out
     assert main(["show_batch", str(images), *options, "--count", "0"]) == 1
     assert "Received --count 0" in capsys.readouterr().err

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import os
+from pathlib import Path
 from typing import Any
 
 import filelock
@@ -46,3 +47,20 @@ def test_a_folder_that_nothing_can_be_written_into_is_said(config, monkeypatch):
         finetune(tiny.network(), tiny.dataset(), config=config)
     said = as_options(str(refused.value))
     assert said.endswith("Read-only file system. Choose another with --output-dir run2, say.")
+
+
+def test_a_run_that_another_left_while_this_one_waited_is_not_carried_on(config, monkeypatch):
+    finetune(tiny.network(), tiny.dataset(), config=config)
+    last = Path(config.output_dir) / "last.pt"
+    content = last.read_bytes()
+    last.unlink()
+    acquire = filelock.FileLock.acquire
+
+    def wait(lock: Any, *args: Any, **options: Any) -> Any:
+        last.write_bytes(content)
+        return acquire(lock, *args, **options)
+
+    monkeypatch.setattr(filelock.FileLock, "acquire", wait)
+    with pytest.raises(ValueError, match="last.pt exists: the folder holds another run"):
+        finetune(tiny.network(), tiny.dataset(), config=config)
+    assert last.read_bytes() == content

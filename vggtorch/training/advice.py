@@ -72,12 +72,6 @@ _FEW_IMAGES: dict[str, Any] = {
 }  # fmt: skip
 # Freeze all, run the frozen layers once for each image and its mirror image, train the head.
 _FROZEN: dict[str, Any] = {**_FEW_IMAGES, "epochs": 30, "restore_best_weights": False}
-_POOLED = Reason(
-    "Pool each feature map to its mean and maximum under the head.",
-    "So the head has thousands of weights rather than millions, and any image size fits.",
-    FASTAI,
-    {},
-)
 _QUARTERS = Reason(
     "Pool each feature map to its mean and maximum under the head, and its quarters to means.",
     "So any image size fits, and the head still knows roughly where something is, which whole "
@@ -234,7 +228,12 @@ def advise(images: int, classes: int, similarity: Similarity | None = None) -> P
         ]
     pooled = _QUARTERS
     if options["head"] != "multilevel":
-        pooled = _POOLED._replace(settings={"head": options["head"]})
+        pooled = Reason(
+            "Pool each feature map to its mean and maximum under the head.",
+            "So the head has thousands of weights rather than millions, and any image size fits.",
+            FASTAI,
+            {"head": options["head"]},
+        )
     whole = (_WHOLE,) if "crop_pct" in options else ()
     return Plan(**options, reasons=(*reasons, pooled, *whole, _SMOOTHED))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import warnings
 from collections import Counter
@@ -242,8 +243,10 @@ def _class_folders(folder: Path) -> list[str]:
 
 def _table_near(folder: Path) -> str:
     """A hint at a table in a folder without classes, or beside it."""
-    places = [folder, folder.resolve().parent]
-    tables = [path for place in places for path in sorted(place.iterdir()) if is_table(path)]
+    tables: list[Path] = []
+    with contextlib.suppress(OSError):  # the folder around it may be closed to this user
+        for place in (folder, folder.resolve().parent):
+            tables += [path for path in sorted(place.iterdir()) if is_table(path)]
     return f" Perhaps {tables[0]} has them, and can be passed itself." if tables else ""
 
 

@@ -163,11 +163,11 @@ def finetune(
     check_trackers(config.log_with)
     accelerator = make_accelerator(config.precision, config.log_with, config.output_dir)
     folder = Path(config.output_dir)
-    check_run(config.output_dir, config.resume)
     with (
         locked(folder) if accelerator.is_main_process else nullcontext(),
         tracked(config, accelerator) as trackers,
     ):
+        check_run(config.output_dir, config.resume)  # once no other run can still write there
         return _finetune(model, train, validation, config, accelerator, callbacks, trackers)
 
 
