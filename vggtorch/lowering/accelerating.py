@@ -8,9 +8,9 @@ import keras
 import torch
 
 from vggtorch import keras_graph
+from vggtorch.lowering.calls import WRITTEN
 from vggtorch.lowering.on_keras import OnKeras
 from vggtorch.lowering.settings import Settings
-from vggtorch.lowering.writing import WRITTEN
 
 
 def accelerate_(model: keras.Model, compile: bool = False, enabled: bool = True) -> keras.Model:

@@ -60,9 +60,12 @@ def _layer_norm(site: Site) -> list[Piece] | None:
     if not last or getattr(layer, "rms_scaling", False):
         return None
     kind: Any = nn.LayerNorm
-    if layer.compute_dtype in ("bfloat16", "float16"):
+    dtypes = {site.given, layer.compute_dtype, layer.variable_dtype}
+    if dtypes <= {"bfloat16", "float16", "float32"} and dtypes != {"float32"}:
         dtype = keras_graph.torch_dtype(layer.compute_dtype)
         kind = partial(WideLayerNorm, compute_dtype=dtype)
+    elif len(dtypes) > 1:
+        return None
     norm = site.module(kind, site.inputs[0].shape[-1], layer.epsilon)
     return [Piece(norm, "", "keras")]
 
@@ -70,7 +73,7 @@ def _layer_norm(site: Site) -> list[Piece] | None:
 def _is_float32(site: Site) -> bool:
     """Whether a layer reads, computes in and puts out float32; some of Keras's cast all else."""
     layer = site.layer
-    return {site.inputs[0].dtype, layer.compute_dtype, layer.variable_dtype} == {"float32"}
+    return {site.given, layer.compute_dtype, layer.variable_dtype} == {"float32"}
 
 
 def _group_norm(site: Site) -> list[Piece] | None:
@@ -191,9 +194,7 @@ def _up_sampling(site: Site) -> list[Piece] | None:
     mode = getattr(layer, "interpolation", "nearest")
     # Torch rounds a pixel's place, to one too early with factors such as 41; it smooths floats.
     smooth = mode in ("bilinear", "bicubic") and layer.compute_dtype in ("float32", "float64")
-    if "float" not in site.inputs[0].dtype or not (
-        smooth or (mode == "nearest" and max(size) < 41)
-    ):
+    if not (smooth or (mode == "nearest" and max(size) < 41)):
         return None
     factors = tuple(float(n) for n in size)
     return [Piece(nn.Upsample(None, factors, mode, False if smooth else None))]
@@ -251,6 +252,15 @@ _MIXED = {
     *all_ranks("DepthwiseConv"),
     *all_ranks("SeparableConv"),
 }
+# What takes whole numbers as Keras does; other layers of Keras make floats of them, each its way.
+_WHOLE = {
+    layers.Embedding,
+    layers.Flatten,
+    layers.Identity,
+    layers.Normalization,
+    layers.Rescaling,
+    layers.TorchModuleWrapper,
+}
 
 
 def convert(site: Site) -> list[Piece]:
@@ -258,5 +268,7 @@ def convert(site: Site) -> list[Piece]:
     layer = site.layer
     converter = CONVERTERS.get(type(layer))
     if converter is None or (site.is_mixed and layer.variables and type(layer) not in _MIXED):
+        return []
+    if "float" not in site.given and type(layer) not in _WHOLE:
         return []
     return converter(site) or []

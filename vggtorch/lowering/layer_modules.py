@@ -294,8 +294,8 @@ def _parameters_from(modules: list[nn.Module], tensors: dict[int, Tensor]) -> It
 
 
 @dataclass(frozen=True)
-class _Argument:
-    """Stands for the tensor number `index` in the recorded arguments of a call."""
+class Place:
+    """Stands for the value number `index` in the recorded arguments of a call."""
 
     index: int
 
@@ -316,7 +316,7 @@ class KerasLayer(Leaf):
         operation = node.operation
         position = {id(tensor): i for i, tensor in enumerate(node.input_tensors)}
         self.arguments = keras.tree.map_structure(
-            lambda x: _Argument(position[id(x)]) if isinstance(x, keras.KerasTensor) else x,
+            lambda x: Place(position[id(x)]) if isinstance(x, keras.KerasTensor) else x,
             (node.arguments.args, node.arguments.kwargs),
         )
         # In a tuple, which keeps the Keras layer from being a submodule with names of its own.
@@ -351,7 +351,7 @@ class KerasLayer(Leaf):
     def forward(self, *inputs: Tensor) -> Any:
         (operation,) = self.operation
         args, kwargs = keras.tree.map_structure(
-            lambda x: inputs[x.index] if isinstance(x, _Argument) else x, self.arguments
+            lambda x: inputs[x.index] if isinstance(x, Place) else x, self.arguments
         )
         if keras_graph.reads_training(operation):  # over one fixed at the call, as in Keras
             kwargs = {**kwargs, "training": self.training}

@@ -16,7 +16,7 @@ from torch.nn.modules import module as torch_module
 
 from vggtorch.lowering.fused import FusedConv2d, TrainedLinear
 from vggtorch.lowering.kernels import is_intercepted
-from vggtorch.lowering.layer_modules import KerasLayer, SharedDropout
+from vggtorch.lowering.layer_modules import KerasLayer, Place, SharedDropout
 from vggtorch.lowering.running import run_segments
 from vggtorch.lowering.steps import (
     CONVOLUTIONS,
@@ -25,7 +25,6 @@ from vggtorch.lowering.steps import (
     NORMS,
     STATELESS,
     Call,
-    Place,
     Plans,
     Step,
     steps_of,

@@ -189,7 +189,7 @@ def _dense(site: Site) -> list[Piece]:
 
 
 def _embedding(site: Site) -> list[Piece] | None:
-    if site.layer.mask_zero:
+    if site.layer.mask_zero or site.given not in ("int32", "int64"):  # Keras casts others
         return None
     return [Piece(site.module(nn.Embedding, *site.layer.embeddings.shape), "", "keras")]
 

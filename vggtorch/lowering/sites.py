@@ -38,12 +38,14 @@ class Site:
         inputs: the symbolic tensors that it is called on.
         ties: the pairs of Keras variables and torch tensors of the whole network.
         share: whether torch's tensors are on the Keras variables' memory.
+        given: the name of the dtype that its (first) input has when the network runs.
     """
 
     layer: Any
     inputs: Sequence[keras.KerasTensor]
     ties: Ties
     share: bool
+    given: str
 
     @property
     def rank(self) -> int:

@@ -32,6 +32,7 @@ from vggtorch.lowering.layer_modules import (
     MixedLinear,
     Normalize,
     Permute,
+    Place,
     PReLU,
     Rescale,
     SameAvgPool,
@@ -39,13 +40,6 @@ from vggtorch.lowering.layer_modules import (
     Scale,
     WideLayerNorm,
 )
-
-
-@dataclass(frozen=True)
-class Place:
-    """Stands for the value number `index` in the recorded arguments of a node."""
-
-    index: int
 
 
 class Call:

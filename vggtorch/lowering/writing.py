@@ -22,7 +22,16 @@ from keras import layers
 from torch import nn
 
 from vggtorch import keras_graph
-from vggtorch.lowering.converters import CONVERTERS, convert
+from vggtorch.lowering.calls import (
+    MERGES,
+    WRITTEN,
+    dtype_of,
+    fits,
+    is_plain,
+    masks_inside,
+    one_dtype,
+)
+from vggtorch.lowering.converters import convert
 from vggtorch.lowering.layer_modules import KerasLayer, Permute
 from vggtorch.lowering.network import TorchNetwork
 from vggtorch.lowering.settings import Settings
@@ -165,16 +174,6 @@ def _warn_of_penalties(model: keras.Model) -> None:
         )
 
 
-_MERGES: dict[type, Callable[..., Any]] = {
-    layers.Add: operator.add,
-    layers.Multiply: operator.mul,
-    layers.Subtract: operator.sub,
-    layers.Maximum: torch.maximum,
-    layers.Minimum: torch.minimum,
-    layers.Average: operator.add,
-}
-# The layers that become torch's modules or functions, where they are set so that these can do it.
-WRITTEN = {*CONVERTERS, *_MERGES, layers.Concatenate, layers.Permute, layers.Reshape}
 _OPERATORS: dict[str | None, Callable[..., Any]] = {
     "Add": operator.add,
     "Subtract": operator.sub,
@@ -192,14 +191,14 @@ class _Common:
     Attributes:
         share: whether torch's tensors are on the Keras variables' memory.
         ties: the pairs of both.
-        pieces: the modules of each layer by its id and its input's rank; a layer that is called in
-            several networks is one module in all of them.
+        pieces: the modules of each layer by its id and its input's rank and dtype; a layer that is
+            called in several networks is one module in all of them.
         copies: what stands for the variables of layers that Keras runs, without `share`.
     """
 
     share: bool
     ties: Ties = field(default_factory=Ties)
-    pieces: dict[tuple[int, int], list[Piece]] = field(default_factory=dict)
+    pieces: dict[tuple[int, int, str], list[Piece]] = field(default_factory=dict)
     copies: dict[int, nn.Parameter] = field(default_factory=dict)
 
 
@@ -216,7 +215,7 @@ class _Builder:
         self.root = nn.Module()
         self.graph = torch.fx.Graph()
         self.values: dict[int, dict[str, torch.fx.Node]] = {}  # by the id of a Keras tensor
-        self.names: dict[tuple[int, int], list[str]] = {}  # of layers' modules
+        self.names: dict[tuple[int, int, str], list[str]] = {}  # of layers' modules
         self.nested: dict[int, str] = {}  # names of models inside
         self.hidden: set[int] = set()  # tensors that may carry a mask which they don't show
 
@@ -273,12 +272,14 @@ class _Builder:
         masked = any(map(keras_graph.has_mask, call.input_tensors))
         # Keras doesn't show on a nested model's output a mask that begins inside or passes through.
         hidden = any(id(t) in self.hidden for t in call.input_tensors)
-        if hidden or _masks_inside(call.operation, masked):
+        if hidden or masks_inside(call.operation, masked):
             self.hidden |= {id(tensor) for tensor in call.outputs}
             masked = True
         if masked or not self._written(call):
             module = KerasLayer(call, None if self.common.share else self.common.copies)
-            self._call_module(call, self._add(call.operation.name, module))
+            name, several = self._add(call.operation.name, module), len(call.outputs) > 1
+            paths = [(i,) if several else () for i in range(len(call.outputs))]
+            self._call_module(call, name, [dtype_of(t) for t in call.input_tensors], paths)
         for node in takewhile(lambda node: node is not last, reversed(self.graph.nodes)):
             node.meta["layer"] = call.operation.name
 
@@ -287,7 +288,7 @@ class _Builder:
         layer = call.operation
         if not isinstance(layer, keras.Layer):
             return self._operator(call)
-        if not _is_plain(call):
+        if not is_plain(call):
             return False
         if inner := keras_graph.functional(layer):
             return self._nested(call, inner)
@@ -298,7 +299,7 @@ class _Builder:
             return False
         if type(layer) in (layers.Reshape, layers.Permute):
             return self._reshape(call)
-        merges = type(layer) in _MERGES or type(layer) is layers.Concatenate
+        merges = type(layer) in MERGES or type(layer) is layers.Concatenate
         return self._merge(call) if merges else self._as_torch(call)
 
     def _set(self, tensor: keras.KerasTensor, axes: str, node: torch.fx.Node) -> None:
@@ -310,10 +311,10 @@ class _Builder:
         layer, tensors, pieces = call.operation, call.input_tensors, self.common.pieces
         if len(tensors) != 1 or len(call.outputs) != 1:
             return False
-        rank = len(tensors[0].shape)
-        key = (id(layer), rank)
+        rank, dtype = len(tensors[0].shape), dtype_of(tensors[0])
+        key = (id(layer), rank, dtype)
         if key not in pieces:
-            pieces[key] = convert(Site(layer, tensors, self.common.ties, self.common.share))
+            pieces[key] = convert(Site(layer, tensors, self.common.ties, self.common.share, dtype))
         if not pieces[key]:
             return False
         if key not in self.names:
@@ -338,13 +339,21 @@ class _Builder:
     def _cast(self, call: keras_graph.Node, axes: str) -> torch.fx.Node:
         """A layer's one input in the dtype that the layer computes in, as Keras casts it.
 
-        It doesn't cast a LayerNormalization's, which computes in float32.
+        It doesn't cast a LayerNormalization's, which computes in float32, nor whole numbers but
+        those that a Normalization gets.
         """
         layer, (tensor,) = call.operation, call.input_tensors
-        node, given, wanted = self.value(tensor, axes), _dtype(tensor), layer.compute_dtype
-        if layer.autocast and given != wanted and "float" in given and "float" in wanted:
-            return self.graph.call_method("to", (node, keras_graph.torch_dtype(wanted)))
-        return node
+        given, wanted = dtype_of(tensor), layer.compute_dtype
+        floats = layer.autocast and "float" in given and "float" in wanted
+        casts = floats or type(layer) is layers.Normalization
+        return self._to(tensor, axes, wanted if casts else given)
+
+    def _to(self, tensor: keras.KerasTensor, axes: str, dtype: str) -> torch.fx.Node:
+        """A Keras tensor's value in this dtype."""
+        node = self.value(tensor, axes)
+        if dtype_of(tensor) == dtype:
+            return node
+        return self.graph.call_method("to", (node, keras_graph.torch_dtype(dtype)))
 
     def _axes(self, axes: Axes, layer: Any) -> str:
         """The order of axes that a module wants; in a channels_first layer both are the same."""
@@ -373,7 +382,7 @@ class _Builder:
     def _merge(self, call: keras_graph.Node) -> bool:
         """Write down a sum, product, concatenation and the like of several tensors."""
         layer, tensors = call.operation, call.input_tensors
-        if len(tensors) < 2 or _one_dtype(call) != layer.compute_dtype:
+        if len(tensors) < 2 or one_dtype(call) != layer.compute_dtype:
             return False
         axes = self._cheapest(tensors)
         values = [self.value(t, axes) for t in tensors]
@@ -384,7 +393,7 @@ class _Builder:
                 axis = 1 if axis == rank - 1 else axis + 1
             node = self.graph.call_function(torch.cat, (values, axis))
         else:
-            function = _MERGES[type(layer)]
+            function = MERGES[type(layer)]
             node = reduce(lambda a, b: self.graph.call_function(function, (a, b)), values)
         if type(layer) is layers.Average:
             node = self.graph.call_function(operator.truediv, (node, len(values)))
@@ -395,7 +404,7 @@ class _Builder:
         """Write down an operator between tensors and numbers."""
         kind, args = keras_graph.operation_kind(call.operation), call.arguments.args
         known = all(isinstance(a, keras.KerasTensor | int | float) for a in args)
-        if kind not in _OPERATORS or call.arguments.kwargs or not known or not _one_dtype(call):
+        if kind not in _OPERATORS or call.arguments.kwargs or not known or not one_dtype(call):
             return False
         axes = self._cheapest(call.input_tensors)
         values = (self.value(a, axes) if isinstance(a, keras.KerasTensor) else a for a in args)
@@ -405,19 +414,32 @@ class _Builder:
 
     def _nested(self, call: keras_graph.Node, inner: keras.Function) -> bool:
         """Write down a call of a model as that of a network of its own."""
-        model = call.operation
+        model, given = call.operation, call.arguments.args[0]
+        if not fits(given, inner):
+            return False
         if id(model) not in self.nested:
             network = _Builder(inner, self.common).build(model.name)
             self.nested[id(model)] = self._add(model.name, network)
-        self._call_module(call, self.nested[id(model)])
+        # It begins with a cast to the dtypes that it was built with.
+        dtypes = [tensor.dtype for tensor in inner.inputs]
+        paths = keras.tree.flatten_with_path(keras_graph.output_structure(inner))
+        self._call_module(call, self.nested[id(model)], dtypes, [path for path, _ in paths])
         return True
 
-    def _call_module(self, call: keras_graph.Node, name: str) -> None:
-        arguments = tuple(self.value(t, "keras") for t in call.input_tensors)
-        node = self.graph.call_module(name, arguments)
-        for i, tensor in enumerate(call.outputs):
-            several = len(call.outputs) > 1
-            part = self.graph.call_function(operator.getitem, (node, i)) if several else node
+    def _call_module(
+        self,
+        call: keras_graph.Node,
+        name: str,
+        dtypes: Sequence[str],
+        paths: Sequence[Sequence[Any]],
+    ) -> None:
+        """Call a child with inputs of these dtypes; `paths`: where in what it gives outputs are."""
+        inputs = zip(call.input_tensors, dtypes, strict=True)
+        node = self.graph.call_module(name, tuple(self._to(t, "keras", d) for t, d in inputs))
+        for tensor, path in zip(call.outputs, paths, strict=True):
+            part = node
+            for key in path:
+                part = self.graph.call_function(operator.getitem, (part, key))
             self._set(tensor, "keras", part)
 
     def _add(self, name: str, module: nn.Module) -> str:
@@ -442,38 +464,3 @@ def _identifier(name: str, taken: Sequence[str] = ()) -> str:
     while name in taken:
         name += "_"
     return name
-
-
-def _dtype(tensor: keras.KerasTensor) -> str:
-    """The dtype that a value has; a symbolic tensor keeps what its layer's was when it was made."""
-    layer = keras_graph.producer(tensor)
-    known = type(layer) in WRITTEN and layer.autocast and "float" in tensor.dtype
-    return str(layer.compute_dtype if known else tensor.dtype)
-
-
-def _one_dtype(call: keras_graph.Node) -> str | None:
-    """The float dtype of all tensors around a call; None where they, or numbers of axes, differ."""
-    ranks = {len(t.shape) for t in call.input_tensors}
-    dtype, *others = {_dtype(t) for t in (*call.input_tensors, *call.outputs)}
-    return dtype if len(ranks) == 1 and not others and "float" in dtype else None
-
-
-def _masks_inside(operation: Any, masked: bool) -> bool:
-    """Whether a layer inside of a layer makes masks, as an Embedding in a nested model does.
-
-    Or hands on the mask of what enters, where the outer layer says that it ends there.
-    """
-    if not isinstance(operation, keras.Layer):
-        return False
-    inside = keras_graph.all_layers(operation, include_self=False)
-    if masked and inside and not operation.supports_masking:
-        return True
-    return any(isinstance(x, layers.Masking) or getattr(x, "mask_zero", False) for x in inside)
-
-
-def _is_plain(call: keras_graph.Node) -> bool:
-    """Whether a call has tensors, or a list of them, as its one argument, and no options."""
-    args, kwargs = call.arguments.args, call.arguments.kwargs
-    options = {name for name, value in kwargs.items() if value is not None} - {"training"}
-    flat = keras.tree.flatten(args)
-    return len(args) == 1 and not options and all(isinstance(x, keras.KerasTensor) for x in flat)
