@@ -125,6 +125,17 @@ def test_the_search_is_drawn_with_its_suggestion(tmp_path):
     ElementTree.fromstring(text)
     assert "suggested 0.001" in text
     assert "stroke-dasharray" in text
+    labels = re.findall(r'x="([\d.]+)" y="237" text-anchor="middle">([^<]+)<', text)
+    assert [label for _, label in labels] == ["0.0001", "0.001", "0.01", "0.1"]
+    places = [float(place) for place, _ in labels]
+    assert np.ptp(np.diff(places)) < 0.2  # each power of ten as far from the next
+    mark = re.search(r'd="M([\d.]+) [^"]*"[^>]*stroke-dasharray', text)
+    assert mark and places[1] == float(mark[1])
+
+
+def test_a_range_without_a_power_of_ten_has_labels_all_the_same():
+    drawing = charts.chart({"a": [(2.0, 1.0), (8.0, 2.0)]}, "some", "x", logarithmic=True)
+    assert ">4</text>" in drawing
 
 
 def test_a_run_without_validation_has_curves_alone(tmp_path):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -45,16 +45,32 @@ def chart(
     mark: float | None = None,
     *,
     whole: bool = False,
+    logarithmic: bool = False,
 ) -> str:
-    """Named lines of (x, y) with axes, whole labels and a legend; a dashed line at `mark`."""
+    """Named lines of (x, y) with axes, whole labels and a legend; a dashed line at `mark`.
+
+    Args:
+        lines: points in their order; a y that isn't finite is left out.
+        title: above it.
+        axis: what x is.
+        mark: the x of the dashed line.
+        whole: label whole numbers of x alone.
+        logarithmic: x, which is above 0, on a logarithmic scale with powers of ten.
+    """
     xs = [x for line in lines.values() for x, _ in line] + ([] if mark is None else [mark])
     ys = [y for line in lines.values() for _, y in line if np.isfinite(y)]
     (x0, x1), (y0, y1) = (min(xs), max(xs)), (min(ys), max(ys)) if ys else (0.0, 1.0)
+    scale: Callable[[float], float] = math.log10 if logarithmic else float
+    labels = ticks(x0, x1, whole=whole)
+    if logarithmic:
+        powers = range(math.ceil(scale(x0) - 1e-9), math.floor(scale(x1) + 1e-9) + 1)
+        labels = [10.0**power for power in powers] or labels
     room = (y1 - y0) * 0.06 or abs(y1) * 0.06 or 0.5
     y0, y1 = y0 - room, y1 + room
 
     def across(x: float) -> float:
-        return LEFT + ((x - x0) / (x1 - x0) if x1 > x0 else 0.5) * (WIDTH - LEFT - RIGHT)
+        share = (scale(x) - scale(x0)) / (scale(x1) - scale(x0)) if x1 > x0 else 0.5
+        return LEFT + share * (WIDTH - LEFT - RIGHT)
 
     def down(y: float) -> float:
         return HEIGHT - BOTTOM - (y - y0) / (y1 - y0) * (HEIGHT - TOP - BOTTOM)
@@ -65,7 +81,7 @@ def chart(
         f'font-size="12" fill="currentColor"><title>{in_html(title)}</title>'
         f'<text x="{LEFT}" y="18" font-size="14" font-weight="600">{in_html(title)}</text>'
     ]
-    for x in ticks(x0, x1, whole=whole):
+    for x in labels:
         at = f'x="{across(x):.1f}" y="{HEIGHT - BOTTOM + 17}"'
         parts.append(f'<text {at} text-anchor="middle">{x:g}</text>')
     parts.append(

@@ -12,7 +12,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import keras
-import numpy as np
 
 from vggtorch import files
 from vggtorch.text import LONGEST_MESSAGE, as_command, in_html, visible, without_folders
@@ -30,12 +29,10 @@ from vggtorch.training.rate_search import RateSearch
 
 
 def plot_rates(search: RateSearch, path: str | Path) -> None:
-    """Draw loss against the logarithm of the learning rate, with the suggestion, as an SVG file."""
-    exponents = np.log10(search.rates)
+    """Draw the loss against the learning rate, with the suggestion, as an SVG file."""
     title = f"Loss by learning rate; suggested {search.suggestion:.2g}"
-    lines = {"loss": list(zip(exponents.tolist(), search.losses, strict=True))}
-    mark = float(np.log10(search.suggestion))
-    _write(path, chart(lines, title, "log10(learning rate)", mark))
+    lines = {"loss": list(zip(search.rates, search.losses, strict=True))}
+    _write(path, chart(lines, title, "learning rate", search.suggestion, logarithmic=True))
 
 
 def write_report(
