@@ -336,11 +336,18 @@ def _as_line(message: Warning | str, *_: Any) -> str:
     return f"vggtorch: {visible(as_options(str(message)), LONGEST_MESSAGE)}\n"
 
 
+def _take_any_character(stream: Any) -> None:
+    """Have what the terminal's encoding lacks stand as an escape sequence, as on stderr."""
+    if getattr(stream, "errors", None) == "strict" and hasattr(stream, "reconfigure"):
+        stream.reconfigure(errors="backslashreplace")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status, 0 if all went well and 2 for a wrong usage."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     plain, warnings.formatwarning = warnings.formatwarning, _as_line  # type: ignore[assignment]
     debug = "--debug" in arguments
+    _take_any_character(sys.stdout)
     try:
         status = app(
             [argument for argument in arguments if argument != "--debug"],

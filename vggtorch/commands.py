@@ -30,6 +30,8 @@ Trained = Annotated[
 ]
 BatchSize = Annotated[int, typer.Option("--batch-size", "-b", help="Images at a time.")]
 UNREADABLE = 10  # that a message names
+# Files of models and runs that users may take for the model.
+OF_MODELS = {".pt", ".pth", ".pt2", ".onnx", ".safetensors", ".h5", ".bin", ".json", ".ckpt"}
 
 
 def predict(
@@ -60,6 +62,11 @@ def predict(
                 f"Received the model {model} and no images. Expected files, folders or patterns "
                 f"behind it."
             )
+    elif model is None and Path(images[0]).suffix in OF_MODELS and Path(images[0]).is_file():
+        raise ValueError(
+            f"Received {images[0]}, which is neither a model nor an image. Expected the folder of "
+            f"a run, or its model.keras."
+        )
     elif model is None and len(images) > 1 and not _is_there(images[0]):
         raise ValueError(f"{paths.missing_network(images[0])} Or an image.")
     paths.check_model(model or architecture)

@@ -172,9 +172,9 @@ def _model_and_config(
     if context.info_name == "finetune":
         paths.check_run(options["output_dir"], options["resume"])
     from vggtorch.models import best_weight_set, constructor
-    from vggtorch.training import count_images, find_splits, settle_config
+    from vggtorch.training import find_splits, images_by_class, settle_config
 
-    count_images(find_splits(Path(train)).train, given.get("label_pattern"))
+    images_by_class(find_splits(Path(train)).train, given.get("label_pattern"))
     size = given.get("image_size", 224)
     if size < SMALLEST:
         raise ValueError(

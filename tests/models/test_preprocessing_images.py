@@ -322,6 +322,33 @@ def test_too_many_pixels_are_refused_by_the_header(size, tmp_path):
         preprocess(path, "oxford")
 
 
+@pytest.mark.parametrize("size", [(2001, 2), (1, 1001)])
+def test_strips_are_refused_and_narrow_images_are_not(size, tmp_path):
+    message = f"it has {size[0]}x{size[1]} pixels; expected one side at most 1,000 times as long"
+    Image.new("RGB", size).save(tmp_path / "strip.png")
+    for given in (tmp_path / "strip.png", Image.new("RGB", size)):
+        with pytest.raises(ValueError, match=message):
+            preprocess(given, "oxford")
+    for narrow in ((1000, 1), (1, 1)):
+        found = preprocess(Image.new("RGB", narrow, (0, 0, 255)), "oxford", size=16)
+        assert found.shape == (1, 16, 16, 3)
+        np.testing.assert_allclose(found[0, 8, 8], (255 - 103.939, -116.779, -123.68), atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("mode", "colour", "expected"),
+    [
+        ("La", (40, 51), (244, 244, 244)),  # grey of 200 at a fifth: 40, and four fifths of white
+        ("HSV", (0, 255, 200), (200, 0, 0)),
+        ("YCbCr", (200, 128, 128), (200, 200, 200)),
+        ("LAB", (255, 128, 128), (255, 255, 255)),
+    ],
+)
+def test_other_colour_spaces(mode, colour, expected):
+    found = to_rgb(Image.new(mode, (4, 4), colour)).getpixel((1, 1))
+    np.testing.assert_allclose(found, expected, atol=2)
+
+
 def test_the_gate_bounds_the_pixels_and_lets_a_larger_image_through_alone():
     import threading
     import time

@@ -13,7 +13,7 @@ from PIL import Image
 
 import vggtorch as vt
 from vggtorch.cli import main
-from vggtorch.training import batch_view, data, loop, mixing
+from vggtorch.training import batch_view, data, loop, mixing, pictures
 from vggtorch.training.batch_view import EDGE, GAP, TEXT, _seen, show_batch
 from vggtorch.training.reading import Batch
 
@@ -122,3 +122,9 @@ def test_the_command_draws_it(tmp_path, capsys, images):
     assert "Without effect on the picture: --learning-rate." in capsys.readouterr().out
     assert main(["show_batch", str(images), *options, "--count", "0"]) == 1
     assert "Received --count 0" in capsys.readouterr().err
+
+
+def test_a_picture_of_a_narrow_image_is_a_line_at_least():
+    for shape, size in (((1, 400, 3), (192, 1)), ((400, 1, 3), (1, 192)), ((9, 18, 3), (192, 96))):
+        tag = pictures.img(np.zeros(shape, np.uint8), "a strip")
+        assert f'<img width="{size[0]}" height="{size[1]}"' in tag

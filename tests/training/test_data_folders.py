@@ -116,15 +116,46 @@ def test_a_run_on_train_and_test_holds_out_a_part_of_train(tmp_path, config):
     assert (len(read.training), len(read.validation or ())) == (24, 3)
 
 
-def test_another_class_in_test_is_refused(tmp_path, config):
+@pytest.mark.parametrize("part", ["val", "test"])
+def test_other_classes_are_refused_before_any_image_is_read(tmp_path, config, monkeypatch, part):
     from vggtorch.training.loop import finetune
 
+    monkeypatch.setattr(folders, "_checked", None)  # which reads them
     tiny.pictures(tmp_path / "data" / "train")
-    (tiny.pictures(tmp_path / "data" / "test") / "red").rename(tmp_path / "data" / "test" / "pink")
-    with pytest.raises(
-        ValueError, match=r"only in the training data \['red'\].*test data \['pink'"
-    ):
+    (tiny.pictures(tmp_path / "data" / part) / "red").rename(tmp_path / "data" / part / "pink")
+    message = r"only in the training data \['red'\].*(test|validation) data \['pink'"
+    with pytest.raises(ValueError, match=message):
         finetune(tiny.network(), tmp_path / "data", config=config)
+    held = {"train": tmp_path / "data" / "train", part: tmp_path / "data" / part}
+    with pytest.raises(ValueError, match=message):
+        finetune(tiny.network(), held, config=config)
+    if part == "val":
+        with pytest.raises(ValueError, match=message):
+            finetune(tiny.network(), held["train"], held["val"], config=config)
+
+
+def test_a_class_of_one_image_is_refused_before_any_is_read(tmp_path, config, monkeypatch):
+    from vggtorch.training.loop import finetune
+
+    monkeypatch.setattr(folders, "_checked", None)
+    folder = tiny.pictures(tmp_path / "data")
+    for path in sorted((folder / "red").iterdir())[1:]:
+        path.unlink()
+    with pytest.raises(ValueError, match="'red' has one image, which would be"):
+        finetune(tiny.network(), folder, config=config)
+
+
+@pytest.mark.parametrize(
+    ("first", "second"), [("Red", "red"), ("caf\xe9", "cafe\u0301"), ("stra\xdfe", "strasse")]
+)
+def test_classes_that_look_like_one_are_said(tmp_path, first, second):
+    folder = tiny.pictures(tmp_path / "data", each=1)
+    (folder / "blue").rename(folder / first)
+    (folder / "red").rename(folder / second)
+    with pytest.warns(UserWarning, match="in capitals or in how letters are coded alone") as caught:
+        assert len(data.read_folder(folder, 16).classes) == 3
+    (said,) = [str(w.message) for w in caught]
+    assert f"{first!a} and {second!a}" in said or f"{second!a} and" in said
 
 
 def test_one_class_alone_is_refused(tmp_path):
@@ -160,7 +191,7 @@ def test_what_is_left_out_is_counted_in_one_line(tmp_path):
 def test_a_class_without_images_is_refused_before_any_is_read(tmp_path, monkeypatch):
     folder = folders_in(tiny.pictures(tmp_path / "data"), "yellow", "pink")
     monkeypatch.setattr(folders, "_checked", None)  # which reads them
-    for look in (folders.count_images, lambda part: data.read_folder(part, 16)):
+    for look in (folders.images_by_class, lambda part: data.read_folder(part, 16)):
         with pytest.raises(ValueError, match="No images for pink, yellow in .*of every class: add"):
             look(folder)
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
+import os
 from typing import Any
 
 import keras
@@ -16,7 +18,7 @@ from PIL import Image
 import vggtorch as vt
 from vggtorch.cli import main
 from vggtorch.models import remember_
-from vggtorch.training import keeping
+from vggtorch.training import folders, keeping
 from vggtorch.training.prediction import image_files
 from vggtorch.weight_sets import DataConfig
 
@@ -170,7 +172,7 @@ def test_evaluate_scores_the_test_images(run, tmp_path, capsys):
     assert f"{figures['accuracy']:.1%} of 12 right" in page.read_text()
 
 
-def test_classes_are_told_by_their_names(run, tmp_path):
+def test_classes_are_told_by_their_names(run, tmp_path, monkeypatch):
     model = keras.saving.load_model(run / "model.keras")
     folder = tiny.pictures(tmp_path / "data", each=3, seed=9)
     whole, _ = vt.evaluate_folder(model, folder)
@@ -180,6 +182,7 @@ def test_classes_are_told_by_their_names(run, tmp_path):
     np.testing.assert_allclose(part.probabilities, whole.probabilities[3:], atol=1e-6)
     assert source.classes == ("blue", "green", "red")
     (folder / "red").rename(folder / "pink")
+    monkeypatch.setattr(folders, "_checked", None)  # which reads images: refused before
     with pytest.raises(ValueError, match=r"3 classes \(blue, green, red\), .* doesn't know pink"):
         vt.evaluate_folder(model, folder)
 
@@ -324,3 +327,41 @@ def test_one_image_needs_no_list_and_what_is_no_path_is_refused(run, photos):
     ):  # type: ignore[arg-type]
         with pytest.raises(ValueError, match="Received a str as the model; expected Keras's"):
             ask()
+
+
+def test_names_that_are_not_utf_8_come_back(run, tmp_path):
+    folder = tmp_path / os.fsdecode(b"photos\xff")
+    folder.mkdir()
+    Image.new("RGB", (20, 20), (200, 50, 50)).save(folder / os.fsdecode(b"caf\xe9.png"))
+    (path,) = folder.iterdir()
+    out = tmp_path / "found"
+    for ending in (".csv", ".jsonl"):
+        assert main(["predict", str(run), str(folder), "--out", f"{out}{ending}"]) == 0
+    with open(f"{out}.csv", encoding="utf-8", errors="surrogateescape", newline="") as file:
+        assert next(csv.DictReader(file))["path"] == str(path)
+    with open(f"{out}.jsonl", encoding="utf-8") as file:
+        assert json.loads(file.readline())["path"] == str(path)
+    model = keras.saving.load_model(run / "model.keras")
+    vt.write_features(model, [folder], tmp_path / "features", layer="block2_pool")
+    assert vt.read_features(tmp_path / "features").paths[0].endswith(r"\udcff/caf\udce9.png")
+
+
+def test_what_the_terminal_s_encoding_lacks_is_escaped(run, tmp_path, monkeypatch):
+    Image.new("RGB", (20, 20)).save(tmp_path / "日本.png")
+    shown = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr("sys.stdout", shown)
+    assert main(["predict", str(run), str(tmp_path / "日本.png")]) == 0
+    shown.seek(0)
+    assert r"\u65e5\u672c.png" in shown.read()
+
+
+def test_files_of_a_run_are_no_model_and_a_file_is_no_folder(run, photos, tmp_path, capsys):
+    for name in ("config.json", "classes.json"):
+        assert main(["predict", str(run / name), str(photos)]) == 1
+        assert (
+            "which is neither a model nor an image. Expected the folder" in capsys.readouterr().err
+        )
+    (tmp_path / "taken").touch()
+    words = ["features", str(run), str(photos), "--layer", "block2_pool"]
+    assert main([*words, "--out", str(tmp_path / "taken")]) == 1
+    assert "which is a file; expected a folder's name." in capsys.readouterr().err

@@ -15,7 +15,7 @@ from vggtorch.models import remember_
 from vggtorch.options import as_options
 from vggtorch.training import data, evaluate_folder
 from vggtorch.training.config import TrainConfig
-from vggtorch.training.folders import count_images, find_splits
+from vggtorch.training.folders import find_splits, images_by_class
 from vggtorch.training.loop import finetune
 from vggtorch.training.run import read_data
 from vggtorch.training.tables import TablePart, read_rows
@@ -121,7 +121,7 @@ def test_labels_from_names_of_files_as_fastai_takes_them(tmp_path, config):
     assert [found.classes[label] for label in found.labels] == [
         path.stem.rpartition("_")[0] for path in found.paths
     ]
-    assert count_images(folder, pattern) == (24, 3)
+    assert set(images_by_class(folder, pattern).values()) == {8}
     (folder / "odd.png").write_bytes(found.paths[0].read_bytes())
     with pytest.raises(ValueError, match=r"no label in 1 of 25 images in .*data: odd\.png\. Exp"):
         data.read_folder(folder, 16, label_pattern=pattern)
@@ -170,7 +170,14 @@ def test_the_commands_take_tables_and_patterns(table, tmp_path, capsys):
         ("path,label,split\na.png,x,test\n", r"No row of .* has the split train, only test"),
         ("a.png,cat\nb.png,cat\n", r"labels\.csv has one class alone, 'cat'"),
         ("", r"has no rows\. Expected a path and a label"),
-        ("a.png,cat\nb.png,dog\n", r"2 of 2 images in .*labels\.csv can't be read: .*a\.png"),
+        ("a.png,cat\nb.png,dog\n", r"Class 'cat' has one image, which would be held out"),
+        (
+            "a.png,cat\nb.png,dog\nc.png,cat\nd.png,dog\n",
+            r"4 of 4 images in .*labels\.csv can't be read: .*a\.png",
+        ),
+        ("https://x.y/a.png,cat\n", r"Line 1 of .* has the address https://x.y/a.png, not a file"),
+        ('path,label\n"a.png,cat\nb.png,dog\n', r"in another line, up to line 3: 'a.png,cat.*quo"),
+        (f"path,label\n{'a' * 140_000}.png,cat\n", r"can't be read as a table: field larger than"),
     ],
 )
 def test_tables_that_can_t_be_right(tmp_path, config, text, message):
@@ -184,7 +191,8 @@ def test_tables_that_can_t_be_right(tmp_path, config, text, message):
     [
         ('{"path": "a", "label": [1, 2]}\n', r"Line 1 of .* has label=\[1, 2\]; expected one name"),
         ('{"path": "a", "label": 1}\n{"path": "b"}\n', r"Line 2 of .* lacks label"),
-        ("[1]\n", r"Line 1 of .* is \[1\]; expected an object"),
+        ("[1]\n", r"Line 1 of .* is \[1\]; expected one object, {\"path\": "),
+        (f"[{'1, ' * 500}1]\n", r"Line 1 of [^ ]* is [^;]{59}; expected one object"),
         ("{\n", r"Line 1 of .* isn't JSON"),
     ],
 )
@@ -200,7 +208,7 @@ def test_a_table_that_is_looked_into_twice_warns_once(table):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("default")
         find_splits(path)
-        count_images(TablePart(path, "train"))
+        images_by_class(TablePart(path, "train"))
     said = sorted(str(w.message).partition(f"{path}")[0] for w in caught)
     assert said == ["A row repeats another in ", "Columns of "]
 
@@ -234,3 +242,20 @@ def test_files_of_a_table_that_are_not_there_are_named_and_where_they_were_looke
     assert f"{path.parent / frame['image_path'][1]}: there is no such file." in message
     assert f"Paths in labels.csv are relative to its folder, {path.parent}. Mend" in message
     assert "Errno" not in message
+
+
+@pytest.mark.parametrize(
+    ("written", "hint"),
+    [
+        (lambda path: path.replace("/", "\\"), r"1\.png is there: write slashes instead of backsl"),
+        (lambda path: path.removesuffix(".png"), r"1\.png is there: write the files' endings\."),
+        (lambda path: f"~/{path}", r"Write the home folder's path instead of ~\."),
+        (lambda path: f"a\0{path}", r"'[^']*a\\x00[^']*': a file's name holds no null char"),
+    ],
+)
+def test_files_that_are_written_otherwise_are_pointed_at(table, written, hint):
+    frame, path = table
+    frame["image_path"] = frame["image_path"].map(written)
+    frame.to_csv(path, index=False)
+    with pytest.raises(ValueError, match=hint):
+        data.read_folder(TablePart(path, "train"), 16)

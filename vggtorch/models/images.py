@@ -40,6 +40,7 @@ HEIF_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"
 
 BACKGROUND = (255, 255, 255)  # white, behind what is transparent
 MAX_PIXELS = 2**27  # 134 million; the cameras with the largest sensors make images of 102 million
+MAX_RATIO = 1000  # of an image's sides; resizing makes a longer strip too large for the memory
 
 _UPRIGHT = {  # what makes an image upright, by its EXIF orientation
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -91,6 +92,8 @@ def read_image(path: str | PathLike, gate: PixelGate | None = None) -> Image.Ima
             whose range can't be known.
     """
     path = Path(path)
+    if "\0" in str(path):
+        raise ValueError(f"Can't read {str(path)!r}: a file's name holds no null character.")
     if not stat.S_ISREG(path.stat().st_mode):
         raise ValueError(f"Can't read {path}: it is not a regular file. Expected an image.")
     with path.open("rb") as file:
@@ -139,10 +142,15 @@ def _add_heif() -> None:
 
 
 def _checked_size(image: Image.Image) -> int:
-    """The number of pixels; ValueError where there are too many."""
+    """The number of pixels; ValueError where there are too many, or none but a strip's."""
     pixels = image.width * image.height
     if pixels > MAX_PIXELS:
         raise ValueError(_too_large(f"{image.width}x{image.height}"))
+    if max(image.size) > MAX_RATIO * min(image.size):
+        raise ValueError(
+            f"it has {image.width}x{image.height} pixels; expected one side at most {MAX_RATIO:,} "
+            f"times as long as the other. Cut a part out of it."
+        )
     return pixels
 
 
@@ -171,7 +179,9 @@ def to_rgb(image: Image.Image) -> Image.Image:
         # PIL keeps the upper 8 bits of 16-bit RGB, but the transparent colour whole.
         image = image.copy()
         image.info["transparency"] = tuple(value >> 8 for value in key)
-    if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or (
+    if image.mode == "La":  # which PIL turns into nothing but LA
+        image = image.convert("LA")
+    if image.mode in ("LA", "PA", "RGBA", "RGBa") or (
         key is not None and image.mode in ("1", "L", "P", "RGB")
     ):
         background = Image.new("RGBA", image.size, (*BACKGROUND, 255))

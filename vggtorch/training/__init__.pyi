@@ -8,8 +8,8 @@ from .evaluation import Evaluation as Evaluation
 from .feature_table import FeatureTable as FeatureTable
 from .feature_table import read_features as read_features
 from .feature_table import write_features as write_features
-from .folders import count_images as count_images
 from .folders import find_splits as find_splits
+from .folders import images_by_class as images_by_class
 from .heads import tutorial_head as tutorial_head
 from .keeping import save_trained as save_trained
 from .loop import History as History

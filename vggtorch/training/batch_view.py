@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from vggtorch.keras_graph import graph_of
 from vggtorch.text import visible
 from vggtorch.training.config import TrainConfig
-from vggtorch.training.data import images_for
+from vggtorch.training.data import check_fits, images_for
 from vggtorch.training.features import frozen_end
 from vggtorch.training.heads import with_head
 from vggtorch.training.loop import Stage
@@ -76,6 +76,7 @@ def show_batch(
     graph_of(model, "show_batch")
     config = settle_config(model, train, config, settings)
     read = read_data(train, None, config, images_for(model, config))
+    check_fits(read.training, model)
     if config.head is not None:
         model = with_head(model, config, len(read.classes))
     with frozen_layers_kept(model):

@@ -27,7 +27,17 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from vggtorch.models import data_config, fitted, preprocess, read_image
 from vggtorch.training.config import Augment, TrainConfig
 from vggtorch.training.folders import as_part, read_classes
-from vggtorch.training.items import Kept, as_array, image_and_label, is_stream, label_names
+from vggtorch.training.items import (
+    Kept,
+    as_array,
+    as_images,
+    as_labels,
+    check_alike,
+    checked,
+    image_and_label,
+    is_stream,
+    label_names,
+)
 from vggtorch.training.tables import TablePart
 from vggtorch.weight_sets import CROP_PCT, DataConfig
 
@@ -205,21 +215,32 @@ def relabelled(folder: Folder, labels: tuple[int, ...], classes: tuple[str, ...]
     return dataclasses.replace(folder, labels=labels, classes=classes, digest=digest)
 
 
-def hold_out(folder: Folder, share: float) -> tuple[Folder, Folder]:
-    """Split a folder in two, `share` of every class going to the second; the same every time."""
-    rng = np.random.default_rng(folder.seed)
-    labels = np.array(folder.labels)
-    held = np.zeros(len(folder), dtype=bool)
-    for label, name in enumerate(folder.classes):
-        members = rng.permutation(np.flatnonzero(labels == label))
-        count = max(1, round(share * len(members)))
-        if count == len(members):
-            there = "one image, which" if count == 1 else f"{count} images, all of which"
+def _held(images: int, share: float) -> int:
+    """How many images of a class are held out."""
+    return max(1, round(share * images))
+
+
+def check_hold_out(counts: Mapping[str, int], share: float) -> None:
+    """See that images to train on are left of each class, of which there are so many."""
+    for name, images in counts.items():
+        if _held(images, share) >= images:
+            there = "one image, which" if images == 1 else f"{images} images, all of which"
             raise ValueError(
                 f"Class {name!r} has {there} would be held out for validation. Add images, or pass "
                 f"a validation folder."
             )
-        held[members[:count]] = True
+
+
+def hold_out(folder: Folder, share: float) -> tuple[Folder, Folder]:
+    """Split a folder in two, `share` of every class going to the second; the same every time."""
+    counts = np.bincount(folder.labels, minlength=len(folder.classes)).tolist()
+    check_hold_out(dict(zip(folder.classes, counts, strict=True)), share)
+    rng = np.random.default_rng(folder.seed)
+    labels = np.array(folder.labels)
+    held = np.zeros(len(folder), dtype=bool)
+    for label in range(len(folder.classes)):
+        members = rng.permutation(np.flatnonzero(labels == label))
+        held[members[: _held(len(members), share)]] = True
 
     def part(mask: np.ndarray, augment: Augment) -> Folder:
         chosen = np.flatnonzero(mask)
@@ -254,21 +275,21 @@ class DatasetSource:
         """The names of the classes, where the dataset has them."""
         return label_names(self.dataset)
 
+    @property
+    def content_name(self) -> str | None:
+        """What stands for the dataset's content, where its maker says so: then it isn't read."""
+        name = getattr(self.dataset, "content_name", None)
+        return name if isinstance(name, str) else None
+
     def __len__(self) -> int:
         return len(self.dataset)  # type: ignore[arg-type]
 
     def __getitem__(self, keys: Sequence[Key]) -> tuple[torch.Tensor, torch.Tensor]:
-        images, labels = image_and_label(self.collate([self._item(*key) for key in keys]))
-        if isinstance(labels, list | tuple) and any(isinstance(label, str) for label in labels):
-            raise ValueError(
-                f"The Dataset's labels are text ({labels[0]!r}); expected numbers from 0. "
-                f"(`dataset.class_encode_column('label')` makes them so in Hugging Face's.)"
-            )
-        if self.data_config.arithmetic is not None:
-            _check_ready(images, self.data_config.arithmetic.name)
-        if images.ndim == 4 and images.shape[-1] != 3 and images.shape[1] == 3:
-            images = images.permute(0, 2, 3, 1)  # NCHW -> NHWC view
-        return images, torch.as_tensor(labels).long()
+        items = [self._item(*key) for key in keys]
+        if self.collate is default_collate:
+            check_alike([image for image, _ in map(checked, items)])
+        images, labels = image_and_label(self.collate(items))
+        return as_images(images, self.data_config), as_labels(labels)
 
     @functools.cached_property
     def plain(self) -> tuple[str, list[int]]:
@@ -282,20 +303,6 @@ class DatasetSource:
             return item  # which the user's own function takes
         image, label = image_and_label(item)
         return as_array(image, self.data_config), label
-
-
-def _check_ready(images: torch.Tensor, weights: str) -> None:
-    """Refuse pixels of 0 to 1, such as torchvision's ToTensor makes, as input for the network."""
-    if not images.is_floating_point() or not images.numel():
-        return
-    low, high = images.aminmax()
-    if low >= 0 and 0.1 < high <= 1:
-        raise ValueError(
-            f"The Dataset gives floating-point images with values from {low:.3g} to {high:.3g}, "
-            f"which look scaled to 0 to 1; expected images that are ready for {weights!r}, or "
-            f"uint8 RGB. Leave ToTensor and division by 255 out: uint8 and PIL images are "
-            f"preprocessed here."
-        )
 
 
 def as_source(
@@ -315,6 +322,12 @@ def as_source(
         with seeded(seed):
             data = Kept(data, images)
     dataset = data.dataset if isinstance(data, DataLoader) else data
+    if hasattr(dataset, "iloc"):
+        raise ValueError(
+            f"Received a {type(dataset).__name__}; expected a folder, a table's path or a Dataset. "
+            f"Write it with `.to_csv('labels.csv', index=False)`, with columns path and label, and "
+            f"pass 'labels.csv'."
+        )
     if not hasattr(dataset, "__len__"):
         raise ValueError(
             f"Received {type(dataset).__name__}, which has no length. Expected a folder, a table, "
@@ -336,9 +349,46 @@ def as_source(
             if generator is not None:
                 generator.manual_seed(seed + epoch)
         with seeded(seed, epoch):
-            return [list(batch) for batch in sampler]
+            batches = [list(batch) for batch in sampler]
+        if not batches:
+            raise ValueError(
+                f"The DataLoader gives no batch of its {len(dataset)} images. Expected one at "
+                f"least: a smaller batch_size, or drop_last=False."
+            )
+        return batches
 
     return DatasetSource(dataset, data.collate_fn, seed, images), plan
+
+
+def check_fits(source: Folder | DatasetSource | None, model: keras.Model) -> None:
+    """See that a Dataset's images have the shape that the model takes; files are brought to it."""
+    if not isinstance(source, DatasetSource) or source.content_name is not None:
+        return
+    expected = model.inputs[0].shape[1:]
+    received = tuple(source[[(0, 0)]][0].shape[1:])
+    pairs = zip(expected, received, strict=False)
+    if len(received) != len(expected) or any(e not in (None, r) for e, r in pairs):
+        sides = "x".join(str(edge or "any") for edge in expected)
+        hint = "Give PIL images, which are brought to the size, or resize them in the Dataset."
+        if len(received) > len(expected):
+            hint = "An item is one image, not a batch."
+        elif received[-1] != expected[-1] and len(received) == len(expected):
+            hint = "Give PIL images, which become RGB of the size whatever they are."
+        raise ValueError(
+            f"The Dataset gives images of shape {received}; {model.name} takes {sides}. {hint}"
+        )
+
+
+def check_labels(labels: torch.Tensor, model: keras.Model) -> None:
+    """See that a model has a class for each of these labels."""
+    if not len(labels):
+        return
+    low, high, classes = int(labels.min()), int(labels.max()), model.output_shape[1]
+    if low < 0 or high >= classes:
+        raise ValueError(
+            f"Received labels from {low} to {high}; expected 0 to {classes - 1}, as "
+            f"{model.name} puts out {classes} classes."
+        )
 
 
 def shuffled(count: int, batch_size: int, seed: int) -> BatchPlan:

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from vggtorch import keras_graph
 from vggtorch.lowering import between
-from vggtorch.training.data import Source, in_order
+from vggtorch.training.data import Source, check_labels, in_order
 from vggtorch.training.heads import logits_network
 from vggtorch.training.reading import loaded
 from vggtorch.training.step import network_input
@@ -161,6 +161,9 @@ def evaluate(
         batch_size: of one process.
         num_workers: processes that read images.
         accelerator: accelerate.Accelerator.
+
+    Raises:
+        ValueError: labels that the model has no class for.
     """
     from accelerate.utils import gather_object
 
@@ -169,6 +172,7 @@ def evaluate(
     found = []
     module.eval()
     for some, (images, labels) in zip(mine, loaded(source, mine, num_workers), strict=True):
+        check_labels(labels, model)
         with torch.no_grad(), accelerator.autocast():
             outputs = module(network_input(images, model, accelerator.device))
         found.append((some[0], outputs.float().cpu(), labels))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,9 +89,11 @@ def write_features(
             f"Received {str(path)!r}; expected the name of a folder for Parquet files, such as "
             f"features.parquet."
         )
+    folder = Path(path)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"Received {str(path)!r}, which is a file; expected a folder's name.")
     paths = image_files(images)
     part = pooled(surgery.truncate(model, layer), pooling)
-    folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     _check_manifest(folder, part, model, paths, layer, pooling, shard_size)
     schema = arrow.schema([("path", arrow.string()), ("features", arrow.list_(arrow.float32()))])
@@ -110,7 +113,7 @@ def write_features(
         for batch in batches(model, chunk, batch_size):
             if batch.paths:
                 found = keras.ops.convert_to_numpy(part.predict_on_batch(batch.images))
-                names += map(str, batch.paths)
+                names += map(_as_text, batch.paths)
                 values += list(found.reshape(len(found), -1).astype(np.float32))
             problems += [(str(bad), reason) for bad, reason in batch.problems]
             advance(len(batch.paths) + len(batch.problems))
@@ -120,6 +123,11 @@ def write_features(
             parquet.write_table(table, temporary)
         unreadable += [(Path(name), reason) for name, reason in problems]
     return unreadable
+
+
+def _as_text(path: Path) -> str:
+    """A path as Parquet has it, in UTF-8: other bytes of its name stand as escape sequences."""
+    return str(path).encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def pooled(model: keras.Model, pooling: Pooling) -> keras.Model:
@@ -141,7 +149,7 @@ def _check_manifest(
     shard_size: int,
 ) -> None:
     """See that what the folder has is of the same run, or say what this run is."""
-    listed = hashlib.sha256("\0".join(map(str, paths)).encode()).hexdigest()
+    listed = hashlib.sha256(b"\0".join(map(os.fsencode, paths))).hexdigest()
     now = {
         "layer": layer,
         "pooling": pooling,

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import re
+import unicodedata
 import warnings
 from collections import Counter
 from collections.abc import Sequence
@@ -147,11 +149,12 @@ def as_part(given: str | Path | TablePart) -> Path | TablePart:
     return TablePart(Path(given)) if is_table(Path(given)) else Path(given)
 
 
-def count_images(part: Path | TablePart, label_pattern: str | None = None) -> tuple[int, int]:
-    """How many images and classes there are, by the files' names; refuses as `read_classes`."""
+def images_by_class(part: Path | TablePart, label_pattern: str | None = None) -> dict[str, int]:
+    """How many images each class has, by the files' names; refuses as `read_classes`."""
     classes, images, _ = _found(part, label_pattern)
-    _check_filled(part, classes, {label for _, label in images})
-    return len(images), len(classes)
+    counts = Counter(label for _, label in images)
+    _check_filled(part, classes, set(counts))
+    return {name: counts[label] for label, name in enumerate(classes)}
 
 
 Found = tuple[list[str], list[tuple[Path, int]], Counter[str]]  # classes, images, what is left out
@@ -266,12 +269,18 @@ def read_classes(
     classes, images, left_out = _found(part, label_pattern)
     tell_left_out(part, left_out)
     _check_filled(part, classes, {label for _, label in images})
+    _tell_alike(part, classes)
     checked = _checked([path for path, _ in images])
     bad = [check.problem for check in checked if check.problem]
     if bad:
         message = f"{len(bad)} of {len(images)} images in {part} can't be read: {_first(bad)}"
-        if isinstance(part, TablePart) and any(check.is_missing for check in checked):
-            message += f" Paths in {part.path.name} are relative to its folder, {part.path.parent}."
+        pairs = zip(images, checked, strict=True)
+        missing = [path for (path, _), check in pairs if check.is_missing]
+        if isinstance(part, TablePart) and missing:
+            message += (
+                f" Paths in {part.path.name} are relative to its folder, {part.path.parent}."
+                f"{_written_otherwise(missing[0])}"
+            )
         if on_unreadable == "stop":
             raise ValueError(f"{message} Mend or remove them, or pass on_unreadable='skip'.")
         warnings.warn(f"{message} They are left out.", stacklevel=3)
@@ -285,6 +294,20 @@ def read_classes(
     return classes, good
 
 
+def _written_otherwise(path: Path) -> str:
+    """A hint at the file that is meant: with slashes, with its ending, in the home folder."""
+    slashed = Path(str(path).replace("\\", "/"))
+    if slashed != path and slashed.is_file():
+        return f" {slashed} is there: write slashes instead of backslashes."
+    with contextlib.suppress(OSError):
+        ended = [p for p in sorted(path.parent.glob(f"{glob.escape(path.name)}.*")) if p.is_file()]
+        if ended:
+            return f" {ended[0]} is there: write the files' endings."
+    if "~" in path.parts:
+        return " Write the home folder's path instead of ~."
+    return ""
+
+
 def _check_filled(part: Path | TablePart, classes: Sequence[str], filled: set[int]) -> None:
     """See that every class has images; before any is read, and for those that could be."""
     empty = [name for label, name in enumerate(classes) if label not in filled]
@@ -294,6 +317,22 @@ def _check_filled(part: Path | TablePart, classes: Sequence[str], filled: set[in
             f"No images for {', '.join(empty[:NAMED])}{', ...' if len(empty) > NAMED else ''} in "
             f"{part}. Expected {', '.join(sorted(SUFFIXES))} files of every class: add some, or "
             f"remove the {'class' if isinstance(part, TablePart) else 'subfolder'}."
+        )
+
+
+def _tell_alike(part: Path | TablePart, classes: Sequence[str]) -> None:
+    """Warn of classes that are one by their names, but for capitals or how accents are coded."""
+    alike: dict[str, list[str]] = {}
+    for name in classes:
+        alike.setdefault(unicodedata.normalize("NFKC", name).casefold(), []).append(name)
+    several = [names for names in alike.values() if len(names) > 1]
+    if several:
+        first, second = map(ascii, several[0][:2])
+        warnings.warn(
+            f"{part} has classes whose names differ in capitals or in how letters are coded alone: "
+            f"{first} and {second}{', say' if len(several) > 1 else ''}. They are taken for "
+            f"different classes; rename one if they are the same.",
+            stacklevel=4,
         )
 
 

@@ -201,7 +201,7 @@ def _content(source: Folder | DatasetSource | None) -> str:
         return ""
     if isinstance(source, Folder):
         content = source.digest
-    elif isinstance(name := getattr(source.dataset, "content_name", None), str):
+    elif (name := source.content_name) is not None:
         content = f"{len(source)} items of {name}"
     else:
         content = fingerprint(source, 1)[0]

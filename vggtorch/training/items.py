@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from os import PathLike
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset, Subset
 
 from vggtorch.models import fitted, to_rgb
 from vggtorch.weight_sets import DataConfig
@@ -50,8 +51,132 @@ def _only(item: Mapping[str, Any], known: Sequence[str], what: str) -> Any:
     return item[found[0]]
 
 
+def checked(item: tuple[Any, Any]) -> tuple[Any, Any]:
+    """An image and a label, of which torch can make a batch.
+
+    Raises:
+        ValueError: a path, bytes or nothing in the place of the image, or no label.
+    """
+    image, label = item
+    if isinstance(image, str | PathLike):
+        raise ValueError(
+            f"The Dataset gives {str(image)!r} as an image; expected pixels. Open it there "
+            f"(`PIL.Image.open`), or pass a folder or a table of paths and labels instead."
+        )
+    pixels = (Image.Image, np.ndarray, torch.Tensor)
+    if not (isinstance(image, pixels) or hasattr(image, "__array__")):
+        what = "None" if image is None else f"{type(image).__name__}"
+        raise ValueError(
+            f"The Dataset gives {what} as an image; expected a PIL image, an array or a tensor. "
+            f"(Of Hugging Face's, `dataset.cast_column('image', datasets.Image())` gives such; of "
+            f"WebDataset's, `.decode('pil')`.)"
+        )
+    if label is None:
+        raise ValueError("The Dataset gives None as a label; expected a number from 0.")
+    return item
+
+
+def check_alike(images: Sequence[Any]) -> None:
+    """See that images have one shape, so that they can be one batch."""
+    shapes = {tuple(getattr(image, "shape", ())) for image in images}
+    if len(shapes) > 1:
+        raise ValueError(
+            f"The Dataset gives images of different shapes {sorted(shapes)[:4]}, which can't be "
+            f"one batch. Resize them there, or give PIL images, which are brought to the model's "
+            f"size."
+        )
+
+
+def as_images(images: Any, images_as: DataConfig) -> torch.Tensor:
+    """A batch of a Dataset's images as a tensor (N, H, W, 3).
+
+    Raises:
+        ValueError: values that can be neither RGB of 8 bits nor ready for the model.
+    """
+    if not isinstance(images, np.ndarray | torch.Tensor):
+        raise ValueError(
+            f"The Dataset's batches have a {type(images).__name__} of images; expected a tensor."
+        )
+    images = torch.as_tensor(images)
+    if images_as.arithmetic is not None:
+        _check_ready(images, images_as)
+    if images.ndim == 4 and images.shape[-1] != 3 and images.shape[1] == 3:
+        images = images.permute(0, 2, 3, 1)  # NCHW -> NHWC view
+    return images
+
+
+def _check_ready(images: torch.Tensor, images_as: DataConfig) -> None:
+    """Refuse what is no uint8 and can't be input of the network either.
+
+    That is what torchvision's ToTensor makes (0 to 1), what Keras's own data sets give (floating
+    point of 0 to 255), and what is ready for other weights.
+    """
+    name = images_as.weight_set
+    expected = f"expected uint8 RGB, or floating-point images that are ready for {name!r}"
+    if images.dtype == torch.uint8 or not images.numel():
+        return
+    if not images.is_floating_point():
+        raise ValueError(
+            f"The Dataset gives images of {images.dtype}; {expected}. Values of 0 to 255 become "
+            f"uint8 by `.to(torch.uint8)`."
+        )
+    low, high = (value.item() for value in images.aminmax())
+    ready = [
+        (value - mean) / std
+        for mean, std in zip(images_as.mean, images_as.std, strict=True)
+        for value in (0.0, 1.0)
+    ]
+    span = max(ready) - min(ready)
+    scaled = low >= 0 and 0.1 < high <= 1
+    if span > 20:  # where values are as far apart as pixels are, such near ones are no image
+        scaled = scaled or (-1.01 <= low < -0.5 and 0.5 < high <= 1.01)
+    # What is drawn on top, noise say, may reach beyond what pixels become.
+    is_far = not (min(ready) - span <= low and high <= max(ready) + span)
+    if scaled or is_far or (low >= 0 and high > max(ready) + 0.01 * span):
+        looks = f", which look scaled to {'0' if low >= 0 else '-1'} to 1" if scaled else ""
+        raise ValueError(
+            f"The Dataset gives floating-point images with values from {low:.3g} to {high:.3g}"
+            f"{looks}; {expected}, with values from {min(ready):.3g} to {max(ready):.3g}. Leave "
+            f"ToTensor and division by 255 out: uint8 and PIL images are preprocessed here."
+        )
+
+
+def as_labels(labels: Any) -> torch.Tensor:
+    """A batch of labels as whole numbers (N,); Keras's own data sets have them as (N, 1).
+
+    Raises:
+        ValueError: text, shares of classes, or numbers that aren't whole.
+    """
+    if isinstance(labels, list | tuple) and any(isinstance(label, str) for label in labels):
+        raise ValueError(
+            f"The Dataset's labels are text ({labels[0]!r}); expected numbers from 0. "
+            f"(`dataset.class_encode_column('label')` makes them so in Hugging Face's.)"
+        )
+    found = torch.as_tensor(labels)
+    if found.ndim == 2 and found.shape[1] == 1:
+        found = found[:, 0]
+    if found.ndim != 1:
+        raise ValueError(
+            f"The Dataset's labels have the shape {tuple(found.shape)}; expected one number from 0 "
+            f"for each image. Of one-hot labels, `labels.argmax(-1)` is that."
+        )
+    right = (found >= 0) & (found == found.double().round())  # which NaN isn't either
+    if not bool(right.all()):
+        wrong = found[~right][0].item()
+        raise ValueError(f"The Dataset gives the label {wrong:g}; expected a whole number from 0.")
+    return found.long()
+
+
 def label_names(dataset: Any) -> tuple[str, ...]:
-    """The classes' names, where a Dataset has them as torchvision's do or as Hugging Face's do."""
+    """The classes' names, where a Dataset has them as torchvision's do or as Hugging Face's do.
+
+    A part of such a Dataset, and several one behind the other, have its names too.
+    """
+    if isinstance(dataset, Subset):
+        return label_names(dataset.dataset)
+    if isinstance(dataset, ConcatDataset):
+        found = {label_names(part) for part in dataset.datasets}
+        return found.pop() if len(found) == 1 else ()
     if classes := getattr(dataset, "classes", ()):
         return tuple(map(str, classes))
     features = getattr(dataset, "features", None)
@@ -85,7 +210,7 @@ class Kept(Dataset):
         self.classes = label_names(stream.dataset if isinstance(stream, DataLoader) else stream)
         self.items: list[tuple[Any, int]] = []
         size = 0
-        for image, label in _items(stream):
+        for image, label in map(checked, _items(stream)):
             array = np.asarray(as_array(image, images))
             size += array.nbytes
             if size > MOST:
@@ -96,7 +221,11 @@ class Kept(Dataset):
                     f"to know what it has seen. (Hugging Face's `load_dataset('webdataset', "
                     f"data_files=...)` makes one of WebDataset's shards.)"
                 )
-            self.items.append((array, int(label)))
+            if isinstance(label, str | bytes) and label.isdigit():  # as it stands in a shard
+                label = int(label)
+            self.items.append((array, int(as_labels([label]))))
+        if not self.items:
+            raise ValueError(f"Received an empty {type(stream).__name__}; expected images.")
         warnings.warn(
             f"Read {len(self.items)} images of {type(stream).__name__} into memory "
             f"({size / 2**20:.0f} MiB). Every epoch sees them so, in an order of its own.",

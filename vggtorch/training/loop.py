@@ -41,6 +41,8 @@ from vggtorch.training.data import (
     Source,
     arithmetic_of,
     augmentation_index,
+    check_fits,
+    check_labels,
     images_for,
 )
 from vggtorch.training.display import Display, open_display
@@ -183,6 +185,9 @@ def _finetune(
     """What `finetune` does, in a folder that no other run is at work in."""
     images = images_for(model, config)
     read = read_data(train, validation, config, images)
+    parts = (read.training, read.validation, read.test)
+    for part in parts:
+        check_fits(part, model)
     if read.validation is None:
         _check_unvalidated(config)
     if config.head is not None:
@@ -197,6 +202,9 @@ def _finetune(
     weight = class_weights(config, read.training, classes)
     state = first_state(model, config, accelerator.device, weight)
     mine = identity_of(config, read, model, accelerator.mixed_precision)
+    for part in parts:
+        if isinstance(part, DatasetSource) and part.content_name is None:
+            check_labels(torch.tensor(part.plain[1]), model)
     steps = sum(len(read.plan(epoch)) for epoch in range(config.epochs))
     scheduler = make_scheduler(config, state.optimizer, steps)
     state = dataclasses.replace(state, scheduler=scheduler)

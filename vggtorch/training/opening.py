@@ -15,7 +15,7 @@ from vggtorch.training.advice import Plan, Similarity, planned
 from vggtorch.training.config import TrainConfig
 from vggtorch.training.data import Folder
 from vggtorch.training.features import frozen_end
-from vggtorch.training.folders import count_images, find_splits
+from vggtorch.training.folders import find_splits, images_by_class
 from vggtorch.training.items import label_names
 from vggtorch.training.mixing import mixes
 from vggtorch.training.run import Images, RunData
@@ -68,7 +68,8 @@ def settle_config(
 def _counts(train: Images, pattern: str | None) -> tuple[int, int] | None:
     """How many images and classes there are to learn from; None where the data doesn't say."""
     if isinstance(train, str | Path):
-        return count_images(find_splits(Path(train)).train, pattern)
+        counts = images_by_class(find_splits(Path(train)).train, pattern)
+        return sum(counts.values()), len(counts)
     if isinstance(train, Mapping):
         train = train.get("train", train)
     dataset = getattr(train, "dataset", train)

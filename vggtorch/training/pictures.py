@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import keras
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 
 from vggtorch.models import read_image
 from vggtorch.text import in_html
@@ -144,7 +144,10 @@ def _caption(
 
 def img(pixels: np.ndarray, text: str) -> str:
     """Pixels (H, W, 3) as an <img> tag."""
-    picture = ImageOps.contain(Image.fromarray(pixels), (EDGE, EDGE), Image.Resampling.BICUBIC)
+    picture = Image.fromarray(pixels)
+    times = EDGE / max(picture.size)
+    edges = [max(1, round(edge * times)) for edge in picture.size]  # also of a strip
+    picture = picture.resize((edges[0], edges[1]), Image.Resampling.BICUBIC)
     buffer = io.BytesIO()
     picture.save(buffer, "JPEG", quality=85)
     code = base64.b64encode(buffer.getvalue()).decode()

@@ -26,9 +26,10 @@ from vggtorch.models import SUFFIXES, data_config, decode_predictions, preproces
 from vggtorch.paths import PREDICTIONS, check_images, check_out
 from vggtorch.training import data
 from vggtorch.training.evaluation import Evaluation, evaluate
-from vggtorch.training.folders import images_under, tell_left_out, test_part
+from vggtorch.training.folders import images_by_class, images_under, tell_left_out, test_part
 from vggtorch.training.heads import logits_network
 from vggtorch.training.run import make_accelerator
+from vggtorch.weight_sets import DataConfig
 
 
 class Batch(NamedTuple):
@@ -186,9 +187,15 @@ def write_predictions(found: Iterable[Prediction], path: str | Path) -> list[Pre
     path = Path(path)
     check_out(path, PREDICTIONS, "")
     problems: list[Prediction] = []
-    with files.atomic(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-        rows = _csv_rows if path.suffix == ".csv" else _json_lines
-        rows(file, _watched(found, problems))
+    is_csv = path.suffix == ".csv"
+    # Bytes of a file's name that aren't UTF-8 stand as they are in CSV, and as \udc.. in JSON: who
+    # reads either as Python does has the name again.
+    errors = "surrogateescape" if is_csv else "backslashreplace"
+    with (
+        files.atomic(path) as temporary,
+        temporary.open("w", newline="", encoding="utf-8", errors=errors) as file,
+    ):
+        (_csv_rows if is_csv else _json_lines)(file, _watched(found, problems))
     return problems
 
 
@@ -278,6 +285,7 @@ def evaluate_folder(
     _check_model(model)
     part = test_part(Path(folder))
     config = data_config(model)
+    _check_known(model, config, tuple(images_by_class(part, label_pattern)), part)
     size = config.size or (data.DEFAULT_SIZE, data.DEFAULT_SIZE)
     source = data.read_folder(
         part,
@@ -286,15 +294,6 @@ def evaluate_folder(
         label_pattern=label_pattern,
     )
     names = config.label_names or source.classes
-    outputs = model.output_shape[-1]
-    if len(names) != outputs or not set(source.classes) <= set(names):
-        unknown = sorted(set(source.classes) - set(config.label_names))
-        raise ValueError(
-            f"{model.name} puts out {outputs} classes"
-            + (f" ({', '.join(config.label_names)})" if config.label_names else "")
-            + f", and {source.root} has {len(source.classes)}, of which it doesn't know "
-            f"{', '.join(unknown[:10])}. Name them as the model's classes."
-        )
     places = [names.index(name) for name in source.classes]
     labels = tuple(places[label] for label in source.labels)
     source = data.relabelled(source, labels, tuple(names))
@@ -309,6 +308,21 @@ def evaluate_folder(
         accelerator=accelerator,
     )
     return found, source
+
+
+def _check_known(
+    model: keras.Model, config: DataConfig, classes: tuple[str, ...], part: object
+) -> None:
+    """See that a model knows the classes of a test set, before an image of it is read."""
+    names, outputs = config.label_names or classes, model.output_shape[-1]
+    if len(names) != outputs or not set(classes) <= set(names):
+        unknown = sorted(set(classes) - set(config.label_names))
+        raise ValueError(
+            f"{model.name} puts out {outputs} classes"
+            + (f" ({', '.join(config.label_names)})" if config.label_names else "")
+            + f", and {part} has {len(classes)}, of which it doesn't know "
+            f"{', '.join(unknown[:10])}. Name them as the model's classes."
+        )
 
 
 def _logits(model: keras.Model) -> torch.nn.Module:

@@ -12,7 +12,7 @@ import keras
 from vggtorch.keras_graph import graph_of
 from vggtorch.training.balance import class_weights
 from vggtorch.training.config import TrainConfig
-from vggtorch.training.data import BatchPlan, Key, images_for
+from vggtorch.training.data import BatchPlan, Key, check_fits, images_for
 from vggtorch.training.display import open_display
 from vggtorch.training.heads import class_names, with_head
 from vggtorch.training.loop import Stage, prepare
@@ -88,6 +88,7 @@ def find_learning_rate(
     graph_of(model, "find_learning_rate")
     config = settle_config(model, train, config, settings)
     read = read_data(train, None, config, images_for(model, config))
+    check_fits(read.training, model)
     if config.head is not None:
         model = with_head(model, config, len(read.classes))
     classes = class_names(model, read.classes)

@@ -22,7 +22,8 @@ from vggtorch.training import checkpoints, data
 from vggtorch.training.balance import balanced, labels_of
 from vggtorch.training.config import Augment, TrainConfig
 from vggtorch.training.data import BatchPlan, DatasetSource, Folder
-from vggtorch.training.folders import find_splits, tell_beside
+from vggtorch.training.folders import as_part, find_splits, images_by_class, tell_beside
+from vggtorch.training.items import label_names
 from vggtorch.training.optimization import Parameters, make_optimizer, trained_parameters
 from vggtorch.training.tables import SPLITS, TablePart
 from vggtorch.weight_sets import DataConfig
@@ -75,8 +76,9 @@ def read_data(
         return data.as_source(given, config.seed, config.batch_size, images)
 
     splits = _splits(train)
-    training, plan = read(splits.train, config.augment)
     validating = splits.validation if validation is None else validation
+    _check_names(splits.train, validating, splits.test, config)
+    training, plan = read(splits.train, config.augment)
     if isinstance(training, Folder) and config.augment == "none" and config.cache_copies > 1:
         raise ValueError(
             f"Received cache_copies={config.cache_copies} with augment='none': the copies would be "
@@ -96,6 +98,27 @@ def read_data(
         _tell_of_repeats(training, part, name)
     names = [source.classes for source in (training, held) if source is not None and source.classes]
     return RunData(training, held, plan, names[0] if names else (), test, held_out)
+
+
+def _check_names(training: Any, validation: Any, test: Any, config: TrainConfig) -> None:
+    """Refuse by the names of folders and files, before any image is read, what would be later."""
+
+    def counted(given: Any) -> dict[str, int]:
+        if isinstance(given, str | Path | TablePart):
+            return images_by_class(as_part(given), config.label_pattern)
+        return dict.fromkeys(label_names(getattr(given, "dataset", given)), 0)
+
+    known = counted(training)
+    for part, name in ((validation, "validation"), (test, "test")):
+        if part is not None:
+            is_table = isinstance(part, str | Path | TablePart) and not Path(_place(part)).is_dir()
+            _check_classes(tuple(known), tuple(counted(part)), name, is_table=is_table)
+    if validation is None and isinstance(training, str | Path | TablePart):
+        data.check_hold_out(known, config.validation_split)
+
+
+def _place(part: str | Path | TablePart) -> str | Path:
+    return part.path if isinstance(part, TablePart) else part
 
 
 def _tell_of_repeats(training: Any, other: Any, name: str) -> None:
@@ -159,14 +182,22 @@ def _with_classes_of(training: Any, other: Any, name: str) -> Any:
     """
     if other is None or not (training.classes and other.classes):
         return other
+    is_table = isinstance(other, Folder) and not other.root.is_dir()
+    _check_classes(training.classes, other.classes, name, is_table=is_table)
     if training.classes == other.classes:
         return other
-    first, second = set(training.classes), set(other.classes)
-    is_table = isinstance(other, Folder) and not other.root.is_dir()
-    if is_table and second < first:
-        places = [training.classes.index(name) for name in other.classes]
-        labels = tuple(places[label] for label in other.labels)
-        return data.relabelled(other, labels, training.classes)
+    places = [training.classes.index(name) for name in other.classes]
+    labels = tuple(places[label] for label in other.labels)
+    return data.relabelled(other, labels, training.classes)
+
+
+def _check_classes(
+    training: Sequence[str], other: Sequence[str], name: str, *, is_table: bool
+) -> None:
+    """See that other data has the classes of the training data, or a table some of them."""
+    first, second = set(training), set(other)
+    if not (first and second) or tuple(training) == tuple(other) or (is_table and second < first):
+        return
     raise ValueError(
         f"The classes differ: only in the training data {sorted(first - second)}, only in the "
         f"{name} data {sorted(second - first)}. Expected the same, in the same order."

@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional as F
 
 from vggtorch.training.config import TrainConfig
-from vggtorch.training.data import arithmetic_of, as_input, seeded
+from vggtorch.training.data import arithmetic_of, as_input, check_labels, seeded
 from vggtorch.training.mixing import mixed
 from vggtorch.training.optimization import update_average_
 from vggtorch.training.reading import Batch
@@ -35,7 +35,7 @@ def train_step_(
     """
     progress = state.progress
     for labels in (batch.labels, *([batch.partners[1]] if batch.partners else [])):
-        _check_labels(state.model, labels)
+        check_labels(labels, state.model)
     while True:
         try:
             total = _gradients_(state, module, batch, config, accelerator)
@@ -125,14 +125,3 @@ def regularization(model: keras.Model) -> torch.Tensor:
 def network_input(x: torch.Tensor, model: keras.Model, device: torch.device) -> torch.Tensor:
     """Images as the model takes them, or features, on the device."""
     return as_input(x.to(device, non_blocking=True), arithmetic_of(model))
-
-
-def _check_labels(model: keras.Model, labels: torch.Tensor) -> None:
-    if not len(labels):
-        return
-    low, high, classes = int(labels.min()), int(labels.max()), model.output_shape[1]
-    if low < 0 or high >= classes:
-        raise ValueError(
-            f"Received labels from {low} to {high}; expected 0 to {classes - 1}, as "
-            f"{model.name} puts out {classes} classes."
-        )

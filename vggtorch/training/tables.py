@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any, NamedTuple
 
 from vggtorch.models import SUFFIXES
 from vggtorch.paths import TABLES, check_data
+from vggtorch.text import visible
 
 JSON = frozenset({".jsonl", ".ndjson"})
 SPLITS = {
@@ -71,6 +73,8 @@ def read_rows(path: Path) -> list[Row]:
         found = list((_json_rows if path.suffix.lower() in JSON else _csv_rows)(path))
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} isn't text in UTF-8 ({error.reason}). Save it so.") from error
+    except csv.Error as error:
+        raise ValueError(f"{path} can't be read as a table: {error}. Expected CSV.") from error
     rows: dict[Path, Row] = {}
     twice = 0
     for line, cells in found:
@@ -106,7 +110,12 @@ def _row(table: Path, line: int, cells: Mapping[str, Any]) -> Row:
         raise ValueError(
             f"Line {line} of {table} has the split {split!r}; expected one of {', '.join(known)}."
         )
-    path = table.parent / str(cells["path"]).strip()
+    name = str(cells["path"]).strip()
+    if re.match(r"[a-z]+://", name):
+        raise ValueError(
+            f"Line {line} of {table} has the address {name}, not a file. Download the images first."
+        )
+    path = table.parent / name
     return Row(path, str(cells["label"]).strip(), known.get(split, ""))
 
 
@@ -153,10 +162,17 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 meanings = _meanings(path, header)
                 if not is_image:
                     continue
+            if open_in := next((c for c in cells if "\n" in c or "\r" in c), None):
+                raise ValueError(
+                    f"A name in {path} goes on in another line, up to line {rows.line_num}: "
+                    f"{open_in[:40]!r}... Expected names of one line; close the quotation mark "
+                    f"before it."
+                )
             if len(cells) != len(header):
                 raise ValueError(
-                    f"Line {rows.line_num} of {path} has {len(cells)} cells; expected "
-                    f"{len(header)}. Put names that hold {delimiter!r} in quotes."
+                    f"Line {rows.line_num} of {path} has {len(cells)} "
+                    f"{'cell' if len(cells) == 1 else 'cells'}; expected {len(header)}. Put names "
+                    f"that hold {delimiter!r} in quotes."
                 )
             pairs = zip(header, cells, strict=True)
             yield rows.line_num, {meanings[n]: cell for n, cell in pairs if n in meanings}
@@ -174,7 +190,10 @@ def _json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             except json.JSONDecodeError as error:
                 raise ValueError(f"Line {number} of {path} isn't JSON: {error}.") from error
             if not isinstance(values, dict):
-                raise ValueError(f"Line {number} of {path} is {values!r}; expected an object.")
+                raise ValueError(
+                    f"Line {number} of {path} is {visible(repr(values), 60)}; expected one object, "
+                    f'{{"path": ..., "label": ...}}, in each line.'
+                )
             if meanings is None:
                 meanings = _meanings(path, values)
             if missing := [name for name in meanings if name not in values]:
