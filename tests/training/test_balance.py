@@ -18,7 +18,8 @@ from torch.utils.data import DataLoader, Subset
 from vggtorch.cli import main
 from vggtorch.training import balance, data
 from vggtorch.training.config import TrainConfig
-from vggtorch.training.loop import Stage, finetune
+from vggtorch.training.loop import finetune
+from vggtorch.training.stages import Stage
 
 NAMES = ("blue", "green", "red")
 LABELS = np.array([0] * 12 + [1] * 6 + [2] * 2)

@@ -17,13 +17,13 @@ from vggtorch.training.config import TrainConfig
 from vggtorch.training.data import check_fits, images_for
 from vggtorch.training.features import frozen_end
 from vggtorch.training.heads import with_head
-from vggtorch.training.loop import Stage
 from vggtorch.training.mixing import mixed, mixes
 from vggtorch.training.opening import settle_config
 from vggtorch.training.optimization import freeze_for_, frozen_layers_kept
 from vggtorch.training.pictures import pixels
 from vggtorch.training.reading import Batch, shared_batches
 from vggtorch.training.run import Images, make_accelerator, read_data
+from vggtorch.training.stages import Stage
 
 # Where systems have one of them, the first that there is draws the labels.
 FONTS = (

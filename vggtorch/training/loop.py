@@ -9,12 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +19,6 @@ import keras
 import torch
 
 from vggtorch.keras_graph import graph_of
-from vggtorch.lowering import synchronize_
 from vggtorch.models import remember_
 from vggtorch.paths import check_run
 from vggtorch.training import checkpoints
@@ -34,20 +30,15 @@ from vggtorch.training.callbacks import (
 )
 from vggtorch.training.config import TrainConfig
 from vggtorch.training.data import (
-    BatchPlan,
     DatasetSource,
     Folder,
-    Key,
     Source,
-    arithmetic_of,
-    augmentation_index,
     check_fits,
     check_labels,
     images_for,
 )
 from vggtorch.training.display import Display, open_display
 from vggtorch.training.evaluation import Evaluation, evaluate
-from vggtorch.training.features import Features, cached_features, frozen_end
 from vggtorch.training.heads import check_frozen, class_names, logits_network, with_head
 from vggtorch.training.identity import check_identity, identity_of
 from vggtorch.training.mixing import mixes
@@ -58,6 +49,7 @@ from vggtorch.training.run import (
     Images,
     Progress,
     RunData,
+    RunState,
     first_state,
     load_weights_,
     locked,
@@ -67,8 +59,9 @@ from vggtorch.training.run import (
     state_dict,
 )
 from vggtorch.training.schedules import after_epoch_, after_step_, make_scheduler, set_rate_
+from vggtorch.training.stages import Stage, prepare
 from vggtorch.training.step import regularization, train_step_
-from vggtorch.training.stopping import Interrupted, Terminated, stoppable
+from vggtorch.training.stopping import Interrupted, Stopping, Terminated, stoppable
 from vggtorch.training.temperature import check_temperature, divide_logits_, fitted_temperature
 from vggtorch.training.trackers import Trackers, check_trackers, tracked
 from vggtorch.weight_sets import DataConfig
@@ -201,151 +194,240 @@ def _finetune(
     remember_(model, images)
     weight = class_weights(config, read.training, classes)
     state = first_state(model, config, accelerator.device, weight)
-    mine = identity_of(config, read, model, accelerator.mixed_precision)
+    identity = identity_of(config, read, model, accelerator.mixed_precision)
     for part in parts:
         if isinstance(part, DatasetSource) and part.content_name is None:
             check_labels(torch.tensor(part.plain[1]), model)
     steps = sum(len(read.plan(epoch)) for epoch in range(config.epochs))
-    scheduler = make_scheduler(config, state.optimizer, steps)
-    state = dataclasses.replace(state, scheduler=scheduler)
-    progress = state.progress
-    last, best = (Path(config.output_dir) / name for name in ("last.pt", "best.pt"))
-    if last.exists():
-        content = checkpoints.read(last)
-        check_identity(last, content, mine, model)
-        restore_(state, content, last)
-        mine["weights"] = content["weights"]
+    state = dataclasses.replace(state, scheduler=make_scheduler(config, state.optimizer, steps))
+    run = _Run(
+        model,
+        config,
+        read,
+        classes,
+        images,
+        state,
+        identity,
+        steps,
+        accelerator,
+        callbacks,
+        trackers,
+    )
+    run.carry_on()
+    run.train()
+    return run.outcome()
 
-    def save(is_kept: bool = False, found: Evaluation | None = None) -> None:
-        if accelerator.is_main_process:
-            content = {**mine, **state_dict(state)}
+
+@dataclass(frozen=True)
+class _Run:
+    """A run from its first step to what comes out of it.
+
+    Attributes:
+        model: what trains, with its head.
+        config: what the run was told to do.
+        read: its images.
+        classes: the names of the model's outputs.
+        images: how its images become what the model takes.
+        state: all that changes.
+        identity: what a checkpoint must say to be this run's.
+        steps: how many there are in all epochs.
+        accelerator: processes, device and precision.
+        callbacks, trackers: the user's.
+    """
+
+    model: keras.Model
+    config: TrainConfig
+    read: RunData
+    classes: tuple[str, ...]
+    images: DataConfig
+    state: RunState
+    identity: dict[str, Any]
+    steps: int
+    accelerator: Accelerator
+    callbacks: Sequence[Any]
+    trackers: Trackers
+
+    @property
+    def last(self) -> Path:
+        """The checkpoint from which the run can be carried on."""
+        return Path(self.config.output_dir) / "last.pt"
+
+    @property
+    def best(self) -> Path:
+        """The checkpoint whose weights are kept."""
+        return Path(self.config.output_dir) / "best.pt"
+
+    def carry_on(self) -> None:
+        """Go back to the last checkpoint, if there is one."""
+        if self.last.exists():
+            content = checkpoints.read(self.last)
+            check_identity(self.last, content, self.identity, self.model)
+            restore_(self.state, content, self.last)
+            self.identity["weights"] = content["weights"]
+
+    def save(self, is_kept: bool = False, found: Evaluation | None = None) -> None:
+        """Write the last checkpoint, and the best one where this is it."""
+        if self.accelerator.is_main_process:
+            content = {**self.identity, **state_dict(self.state)}
             if is_kept:
                 content["evaluation"] = found and (found.logits, found.labels)
-            checkpoints.write(last, content, also=best if is_kept else None)
+            checkpoints.write(self.last, content, also=self.best if is_kept else None)
 
-    judged = partial(
-        evaluate,
-        batch_size=config.batch_size,
-        num_workers=config.num_workers,
-        accelerator=accelerator,
-    )
-    stage = None
-    with (
-        stoppable(accelerator.num_processes) as stop,
-        open_display(accelerator.is_main_process) as show,
-        left_behind(last, progress, save, show, accelerator),
-        clear_errors(config.num_workers),
-    ):
-        freeze_for_(model, config, progress.epoch)
-        show.say(first_lines(model, read, config, images, accelerator.device))
-        if progress.epoch == config.epochs or progress.stopped:
-            show.say(f"The run in {config.output_dir} had ended: nothing is trained.")
-        trackers.begin(_about(model, read, classes, images), progress.epochs)
-        call(callbacks, "on_train_begin", model, config)
-        while (progress.epoch < config.epochs and not progress.stopped) and not (
-            progress.step == 0 and _is_stale(progress.epochs, config)
+    def train(self) -> None:
+        """Train to the end: of all epochs, of the patience, or by a callback."""
+        config, progress = self.config, self.state.progress
+        stage = None
+        with (
+            stoppable(self.accelerator.num_processes) as stop,
+            open_display(self.accelerator.is_main_process) as show,
+            left_behind(self.last, progress, self.save, show, self.accelerator),
+            clear_errors(config.num_workers),
         ):
-            epoch = progress.epoch
-            if stage is None or epoch in dict(config.unfreeze):
-                freeze_for_(model, config, epoch)
-                stage = prepare(model, read, config, epoch, accelerator, show)
-                module = accelerator.prepare_model(stage.module)
-            keys = stage.keys(read.plan, epoch)
-            show.begin(f"epoch {epoch + 1}/{config.epochs}", sum(map(len, keys)), progress.images)
-            began = time.perf_counter() - progress.seconds
-            module.train()
-            left = keys[progress.step :]
-            for batch in shared_batches(
-                stage.training, left, config.num_workers, accelerator, in_pairs=mixes(config)
-            ):
-                rate = set_rate_(scheduler, state.optimizer, config, progress.done, steps)
-                with stop.held():
-                    loss, correct = train_step_(state, module, batch, config, accelerator)
-                    after_step_(scheduler)
-                    progress.rate = rate
-                    progress.step += 1
-                    progress.done += 1
-                    progress.loss += loss
-                    progress.correct += correct
-                    progress.images += batch.size
-                    progress.seconds = time.perf_counter() - began
-                    show.advance(batch.size, progress.loss / progress.images)
-                    if progress.step % config.checkpoint_steps == 0 and progress.step < len(keys):
-                        save()
-                call(callbacks, "on_step_end", progress.done - 1, loss / batch.size)
-                stop.agree(accelerator)
-            result = {
-                "loss": progress.loss / progress.images,
-                "accuracy": progress.correct / progress.images,
-                "learning_rate": progress.rate,
-            }
-            found = None
-            if stage.validation is not None:
-                with averaged(state.trained, state.average, stop.held):
-                    found = judged(stage.module, model, stage.validation)
-                    result["val_loss"] = found.loss + regularization(model).item()
-                result["val_accuracy"] = found.accuracy
-                chosen = dict.fromkeys((*config.metrics, config.monitor))
-                result |= {f"val_{n}": found.figure(n) for n in chosen if f"val_{n}" not in result}
-            result["seconds"] = time.perf_counter() - began
-            progress.stopped = call(callbacks, "on_epoch_end", epoch, result, found)
-            check_figures(result)
+            freeze_for_(self.model, config, progress.epoch)
+            device = self.accelerator.device
+            show.say(first_lines(self.model, self.read, config, self.images, device))
+            if progress.epoch == config.epochs or progress.stopped:
+                show.say(f"The run in {config.output_dir} had ended: nothing is trained.")
+            self.trackers.begin(self._about(), progress.epochs)
+            call(self.callbacks, "on_train_begin", self.model, config)
+            while self._goes_on():
+                if stage is None or progress.epoch in dict(config.unfreeze):
+                    freeze_for_(self.model, config, progress.epoch)
+                    stage = prepare(
+                        self.model, self.read, config, progress.epoch, self.accelerator, show
+                    )
+                    module = self.accelerator.prepare_model(stage.module)
+                began = time.perf_counter() - progress.seconds
+                self._train_epoch(stage, module, began, stop, show)
+                self._end_epoch(stage, began, stop, show)
+                stop.agree(self.accelerator)
+        self.accelerator.wait_for_everyone()
+
+    def _goes_on(self) -> bool:
+        """Whether there is something left to train."""
+        progress = self.state.progress
+        if progress.epoch == self.config.epochs or progress.stopped:
+            return False
+        return progress.step > 0 or not _is_stale(progress.epochs, self.config)
+
+    def _train_epoch(
+        self, stage: Stage, module: torch.nn.Module, began: float, stop: Stopping, show: Display
+    ) -> None:
+        """The steps that are left of an epoch, which began at a second of the clock."""
+        config, state, progress = self.config, self.state, self.state.progress
+        keys = stage.keys(self.read.plan, progress.epoch)
+        title = f"epoch {progress.epoch + 1}/{config.epochs}"
+        show.begin(title, sum(map(len, keys)), progress.images)
+        module.train()
+        left = keys[progress.step :]
+        for batch in shared_batches(
+            stage.training, left, config.num_workers, self.accelerator, in_pairs=mixes(config)
+        ):
+            rate = set_rate_(state.scheduler, state.optimizer, config, progress.done, self.steps)
             with stop.held():
-                after_epoch_(scheduler, result.get("val_loss", result["loss"]))
-                progress.epochs.append(result)
-                is_kept = not config.restore_best_weights or _best(progress.epochs, config) == epoch
-                if is_kept:
-                    progress.kept_epoch = epoch
-                progress.epoch, progress.step = epoch + 1, 0
-                progress.loss, progress.correct, progress.images, progress.seconds = 0.0, 0, 0, 0.0
-                save(is_kept, found)
-                show.end(epoch, result)
-                trackers.log(result, epoch)
-            stop.agree(accelerator)
-    accelerator.wait_for_everyone()
-    content = checkpoints.read(best)
-    load_weights_(model, content, best)
-    evaluation = content["evaluation"] and Evaluation(*content["evaluation"])
-    temperature = 1.0
-    if config.temperature_scaling and evaluation is not None:
-        temperature = fitted_temperature(evaluation)
-        divide_logits_(model, temperature)
-        evaluation = Evaluation(evaluation.logits / temperature, evaluation.labels)
-    tested = None
-    if read.test is not None:
-        tested = judged(logits_network(model, model.inputs[0]), model, read.test)
-    history = History(
-        model,
-        progress.epochs,
-        progress.kept_epoch,
-        classes,
-        config,
-        images,
-        read.validation,
-        evaluation,
-        read.test,
-        tested,
-        temperature,
-    )
-    trackers.log_outcome(history)
-    call(callbacks, "on_train_end", history)
-    return history
+                loss, correct = train_step_(state, module, batch, config, self.accelerator)
+                after_step_(state.scheduler)
+                progress.rate = rate
+                progress.step += 1
+                progress.done += 1
+                progress.loss += loss
+                progress.correct += correct
+                progress.images += batch.size
+                progress.seconds = time.perf_counter() - began
+                show.advance(batch.size, progress.loss / progress.images)
+                if progress.step % config.checkpoint_steps == 0 and progress.step < len(keys):
+                    self.save()
+            call(self.callbacks, "on_step_end", progress.done - 1, loss / batch.size)
+            stop.agree(self.accelerator)
 
+    def _end_epoch(self, stage: Stage, began: float, stop: Stopping, show: Display) -> None:
+        """Judge what an epoch has learned, and keep it."""
+        config, progress = self.config, self.state.progress
+        epoch = progress.epoch
+        result = {
+            "loss": progress.loss / progress.images,
+            "accuracy": progress.correct / progress.images,
+            "learning_rate": progress.rate,
+        }
+        found = None
+        if stage.validation is not None:
+            with averaged(self.state.trained, self.state.average, stop.held):
+                found = self._judged(stage.module, stage.validation)
+                result["val_loss"] = found.loss + regularization(self.model).item()
+            result["val_accuracy"] = found.accuracy
+            chosen = dict.fromkeys((*config.metrics, config.monitor))
+            result |= {f"val_{n}": found.figure(n) for n in chosen if f"val_{n}" not in result}
+        result["seconds"] = time.perf_counter() - began
+        progress.stopped = call(self.callbacks, "on_epoch_end", epoch, result, found)
+        check_figures(result)
+        with stop.held():
+            after_epoch_(self.state.scheduler, result.get("val_loss", result["loss"]))
+            progress.epochs.append(result)
+            is_kept = not config.restore_best_weights or _best(progress.epochs, config) == epoch
+            if is_kept:
+                progress.kept_epoch = epoch
+            progress.epoch, progress.step = epoch + 1, 0
+            progress.loss, progress.correct, progress.images, progress.seconds = 0.0, 0, 0, 0.0
+            self.save(is_kept, found)
+            show.end(epoch, result)
+            self.trackers.log(result, epoch)
 
-def _about(
-    model: keras.Model, read: RunData, classes: tuple[str, ...], images: DataConfig
-) -> dict[str, Any]:
-    """What trackers keep of a run beside its settings."""
-    parts = {"train": read.training, "validation": read.validation, "test": read.test}
-    height, width = images.size or (0, 0)
-    return {
-        "model": model.name,
-        "weight_set": images.weight_set,
-        "parameters": model.count_params(),
-        "classes": len(classes),
-        "input": f"{height}x{width}",
-        **{f"{name}_images": len(part) for name, part in parts.items() if part is not None},
-    }
+    def _judged(self, module: torch.nn.Module, source: Source) -> Evaluation:
+        """What a part of the model, which puts out logits, says of images or their features."""
+        config = self.config
+        return evaluate(
+            module,
+            self.model,
+            source,
+            batch_size=config.batch_size,
+            num_workers=config.num_workers,
+            accelerator=self.accelerator,
+        )
+
+    def outcome(self) -> History:
+        """The model with the weights that are kept, its temperature, and its test, once."""
+        model, config, read, progress = self.model, self.config, self.read, self.state.progress
+        content = checkpoints.read(self.best)
+        load_weights_(model, content, self.best)
+        evaluation = content["evaluation"] and Evaluation(*content["evaluation"])
+        temperature = 1.0
+        if config.temperature_scaling and evaluation is not None:
+            temperature = fitted_temperature(evaluation)
+            divide_logits_(model, temperature)
+            evaluation = Evaluation(evaluation.logits / temperature, evaluation.labels)
+        tested = None
+        if read.test is not None:
+            tested = self._judged(logits_network(model, model.inputs[0]), read.test)
+        history = History(
+            model,
+            progress.epochs,
+            progress.kept_epoch,
+            self.classes,
+            config,
+            self.images,
+            read.validation,
+            evaluation,
+            read.test,
+            tested,
+            temperature,
+        )
+        self.trackers.log_outcome(history)
+        call(self.callbacks, "on_train_end", history)
+        return history
+
+    def _about(self) -> dict[str, Any]:
+        """What trackers keep of a run beside its settings."""
+        read = self.read
+        parts = {"train": read.training, "validation": read.validation, "test": read.test}
+        height, width = self.images.size or (0, 0)
+        return {
+            "model": self.model.name,
+            "weight_set": self.images.weight_set,
+            "parameters": self.model.count_params(),
+            "classes": len(self.classes),
+            "input": f"{height}x{width}",
+            **{f"{name}_images": len(part) for name, part in parts.items() if part is not None},
+        }
 
 
 @contextmanager
@@ -399,86 +481,3 @@ def _is_stale(epochs: Sequence[dict[str, float]], config: TrainConfig) -> bool:
     """Whether the last `config.patience` epochs have brought no improvement."""
     patience = config.patience
     return patience is not None and len(epochs) - 1 - _best(epochs, config) >= patience
-
-
-AGAIN = 10_007  # odd, so that an image comes mirrored the second time
-
-
-@dataclass(frozen=True)
-class Stage:
-    """What runs between two changes of what is frozen.
-
-    Attributes:
-        module: the part of the model that may change, which puts out logits.
-        training, validation: what goes into it: images, or cached features.
-        is_cached: the sources are features.
-    """
-
-    module: torch.nn.Module
-    training: Source
-    validation: Source | None
-    is_cached: bool
-
-    def keys(self, plan: BatchPlan, epoch: int) -> list[list[Key]]:
-        """What each batch of an epoch consists of; features take turns among their copies.
-
-        An image that an epoch has several times is augmented in another way each time.
-        """
-        times: Counter[int] = Counter()
-
-        def key(index: int) -> Key:
-            turn = epoch + AGAIN * times[index]
-            times[index] += 1
-            return index, index + turn if self.is_cached else augmentation_index(index, turn)
-
-        return [[key(index) for index in batch] for batch in plan(epoch)]
-
-
-def prepare(
-    model: keras.Model,
-    read: RunData,
-    config: TrainConfig,
-    epoch: int,
-    accelerator: Any,
-    show: Display,
-) -> Stage:
-    """The part of a model that trains from this epoch on, and what goes into it.
-
-    What is frozen in all epochs runs once; what is frozen in this one runs on what that made.
-    """
-    # Mixed images are new in every step: what frozen layers make of them can't be kept.
-    is_cached = config.cache and not mixes(config)
-    ends = [model.inputs[0]]
-    for when in (config.epochs - 1, epoch):
-        freeze_for_(model, config, when)
-        if is_cached and (end := frozen_end(model)) is not ends[-1]:
-            ends.append(end)
-    module = logits_network(model, ends[-1])
-    # Under gradient accumulation each piece is normalised by its own moments, in one process and
-    # in several alike.
-    whole = config.gradient_accumulation_steps == 1
-    synchronize_(module.network, accelerator.num_processes > 1 and whole)
-    if len(ends) == 1:
-        return Stage(module, read.training, read.validation, is_cached=False)
-    prefixes = [keras.Model(start, end) for start, end in pairwise(ends)]
-
-    def features(source: Folder | DatasetSource, copies: int) -> Source:
-        found: Folder | DatasetSource | Features = source
-        for prefix in prefixes:
-            show.begin("frozen layers, once", copies * len(source))
-            found = cached_features(
-                prefix,
-                found,
-                Path(config.cache_dir or Path(config.output_dir) / "features"),
-                weights=arithmetic_of(model),
-                copies=copies,
-                dtype=config.cache_dtype,
-                num_workers=config.num_workers,
-                accelerator=accelerator,
-                advance=show.advance,
-            )
-        return found
-
-    training = features(read.training, config.cache_copies)
-    validation = None if read.validation is None else features(read.validation, 1)
-    return Stage(module, training, validation, is_cached=True)

@@ -15,12 +15,12 @@ from vggtorch.training.config import TrainConfig
 from vggtorch.training.data import BatchPlan, Key, check_fits, images_for
 from vggtorch.training.display import open_display
 from vggtorch.training.heads import class_names, with_head
-from vggtorch.training.loop import Stage, prepare
 from vggtorch.training.mixing import mixes
 from vggtorch.training.opening import settle_config
 from vggtorch.training.optimization import freeze_for_, frozen_layers_kept, set_learning_rate_
 from vggtorch.training.reading import shared_batches
 from vggtorch.training.run import Images, assign_, first_state, make_accelerator, read_data
+from vggtorch.training.stages import Stage, prepare
 from vggtorch.training.step import train_step_
 
 
