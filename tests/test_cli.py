@@ -184,7 +184,14 @@ def test_a_mistake_is_one_line_in_the_words_of_the_command_line(
         ("", "Missing command. Try vggtorch --help."),
         ("finetnue", "No such command 'finetnue'."),
         ("bench", "Missing argument 'MODEL'. Try vggtorch bench --help."),
-        ("bench vgg11 --batch many", "Invalid value for '--batch'"),
+        ("bench vgg11 --batch many", "Received --batch 'many'; expected a whole number. Try"),
+        (
+            "finetune images --lr=auto",
+            "Received --lr 'auto'; expected a number. Try vggtorch fi",
+        ),
+        ("finetune images -b 1.5", "Received -b '1.5'; expected a whole number. Try vggtorch fi"),
+        ("finetune images --bs 16", "No such option: --bs. Perhaps --batch-size? Try vggtorch fi"),
+        ("finetune images --output run2", "No such option: --output. Perhaps --output-dir? Try"),
         ("bench vgg11 --size", "Option '--size' requires an argument. Try vggtorch"),
         (
             "finetune images --head big",

@@ -18,7 +18,7 @@ import typer
 import vggtorch as vt
 from vggtorch import commands, files, paths, training_commands
 from vggtorch.architectures import ARCHITECTURES
-from vggtorch.options import ArchitectureName, Weights, as_options
+from vggtorch.options import ArchitectureName, Weights, as_options, wrong_usage
 from vggtorch.text import LONGEST_MESSAGE, table, terminal_width, visible, visible_lines
 from vggtorch.training import Interrupted, Terminated
 
@@ -361,7 +361,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         context = getattr(error, "ctx", None)
         command = context.command_path if context else "vggtorch"
         reason = error.format_message().replace("Value error, ", "").rstrip(".")
-        message = f"{reason}. Try {command} --help."
+        reason = wrong_usage(reason, arguments)
+        message = f"{reason}{'' if reason.endswith('?') else '.'} Try {command} --help."
         status = error.exit_code
     except typer.Abort as error:
         message, status = str(error) or "interrupted", 130

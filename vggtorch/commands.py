@@ -14,7 +14,7 @@ import vggtorch as vt
 from vggtorch import files, paths
 from vggtorch.architectures import ARCHITECTURES
 from vggtorch.options import Architecture, Weights
-from vggtorch.text import table, terminal_width, visible, visible_lines
+from vggtorch.text import figure_text, table, terminal_width, visible, visible_lines
 
 if TYPE_CHECKING:
     import keras
@@ -132,7 +132,7 @@ def evaluate(
     figures = found.figures()
     print(f"{len(found.labels)} images of {len(source.classes)} classes in {visible(source.root)}")
     for name, value in figures.items():
-        print(f"  {name:24} {value:.4f}")
+        print(f"  {name:24} {figure_text(value)}")
     rows = found.per_class(source.classes)
     cells = [["  class", "images", "precision", "recall", "F1"]]
     for row in rows:

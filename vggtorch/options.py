@@ -7,13 +7,13 @@ import inspect
 import re
 import shlex
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from vggtorch.architectures import ARCHITECTURES
-from vggtorch.training import TrainConfig
+from vggtorch.training import ELSEWHERE, TrainConfig
 
 if TYPE_CHECKING:  # a type checker can't read choices that are made while the program runs
     ArchitectureName = str
@@ -101,8 +101,38 @@ _NAMES = (
     f"{_FIELDS}|weights|architecture|times|by|keep|seconds|out|lowest|highest|steps|count|top"
     "|shard_size|picture|draw|page"
 )
-_ARGUMENT = re.compile(rf"\b({_NAMES})=('[^']*'|\((?:{_STAGE},? ?)+\)|[\w.+-]*\w)")
+_NUMBERS = r"\((?:[\d.e+-]+,? ?)+\)"
+_ARGUMENT = re.compile(rf"\b({_NAMES})=('[^']*'|\((?:{_STAGE},? ?)+\)|{_NUMBERS}|[\w.+-]*\w)")
 _LONG_NAME = re.compile(rf"(?<![-\w/.])({_FIELDS})(?![-\w/.=])")
+
+
+def wrong_usage(reason: str, arguments: Sequence[str]) -> str:
+    """What is wrong with a command line, with what was received and what may be meant.
+
+    >>> wrong_usage("No such option: --bs", ["finetune", "photos", "--bs", "16"])
+    'No such option: --bs. Perhaps --batch-size?'
+    >>> wrong_usage(
+    ...     "Invalid value for '--epochs': Input should be a valid integer, unable to parse string "
+    ...     "as an integer", ["finetune", "photos", "--epochs=few"],
+    ... )
+    "Received --epochs 'few'; expected a whole number"
+    """
+    if found := re.match(r"No such option: --([\w-]+)", reason):
+        known = ELSEWHERE.get(found[1].replace("-", "_"))
+        if known in _FIELDS.split("|"):
+            return f"{found[0]}. Perhaps --{known.replace('_', '-')}?"
+    if found := re.search(
+        r"Invalid value for (.+): Input should be a valid (integer|number)", reason
+    ):
+        number = "a whole number" if found[2] == "integer" else "a number"
+        for flag in re.findall(r"'(-[\w-]+)'", found[1]):
+            for place, argument in enumerate(arguments):
+                value = argument.partition("=")[2]
+                if argument == flag:
+                    value = "".join(arguments[place + 1 : place + 2])
+                if argument.partition("=")[0] == flag:
+                    return f"Received {flag} {value!r}; expected {number}"
+    return reason
 
 
 def as_options(message: str) -> str:
@@ -120,6 +150,8 @@ def as_options(message: str) -> str:
             return flag if value == "True" else f"no {flag}"
         if stages := re.findall(_STAGE, value):
             return " ".join(f"{flag} {epoch}:{layer}" for epoch, layer in stages)
+        if re.fullmatch(_NUMBERS, value):
+            return f"{flag} {re.sub('[() ]', '', value).rstrip(',')}"
         return f"--no-{flag[2:]}" if value == "False" else f"{flag} {shlex.quote(value)}"
 
     message = re.sub(r"(?<=[^.:;])\n+", "; ", _NO_OPTION.sub("", message))

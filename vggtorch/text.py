@@ -43,9 +43,29 @@ def visible_lines(text: object) -> str:
     return "\n".join(visible(line, LONGEST_MESSAGE) for line in str(text).split("\n"))
 
 
+def figure_text(value: float) -> str:
+    """A figure with four digits behind the point; with four in all where it is far from 1.
+
+    >>> from vggtorch.text import figure_text
+    >>> figure_text(0.91234), figure_text(4.567e24)
+    ('0.9123', '4.567e+24')
+    """
+    return f"{value:.4f}" if abs(value) < 10_000 else f"{value:.4g}"
+
+
 def in_html(text: object) -> str:
     """Text for an HTML or SVG file, between tags or inside quotes."""
     return html.escape(visible(text))
+
+
+def name_in_html(text: object) -> str:
+    """A name as an HTML element: what isn't seen of a long one is its title; right to left or not.
+
+    >>> from vggtorch.text import name_in_html
+    >>> name_in_html("a & b")
+    '<bdi class=name title="a &amp; b">a &amp; b</bdi>'
+    """
+    return f'<bdi class=name title="{in_html(text)}">{in_html(text)}</bdi>'
 
 
 def in_markdown(text: object) -> str:

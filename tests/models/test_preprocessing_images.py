@@ -345,7 +345,7 @@ def test_strips_are_refused_and_narrow_images_are_not(size, tmp_path):
     ],
 )
 def test_other_colour_spaces(mode, colour, expected):
-    found = to_rgb(Image.new(mode, (4, 4), colour)).getpixel((1, 1))
+    found = np.asarray(to_rgb(Image.new(mode, (4, 4), colour)))[1, 1]
     np.testing.assert_allclose(found, expected, atol=2)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import keras
 import numpy as np
@@ -77,6 +78,9 @@ def test_the_kept_epoch_is_best_in_what_is_monitored():
     chosen = {m: loop._is_better(other, best, m) for m in ("accuracy", "auroc", "loss")}
     assert chosen == {"accuracy": False, "auroc": True, "loss": True}
     assert not loop._is_better(other, best, "calibration_error")
+    nan = {**best, "val_loss": math.nan, "val_auroc": math.nan}
+    for metric in ("accuracy", "auroc", "loss"):  # a figure that isn't there is the worst
+        assert loop._is_better(best, nan, metric) and not loop._is_better(nan, best, metric)
 
 
 def test_every_metric_has_a_figure(history):

@@ -73,3 +73,8 @@ def test_one_name_a_list_and_a_dictionary_are_what_they_stand_for():
 def test_what_is_no_pair_of_an_epoch_and_a_layer_is_refused(given):
     with pytest.raises(ValueError, match="expected pairs of an epoch from 1 to 9 and a layer's na"):
         TrainConfig(freeze="a", unfreeze=given)
+
+
+def test_nothing_thaws_in_a_run_of_one_epoch():
+    with pytest.raises(ValueError, match="with epochs=1, after which nothing can be unfrozen. Set"):
+        TrainConfig(epochs=1, freeze="block4_pool", unfreeze=((1, "block5_conv1"),))

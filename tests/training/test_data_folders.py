@@ -158,6 +158,34 @@ def test_classes_that_look_like_one_are_said(tmp_path, first, second):
     assert f"{first!a} and {second!a}" in said or f"{second!a} and" in said
 
 
+def test_files_of_several_frames_are_counted(tmp_path):
+    folder = tiny.pictures(tmp_path / "data", each=1)
+    frames = [Image.new("RGB", (20, 20), colour) for colour in ("red", "blue")]
+    for suffix in ("gif", "webp", "tif", "apng"):
+        frames[0].save(folder / "red" / f"a.{suffix}", "PNG" if suffix == "apng" else None,
+                       save_all=True, append_images=frames[1:])  # fmt: skip
+    frames[0].save(folder / "red" / "still.gif")
+    frames[0].save(folder / "red" / "a.mpo", save_all=True, append_images=frames[1:])
+    with pytest.warns(UserWarning) as caught:
+        assert len(data.read_folder(folder, 16)) == 9
+    said = [str(w.message) for w in caught]
+    expected = f"4 files in {folder} with several frames or pages: of each the first is read."
+    assert said == [expected]
+
+
+def test_validation_beside_the_data_gives_way_to_what_was_passed_and_that_is_said(tmp_path, config):
+    from vggtorch.training.run import read_data
+
+    for i, name in enumerate(("train", "val", "other")):
+        tiny.pictures(tmp_path / name, seed=i)
+    (tmp_path / "other").rename(tmp_path.parent / f"{tmp_path.name}-other")
+    images = data.images_for(tiny.network(), config)
+    with pytest.warns(UserWarning, match=f"of its own, {tmp_path / 'val'}, which aren't used: th"):
+        read = read_data(tmp_path, f"{tmp_path}-other", config, images)
+    assert isinstance(read.validation, data.Folder)
+    assert {path.parent.parent.name for path in read.validation.paths} == {f"{tmp_path.name}-other"}
+
+
 def test_one_class_alone_is_refused(tmp_path):
     (tmp_path / "photos" / "cats").mkdir(parents=True)
     with pytest.raises(ValueError, match=r"one class alone, 'photos', .* pass .*photos\."):

@@ -88,6 +88,21 @@ def test_samples_are_wrong_unsure_and_right_by_their_names():
     assert right == [0, 3, 4, 1]  # each class's surest, then its second
 
 
+def test_long_names_and_large_figures_have_bounds():
+    from vggtorch.text import figure_text
+
+    name = "a & b " * 30
+    text = confusion_html([name, "שלום"], np.array([[1, 2], [0, 3]]))
+    assert text.count(f'<bdi class=name title="{"a &amp; b " * 30}') == 3  # row, column, list
+    assert ">שלום</bdi>: 2 of 3" in text
+    assert re.search(r"\.name\{[^}]*max-width[^}]*overflow:hidden", report.STYLE)
+    assert [figure_text(value) for value in (0.5, 4.5e24, float("nan"))] == [
+        "0.5000",
+        "4.5e+24",
+        "nan",
+    ]
+
+
 def test_a_test_set_has_a_page_of_its_own(history, tmp_path):
     folder = tiny.pictures(tmp_path / "holdout", each=3, seed=3)
     found, images = evaluate_folder(history.model, folder)
@@ -183,7 +198,7 @@ def test_the_confusion_scales(classes):
     confusion[1, 2] = 4
     names = [f"class {i}" for i in range(classes)]
     found = confusion_html(names, confusion)
-    assert "class 1 taken for class 2: 4 of" in found
+    assert re.search(">class 1</bdi> taken for <bdi[^>]*>class 2</bdi>: 4 of", found)
     assert "class 1 as class 2: 4" in found  # under the pointer
     if classes < LARGE:
         assert found.count("<td") == classes**2 and ">4</td>" in found

@@ -12,7 +12,7 @@ a weight set expects, and probabilities into names).
 from vggtorch.models.converting import convert
 from vggtorch.models.filling import best_weight_set, fill_, named_variables
 from vggtorch.models.fitting import fitted, fitted_arrays, recipe
-from vggtorch.models.images import SUFFIXES, PixelGate, read_image, to_rgb
+from vggtorch.models.images import SEVERAL_FRAMES, SUFFIXES, PixelGate, read_image, to_rgb
 from vggtorch.models.loading import (
     PartialLoad,
     load_model,
@@ -39,6 +39,7 @@ from vggtorch.models.vgg import VGG11, VGG13, VGG16, VGG19, constructor
 
 __all__ = [
     "PREPROCESSING_SUFFIX",
+    "SEVERAL_FRAMES",
     "SUFFIXES",
     "VGG11",
     "VGG13",

@@ -42,6 +42,8 @@ BACKGROUND = (255, 255, 255)  # white, behind what is transparent
 MAX_PIXELS = 2**27  # 134 million; the cameras with the largest sensors make images of 102 million
 MAX_RATIO = 1000  # of an image's sides; resizing makes a longer strip too large for the memory
 
+SEVERAL_FRAMES = "several frames"  # in an image's `info`: whether only the first one was read
+
 _UPRIGHT = {  # what makes an image upright, by its EXIF orientation
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -80,7 +82,7 @@ class PixelGate:
 
 
 def read_image(path: str | PathLike, gate: PixelGate | None = None) -> Image.Image:
-    """The image in a file, as `to_rgb` makes it.
+    """The image in a file, as `to_rgb` makes it; `info[SEVERAL_FRAMES]` says if there are more.
 
     Args:
         path: a file of one of `FORMATS`, whatever its ending; of several frames the first is read.
@@ -100,8 +102,11 @@ def read_image(path: str | PathLike, gate: PixelGate | None = None) -> Image.Ima
         try:
             with _opened(file) as image:
                 pixels = _checked_size(image)
+                several = _has_frames(image)
                 with gate.hold(pixels) if gate else nullcontext():
-                    return to_rgb(image)
+                    found = to_rgb(image)
+                found.info[SEVERAL_FRAMES] = several
+                return found
         # A damaged file makes PIL raise all kinds of exceptions, RuntimeError, IndexError and
         # struct.error among them.
         except Exception as error:
@@ -128,6 +133,11 @@ def _opened(file: IO[bytes]) -> Image.Image:
             f"it is damaged, or of no kind that Pillow {PIL.__version__} reads here: "
             f"{', '.join(FORMATS)}."
         ) from None
+
+
+def _has_frames(image: Image.Image) -> bool:
+    """Whether a file has other frames or pages than the first; MPO has only views of the same."""
+    return image.format != "MPO" and getattr(image, "is_animated", False)
 
 
 def _add_heif() -> None:

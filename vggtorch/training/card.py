@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import keras
 
 from vggtorch.models import data_config, recipe
-from vggtorch.text import as_code, in_markdown, visible
+from vggtorch.text import as_code, figure_text, in_markdown, visible
 from vggtorch.training.checkpoints import version_text
 from vggtorch.training.data import DEFAULT_SIZE, Folder
 from vggtorch.training.evaluation import Evaluation
@@ -129,7 +129,7 @@ def _text(history: History, model: keras.Model, command: str) -> str:
     head = "".join(f" {len(found.labels)} {split} images |" for split, _, found in scored)
     columns = [found.figures() for _, _, found in scored]
     rows = "\n".join(
-        f"| {name} |" + "".join(f" {column[name]:.4f} |" for column in columns)
+        f"| {name} |" + "".join(f" {figure_text(column[name])} |" for column in columns)
         for name in (columns[0] if columns else {})
     )
     results = f"\n| figure |{head}\n|---|{'---|' * len(scored)}\n{rows}\n" if scored else ""

@@ -15,6 +15,16 @@ from typing import Any, Literal
 Augment = Literal["none", "flip", "crop", "trivial"]
 Metric = Literal["accuracy", "top5_accuracy", "macro_f1", "auroc", "calibration_error", "loss"]
 METRICS: tuple[str, ...] = typing.get_args(Metric)
+# What people who know fastai, timm, Keras or the Trainer of transformers type.
+ELSEWHERE = {
+    "lr": "learning_rate", "bs": "batch_size", "batch": "batch_size", "size": "image_size",
+    "img_size": "image_size", "output": "output_dir", "folder": "output_dir", "opt": "optimizer",
+    "smoothing": "label_smoothing", "workers": "num_workers", "clip_grad": "max_grad_norm",
+    "mixup_alpha": "mixup", "cutmix_alpha": "cutmix", "class_weights": "class_weight",
+    "scheduler": "schedule", "lr_scheduler": "schedule", "sched": "schedule",
+    "tensorboard": "log_with", "report_to": "log_with", "eval_metric": "monitor",
+    "num_train_epochs": "epochs", "validation_data": "validation", "wd": "weight_decay",
+}  # fmt: skip
 
 
 def _option(default: Any, text: str) -> Any:
@@ -188,6 +198,11 @@ class TrainConfig:
             raise ValueError(
                 f"Received cut={self.cut!r} without a head. Name one (head='multilevel', say), or "
                 f"stack your own first (vt.stack(vt.truncate(model, {self.cut!r}), layers))."
+            )
+        if self.unfreeze and self.epochs == 1:
+            raise ValueError(
+                f"Received unfreeze={self.unfreeze!r} with epochs=1, after which nothing can be "
+                f"unfrozen. Set more epochs, or leave unfreeze out."
             )
         for entry in self.unfreeze:
             is_pair = isinstance(entry, tuple) and len(entry) == 2 and isinstance(entry[1], str)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from vggtorch.text import in_html
+from vggtorch.text import in_html, name_in_html
 
 LARGE = 25  # classes, from which on it is a drawing without numbers
 RIGHT, WRONG = "59,130,196", "217,115,13"
@@ -15,17 +15,17 @@ RIGHT, WRONG = "59,130,196", "217,115,13"
 def confusion_html(classes: Sequence[str], confusion: np.ndarray) -> str:
     """A confusion matrix, rows true and columns predicted, and the pairs most often confused."""
     draw = _drawing if len(classes) >= LARGE else _table
-    names = [in_html(name) for name in classes]
     wrong = confusion * (1 - np.eye(len(classes), dtype=confusion.dtype))
     pairs = [divmod(int(i), len(classes)) for i in np.argsort(-wrong, axis=None, kind="stable")[:8]]
     worst = "".join(
-        f"<li>{names[i]} taken for {names[j]}: {wrong[i, j]} of {confusion[i].sum()}</li>"
+        f"<li>{name_in_html(classes[i])} taken for {name_in_html(classes[j])}: "
+        f"{wrong[i, j]} of {confusion[i].sum()}</li>"
         for i, j in pairs
         if wrong[i, j]
     )
     return (
         f"<h3>Confusion</h3><p>Rows are true, columns predicted; blue is right, orange wrong.</p>"
-        f"{draw(names, confusion)}"
+        f"{draw(classes, confusion)}"
         + (f"<p>Most often confused:</p><ul>{worst}</ul>" if worst else "")
     )
 
@@ -38,25 +38,25 @@ def _shade(i: int, j: int, count: int, images: int) -> str:
     return f"rgba({RIGHT},{share:.2f})" if i == j else f"rgba({WRONG},{0.25 + 0.65 * share:.2f})"
 
 
-def _table(names: Sequence[str], confusion: np.ndarray) -> str:
-    body = ""
-    for i, (name, counts) in enumerate(zip(names, confusion, strict=True)):
+def _table(classes: Sequence[str], confusion: np.ndarray) -> str:
+    names, body = [in_html(name) for name in classes], ""
+    for i, (name, counts) in enumerate(zip(classes, confusion, strict=True)):
         cells = ""
         for j, count in enumerate(counts):
             shade = _shade(i, j, count, counts.sum())
             style = f' style="background:{shade}"' if shade else ""
-            cells += f'<td{style} title="{name} as {names[j]}: {count}">{count or ""}</td>'
-        body += f"<tr><th>{name}</th>{cells}</tr>"
-    columns = "".join(f"<th><span>{name}</span></th>" for name in names)
+            cells += f'<td{style} title="{in_html(name)} as {names[j]}: {count}">{count or ""}</td>'
+        body += f"<tr><th>{name_in_html(name)}</th>{cells}</tr>"
+    columns = "".join(f"<th>{name_in_html(name)}</th>" for name in classes)
     return (
         f'<div class=wide><table class="confusion"><tr class=turned><th></th>{columns}</tr>'
         f"{body}</table></div>"
     )
 
 
-def _drawing(names: Sequence[str], confusion: np.ndarray) -> str:
+def _drawing(classes: Sequence[str], confusion: np.ndarray) -> str:
     """Cells that hold something, each of which says what it is; some classes have names."""
-    count, edge = len(names), 640 / len(names)
+    names, count, edge = list(map(in_html, classes)), len(classes), 640 / len(classes)
     step = max(1, round(14 / edge))
     size, left = 640, 150
     cells = "".join(

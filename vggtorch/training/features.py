@@ -127,7 +127,13 @@ def cached_features(
     recipe = [images, weights, copies, half, accelerator.mixed_precision, network]
     key = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()
     path = folder / f"{key[:32]}.npy"
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(
+            f"The folder {folder}, where features of frozen layers go, can't be made: "
+            f"{error.strerror}. Choose another (cache_dir), or set cache=False."
+        ) from error
     with FileLock(f"{path}.lock") if accelerator.is_main_process else contextlib.nullcontext():
         if broadcast_object_list([accelerator.is_main_process and not _is_whole(path)])[0]:
             _compute(

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from vggtorch import files
-from vggtorch.models import SUFFIXES, PixelGate, read_image
+from vggtorch.models import SEVERAL_FRAMES, SUFFIXES, PixelGate, read_image
 from vggtorch.paths import TABLES, check_data
 from vggtorch.training.tables import SPLITS, TablePart, is_table, ordered, read_rows
 
@@ -41,6 +41,7 @@ class _Check:
     digest: str = ""
     problem: str = ""
     is_missing: bool = False
+    has_frames: bool = False
 
 
 class Splits(NamedTuple):
@@ -284,6 +285,12 @@ def read_classes(
         if on_unreadable == "stop":
             raise ValueError(f"{message} Mend or remove them, or pass on_unreadable='skip'.")
         warnings.warn(f"{message} They are left out.", stacklevel=3)
+    if frames := sum(check.has_frames for check in checked):
+        warnings.warn(
+            f"{_number(frames, 'file')} in {part} with several frames or pages: of each the first "
+            f"is read.",
+            stacklevel=3,
+        )
     good = [
         Labelled(path, label, check.digest)
         for (path, label), check in zip(images, checked, strict=True)
@@ -421,8 +428,8 @@ def _checked(paths: Sequence[Path]) -> list[_Check]:
 
     def check(path: Path) -> _Check:
         try:
-            read_image(path, gate)
-            return _Check(digest=files.sha256(path))
+            several = read_image(path, gate).info[SEVERAL_FRAMES]
+            return _Check(digest=files.sha256(path), has_frames=several)
         except FileNotFoundError:
             return _Check(problem=f"{path}: there is no such file.", is_missing=True)
         except (OSError, ValueError) as error:

@@ -8,6 +8,7 @@ last checkpoint stands, inside an epoch too.
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -464,8 +465,12 @@ def _is_better(result: dict[str, float], best: dict[str, float], monitor: str) -
     if "val_loss" not in result or result is best:
         return True
     sign = -1 if monitor in ("loss", "calibration_error") else 1
-    merits = [(sign * e[f"val_{monitor}"], -e["val_loss"]) for e in (result, best)]
-    return merits[0] > merits[1]
+
+    def merits(figures: dict[str, float]) -> list[float]:
+        found = (sign * figures[f"val_{monitor}"], -figures["val_loss"])
+        return [-math.inf if math.isnan(merit) else merit for merit in found]
+
+    return merits(result) > merits(best)
 
 
 def _best(epochs: Sequence[dict[str, float]], config: TrainConfig) -> int:

@@ -12,7 +12,7 @@ import keras
 import torch
 
 from vggtorch.training.advice import Plan, Similarity, planned
-from vggtorch.training.config import TrainConfig
+from vggtorch.training.config import ELSEWHERE, TrainConfig
 from vggtorch.training.data import Folder
 from vggtorch.training.features import frozen_end
 from vggtorch.training.folders import find_splits, images_by_class
@@ -21,16 +21,6 @@ from vggtorch.training.mixing import mixes
 from vggtorch.training.run import Images, RunData
 from vggtorch.weight_sets import DataConfig
 
-# What people who know fastai, timm, Keras or the Trainer of transformers type.
-_ELSEWHERE = {
-    "lr": "learning_rate", "bs": "batch_size", "batch": "batch_size", "size": "image_size",
-    "img_size": "image_size", "output": "output_dir", "folder": "output_dir", "opt": "optimizer",
-    "smoothing": "label_smoothing", "workers": "num_workers", "clip_grad": "max_grad_norm",
-    "mixup_alpha": "mixup", "cutmix_alpha": "cutmix", "class_weights": "class_weight",
-    "scheduler": "schedule", "lr_scheduler": "schedule", "sched": "schedule",
-    "tensorboard": "log_with", "report_to": "log_with", "eval_metric": "monitor",
-    "num_train_epochs": "epochs", "validation_data": "validation", "wd": "weight_decay",
-}  # fmt: skip
 NAMED = 12  # classes that the first lines list
 
 
@@ -50,7 +40,7 @@ def settle_config(
     for name in settings:
         if name not in known:
             near = (
-                [_ELSEWHERE[name]] if name in _ELSEWHERE else difflib.get_close_matches(name, known)
+                [ELSEWHERE[name]] if name in ELSEWHERE else difflib.get_close_matches(name, known)
             )
             hint = f" Perhaps {near[0]}?" if near else f" Expected {', '.join(sorted(known))}."
             raise ValueError(f"Received {name}={settings[name]!r}, which is no setting.{hint}")

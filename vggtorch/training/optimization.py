@@ -7,7 +7,7 @@ import difflib
 import functools
 import inspect
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import keras
@@ -142,6 +142,19 @@ def name_of(given: Any) -> str:
     return getattr(given, "__qualname__", type(given).__name__) if callable(given) else str(given)
 
 
+def like(name: str, known: Collection[str]) -> list[str]:
+    """The one of the known names that is meant, if any: `torch.optim.Adam` is adam.
+
+    >>> like("torch.optim.Adam", ["adam", "adamw"]), like("plateau", ["reducelronplateau"])
+    (['adam'], ['reducelronplateau'])
+    """
+    name = name.lower().rpartition(".")[2]
+    if name in known:
+        return [name]
+    near = difflib.get_close_matches(name, known, 1)
+    return near or [k for k in known if name and (name in k or k in name)][:1]
+
+
 def optimizer_class(name: str) -> type[torch.optim.Optimizer]:
     """The optimizer of this name in torch.optim, however it is capitalised.
 
@@ -155,7 +168,7 @@ def optimizer_class(name: str) -> type[torch.optim.Optimizer]:
         and value not in (torch.optim.Optimizer, torch.optim.LBFGS, torch.optim.SparseAdam)
     }  # fmt: skip
     if name.lower() not in kinds:
-        near = difflib.get_close_matches(name.lower(), kinds, 1)
+        near = like(name, kinds)
         raise ValueError(
             f"Received optimizer={name!r}; expected one of {', '.join(sorted(kinds))}."
             + (f" Perhaps {near[0]}?" if near else "")

@@ -129,15 +129,19 @@ def _caption(
         share = f"{float(shares[label]):.0%}"
         kind = " class=true" if label == true else ""
         rows.append(
-            f"<li{kind} style='--share:{share}'><span>{in_html(classes[label])}</span>{share}</li>"
+            f"<li{kind} style='--share:{share}'><bdi>{in_html(classes[label])}</bdi>{share}</li>"
         )
     name = f"image {index}"
     if isinstance(images, Folder):
         name = "/".join(images.paths[index].parts[-2:])
     predicted = int(found.logits[index].argmax())
-    answer = "right" if predicted == true else f"taken for <b>{in_html(classes[predicted])}</b>"
+    answer = (
+        "right"
+        if predicted == true
+        else f"taken for <b><bdi>{in_html(classes[predicted])}</bdi></b>"
+    )
     return (
-        f"<figcaption><b>{in_html(classes[true])}</b>, {answer}<ol>{''.join(rows)}</ol>"
+        f"<figcaption><b><bdi>{in_html(classes[true])}</bdi></b>, {answer}<ol>{''.join(rows)}</ol>"
         f"<small>{in_html(name)}</small></figcaption>"
     )
 

@@ -14,7 +14,15 @@ from pathlib import Path
 import keras
 
 from vggtorch import files
-from vggtorch.text import LONGEST_MESSAGE, as_command, in_html, visible, without_folders
+from vggtorch.text import (
+    LONGEST_MESSAGE,
+    as_command,
+    figure_text,
+    in_html,
+    name_in_html,
+    visible,
+    without_folders,
+)
 from vggtorch.training.card import evaluations
 from vggtorch.training.charts import chart, curves_svg
 from vggtorch.training.checkpoints import version_text
@@ -198,11 +206,11 @@ def _scored(
 ) -> str:
     """All that is known of how images were scored."""
     figures = "".join(
-        f"<div><dt>{figure}</dt><dd>{value:.4f}</dd></div>"
+        f"<div><dt>{figure}</dt><dd>{figure_text(value)}</dd></div>"
         for figure, value in found.figures().items()
     )
     rows = "".join(
-        f"<tr><th>{in_html(c.name)}</th><td>{c.images}</td><td>{c.precision:.3f}</td>"
+        f"<tr><th>{name_in_html(c.name)}</th><td>{c.images}</td><td>{c.precision:.3f}</td>"
         f"<td>{c.recall:.3f}</td><td class=bar style='--share:{c.f1:.0%}'>{c.f1:.3f}</td></tr>"
         for c in found.per_class(classes)
     )
@@ -274,6 +282,9 @@ h3{font-size:1rem;margin:1.5rem 0 .25rem}p{margin:.25rem 0 .75rem;max-width:48re
 .cards div{background:var(--soft);border-radius:.5rem;padding:.75rem 1rem}
 .cards b{display:block;font-size:1.9rem;line-height:1.2}
 .figures{display:grid;grid-template-columns:repeat(auto-fill,minmax(8.5rem,1fr));gap:.5rem;margin:0}
+h1,li{overflow-wrap:anywhere}
+.name{display:inline-block;max-width:min(16rem,40vw);overflow:hidden;text-overflow:ellipsis;
+white-space:nowrap;vertical-align:bottom}
 .figures div{border-left:3px solid var(--line);padding-left:.6rem}
 dt{opacity:.75;font-size:.9rem}dd{margin:0;font-weight:600;font-variant-numeric:tabular-nums}
 .charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,320px),1fr));gap:1rem}
@@ -289,7 +300,7 @@ tr{border-bottom:1px solid var(--line)}.kept{background:var(--kept)}
 .confusion th:first-child{position:sticky;left:0;background:var(--page);opacity:1}
 .confusion tr{border-color:transparent}.confusion td{border:1px solid var(--line)}
 .turned th{vertical-align:bottom;padding:.4rem .2rem}
-.turned span{writing-mode:vertical-rl;transform:rotate(180deg)}
+.turned .name{writing-mode:vertical-rl;transform:rotate(180deg);max-width:none;max-height:9rem}
 .pictures{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,250px),1fr));gap:1rem}
 figure{margin:0;background:var(--soft);border-radius:.5rem;padding:.6rem}
 .pair{display:flex;gap:.4rem;align-items:center}.pair img{flex:1 1 0;min-width:0;height:auto;
@@ -297,7 +308,7 @@ border-radius:.25rem}
 figcaption{margin-top:.4rem;overflow-wrap:anywhere}small{display:block;opacity:.75}
 ol{list-style:none;margin:.25rem 0;padding:0}
 li{margin:.1rem 0}ol li{display:flex;justify-content:space-between;gap:.5rem;padding:0 .4rem;
-border-radius:.2rem;
+border-radius:.2rem;min-width:0;
 background:linear-gradient(90deg,var(--bar) var(--share),transparent var(--share))}
 ol .true{--bar:var(--true)}ul{margin:.25rem 0;padding-left:1.2rem}
 code{background:var(--soft);overflow-wrap:anywhere}footer{margin-top:2.5rem;opacity:.75}

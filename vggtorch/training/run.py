@@ -77,6 +77,14 @@ def read_data(
 
     splits = _splits(train)
     validating = splits.validation if validation is None else validation
+    if validating is not splits.validation is not None:
+        beside = splits.validation
+        which = f", {beside}" if isinstance(beside, str | Path | TablePart) else ""
+        warnings.warn(
+            f"The data has images to validate on of its own{which}, which aren't used: those that "
+            f"were passed as validation are.",
+            stacklevel=4,
+        )
     _check_names(splits.train, validating, splits.test, config)
     training, plan = read(splits.train, config.augment)
     if isinstance(training, Folder) and config.augment == "none" and config.cache_copies > 1:

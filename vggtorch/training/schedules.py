@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from typing import Any
 
@@ -11,7 +10,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from vggtorch import files
 from vggtorch.training.config import TrainConfig
-from vggtorch.training.optimization import learning_rate, name_of, set_learning_rate_
+from vggtorch.training.optimization import learning_rate, like, name_of, set_learning_rate_
 
 OURS = ("cosine", "constant")
 
@@ -55,7 +54,7 @@ def _by_name(name: str, optimizer: Optimizer, steps: int) -> LRScheduler:
     }  # fmt: skip
     if name.lower() not in kinds:
         known = [*OURS, *sorted(kinds)]
-        near = difflib.get_close_matches(name.lower(), known, 1)
+        near = like(name, known)
         raise ValueError(
             f"there is none; expected one of {', '.join(known)}"
             + (f". Perhaps {near[0]}?" if near else ".")
