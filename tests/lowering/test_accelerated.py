@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import keras
 import numpy as np
@@ -186,3 +187,25 @@ def test_a_network_made_in_inference_mode_learns() -> None:
         model(x)  # makes it anew
     model(x, training=True).sum().backward()
     assert all(v.value.grad is not None for v in model.trainable_variables)
+
+
+@pytest.mark.parametrize("everywhere", [False, True])
+def test_torchs_hooks_on_keras_layers_are_called(everywhere: bool) -> None:
+    """A layer of Keras is a module of torch too."""
+    model = accelerate_(small_vgg())
+    x, layer, seen = images(model), model.get_layer("fc1"), []
+    before = model(x)
+
+    def hook(module: torch.nn.Module, inputs: object, output: torch.Tensor) -> Any:
+        seen.append(module)
+        return 0.0 * output if module is layer else None
+
+    register = torch.nn.modules.module.register_module_forward_hook
+    handle = register(hook) if everywhere else layer.register_forward_hook(hook)
+    try:
+        changed = model(x)
+    finally:
+        handle.remove()
+    assert layer in seen
+    assert changed.std(0).max() < 1e-6 < before.std(0).max()
+    assert torch.equal(model(x), before)

@@ -65,6 +65,12 @@ def double_forward(network: Any) -> None:
     network.block2_conv1.forward = lambda x: 2 * forward(x)
 
 
+def double_convolution(network: Any) -> None:
+    """As those who make a diffusion model's images tile patch each convolution's padding."""
+    convolve = network.block2_conv1._conv_forward
+    network.block2_conv1._conv_forward = lambda *arguments: 2 * convolve(*arguments)
+
+
 def graph_edit(network: Any) -> None:
     for node in network.graph.nodes:
         if node.target == "block1_conv1_relu":
@@ -81,6 +87,14 @@ def weight_outside(network: Any) -> None:
     """As torch's older weight norm leaves it."""
     weight = network.block2_conv1._parameters.pop("weight")
     network.block2_conv1.weight = 2 * weight.detach()
+
+
+def biases(name: str, values: Callable[[int], torch.Tensor]) -> Callable[[Any], None]:
+    def edit(network: Any) -> None:
+        module = getattr(network, name)
+        module.bias = nn.Parameter(values(len(module.bias)))
+
+    return edit
 
 
 EDITS: dict[str, Callable[[Any], Any]] = {
@@ -101,9 +115,15 @@ EDITS: dict[str, Callable[[Any], Any]] = {
     "nothing in a place": swap("block2_relu1", nn.Identity),
     "overlapping pools": lambda network: vars(network.block1_pool).update(kernel_size=3, padding=1),
     "rounding up": setting("block2_pool", "ceil_mode", True),
+    "a column as a convolution's bias": biases("block1_conv1", lambda n: torch.rand(n, 5)[:, 1]),
+    "a column as a product's bias": biases("fc1", lambda n: torch.rand(n, 5)[:, 1]),
+    "one number for all biases": biases("block1_conv1", lambda n: torch.rand(1).expand(n)),
+    "one number for all of a product": biases("fc1", lambda n: torch.rand(1).expand(n)),
+    "a bias that is a negative": biases("block1_conv1", lambda n: torch._neg_view(torch.rand(n))),
     "a stronger epsilon": setting("block2_bn1", "eps", 0.5),
     "a softmax over the batch": setting("predictions_softmax", "dim", 0),
     "another forward": double_forward,
+    "another way to convolve": double_convolution,
     "another graph": graph_edit,
     "weights outside": weight_outside,
     "adapter of a convolution": lambda network: adapter(network, "block1_conv1"),
@@ -213,14 +233,29 @@ def test_global_hooks_see_every_module() -> None:
     assert {*network.modules()} == {*seen}
 
 
-def test_a_class_that_a_library_changed() -> None:
-    """As some attribution libraries exchange the forward of all ReLUs."""
-    network = to_torch(small_vgg()).eval()
-    x = images(small_vgg())
+@pytest.mark.parametrize("place, name", [
+    (nn.ReLU, "forward"),  # as some attribution libraries exchange it
+    (nn.Linear, "__call__"),
+    (nn.Module, "_call_impl"),
+    (nn.Conv2d, "_conv_forward"),
+    *((nn.functional, name) for name in ("conv2d", "linear", "batch_norm", "relu", "max_pool2d")),
+])  # fmt: skip
+@pytest.mark.parametrize("training", [False, True])
+def test_what_a_library_changed_for_all(place: Any, name: str, training: bool) -> None:
+    if training and name == "batch_norm":
+        pytest.skip("Keras's batch norm trains by torch.batch_norm")
+    network, calls = to_torch(small_vgg()).train(training), []
+    x, was = images(small_vgg()), getattr(place, name)
+
+    def changed(*args: Any, **kwargs: Any) -> Any:
+        calls.append(name)
+        return was(*args, **kwargs)
+
     with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
-        before = network(x)
-        patch.setattr(nn.ReLU, "forward", lambda self, x: x)
-        assert not torch.allclose(network(x), before)
+        network(x)
+        patch.setattr(place, name, changed)
+        network(x)
+    assert calls
 
 
 def test_modes_that_see_each_function() -> None:

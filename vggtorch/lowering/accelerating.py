@@ -10,6 +10,7 @@ import torch
 from vggtorch import keras_graph
 from vggtorch.lowering.calls import WRITTEN
 from vggtorch.lowering.on_keras import OnKeras
+from vggtorch.lowering.plan import has_global_hooks, has_hooks
 from vggtorch.lowering.settings import Settings
 
 
@@ -58,10 +59,11 @@ def accelerate_(model: keras.Model, compile: bool = False, enabled: bool = True)
 
     def call(inputs: Any, training: bool | None = None, mask: Any = None) -> Any:
         # The model's own `call` runs where Keras only works out shapes, with tensors that have no
-        # values, where masks come in, and where `training` is left to what the layers inside were
-        # called with.
+        # values, where masks come in, where `training` is left to what the layers inside were
+        # called with, and where torch's hooks wait for Keras's layers, which are its modules too.
         undecided = training is None and fixes_training
-        if mask is not None or undecided or keras_graph.in_stateless_scope():
+        watched = has_global_hooks() or any(map(has_hooks, inside))
+        if mask is not None or undecided or watched or keras_graph.in_stateless_scope():
             return type(model).call(model, inputs, training=training, mask=mask)
         values = keras_graph.standardize_inputs(graph, inputs)
         if any(x is None or x.is_meta or keras_graph.has_mask(x) for x in values):

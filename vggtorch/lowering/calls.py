@@ -64,6 +64,13 @@ def fits(given: Any, model: keras.Function) -> bool:
     return [len(t.shape) for t in flat] == [len(t.shape) for t in wanted]
 
 
+def returned(model: keras.Function) -> Any:
+    """The structure that a call of a graph returns; a model makes of a list of one the tensor."""
+    structure = keras_graph.output_structure(model)
+    several = not isinstance(structure, list | tuple) or len(structure) != 1
+    return structure if several or keras_graph.functional(model) is None else structure[0]
+
+
 def is_plain(call: keras_graph.Node) -> bool:
     """Whether a call has tensors, or a list of them, as its one argument, and no options."""
     args, kwargs = call.arguments.args, call.arguments.kwargs

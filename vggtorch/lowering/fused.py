@@ -91,8 +91,8 @@ class ParameterCache:
 def _flat(tensor: Tensor) -> Tensor:
     """All numbers in the order of their memory, where it has no gaps."""
     if torch.ops.aten.is_non_overlapping_and_dense(tensor):
-        return tensor.as_strided((tensor.numel(),), (1,))
-    return tensor.flatten()
+        return tensor.as_strided((tensor.numel(),), (1,)).resolve_neg()
+    return tensor.resolve_neg().contiguous().view(-1)
 
 
 def _kept(tensor: Tensor) -> Tensor:

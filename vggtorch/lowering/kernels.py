@@ -115,6 +115,7 @@ def conv2d(
     """
     name, numbers = _ACTIVATIONS[activation]
     options = padding, stride, dilation, groups
+    bias = _in_a_row(bias)
     if other is None:
         return torch.ops.mkldnn._convolution_pointwise(x, weight, bias, *options, name, numbers, "")
     unary = None if activation == "none" else name
@@ -125,7 +126,12 @@ def conv2d(
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str = "none") -> Tensor:
     """The same for x (N, in) times weight (out, in)."""
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, activation, [], "")
+    return torch.ops.mkldnn._linear_pointwise(x, weight, _in_a_row(bias), activation, [], "")
+
+
+def _in_a_row(bias: Tensor | None) -> Tensor | None:
+    """A bias as oneDNN reads it, which doesn't look at its stride."""
+    return None if bias is None else bias.contiguous()
 
 
 def _matmul(a: Tensor, b: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import keras
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
@@ -30,8 +31,15 @@ from vggtorch.lowering.steps import (
     steps_of,
 )
 
-# What a tracer, or a library that changes a class for all its modules, puts something else for.
-_CALL = nn.Module.__call__
+# What a tracer, or a library that changes a class for all its modules, puts something else for; and
+# what in place of which, for a single module or for all of torch, others compute something else.
+_CALL, _CALLED = nn.Module.__call__, nn.Module._call_impl
+_CONVOLVES = nn.Conv2d._conv_forward
+_OVERRIDDEN = {"forward", "_conv_forward"}
+_FUNCTIONS = {
+    name: getattr(F, name)
+    for name in ("conv2d", "linear", "batch_norm", "relu", "relu6", "max_pool2d")
+}
 _WEIGHTED = (*CONVOLUTIONS, *LINEARS, *NORMS)
 _FORWARDS: dict[type, Any] = {
     kind: kind.forward  # type: ignore[union-attr]
@@ -94,10 +102,13 @@ class Plan:
         """Whether somebody looks on when modules run, or has given one of them another forward."""
         return (
             is_intercepted()
-            or _has_global_hooks()
-            or nn.Module.__call__ is not _CALL
-            or not all(kind.forward is forward for kind, forward in self.forwards)
-            or any(map(_is_watched, self.modules))
+            or has_global_hooks()
+            or _is_patched()
+            or not all(
+                kind.forward is forward and kind.__call__ is _CALL
+                for kind, forward in self.forwards
+            )
+            or any(map(has_hooks, self.modules))
         )
 
     def __call__(self, inputs: Sequence[Tensor]) -> Any:
@@ -164,19 +175,29 @@ def _has_plain_weights(module: nn.Module) -> bool:
     return "weight" in module._parameters and all(t is None or _is_plain(t) for t in tensors)
 
 
-def _is_watched(module: nn.Module) -> bool:
+def has_hooks(module: nn.Module) -> bool:
     """Whether somebody wants to know when it runs, or has given it another forward."""
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
-        or "forward" in vars(module)
+        or not _OVERRIDDEN.isdisjoint(vars(module))
         or module._compiled_call_impl is not None
     )
 
 
-def _has_global_hooks() -> bool:
+def _is_patched() -> bool:
+    """Whether something stands in the place of a function of torch's that the plan goes around."""
+    return (
+        nn.Module.__call__ is not _CALL
+        or nn.Module._call_impl is not _CALLED
+        or nn.Conv2d._conv_forward is not _CONVOLVES
+        or any(getattr(F, name) is not function for name, function in _FUNCTIONS.items())
+    )
+
+
+def has_global_hooks() -> bool:
     """Whether torch calls hooks for every module that runs."""
     return bool(
         torch_module._global_forward_hooks

@@ -30,6 +30,7 @@ from vggtorch.lowering.calls import (
     is_plain,
     masks_inside,
     one_dtype,
+    returned,
 )
 from vggtorch.lowering.converters import convert
 from vggtorch.lowering.layer_modules import KerasLayer, Permute
@@ -234,7 +235,7 @@ class _Builder:
             if not call.is_input:
                 self._step(call)
         outputs = {id(t): self._outgoing(t) for t in self.model.outputs}
-        structure = keras_graph.output_structure(self.model)
+        structure = returned(self.model)
         self.graph.output(keras.tree.map_structure(lambda t: outputs[id(t)], structure))
         self.graph.lint()
         return TorchNetwork(self.root, self.graph, class_name=_identifier(name))
@@ -422,7 +423,7 @@ class _Builder:
             self.nested[id(model)] = self._add(model.name, network)
         # It begins with a cast to the dtypes that it was built with.
         dtypes = [tensor.dtype for tensor in inner.inputs]
-        paths = keras.tree.flatten_with_path(keras_graph.output_structure(inner))
+        paths = keras.tree.flatten_with_path(returned(inner))
         self._call_module(call, self.nested[id(model)], dtypes, [path for path, _ in paths])
         return True
 
