@@ -117,3 +117,24 @@ def test_other_callbacks_are_refused(config):
 
     with pytest.raises(ValueError, match="put note='good' among the figures; expected a number"):
         finetune(tiny.network(), tiny.dataset(), config=config, callbacks=[Wrong()])
+
+
+@pytest.mark.parametrize(
+    ("callbacks", "message"),
+    [
+        (Callback(), "Received callbacks=Callback; expected a list of such objects"),
+        ([Callback], r"Received the class Callback as a callback; expected .* Callback\(\)"),
+    ],
+)
+def test_callbacks_are_objects_in_a_list(callbacks, message):
+    with pytest.raises(ValueError, match=message):
+        check_callbacks(callbacks)
+
+
+def test_figures_are_added_and_not_removed(config):
+    class Remover(Callback):
+        def on_epoch_end(self, epoch, figures, evaluation):
+            del figures["loss"]
+
+    with pytest.raises(ValueError, match="A callback has removed loss from an epoch's figures"):
+        loop.finetune(tiny.network(), tiny.dataset(), config=config, callbacks=[Remover()])

@@ -186,6 +186,28 @@ def test_validation_beside_the_data_gives_way_to_what_was_passed_and_that_is_sai
     assert {path.parent.parent.name for path in read.validation.paths} == {f"{tmp_path.name}-other"}
 
 
+def test_folders_of_the_system_are_no_classes_and_hold_no_images(tmp_path):
+    folder = tiny.pictures(tmp_path / "data", each=1)
+    (folder / "__MACOSX" / "red").mkdir(parents=True)
+    (folder / "__MACOSX" / "red" / "._0.png").touch()
+    thumbnail = folder / "red" / "@eaDir" / "0.png" / "SYNOPHOTO_THUMB_M.jpg"
+    thumbnail.parent.mkdir(parents=True)
+    Image.new("RGB", (9, 9)).save(thumbnail)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(data.read_folder(folder, 16)) == 3
+    assert set(folders.images_by_class(folder)) == {"blue", "green", "red"}
+
+
+def test_images_without_labels_beside_the_training_images_have_a_hint(tmp_path):
+    train, test = tiny.pictures(tmp_path / "Train"), tmp_path / "test"
+    for folder in (test, test / "unknown"):
+        folder.mkdir()
+        Image.new("RGB", (9, 9)).save(folder / "1.png")
+        with pytest.raises(ValueError, match=f"can't judge anything: pass {train} alone"):
+            data.read_folder(test, 16)
+
+
 def test_one_class_alone_is_refused(tmp_path):
     (tmp_path / "photos" / "cats").mkdir(parents=True)
     with pytest.raises(ValueError, match=r"one class alone, 'photos', .* pass .*photos\."):

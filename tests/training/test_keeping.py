@@ -9,16 +9,18 @@ import sys
 import textwrap
 from typing import Any
 
+import keras
 import numpy as np
 import pytest
 import tiny
 import torch
 from huggingface_hub import ModelCard
 
-from vggtorch.models import preprocess, weight_set
+from vggtorch.models import load_model, preprocess, weight_set
 from vggtorch.training import keeping
 from vggtorch.training.card import LOADING
 from vggtorch.training.loop import finetune
+from vggtorch.training.prediction import predict_files
 
 
 @pytest.mark.slow
@@ -85,3 +87,22 @@ def test_the_card_has_the_test_figures_under_the_name_of_the_data(tmp_path):
     assert accuracy.dataset_split == "test"  # what counts stands first
     assert accuracy.metric_value == pytest.approx(history.test_evaluation.accuracy)
     assert data.license is None  # the weights are nobody's
+
+
+def test_the_card_of_a_network_to_logits_gives_the_probabilities_that_predict_gives(
+    images, tmp_path, monkeypatch
+):
+    model = tiny.network()
+    model.layers[-1].activation = keras.activations.linear
+    run = tmp_path / "run"
+    history = finetune(model, images, epochs=1, output_dir=str(run))
+    keeping.save_trained(history, run)
+    card = (run / "README.md").read_text()
+    assert "one logit for each name" in card
+    (found,) = predict_files(load_model(run), [images / "red" / "0.png"], top=3)
+    monkeypatch.chdir(run)
+    code = "\n".join(line[4:] for line in card.split("\n") if line.startswith("    "))
+    known: dict[str, Any] = {}
+    exec(code.replace('"image.jpg"', repr(str(images / "red" / "0.png"))), known)
+    shares = dict(zip(history.classes, known["probabilities"][0].tolist(), strict=True))
+    assert shares == pytest.approx(dict(found.classes), abs=1e-6)

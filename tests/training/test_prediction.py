@@ -365,3 +365,14 @@ def test_files_of_a_run_are_no_model_and_a_file_is_no_folder(run, photos, tmp_pa
     words = ["features", str(run), str(photos), "--layer", "block2_pool"]
     assert main([*words, "--out", str(tmp_path / "taken")]) == 1
     assert "which is a file; expected a folder's name." in capsys.readouterr().err
+
+
+def test_a_network_that_puts_out_logits_predicts_their_probabilities(run, photos):
+    model = keras.saving.load_model(run / "model.keras")
+    expected = list(vt.predict_files(model, photos))
+    model.layers[-1].activation = keras.activations.linear
+    found = list(vt.predict_files(model, photos))
+    for one, other in zip(found, expected, strict=True):
+        assert [name for name, _ in one.classes] == [name for name, _ in other.classes]
+        shares = [[share for _, share in each.classes] for each in (one, other)]
+        np.testing.assert_allclose(shares[0], shares[1], atol=1e-6)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 import keras
@@ -68,6 +69,16 @@ def check_callbacks(callbacks: Sequence[Any]) -> None:
         ValueError: another kind of object, such as a callback of Keras.
     """
     known = [name for name in vars(Callback) if name.startswith("on_")]
+    if not isinstance(callbacks, Sequence):
+        raise ValueError(
+            f"Received callbacks={type(callbacks).__name__}; expected a list of such objects."
+        )
+    for callback in callbacks:
+        if inspect.isclass(callback):
+            raise ValueError(
+                f"Received the class {callback.__name__} as a callback; expected an object of it, "
+                f"{callback.__name__}()."
+            )
     for callback in callbacks:
         own = [n for n in dir(callback) if n.startswith("on_") and callable(getattr(callback, n))]
         if not own or set(own) - set(known):
@@ -85,8 +96,17 @@ def call(callbacks: Sequence[Any], name: str, *arguments: Any) -> bool:
     return any(bool(answer) for answer in answers)  # NumPy's and torch's True too
 
 
-def check_figures(figures: dict[str, Any]) -> None:
-    """Make plain numbers of an epoch's figures, in place; ValueError for what isn't a number."""
+def check_figures(figures: dict[str, Any], before: Collection[str]) -> None:
+    """Make plain numbers of an epoch's figures, in place.
+
+    Raises:
+        ValueError: a figure that isn't a number, or one of those `before` that is gone.
+    """
+    if gone := [name for name in before if name not in figures]:
+        raise ValueError(
+            f"A callback has removed {', '.join(gone)} from an epoch's figures; expected that it "
+            f"adds to them."
+        )
     for name, value in figures.items():
         try:
             figures[name] = float(value)

@@ -14,6 +14,7 @@ from vggtorch.text import as_code, figure_text, in_markdown, visible
 from vggtorch.training.checkpoints import version_text
 from vggtorch.training.data import DEFAULT_SIZE, Folder
 from vggtorch.training.evaluation import Evaluation
+from vggtorch.training.heads import ends_in_logits
 from vggtorch.training.loop import History
 from vggtorch.training.optimization import name_of
 from vggtorch.training.tables import SPLITS
@@ -135,15 +136,19 @@ def _text(history: History, model: keras.Model, command: str) -> str:
     results = f"\n| figure |{head}\n|---|{'---|' * len(scored)}\n{rows}\n" if scored else ""
     images = data_config(model)
     size = images.size or (DEFAULT_SIZE, DEFAULT_SIZE)
+    answer = 'model.predict(np.stack([prepared("image.jpg")]))'
+    value = "probability"
+    if ends_in_logits(model):
+        answer, value = f"keras.ops.softmax({answer})", "logit"
     steps = "".join(f"    {line}\n" if line else "\n" for line in recipe(images, size).split("\n"))
     return f"""# {in_markdown(history.model.name)}, fine-tuned on {len(history.classes)} classes
 {results}
 A Keras model. Input: RGB images of 0 to 255 (not of 0 to 1), {tuple(model.inputs[0].shape)}: the
-arithmetic of the weight set is inside. Output: one value for each name in `classes.json`. Images
+arithmetic of the weight set is inside. Output: one {value} for each name in `classes.json`. Images
 were brought to {size[0]}x{size[1]} so, with crop mode {images.crop_mode}, and must be again:
 
 {steps}
-{LOADING}    probabilities = model.predict(np.stack([prepared("image.jpg")]))
+{LOADING}    probabilities = {answer}
 
 `vggtorch predict` does the same. `config.json` has all of it by timm's names, and so have the
 metadata (`data_config`) of a model that is exported to ONNX.

@@ -25,6 +25,7 @@ _PATTERN = (
     "Expected a regular expression whose first group is the label, such as '^(.+)_[0-9]+' for "
     "cat_12.jpg."
 )
+SYSTEM_FOLDERS = {"__macosx", "@eadir"}  # of macOS's archives and of Synology's thumbnails
 SYSTEM_FILES = {".ds_store", ".gitignore", ".gitkeep", "desktop.ini", "thumbs.db"}
 
 
@@ -227,12 +228,16 @@ def _several(classes: list[str], who: str) -> list[str]:
 def _class_folders(folder: Path) -> list[str]:
     """The names of the classes, sorted."""
     check_data(folder)
-    classes = sorted(p.name for p in folder.iterdir() if p.is_dir() and p.name[0] != ".")
+    classes = sorted(
+        p.name
+        for p in folder.iterdir()
+        if p.is_dir() and p.name[0] != "." and p.name.lower() not in SYSTEM_FOLDERS
+    )
     if not classes:
         raise ValueError(
             f"{folder} has no subfolders. Expected one for each class, with that class's images. "
             f"Where files' names have the labels, label_pattern='^(.+)_[0-9]+' takes them there."
-            f"{_table_near(folder)}"
+            f"{_table_near(folder)}{_unlabelled(folder)}"
         )
     if len(classes) == 1:
         inside = folder / classes[0]
@@ -241,8 +246,18 @@ def _class_folders(folder: Path) -> list[str]:
             f"{folder} has one class alone, {classes[0]!r}, and so nothing to tell apart. Expected "
             f"a subfolder for each of several classes"
             f"{f'; if the folders in it are classes, pass {inside}' if deeper else ''}."
+            f"{_unlabelled(folder)}"
         )
     return classes
+
+
+def _unlabelled(folder: Path) -> str:
+    """A hint where a part of the data that only judges may have no labels at all."""
+    train = [name for name, part in SPLITS.items() if part == "train"]
+    beside = [p for p in folder.parent.glob("*") if p.name.lower() in train and p.is_dir()]
+    if SPLITS.get(folder.name.lower(), "train") == "train" or not beside:
+        return ""
+    return f" Images without labels can't judge anything: pass {beside[0]} alone."
 
 
 def _table_near(folder: Path) -> str:
@@ -385,6 +400,8 @@ def images_under(folder: Path) -> tuple[list[Path], Counter[str]]:
         if path.is_dir() and path.is_symlink():  # which may lead round in a circle
             left_out["linked folder"] += 1
         if path.is_dir() or path.name.lower() in SYSTEM_FILES:
+            continue
+        if any(part.lower() in SYSTEM_FOLDERS for part in path.relative_to(folder).parts):
             continue
         suffix = path.suffix.lower()
         if any(part.startswith(".") for part in path.relative_to(folder).parts):

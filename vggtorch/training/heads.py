@@ -167,6 +167,12 @@ def last_layer(model: keras.Model) -> keras.layers.Layer:
     return layer
 
 
+def ends_in_logits(model: keras.Model) -> bool:
+    """Whether a model ends in a dense layer without an activation, which puts out logits."""
+    layer = last_layer(model)
+    return isinstance(layer, layers.Dense) and layer.activation is keras.activations.linear
+
+
 def logits_network(model: keras.Model, start: keras.KerasTensor) -> OnKeras:
     """What a model does from a tensor on, as a torch network that puts out logits.
 

@@ -359,8 +359,9 @@ class _Run:
             chosen = dict.fromkeys((*config.metrics, config.monitor))
             result |= {f"val_{n}": found.figure(n) for n in chosen if f"val_{n}" not in result}
         result["seconds"] = time.perf_counter() - began
+        before = list(result)
         progress.stopped = call(self.callbacks, "on_epoch_end", epoch, result, found)
-        check_figures(result)
+        check_figures(result, before)
         with stop.held():
             after_epoch_(self.state.scheduler, result.get("val_loss", result["loss"]))
             progress.epochs.append(result)

@@ -27,7 +27,7 @@ from vggtorch.paths import PREDICTIONS, check_images, check_out
 from vggtorch.training import data
 from vggtorch.training.evaluation import Evaluation, evaluate
 from vggtorch.training.folders import images_by_class, images_under, tell_left_out, test_part
-from vggtorch.training.heads import logits_network
+from vggtorch.training.heads import ends_in_logits, logits_network
 from vggtorch.training.run import make_accelerator
 from vggtorch.weight_sets import DataConfig
 
@@ -131,7 +131,7 @@ def predict_files(
     """The classes of image files, in their order; what can't be read is named and passed over.
 
     Args:
-        model: puts out probabilities; it remembers what it expects of an image.
+        model: puts out probabilities or logits; it remembers what it expects of an image.
         images: files, folders and patterns such as `photos/**/*.jpg`.
         top: how many classes of each image.
         labels: the names of the classes; by default the model's, or those of ImageNet.
@@ -157,9 +157,11 @@ def predict_files(
     """
     _reader(model)  # refuses a model that doesn't say what it expects, before it looks for files
     labels = labels or data_config(model).label_names or None
+    shares = keras.ops.softmax if ends_in_logits(model) else keras.ops.convert_to_tensor
     for batch in batches(model, image_files(images), batch_size):
         if batch.paths:
-            best = decode_predictions(model.predict_on_batch(batch.images), top, labels)
+            outputs = shares(model.predict_on_batch(batch.images))
+            best = decode_predictions(keras.ops.convert_to_numpy(outputs), top, labels)
             for path, classes in zip(batch.paths, best, strict=True):
                 yield Prediction(path, [(name, share) for _, name, share in classes])
         for path, problem in batch.problems:
