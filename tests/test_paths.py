@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+from pathlib import Path
 
 import pytest
 from fresh import run
@@ -105,3 +106,10 @@ def test_a_path_that_is_much_like_another_is_named(place):
     (place / "gone.svg").symlink_to("gone/there.svg")
     with pytest.raises(ValueError, match="out='gone.svg', and there is no folder .*gone"):
         paths.check_out("gone.svg", (".svg",))
+
+
+def test_the_home_folder_is_pointed_at(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "photos").mkdir()
+    with pytest.raises(ValueError, match=f"There is no ~/photos. Perhaps {tmp_path / 'photos'}?"):
+        paths.check_data(Path("~/photos"))

@@ -197,6 +197,9 @@ def _named(value: str | os.PathLike, option: str) -> str:
 def near(path: str | os.PathLike) -> str:
     """` Perhaps ...?` with a path that is there and spelt much as one that isn't; or nothing."""
     path = Path(path)
+    if path.parts[:1] == ("~",):  # which Python takes for a folder's name
+        home = path.expanduser()
+        return f" Perhaps {home}?" if home.exists() else ""
     missing = path
     while not missing.parent.exists() and missing.parent != missing:
         missing = missing.parent

@@ -4,7 +4,9 @@ import dataclasses
 import re
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from fresh import run
 
 from vggtorch.training.config import TrainConfig
@@ -78,3 +80,16 @@ def test_what_is_no_pair_of_an_epoch_and_a_layer_is_refused(given):
 def test_nothing_thaws_in_a_run_of_one_epoch():
     with pytest.raises(ValueError, match="with epochs=1, after which nothing can be unfrozen. Set"):
         TrainConfig(epochs=1, freeze="block4_pool", unfreeze=((1, "block5_conv1"),))
+
+
+def test_numbers_of_numpy_and_torch_are_numbers():
+    given = TrainConfig(
+        epochs=np.int64(3),  # type: ignore[arg-type]
+        learning_rate=np.float32(0.5),  # type: ignore[arg-type]
+        weight_decay=torch.tensor(0.25),  # type: ignore[arg-type]
+        class_weight=np.array([1.0, 2.5]),  # type: ignore[arg-type]
+    )
+    expected = TrainConfig(epochs=3, learning_rate=0.5, weight_decay=0.25, class_weight=(1.0, 2.5))
+    assert given == expected and type(given.epochs) is int
+    with pytest.raises(ValueError, match="Received epochs=1.5; expected a whole number from 1"):
+        TrainConfig(epochs=np.float64(1.5))  # type: ignore[arg-type]

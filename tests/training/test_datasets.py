@@ -163,3 +163,10 @@ def test_parts_of_a_data_set_have_its_classes(images, config):
     assert history.classes == ("blue", "green", "red")
     assert history.model.output_shape == (None, 3)
     assert isinstance(history.model, keras.Model)
+
+
+def test_an_image_that_can_t_be_taken_is_numbered(config):
+    images = [(Image.new("RGB", (9, 9)), 0), (Image.new("F", (9, 9), 0.5), 1)]
+    for data, kind in ((images, "Dataset"), (iter(images), "stream")):
+        with pytest.raises(ValueError, match=f"Image 1 of the {kind} can't be taken: it has float"):
+            loss(data, config)

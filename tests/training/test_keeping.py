@@ -101,7 +101,8 @@ def test_the_card_of_a_network_to_logits_gives_the_probabilities_that_predict_gi
     assert "one logit for each name" in card
     (found,) = predict_files(load_model(run), [images / "red" / "0.png"], top=3)
     monkeypatch.chdir(run)
-    code = "\n".join(line[4:] for line in card.split("\n") if line.startswith("    "))
+    text = card.split("---\n", 2)[2]  # behind what the hub reads
+    code = "\n".join(line[4:] for line in text.split("\n") if line.startswith("    "))
     known: dict[str, Any] = {}
     exec(code.replace('"image.jpg"', repr(str(images / "red" / "0.png"))), known)
     shares = dict(zip(history.classes, known["probabilities"][0].tolist(), strict=True))

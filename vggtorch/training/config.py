@@ -158,6 +158,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("metrics", "log_with", "unfreeze"):
             object.__setattr__(self, name, _as_tuple(getattr(self, name)))
+        for name in TrainConfig.__dataclass_fields__:
+            object.__setattr__(self, name, _plain(getattr(self, name)))
         hints = typing.get_type_hints(TrainConfig)
         for name, hint in hints.items():
             choices = [c for a in (hint, *typing.get_args(hint)) for c in _choices(a)]
@@ -216,6 +218,14 @@ class TrainConfig:
                 f"Received unfreeze={self.unfreeze!r}, and nothing is frozen. Name the layer that "
                 f"the run starts frozen up to: freeze='block5_pool'."
             )
+
+
+def _plain(given: Any) -> Any:
+    """NumPy's and torch's numbers and arrays as Python's own, which are compared and written."""
+    if isinstance(given, str) or callable(given) or not hasattr(given, "tolist"):
+        return given
+    found = given.tolist()
+    return tuple(found) if isinstance(found, list) else found
 
 
 def _as_tuple(given: Any) -> Any:

@@ -302,7 +302,10 @@ class DatasetSource:
         if isinstance(item, Mapping) and self.collate is not default_collate:
             return item  # which the user's own function takes
         image, label = image_and_label(item)
-        return as_array(image, self.data_config), label
+        try:
+            return as_array(image, self.data_config), label
+        except ValueError as error:
+            raise ValueError(f"Image {index} of the Dataset can't be taken: {error}") from error
 
 
 def as_source(

@@ -211,7 +211,11 @@ class Kept(Dataset):
         self.items: list[tuple[Any, int]] = []
         size = 0
         for image, label in map(checked, _items(stream)):
-            array = np.asarray(as_array(image, images))
+            try:
+                array = np.asarray(as_array(image, images))
+            except ValueError as error:
+                place = len(self.items)
+                raise ValueError(f"Image {place} of the stream can't be taken: {error}") from error
             size += array.nbytes
             if size > MOST:
                 raise ValueError(
