@@ -32,7 +32,9 @@ def test_importing_selects_the_torch_backend_and_keras_alone_loads_our_models(sa
         f"""
         import importlib.util, vggtorch
         importlib.util.find_spec("keras")
+        gc.enable()
         import keras
+        assert gc.isenabled()  # which it isn't while Keras is imported
         print(keras.config.backend(), type(keras.saving.load_model({saved!r})))
         """,
         KERAS_BACKEND="jax",

@@ -5,6 +5,7 @@ else: a public name brings the room that it stands in when it is first used. `__
 this file lists the names and their rooms.
 """
 
+import gc
 import os
 import sys
 from importlib.machinery import PathFinder
@@ -38,8 +39,15 @@ class _KerasWatch:
             execute = spec.loader.exec_module
 
             def execute_and_greet(module):
-                execute(module)
-                _greet_keras()
+                # To look for cycles in all that is imported would be a quarter of the time.
+                paused = gc.isenabled()
+                gc.disable()
+                try:
+                    execute(module)
+                    _greet_keras()
+                finally:
+                    if paused:
+                        gc.enable()
 
             spec.loader.exec_module = execute_and_greet  # type: ignore[method-assign]
         return spec

@@ -79,7 +79,9 @@ def test_channels_first_as_to_torch_has_it() -> None:
 
 @needs_onednn
 @pytest.mark.parametrize("use_winograd", [False, True])
-def test_in_bfloat16_it_takes_and_gives_float32(use_winograd: bool, winograd_always: None) -> None:
+def test_in_bfloat16_it_takes_and_gives_float32(
+    use_winograd: bool, winograd_always: None, narrow: None
+) -> None:
     model = vgg(True)
     x = torch.rand(4, 32, 32, 3)
     expected = model(x, training=False)
@@ -131,7 +133,7 @@ def test_layers_that_run_as_keras_runs_them(
 
 
 @pytest.mark.parametrize("policy", ["float64", "mixed_bfloat16", "bfloat16"])
-def test_a_model_of_another_policy_computes_as_it_says(policy: str) -> None:
+def test_a_model_of_another_policy_computes_as_it_says(policy: str, narrow: None) -> None:
     keras.config.set_dtype_policy(policy)
     try:
         model = vgg(True)
@@ -182,7 +184,9 @@ def test_what_changes_in_the_model_afterwards_does_not_count() -> None:
 
 @needs_onednn
 @pytest.mark.parametrize("number", [torch.nan, torch.inf, -torch.inf])
-def test_what_is_not_finite_stays_in_its_image(number: float, winograd_always: None) -> None:
+def test_what_is_not_finite_stays_in_its_image(
+    number: float, winograd_always: None, narrow: None
+) -> None:
     model, x = vgg(True), torch.rand(3, 32, 32, 3)
     engine = vt.optimize_for_inference(model, winograd=True)
     expected = engine(x)

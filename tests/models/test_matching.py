@@ -27,7 +27,7 @@ def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(autouse=True)
 def _other_names() -> Iterator[None]:
     """Automatic names of a test begin anew, as those of a new process do."""
-    keras.utils.clear_session()
+    keras.utils.clear_session(free_memory=False)
     yield
 
 

@@ -23,7 +23,7 @@ def summary(model):
 
 
 def build_on_meta(constructor, **arguments):
-    keras.utils.clear_session()  # automatic names count from the start
+    keras.utils.clear_session(free_memory=False)  # automatic names count from the start
     with keras.device("meta"):
         return constructor(weights=None, **arguments)
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import tiny
 import two_processes
-from fresh import TORCHRUN, run_on_two
+from fresh import run_on_two
 from torch.utils.data import DataLoader
 
 from vggtorch.training import checkpoints, data
@@ -138,7 +138,7 @@ def test_two_processes_give_the_losses_of_one(images, tmp_path):
     (tmp_path / "one").mkdir()
     (tmp_path / "two").mkdir()
     two_processes.train(tmp_path / "one", images)
-    run_on_two(two_processes.__file__, tmp_path / "two", images, launcher=TORCHRUN)
+    run_on_two(two_processes.__file__, tmp_path / "two", images)
     # What was stopped by a signal to one process ends as what ran through.
     for first, second in (("mixed", "mixed"), ("cached", "cached"), ("cached", "stopped")):
         one, two = (

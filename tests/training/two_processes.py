@@ -13,6 +13,7 @@ from typing import Any
 import tiny  # isort: skip  (before keras: it selects Keras's torch backend)
 import keras
 from accelerate import PartialState
+from fresh import as_two
 
 from vggtorch.training.callbacks import Callback
 from vggtorch.training.config import TrainConfig
@@ -65,4 +66,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    as_two(main)
