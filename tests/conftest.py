@@ -53,15 +53,29 @@ def _room_for_the_next(_memory):
         _memory[0] = psutil.Process().memory_info().rss
 
 
+def _narrow_(patch):
+    from vggtorch import architectures
+    from vggtorch.models import converting
+    from vggtorch.weights import conversion, state_dicts
+
+    for module in (architectures, conversion, state_dicts, converting):
+        patch.setattr(module, "WIDTHS", (8, 16, 32, 64, 64))
+    for module in (architectures, conversion):
+        patch.setattr(module, "HIDDEN", 64)
+
+
 @pytest.fixture
 def narrow(monkeypatch):
     """The VGGs with an eighth of the channels, for what doesn't depend on how many there are."""
-    from vggtorch import architectures
-    from vggtorch.weights import conversion
+    _narrow_(monkeypatch)
 
-    for module in (architectures, conversion):
-        monkeypatch.setattr(module, "WIDTHS", (8, 16, 32, 64, 64))
-        monkeypatch.setattr(module, "HIDDEN", 64)
+
+@pytest.fixture(scope="module")
+def narrow_throughout():
+    """The same for a whole file and its fixtures."""
+    with pytest.MonkeyPatch.context() as patch:
+        _narrow_(patch)
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ from vggtorch.models import remember_
 State = dict[str, torch.Tensor]
 SHAPE = (32, 32, 3)
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("narrow_throughout")]
 
 
 @pytest.fixture(autouse=True)
@@ -31,9 +31,9 @@ def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module", params=[False, True], ids=["plain", "batch_norm"])
 def network(request: pytest.FixtureRequest) -> nn.Sequential:
-    """torchvision's features of VGG11."""
+    """torchvision's features of VGG11, with an eighth of the channels."""
     torch.manual_seed(0)
-    features = by_torchvision.features("vgg11", request.param)
+    features = by_torchvision.features("vgg11", request.param, narrow=True)
     for module in features:
         if isinstance(module, nn.BatchNorm2d):
             module.get_buffer("running_mean").uniform_(-1, 1)
@@ -79,22 +79,22 @@ OTHERS = {
     },
     "Caffe's": lambda n: (
         by_layer(n, lambda i, _, kind: f"{kind}{i}_1")
-        | {"fc6.weight": torch.zeros(4, 512), "fc6.bias": torch.zeros(4)}
+        | {"fc6.weight": torch.zeros(4, 64), "fc6.bias": torch.zeros(4)}
     ),
     "LPIPS's slices": lambda n: (
         by_layer(n, lambda i, place, _: f"net.slice{1 + i // 3}.{place}")
-        | {"lin0.model.1.weight": torch.zeros(1, 64, 1, 1)}
+        | {"lin0.model.1.weight": torch.zeros(1, 8, 1, 1)}
     ),
     "a detector's row goes on": lambda n: (
         under("vgg.", n.state_dict())
-        | {f"vgg.{len(n) + 2}.weight": torch.zeros(1024, 512, 3, 3), "loc.0.bias": torch.zeros(4)}
+        | {f"vgg.{len(n) + 2}.weight": torch.zeros(128, 64, 3, 3), "loc.0.bias": torch.zeros(4)}
     ),
     "segmentation_models_pytorch": lambda n: (
         under("encoder.features.", n.state_dict())
-        | {"decoder.blocks.0.conv1.0.weight": torch.zeros(64, 512, 3, 3)}
+        | {"decoder.blocks.0.conv1.0.weight": torch.zeros(8, 64, 3, 3)}
     ),
     "fastai": lambda n: {
-        "model": under("0.0.", n.state_dict()) | {"1.4.weight": torch.zeros(3, 512)}
+        "model": under("0.0.", n.state_dict()) | {"1.4.weight": torch.zeros(3, 64)}
     },
     "metrics beside it": lambda n: {
         "state_dict": under("model.features.", n.state_dict())
@@ -155,7 +155,7 @@ def test_two_networks_of_torch_go_where_their_names_are(
     state = under("left.features.", network.state_dict())
     state |= under("right.features.", {k: t * 1 for k, t in network.state_dict().items()})
     state["left.features.0.bias"] = state["left.features.0.bias"] + 1
-    state["head.weight"] = torch.ones(2, 1024)
+    state["head.weight"] = torch.ones(2, 128)
     torch.save(state, tmp_path / "a.pth")
     with pytest.raises(ValueError, match=r"several networks.*'left' and 'right'.*efix\('left.'\)"):
         vgg11(network, weights=tmp_path / "a.pth")
@@ -182,7 +182,7 @@ def test_a_plain_file_goes_into_networks_under_prefixes_and_back(
     tmp_path: Path, network: nn.Sequential
 ) -> None:
     state = network.state_dict(prefix="features.")
-    torch.save(state | {"classifier.0.weight": torch.ones(4, 512)}, tmp_path / "plain.pth")
+    torch.save(state | {"classifier.0.weight": torch.ones(4, 64)}, tmp_path / "plain.pth")
     torch.save(state, tmp_path / "alone.pth")
     left = vgg11(network, prefix="left_")
     both = vgg11(network, prefix="right_", input_tensor=left.input)
@@ -200,7 +200,7 @@ def test_a_plain_file_goes_into_networks_under_prefixes_and_back(
     # And what a model of prefixes has saved goes into one without.
     remember_(both, "oxford")
     for ending in ("safetensors", "pth", "weights.h5"):
-        both.get_layer("left_block1_conv1").bias.assign(np.ones(64, "float32"))
+        both.get_layer("left_block1_conv1").bias.assign(np.ones(8, "float32"))
         path = tmp_path / f"both.{ending}"
         vt.save_weights(both, path)
         with pytest.raises(ValueError, match=r"have the prefixes 'left_' and 'right_'. Build"):

@@ -225,6 +225,7 @@ def test_timms_networks_with_and_without_classes(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("form", ["weights.h5", "keras"])
+@pytest.mark.usefixtures("narrow")
 def test_a_cut_model_takes_its_part_of_keras_own_files(tmp_path: Path, form: str) -> None:
     """Whose layers stand in the order of the alphabet: conv2d, conv2d_1, ..., conv2d_10."""
     whole = vt.VGG16(weights=None, include_top=False, input_shape=SHAPE)

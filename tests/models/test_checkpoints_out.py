@@ -18,6 +18,7 @@ import vggtorch as vt
 from vggtorch.models import convert, remember_
 from vggtorch.weights import read
 
+pytestmark = pytest.mark.usefixtures("narrow_throughout")
 SHAPE = (64, 96, 3)  # a last map of 2x3, whose order counts
 
 
@@ -27,7 +28,7 @@ def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def backbone() -> keras.Model:
+def backbone(narrow_throughout: None) -> keras.Model:
     keras.utils.set_random_seed(0)
     return vt.VGG11(weights=None, include_top=False, input_shape=SHAPE)
 
@@ -54,8 +55,8 @@ def test_a_head_is_right_in_torch_and_back(
     vt.save_weights(model, tmp_path / f"a.{ending}")
     state = torch.load(tmp_path / f"a.{ending}")
     network: Any = nn.Module()
-    network.features = by_torchvision.features("vgg11")
-    network.norm, network.hidden = nn.BatchNorm1d(512 * 6, eps=norm.epsilon), nn.Linear(512 * 6, 5)
+    network.features = by_torchvision.features("vgg11", narrow=True)
+    network.norm, network.hidden = nn.BatchNorm1d(64 * 6, eps=norm.epsilon), nn.Linear(64 * 6, 5)
     network.out = nn.Linear(5, 3)
     network.load_state_dict(state)  # strictly
     network.eval()
@@ -116,7 +117,7 @@ def test_the_weight_set_is_kept_in_every_form(tmp_path: Path, form: str) -> None
     # Each is what the form's own library writes, and read by it.
     if form in ("pth", "bin"):
         network: Any = nn.Module()
-        network.features = by_torchvision.features("vgg11")[:1]
+        network.features = by_torchvision.features("vgg11", narrow=True)[:1]
         network.load_state_dict(torch.load(path))
     elif form == "weights.h5":
         by_keras = cut(None)
@@ -142,7 +143,7 @@ def test_maps_are_flattened_as_torch_does_from_channels_first_too(tmp_path: Path
     keras.config.set_image_data_format("channels_first")
     try:
         image = keras.Input((3, 4, 6))
-        x = layers.Conv2D(64, 3, padding="same", name="block1_conv1")(image)
+        x = layers.Conv2D(8, 3, padding="same", name="block1_conv1")(image)
         model = keras.Model(image, layers.Dense(2, name="out")(layers.Flatten()(x)))
         vt.save_weights(model, tmp_path / "a.pth")
         state = torch.load(tmp_path / "a.pth")

@@ -99,6 +99,7 @@ def test_what_makes_no_sense_is_damage(tmp_path: Path, text: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("narrow")
 def test_networks_and_conversions_keep_it(tmp_path: Path) -> None:
     vgg = vt.VGG11(weights=None, include_top=False, input_shape=SHAPE)
     config = dataclasses.replace(CONFIG, label_names=())

@@ -18,11 +18,12 @@ from vggtorch.models import (
 )
 from vggtorch.surgery import truncate
 
+pytestmark = pytest.mark.usefixtures("narrow_throughout")
 SHAPE = (32, 32, 3)
 
 
 @pytest.fixture(scope="module")
-def published(tmp_path_factory):
+def published(tmp_path_factory, narrow_throughout):
     """A checkpoint of VGG11 that says its weight set, and the network that it is of."""
     path = tmp_path_factory.mktemp("published") / "vgg11.safetensors"
     model = VGG11(weights=None, include_top=False, input_shape=SHAPE)
@@ -73,7 +74,7 @@ def test_two_networks_in_one_model_load_published_weights(published, tmp_path, m
     for ending in (".weights.h5", ".safetensors"):
         save_weights(both, tmp_path / f"both{ending}")
         load_weights(both, tmp_path / f"both{ending}")
-    wide = keras.Sequential([keras.Input(SHAPE), keras.layers.Conv2D(8, 3, name="a_block1_conv1")])
+    wide = keras.Sequential([keras.Input(SHAPE), keras.layers.Conv2D(9, 3, name="a_block1_conv1")])
     with pytest.raises(ValueError, match="'oxford' does not fit the network with the prefix 'a_'"):
         load_weights(wide, "oxford")
 

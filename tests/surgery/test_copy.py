@@ -13,7 +13,7 @@ import vggtorch as vt
 from vggtorch.keras_graph import raw_value
 from vggtorch.surgery import replace
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "narrow")
 
 
 def images(*shape):
@@ -38,7 +38,7 @@ def test_a_dilated_block_5_with_its_weights():
     names = ["block5_conv1", "block5_conv2"]
     new = [again(model.get_layer(name), dilation_rate=2) for name in names]
     result = replace(result, names, new, init="copy")
-    assert result.output_shape == (None, 2, 2, 512)
+    assert result.output_shape == (None, 2, 2, 64)
     x = images(32, 32, 3)
     y = keras.Model(model.input, model.get_layer("block4_conv2").output)(x)
     y = kl.MaxPooling2D(3, strides=1, padding="same")(y)
@@ -85,8 +85,8 @@ def test_a_classifier_becomes_fully_convolutional_and_back():
     model = shake_(vt.VGG11(weights=None, input_shape=(64, 64, 3), classes=7))
     names = ["flatten", "fc1", "fc2", "predictions"]
     convolutions = [
-        kl.Conv2D(4096, 2, activation="relu", name="fc1"),
-        kl.Conv2D(4096, 1, activation="relu", name="fc2"),
+        kl.Conv2D(64, 2, activation="relu", name="fc1"),
+        kl.Conv2D(64, 1, activation="relu", name="fc2"),
         kl.Dropout(0.5),
         kl.Conv2D(7, 1, activation="softmax", name="predictions"),
     ]
@@ -97,8 +97,8 @@ def test_a_classifier_becomes_fully_convolutional_and_back():
     torch.testing.assert_close(y[:, 0, 0], run(model, x), rtol=1e-4, atol=1e-6)
     dense = [
         kl.Flatten(name="flatten"),
-        kl.Dense(4096, activation="relu", name="fc1"),
-        kl.Dense(4096, activation="relu", name="fc2"),
+        kl.Dense(64, activation="relu", name="fc1"),
+        kl.Dense(64, activation="relu", name="fc2"),
         kl.Dense(7, activation="softmax", name="predictions"),
     ]
     back = replace(result, [layer.name for layer in convolutions], dense, init="copy")

@@ -108,6 +108,7 @@ def test_labels_of_mixed_images_are_shares():
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("narrow")
 def test_the_command_draws_it(tmp_path, capsys, images):
     weights = tmp_path / "random.safetensors"
     vt.save_weights(vt.VGG11(weights=None, include_top=False, input_shape=(32, 32, 3)), weights)

@@ -129,6 +129,7 @@ def test_what_is_asked_for_goes_before_what_the_model_remembers(remembered, aske
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("narrow")
 def test_a_network_with_its_preprocessing_inside_is_not_given_it_twice(pictures, tmp_path):
     """The losses are those of the same network with the preprocessing outside."""
     losses = []

@@ -190,6 +190,7 @@ def test_what_a_network_is_does_not_depend_on_names_or_processes():
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("narrow")
 def test_finetune_with_other_weights_is_refused(tmp_path: Path, monkeypatch, capsys):
     from vggtorch.cli import main
 

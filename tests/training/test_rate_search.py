@@ -65,6 +65,7 @@ def test_a_loss_that_is_never_finite_is_an_error(config):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("narrow")
 def test_the_command_draws_its_suggestion(tmp_path, capsys, images, monkeypatch):
     """It is that of the function, on the same network and plan."""
     monkeypatch.chdir(tmp_path)
