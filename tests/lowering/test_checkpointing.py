@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -45,13 +46,21 @@ def test_checkpointing_keeps_less_and_changes_nothing() -> None:
     assert memory[1] < memory[0] / 4
 
 
-def test_checkpointing_leaves_keras_layers_alone() -> None:
+def attend(x: Any) -> Any:
+    """A layer that is called with the same tensor twice."""
+    rows = layers.Reshape((36, 8))(x)
+    rows = layers.MultiHeadAttention(2, 4, dropout=0.5, seed=3)(rows, rows)
+    return layers.Reshape((6, 6, 8))(rows)
+
+
+@pytest.mark.parametrize("draw", [lambda x: layers.SpatialDropout2D(0.5, seed=3)(x), attend])
+def test_checkpointing_leaves_keras_layers_alone(draw: Callable[[Any], Any]) -> None:
     """A seeded layer counts its calls, so that a second one would not repeat the first."""
     found = []
     for checkpoint in (False, True):
         keras.utils.set_random_seed(0)
         image = keras.Input((8, 8, 3))
-        x = layers.SpatialDropout2D(0.5, seed=3)(layers.Conv2D(8, 3)(image))
+        x = draw(layers.Conv2D(8, 3)(image))
         x = layers.GlobalAveragePooling2D()(layers.Conv2D(8, 3)(x))
         model = keras.Model(image, x)
         output, _ = step(model, on_keras(model, checkpoint=checkpoint).train())

@@ -6,6 +6,7 @@ import copy
 import pickle
 import threading
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import vggtorch as vt  # isort: skip  (first: it selects Keras's torch backend)
 import keras
 from keras import layers
-from small_vgg import images, randomise, small_vgg
+from small_vgg import assert_close, images, randomise, small_vgg
 
 from vggtorch.lowering import winograd
 from vggtorch.lowering.kernels import has_fused_ops
@@ -117,15 +118,47 @@ def with_weights_that_stay() -> keras.Model:
     return randomise(keras.Model(image, layers.BatchNormalization()(layers.MaxPooling2D(2)(x))))
 
 
+def masked_attention() -> keras.Model:
+    keras.utils.set_random_seed(0)
+    image = keras.Input((7,), dtype="int32")
+    x = layers.Embedding(9, 8, mask_zero=True)(image)
+    return keras.Model(image, layers.MultiHeadAttention(2, 4)(x, x))
+
+
+class Counts(layers.Layer):
+    """Adds how often it has run."""
+
+    def build(self, shape: Any) -> None:
+        self.times = self.add_weight(shape=(), initializer="zeros", trainable=False)
+
+    def call(self, x: Any) -> Any:
+        self.times.assign_add(1.0)
+        return x + self.times
+
+
+def test_a_layer_that_counts_runs_once_a_call() -> None:
+    image = keras.Input((8, 8, 3))
+    x = layers.Conv2D(4, 1)(image)
+    model = keras.Model(image, layers.Add()([Counts()(x), layers.Conv2D(4, 3, padding="same")(x)]))
+    engine, network = vt.optimize_for_inference(model), vt.to_torch(model).eval()
+    x = torch.rand(2, 8, 8, 3)
+    with torch.no_grad():
+        start = model.get_layer(index=2).times.numpy()
+        expected = [network(x) for _ in range(3)]
+        model.get_layer(index=2).times.assign(start)
+        for one in expected:
+            assert_close(engine(x), one)
+
+
 @needs_onednn
 @pytest.mark.parametrize("dtype, tolerance", [(None, 1e-6), (torch.bfloat16, 2e-2)])
-@pytest.mark.parametrize("make", [words, attention, with_weights_that_stay])
+@pytest.mark.parametrize("make", [words, attention, masked_attention, with_weights_that_stay])
 def test_layers_that_run_as_keras_runs_them(
     make: Callable[[], keras.Model], dtype: torch.dtype | None, tolerance: float
 ) -> None:
     model = make()
     shape = (3, *model.input_shape[1:])
-    x = torch.randint(0, 9, shape) if make is words else torch.randn(shape)
+    x = torch.randint(0, 9, shape) if make in (words, masked_attention) else torch.randn(shape)
     found = vt.optimize_for_inference(model, dtype=dtype, winograd=True)(x)
     expected = model(x, training=False)
     assert found.dtype == torch.float32

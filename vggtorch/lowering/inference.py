@@ -8,8 +8,10 @@ exported file does.
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
+from itertools import groupby
 from typing import Any
 
 import keras
@@ -18,11 +20,11 @@ from torch import Tensor
 
 from vggtorch import keras_graph
 from vggtorch.lowering import kernels
-from vggtorch.lowering.fixed import cast_from, with_fixed_weights
+from vggtorch.lowering.fixed import Wide, cast_from, with_fixed_weights
 from vggtorch.lowering.plan import Plan, filled
 from vggtorch.lowering.recorded import Recorded
-from vggtorch.lowering.running import run_segments
-from vggtorch.lowering.steps import Segment, Step, cut
+from vggtorch.lowering.running import run_segments, run_steps
+from vggtorch.lowering.steps import Segment, Step, cut, repeats
 from vggtorch.lowering.trimming import trimmed
 from vggtorch.lowering.winograd import Workspace
 from vggtorch.lowering.writing import check_data_format, network_of
@@ -131,7 +133,8 @@ class InferenceEngine:
             replace(segment, steps=[_fixed(step, workspace, dtype) for step in segment.steps])
             for segment in cut(steps, plans.inputs, plans.outputs, checkpoint=False)
         ]
-        self._recorded: dict[tuple[int, int], Recorded] = {}  # by its first and last output
+        # What runs a segment, by its first and last output.
+        self._parts: dict[tuple[int, int], list[Callable[[dict[int, Any]], None]]] = {}
 
     def __call__(self, *args: Tensor, **kwargs: Tensor) -> Any:
         """What the model returns for these inputs."""
@@ -155,9 +158,13 @@ class InferenceEngine:
         # Not by the segment itself: images of each shape run through other parts of one, though
         # mostly with the same steps.
         key = segment.steps[0].output, segment.steps[-1].output
-        if key not in self._recorded:
-            self._recorded[key] = Recorded(segment.steps)
-        self._recorded[key](values)
+        if key not in self._parts:  # steps are recorded by running them once more
+            self._parts[key] = [
+                Recorded(list(steps)) if recordable else partial(run_steps, list(steps))
+                for recordable, steps in groupby(segment.steps, _repeats)
+            ]
+        for part in self._parts[key]:
+            part(values)
 
     def _checked(self, inputs: Sequence[Any]) -> list[Tensor]:
         """The inputs, if they are what the network takes."""
@@ -185,6 +192,10 @@ class InferenceEngine:
             "An inference engine can't be copied or pickled. Save the Keras model, and make it "
             "anew; or export it (vt.export)."
         )
+
+
+def _repeats(step: Step) -> bool:
+    return repeats(replace(step, run=step.run.run) if isinstance(step.run, Wide) else step)
 
 
 def _fixed(step: Step, workspace: Workspace | None, dtype: torch.dtype | None) -> Step:

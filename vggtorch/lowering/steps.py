@@ -198,6 +198,16 @@ def _is_by_image(step: Step, kinds: tuple[type, ...]) -> bool:
     return target in FUNCTIONS_BY_IMAGE
 
 
+def repeats(step: Step) -> bool:
+    """Whether a step gives the same when it runs again on the same inputs.
+
+    Modules that aren't known, Keras's layers among them, may draw random numbers, or count, in
+    their own way; and a layer of Keras may take the mask off its input.
+    """
+    run = step.run.target if isinstance(step.run, Call) else step.run
+    return not isinstance(run, nn.Module) or type(run) in (*BY_IMAGE_IN_INFERENCE, *STATELESS)
+
+
 def is_fresh(step: Step) -> bool:
     """Whether nobody, backward included, needs what the step has computed but who takes it."""
     return kind_of(step) in (FRESH_FUNCTIONS if isinstance(step.run, Call) else FRESH)
@@ -375,14 +385,7 @@ def _segment(steps: list[Step], grouped: bool, checkpoint: bool) -> Segment:
     learns = any(kind_of(step) is TrainedConv2d for step in steps)
     convolves = any(kind_of(step) in (FusedConv2d, TrainedConv2d) for step in steps)
     grouped &= convolves and all(step.by_image for step in steps)
-    # Other modules, Keras's layers among them, may draw random numbers, or count, in their own way.
-    known = (*BY_IMAGE_IN_INFERENCE, *STATELESS, TrainedLinear, FusedLinear)
-    again = (
-        checkpoint
-        and learns
-        and all(isinstance(step.run, Call) or kind_of(step) in known for step in steps)
-    )
-    return Segment(steps, grouped, again)
+    return Segment(steps, grouped, checkpoint and learns and all(map(repeats, steps)))
 
 
 def _with_last_use(steps: list[Step], outputs: tuple[int, ...]) -> list[Step]:
