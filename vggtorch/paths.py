@@ -185,7 +185,7 @@ def check_run(folder: str, resume: bool) -> None:
     if (path / "last.pt").exists() and not resume:
         raise ValueError(
             f"{path / 'last.pt'} exists: the folder holds another run. Pass resume=True to carry "
-            f"that on, or another folder as output_dir."
+            f"that on, or choose another folder with output_dir='run2', say."
         )
 
 

@@ -199,6 +199,26 @@ def test_folders_of_the_system_are_no_classes_and_hold_no_images(tmp_path):
     assert set(folders.images_by_class(folder)) == {"blue", "green", "red"}
 
 
+def test_runs_and_features_in_the_folder_of_images_are_no_classes(tmp_path, monkeypatch, config):
+    from vggtorch.training.loop import finetune
+
+    tiny.pictures(tmp_path / "data" / "train")
+    monkeypatch.chdir(tmp_path / "data" / "train")  # as who types `vggtorch finetune .` there
+    for name in ("run", "run2"):
+        with pytest.warns(UserWarning, match="folder of a run or of features"):
+            history = finetune(tiny.network(), ".", epochs=1, output_dir=name)
+        assert history.classes == ("blue", "green", "red")
+    with pytest.warns(UserWarning, match=r"2 files \(2 folder of a run or of features\)"):
+        data.read_folder(".", 16)
+    folders_in(tmp_path / "data", "features")
+    (tmp_path / "data" / "features" / "_manifest.json").touch()
+    assert find_splits(tmp_path / "data") == (tmp_path / "data" / "train", None, None)
+    for output in (".", "red", tmp_path / "data" / "train" / "blue"):
+        with pytest.raises(ValueError, match="which holds images of the data. Choose another"):
+            finetune(tiny.network(), ".", epochs=1, output_dir=str(output))
+    assert not (tmp_path / "data" / "train" / "red" / ".lock").exists()
+
+
 def test_images_without_labels_beside_the_training_images_have_a_hint(tmp_path):
     train, test = tiny.pictures(tmp_path / "Train"), tmp_path / "test"
     for folder in (test, test / "unknown"):

@@ -119,3 +119,9 @@ def test_figures_are_those_of_scikit_learn_and_torchmetrics(classes):
             top if k < classes else 1
         )
     assert ("top-5 accuracy" in found.figures()) == (classes > 5)
+
+
+def test_one_class_alone_has_no_auroc_and_that_is_said():
+    found = Evaluation(torch.eye(3)[:2] * 3, torch.tensor([1, 1]))
+    with pytest.warns(UserWarning, match="of one class alone, for which there is no auroc"):
+        assert np.isnan(found.figure("auroc"))

@@ -376,3 +376,23 @@ def test_a_network_that_puts_out_logits_predicts_their_probabilities(run, photos
         assert [name for name, _ in one.classes] == [name for name, _ in other.classes]
         shares = [[share for _, share in each.classes] for each in (one, other)]
         np.testing.assert_allclose(shares[0], shares[1], atol=1e-6)
+
+
+def test_damaged_features_are_named(run, photos, tmp_path):
+    model, out = keras.saving.load_model(run / "model.keras"), tmp_path / "features"
+    vt.write_features(model, [photos / "red" / "0.png"], out, layer="block2_pool")
+    (out / "part-000000.parquet").write_bytes(b"junk")
+    for look in (
+        lambda: vt.read_features(out),
+        lambda: vt.write_features(model, [photos / "red" / "0.png"], out, layer="block2_pool"),
+    ):
+        with pytest.raises(ValueError, match=r"part-000000\.parquet is damaged \(.*Delete it; wri"):
+            look()
+    (out / "part-000000.parquet").unlink()
+    vt.write_features(model, [photos / "red" / "0.png"], out, layer="block2_pool")
+    found = vt.read_features(out)
+    with pytest.raises(ValueError, match="Received k=0; expected 1 or more"):
+        found.nearest(found.values, k=0)
+    (out / "_manifest.json").write_text("{")
+    with pytest.raises(ValueError, match="_manifest.json is damaged"):
+        vt.write_features(model, [photos / "red" / "0.png"], out, layer="block2_pool")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -121,7 +122,13 @@ class Evaluation:
         """One of the figures by its name among `METRICS`, the settings'."""
         if name == "top5_accuracy":
             return self.top_k_accuracy(5)
-        return getattr(self, name)
+        found = getattr(self, name)
+        if name == "auroc" and np.isnan(found):
+            warnings.warn(
+                "The images to judge on are of one class alone, for which there is no auroc.",
+                stacklevel=2,
+            )
+        return found
 
     def figures(self) -> dict[str, float]:
         """All figures by name; top-5 accuracy where there are more than five classes."""

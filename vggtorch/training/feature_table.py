@@ -6,10 +6,11 @@ shard is written whole or not at all, so that a run that was stopped goes on whe
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -102,7 +103,8 @@ def write_features(
         chunk = paths[number * shard_size : (number + 1) * shard_size]
         target = folder / f"part-{number:06d}.parquet"
         if target.exists():
-            kept = parquet.read_metadata(target).metadata or {}
+            with _whole(target):
+                kept = parquet.read_metadata(target).metadata or {}
             problems = json.loads(kept.get(b"unreadable", b"[]"))
             unreadable += [(Path(name), reason) for name, reason in problems]
             advance(len(chunk))
@@ -161,7 +163,8 @@ def _check_manifest(
     }
     manifest = folder / MANIFEST
     if manifest.exists():
-        before = json.loads(manifest.read_text(encoding="utf-8"))
+        with _whole(manifest):
+            before = json.loads(manifest.read_text(encoding="utf-8"))
         if other := [name for name in now if before.get(name) != now[name]]:
             raise ValueError(
                 f"{folder} has features of another run, with other {', '.join(other)}. Choose "
@@ -174,6 +177,18 @@ def _check_manifest(
         )
     with files.atomic(manifest) as temporary:
         temporary.write_text(json.dumps(now, indent=2), encoding="utf-8")
+
+
+@contextlib.contextmanager
+def _whole(path: Path) -> Iterator[None]:
+    """Inside, a file that can't be read as what it is becomes an error that says what to do."""
+    try:
+        yield
+    except ValueError as error:  # pyarrow's errors of content are such, and json's
+        raise ValueError(
+            f"{path} is damaged ({files.first_line(error)}). Delete it; write_features makes it "
+            f"again."
+        ) from error
 
 
 def _pyarrow() -> tuple[Any, Any]:
@@ -207,7 +222,7 @@ class FeatureTable:
             k: how many; all where there are fewer.
 
         Raises:
-            ValueError: another number of features.
+            ValueError: another number of features, or k below 1.
 
         Example:
             >>> import numpy as np
@@ -221,6 +236,8 @@ class FeatureTable:
             raise ValueError(
                 f"Received queries of shape {queries.shape}; expected (N, {self.values.shape[1]})."
             )
+        if k < 1:
+            raise ValueError(f"Received k={k}; expected 1 or more.")
         cosine = _unit(queries) @ _unit(self.values).T
         k = min(k, len(self.paths))
         best = np.argsort(-cosine, axis=1, kind="stable")[:, :k]
@@ -257,7 +274,8 @@ def read_features(path: str | Path) -> FeatureTable:
     paths: list[str] = []
     values: list[np.ndarray] = []
     for shard in shards:
-        table = parquet.read_table(shard)
+        with _whole(shard):
+            table = parquet.read_table(shard)
         paths += table["path"].to_pylist()
         flat = table["features"].combine_chunks()
         if len(flat):

@@ -26,6 +26,7 @@ _PATTERN = (
     "cat_12.jpg."
 )
 SYSTEM_FOLDERS = {"__macosx", "@eadir"}  # of macOS's archives and of Synology's thumbnails
+OURS = (".lock", "_manifest.json")  # which folders have that a run, or features, went into
 SYSTEM_FILES = {".ds_store", ".gitignore", ".gitkeep", "desktop.ini", "thumbs.db"}
 
 
@@ -82,6 +83,39 @@ def find_splits(data: Path) -> Splits:
     return Splits(train, held, test)
 
 
+def _subfolders(folder: Path) -> list[Path]:
+    """The folders in a folder, sorted, but for hidden ones, the system's and vggtorch's results."""
+    return sorted(
+        path
+        for path in folder.iterdir()
+        if path.is_dir()
+        and path.name[0] != "."
+        and path.name.lower() not in SYSTEM_FOLDERS
+        and not _holds_results(path)
+    )
+
+
+def _holds_results(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in OURS)
+
+
+def check_apart(data: object, output_dir: str) -> None:
+    """See that a run doesn't go into a folder of the images, where it would be taken for a class.
+
+    Raises:
+        ValueError: it would.
+    """
+    if not isinstance(data, str | Path) or not Path(output_dir).is_dir():
+        return
+    root, output = Path(data).resolve(), Path(output_dir).resolve()
+    inside = output == root or root in output.parents
+    if inside and not _holds_results(output) and images_under(output)[0]:
+        raise ValueError(
+            f"Received output_dir={output_dir!r}, which holds images of the data. Choose another "
+            f"with output_dir='run', say."
+        )
+
+
 def tell_beside(data: Path, stacklevel: int) -> None:
     """Warn of folders that stand beside the parts of the data and are none."""
     found, others = _parts_in(data)
@@ -98,10 +132,7 @@ def _parts_in(data: Path) -> tuple[dict[str, Path], list[str]]:
     """The subfolders that are parts of the data by their names, and the names of the others."""
     found: dict[str, Path] = {}
     others: list[str] = []
-    there = sorted(data.iterdir()) if data.is_dir() else []
-    for path in there:
-        if not path.is_dir() or path.name[0] == ".":
-            continue
+    for path in _subfolders(data) if data.is_dir() else []:
         part = SPLITS.get(path.name.lower())
         if part is None:
             others.append(path.name)
@@ -228,11 +259,7 @@ def _several(classes: list[str], who: str) -> list[str]:
 def _class_folders(folder: Path) -> list[str]:
     """The names of the classes, sorted."""
     check_data(folder)
-    classes = sorted(
-        p.name
-        for p in folder.iterdir()
-        if p.is_dir() and p.name[0] != "." and p.name.lower() not in SYSTEM_FOLDERS
-    )
+    classes = [path.name for path in _subfolders(folder)]
     if not classes:
         raise ValueError(
             f"{folder} has no subfolders. Expected one for each class, with that class's images. "
@@ -386,6 +413,8 @@ def _listed(folder: Path, classes: Sequence[str]) -> tuple[list[tuple[Path, int]
         found, others = images_under(folder / name)
         images += [(path, label) for path in found]
         left_out += others
+    if results := sum(p.is_dir() and _holds_results(p) for p in folder.iterdir()):
+        left_out["folder of a run or of features"] = results
     beside = sum(p.suffix.lower() in SUFFIXES and p.is_file() for p in folder.iterdir())
     if beside:
         left_out["images beside the classes' folders"] = beside

@@ -40,6 +40,7 @@ from vggtorch.training.data import (
 )
 from vggtorch.training.display import Display, open_display
 from vggtorch.training.evaluation import Evaluation, evaluate
+from vggtorch.training.folders import check_apart
 from vggtorch.training.heads import check_frozen, class_names, logits_network, with_head
 from vggtorch.training.identity import check_identity, identity_of
 from vggtorch.training.mixing import mixes
@@ -155,6 +156,7 @@ def finetune(
     """
     graph_of(model, "finetune")
     config = settle_config(model, train, config, settings)
+    check_apart(train, config.output_dir)
     check_callbacks(callbacks)
     check_trackers(config.log_with)
     accelerator = make_accelerator(config.precision, config.log_with, config.output_dir)
