@@ -142,6 +142,8 @@ def as_options(message: str) -> str:
 
     >>> as_options("Received epochs=0.\nStack a head (vt.stack(model, layers)), or head='linear'.")
     'Received --epochs 0. Stack a head, or --head linear.'
+    >>> as_options("Received class_weight=(1.0, 2.5), 2 numbers for 3 classes.")
+    'Received --class-weight 1.0,2.5, 2 numbers for 3 classes.'
     """
 
     def option(match: re.Match[str]) -> str:

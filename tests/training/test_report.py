@@ -103,6 +103,13 @@ def test_long_names_and_large_figures_have_bounds():
     ]
 
 
+def test_long_names_have_room_beside_a_drawing_of_many_classes():
+    names = ["salt & pepper, and a third thing", "日本の秋の紅葉と富士山の風景写真", "<b>"]
+    text = confusion_html(names + [f"class {i}" for i in range(30)], np.eye(33, dtype=int))
+    shown = re.findall(r'text-anchor="end">([^<]*)<', text)
+    assert shown[:5:2] == ["salt &amp; pepper, and a…", "日本の秋の紅葉と富士…", "&lt;b&gt;"]
+
+
 def test_a_test_set_has_a_page_of_its_own(history, tmp_path):
     folder = tiny.pictures(tmp_path / "holdout", each=3, seed=3)
     found, images = evaluate_folder(history.model, folder)

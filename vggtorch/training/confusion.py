@@ -6,9 +6,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from vggtorch.text import in_html, name_in_html
+from vggtorch.text import columns_of, in_html, name_in_html, visible
 
 LARGE = 25  # classes, from which on it is a drawing without numbers
+ROOM = 22  # columns of text for a name beside the drawing
 RIGHT, WRONG = "59,130,196", "217,115,13"
 
 
@@ -67,9 +68,9 @@ def _drawing(classes: Sequence[str], confusion: np.ndarray) -> str:
     )
     labels = "".join(
         f'<text x="{left - 6}" y="{(i + 0.5) * edge + 4:.1f}" text-anchor="end">'
-        f"{_short(names[i])}</text>"
+        f"{_short(classes[i])}</text>"
         f'<text transform="translate({left + (i + 0.5) * edge + 4:.1f} {size + 8}) rotate(-90)" '
-        f'text-anchor="end">{_short(names[i])}</text>'
+        f'text-anchor="end">{_short(classes[i])}</text>'
         for i in range(0, count, step)
     )
     return (
@@ -82,5 +83,10 @@ def _drawing(classes: Sequence[str], confusion: np.ndarray) -> str:
 
 
 def _short(name: str) -> str:
-    """A name, which is escaped already, in as many letters as there is room for."""
-    return name if len(name) <= 22 or "&" in name else f"{name[:20]}…"
+    """A name in as many letters as there is room for."""
+    shown = visible(name)
+    if columns_of(shown) <= ROOM:
+        return in_html(shown)
+    while columns_of(shown) > ROOM - 2:
+        shown = shown[:-1]
+    return in_html(f"{shown}…")
