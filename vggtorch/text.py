@@ -127,6 +127,23 @@ def columns_of(text: str) -> int:
     return len(text) + wide - sum(map(bool, map(unicodedata.combining, text)))
 
 
+def shortened(text: object, columns: int) -> str:
+    """A line of text in so many columns at most; the middle of longer text is left out.
+
+    >>> from vggtorch.text import shortened
+    >>> shortened("encoder_stage1_block2_conv", 16), shortened("日本の秋の紅葉", 9)
+    ('encoder_…k2_conv', '日本…紅葉')
+    """
+    shown = visible(text)
+    if columns_of(shown) <= columns:
+        return shown
+    for kept in range(len(shown) - 1, 1, -1):
+        found = f"{shown[: (kept + 1) // 2]}…{shown[len(shown) - kept // 2 :]}"
+        if columns_of(found) <= columns:
+            return found
+    return "…"
+
+
 def wrapped(text: str, width: int | None) -> str:
     """Lines broken between words where they are longer than `width`, what follows indented.
 

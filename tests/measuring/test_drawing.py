@@ -166,3 +166,10 @@ def test_a_deep_network_becomes_readable():
     svg = draw(model)
     assert len(folds(svg)) >= 3
     assert len(boxes(svg)) < 0.7 * len(calls(model))
+
+
+def test_a_long_name_stays_inside_its_box():
+    name = "encoder_of_photographs_stage1_block2_conv_branch"
+    image = keras.Input((8, 8, 3))
+    text = draw(keras.Model(image, keras.layers.Conv2D(1, 1, name=name)(image)))
+    assert "encoder_of_phot…k2_conv_branch<" in text and f"<title>{name}</title>" in text

@@ -11,11 +11,12 @@ from statistics import fmean
 import keras
 
 from vggtorch.keras_graph import calls, graph_of
-from vggtorch.text import in_html
+from vggtorch.text import in_html, shortened
 
 WIDTH, HEIGHT, GAP_X, GAP_Y, MARGIN = 200, 54, 40, 26, 20
 COLOURS = {"kept": "#f4f4f4", "new": "#b7e4c0", "removed": "#f6c1bd"}
 FROZEN = "#5b8fd6"  # of the bar beside a layer that doesn't train
+ROOM = 30  # columns of text in a box
 LEGEND = 48  # pixels above the drawing
 HIDDEN = 6  # boxes that folding must save, at least
 LONGEST = 60  # boxes of a block that may be folded
@@ -100,8 +101,8 @@ def _drawn(box: _Box, x: float, y: float) -> str:
     dash = ' stroke-dasharray="4 3"' if box.state == "removed" else ""
     middle, top = x + WIDTH / 2, y + (17 if box.parameters else 24)
     lines = [
-        f'<text x="{middle:g}" y="{top:g}" font-weight="bold">{in_html(box.name)}',
-        f'<text x="{middle:g}" y="{top + 15:g}">{in_html(box.label)}',
+        f'<text x="{middle:g}" y="{top:g}" font-weight="bold">{_fitting(box.name)}',
+        f'<text x="{middle:g}" y="{top + 15:g}">{_fitting(box.label)}',
     ]
     bar = ""
     if box.parameters:
@@ -113,8 +114,13 @@ def _drawn(box: _Box, x: float, y: float) -> str:
         f'<g class="{box.state}"><rect x="{x:g}" y="{y:g}" width="{WIDTH}" height="{HEIGHT}" '
         f'rx="5" fill="{COLOURS[box.state]}" stroke="#555"{dash}/>{bar}'
         + "".join(f"{line}</text>" for line in lines)
-        + "</g>"
+        + f"<title>{in_html(box.name)}</title></g>"
     )
+
+
+def _fitting(text: str) -> str:
+    """Text as a box has room for it."""
+    return in_html(shortened(text, ROOM))
 
 
 def _legend(model: keras.Model, boxes: Sequence[_Box], compared: bool) -> tuple[str, float]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from vggtorch.text import columns_of, in_html, name_in_html, visible
+from vggtorch.text import in_html, name_in_html, shortened
 
 LARGE = 25  # classes, from which on it is a drawing without numbers
 ROOM = 22  # columns of text for a name beside the drawing
@@ -68,9 +68,9 @@ def _drawing(classes: Sequence[str], confusion: np.ndarray) -> str:
     )
     labels = "".join(
         f'<text x="{left - 6}" y="{(i + 0.5) * edge + 4:.1f}" text-anchor="end">'
-        f"{_short(classes[i])}</text>"
+        f"{in_html(shortened(classes[i], ROOM))}</text>"
         f'<text transform="translate({left + (i + 0.5) * edge + 4:.1f} {size + 8}) rotate(-90)" '
-        f'text-anchor="end">{_short(classes[i])}</text>'
+        f'text-anchor="end">{in_html(shortened(classes[i], ROOM))}</text>'
         for i in range(0, count, step)
     )
     return (
@@ -80,13 +80,3 @@ def _drawing(classes: Sequence[str], confusion: np.ndarray) -> str:
         f'<rect x="{left}" y="0" width="{size}" height="{size}" fill="none" '
         f'stroke="currentColor" opacity=".25"/>{cells}{labels}</svg>'
     )
-
-
-def _short(name: str) -> str:
-    """A name in as many letters as there is room for."""
-    shown = visible(name)
-    if columns_of(shown) <= ROOM:
-        return in_html(shown)
-    while columns_of(shown) > ROOM - 2:
-        shown = shown[:-1]
-    return in_html(f"{shown}…")
