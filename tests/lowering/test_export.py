@@ -267,5 +267,19 @@ def test_what_onnx_runtime_refuses_is_refused(tmp_path):
 def test_outputs_by_name_in_any_order(tmp_path, ending):
     a, b = keras.Input((4,), name="a"), keras.Input((4,), name="b")
     outputs = {"sum": layers.Add()([a, b]), "dense": layers.Dense(2)(a)}
-    vt.export(keras.Model({"b": b, "a": a}, outputs), tmp_path / f"model{ending}")
+    model, path = keras.Model({"b": b, "a": a}, outputs), tmp_path / f"model{ending}"
+    vt.export(model, path)
+    expected = model({"a": torch.ones(2, 4), "b": torch.ones(2, 4)})
+    assert list(expected) == list(vt.to_torch(model)(torch.ones(2, 4), torch.ones(2, 4)))
+    if ending == ".onnx":
+        found = pytest.importorskip("onnxruntime").InferenceSession(path).get_outputs()
+        assert {one.name: one.shape[1] for one in found} == {"dense": 2, "sum": 4}
+        assert [one.name for one in found] == list(expected)
+
+
+@pytest.mark.parametrize("ending", RUN)
+def test_a_value_twice_among_the_outputs(tmp_path, ending):
+    image = keras.Input((4,), name="image")
+    y = layers.Dense(2, name="y")(image)
+    vt.export(keras.Model(image, [y, y]), tmp_path / f"model{ending}")
     assert (tmp_path / f"model{ending}").exists()

@@ -42,7 +42,8 @@ def export(model: keras.Model, path: str | PathLike, *, data_format: str | None 
 
     Args:
         model: what `to_torch` takes; its inputs keep their names, shapes and dtypes.
-        path: ends in `.onnx`, whose open axes are called batch, height and width, or in `.pt2`,
+        path: ends in `.onnx`, whose open axes are called batch, height and width and whose outputs
+            have the names of a dict or of the layers, or in `.pt2`,
             which `torch.export.load(path).module()` reads. What the model expects of an image, and
             its classes, go with it as JSON: in the metadata `data_config` of the one, in the extra
             file `data_config.json` of the other.
@@ -106,8 +107,7 @@ def export(model: keras.Model, path: str | PathLike, *, data_format: str | None 
     written = torch.onnx.export(program, input_names=names, dynamo=True, verbose=False)
     assert written is not None
     _name_axes_(written.model, inputs)
-    if len(graph.outputs) == 1:
-        _name_output_(written.model, keras_graph.producer(graph.outputs[0]).name)
+    _name_outputs_(written.model, graph)
     written.model.metadata_props["data_config"] = described
     if name := config.weight_set:
         written.model.metadata_props["weight_set"] = name
@@ -186,12 +186,20 @@ def _name_axes_(model: Any, inputs: Sequence[_Input]) -> None:
             )
 
 
-def _name_output_(model: Any, name: str) -> None:
-    """Call the output of an ONNX model as the Keras layer is called, unless a value is already."""
+def _name_outputs_(model: Any, graph: keras.Function) -> None:
+    """Call each output of an ONNX model by its key in a dict, or as the Keras layer is called.
+
+    Unless a value is called so already.
+    """
     taken = {value.name for node in model.graph.all_nodes() for value in node.outputs}
     taken |= {value.name for value in (*model.graph.inputs, *model.graph.initializers.values())}
-    if name not in taken:
-        model.graph.outputs[0].name = name
+    paths = keras.tree.flatten_with_path(keras_graph.output_structure(graph))
+    for value, (path, tensor) in zip(model.graph.outputs, paths, strict=True):
+        keys = [key for key in path if isinstance(key, str)]
+        name = "_".join(keys) or keras_graph.producer(tensor).name
+        if name not in taken and value not in model.graph.inputs:
+            value.name = name
+            taken.add(name)
 
 
 def _onnx_runtime(network: TorchNetwork, path: Path) -> Callable[..., Any]:

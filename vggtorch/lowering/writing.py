@@ -236,7 +236,8 @@ class _Builder:
                 self._step(call)
         outputs = {id(t): self._outgoing(t) for t in self.model.outputs}
         structure = returned(self.model)
-        self.graph.output(keras.tree.map_structure(lambda t: outputs[id(t)], structure))
+        found = [outputs[id(t)] for t in keras.tree.flatten(structure)]
+        self.graph.output(keras.tree.pack_sequence_as(structure, found))  # dicts in Keras's order
         self.graph.lint()
         return TorchNetwork(self.root, self.graph, class_name=_identifier(name))
 
