@@ -17,6 +17,7 @@ from vggtorch import architectures
 from vggtorch.models import remember_
 from vggtorch.weights import conversion
 
+pytestmark = pytest.mark.usefixtures("narrow_throughout")
 SHAPE = (32, 32, 3)
 
 
@@ -31,8 +32,8 @@ def vgg11(**arguments: object) -> keras.Model:
 
 
 @pytest.fixture(scope="module")
-def backbone() -> keras.Model:
-    """VGG11's convolutions, which remember that they expect `oxford` images."""
+def backbone(narrow_throughout: None) -> keras.Model:
+    """VGG11's convolutions, narrow, which remember that they expect `oxford` images."""
     keras.utils.set_random_seed(0)
     return remember_(vgg11(), "oxford")
 
@@ -82,14 +83,14 @@ class Torch(nn.Module):
 
     def __init__(self, head: nn.Module) -> None:
         super().__init__()
-        self.features = by_torchvision.features("vgg11")
+        self.features = by_torchvision.features("vgg11", narrow=True)
         self.classifier = head
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "head",
-    [nn.Linear(512, 3), nn.Sequential(nn.Dropout(), nn.Linear(512, 4), nn.ReLU(), nn.Linear(4, 3))],
+    [nn.Linear(64, 3), nn.Sequential(nn.Dropout(), nn.Linear(64, 4), nn.ReLU(), nn.Linear(4, 3))],
 )
 def test_torchs_networks_of_any_head(tmp_path: Path, head: nn.Module) -> None:
     network = Torch(head)
@@ -107,7 +108,7 @@ def test_torchs_networks_of_any_head(tmp_path: Path, head: nn.Module) -> None:
 
 @pytest.mark.slow
 def test_what_was_left_is_said_where_it_is_not_plain(tmp_path: Path, backbone: keras.Model) -> None:
-    inserted = vt.insert(backbone, "block4_pool", keras.layers.Conv2D(512, 1, name="attention"))
+    inserted = vt.insert(backbone, "block4_pool", keras.layers.Conv2D(64, 1, name="attention"))
     vt.save_weights(vt.stack(inserted, head(3)), tmp_path / "a.safetensors")
     with pytest.warns(
         UserWarning, match="not Dense layers of a head, and were left: attention. If"
@@ -184,10 +185,10 @@ def test_a_partial_load_says_what_it_did(tmp_path: Path, backbone: keras.Model) 
     np.testing.assert_array_equal(model.get_layer("out5").get_weights()[0], kept[0])
     assert vt.weight_set(model) == "oxford"
     # The head alone leaves what the model expects of an image as it is.
-    bias = {"out5.bias": torch.ones(5), "out4.weight": torch.ones(7, 512)}
+    bias = {"out5.bias": torch.ones(5), "out4.weight": torch.ones(7, 64)}
     report = vt.load_weights(model, bias, partial=True)
     assert report.loaded == ("out5/bias",)
-    assert report.differing == ("out4/kernel has (7, 512), expected (4, 512)",)
+    assert report.differing == ("out4/kernel has (7, 64), expected (4, 64)",)
     assert report.left == ("out4.weight",)
     assert vt.weight_set(model) == "oxford"
     with pytest.raises(ValueError, match="No layer of the model is in The state_dict"):
@@ -198,10 +199,10 @@ def test_a_partial_load_says_what_it_did(tmp_path: Path, backbone: keras.Model) 
 def test_timms_networks_with_and_without_classes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With an eighth of the channels; how many hidden units there are timm doesn't let one say."""
+    """How many hidden units there are timm doesn't let one say."""
     vgg = pytest.importorskip("timm.models.vgg")
     for module in (architectures, conversion):
-        monkeypatch.setattr(module, "WIDTHS", (8, 16, 32, 64, 64))
+        monkeypatch.setattr(module, "HIDDEN", 4096)
     widths = {64: 8, 128: 16, 256: 32, 512: 64}
     network = vgg.VGG([widths.get(n, n) for n in vgg.cfgs["vgg11"]], num_classes=0).eval()
     torch.save(network.state_dict(), tmp_path / "a.pth")
@@ -225,7 +226,6 @@ def test_timms_networks_with_and_without_classes(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("form", ["weights.h5", "keras"])
-@pytest.mark.usefixtures("narrow")
 def test_a_cut_model_takes_its_part_of_keras_own_files(tmp_path: Path, form: str) -> None:
     """Whose layers stand in the order of the alphabet: conv2d, conv2d_1, ..., conv2d_10."""
     whole = vt.VGG16(weights=None, include_top=False, input_shape=SHAPE)

@@ -106,6 +106,7 @@ def test_the_weight_set_survives_saving_and_loading(small, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("narrow")
 def test_a_pretrained_model_trains_and_drops_out():
     """What was built without values on the meta device is a whole model afterwards."""
     source = vt.VGG11(weights=None, classes=5, dropout=0.5, input_shape=(32, 32, 3))
