@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
+from torch.utils._pytree import tree_leaves
 
 from vggtorch.lowering.fused import FusedConv2d, TrainedLinear
 from vggtorch.lowering.kernels import is_intercepted
@@ -65,8 +66,8 @@ class Plan:
         kinds = {type(m) for m in self.modules}
         self.forwards = [(kind, _FORWARDS[kind]) for kind in kinds if kind in _FORWARDS]
         steps, self.structure = steps_of(graph, dict(root.named_modules(remove_duplicate=False)))
-        places = tuple(range(len(inputs)))
-        self.plans = Plans(steps, places, tuple(_places(self.structure)), checkpoint)
+        outputs = tuple(x.index for x in tree_leaves(self.structure) if isinstance(x, Place))
+        self.plans = Plans(steps, tuple(range(len(inputs))), outputs, checkpoint)
 
     def __deepcopy__(self, memo: Any) -> None:
         return None  # a copy of a network makes its own
@@ -205,16 +206,6 @@ def has_global_hooks() -> bool:
         or torch_module._global_backward_hooks
         or torch_module._global_backward_pre_hooks
     )
-
-
-def _places(structure: Any) -> list[int]:
-    if isinstance(structure, Place):
-        return [structure.index]
-    if isinstance(structure, dict):
-        structure = structure.values()
-    elif not isinstance(structure, list | tuple):
-        return []
-    return [i for part in structure for i in _places(part)]
 
 
 def filled(structure: Any, values: dict[int, Any]) -> Any:
