@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -18,7 +17,7 @@ from vggtorch.compression.photographs import Photographs, packed
 from vggtorch.compression.sites import Site, find_depthwise, find_sites
 from vggtorch.files import first_line
 from vggtorch.keras_graph import calls, graph_of, producer, producing_call
-from vggtorch.lowering import to_torch
+from vggtorch.lowering import network_of
 
 COMPARED = 16  # whole images for the cosines that are returned
 BATCH = 8  # of crops
@@ -70,8 +69,8 @@ class Networks:
 def networks_of(model: keras.Model, images: Photographs, keep: Sequence[str]) -> Networks:
     """Make both torch networks of a Keras model, with memory of their own, in float32."""
     model = _in_float32(model)
-    tapped, names = _tapped(model)
-    original = _lowered(tapped).to(memory_format=torch.channels_last)
+    taps = _taps(model)
+    original = _lowered(model, taps).to(memory_format=torch.channels_last)
     for parameter in original.parameters():
         parameter.requires_grad_(False)
     example = images.held_out[:1]
@@ -87,7 +86,7 @@ def networks_of(model: keras.Model, images: Photographs, keep: Sequence[str]) ->
     return Networks(
         original,
         work,
-        names,
+        tuple(str(producer(tensor).name) for tensor in taps),
         len(model.outputs),
         tuple(find_sites(model, original, example, keep)),
         tuple(find_depthwise(model, original, example, keep)),
@@ -123,8 +122,8 @@ def _in_float32(model: keras.Model) -> keras.Model:
     return clone
 
 
-def _tapped(model: keras.Model) -> tuple[keras.Model, tuple[str, ...]]:
-    """The model with the maps to be compared as its outputs, and the names of their layers.
+def _taps(model: keras.Model) -> list[KerasTensor]:
+    """The maps of a model that are compared.
 
     These are what pools put out, what enters a convolution with strides, and the outputs. Of a
     depthwise one, whose channels may go, what enters the layer that makes them.
@@ -145,8 +144,7 @@ def _tapped(model: keras.Model) -> tuple[keras.Model, tuple[str, ...]]:
             tensor = producing_call(tensor).input_tensors[0]
         if id(tensor) not in ends and not isinstance(producer(tensor), keras.layers.InputLayer):
             found[id(tensor)] = tensor
-    tensors = [*found.values(), *outputs]
-    return keras.Model(model.inputs, tensors), tuple(str(producer(t).name) for t in tensors)
+    return [*found.values(), *outputs]
 
 
 def likeness(networks: Networks, other: nn.Module, images: Tensor) -> dict[str, float]:
@@ -171,11 +169,11 @@ def _cosines(a: Tensor, b: Tensor) -> Tensor:
 def tapped_result(model: keras.Model, taps: Sequence[str]) -> nn.Module:
     """A result as a torch network that returns the same maps."""
     made = {node.operation.name: node.outputs[0] for node in calls(graph_of(model, "compress"))}
-    tensors = [made[name] for name in taps]
-    return _lowered(keras.Model(model.inputs, tensors))
+    return _lowered(model, [made[name] for name in taps])
 
 
-def _lowered(model: keras.Model) -> torch.fx.GraphModule:
-    with warnings.catch_warnings():  # in no loop of the user's is this network trained
-        warnings.filterwarnings("ignore", message=".* has regularizers", category=UserWarning)
-        return to_torch(model, data_format="channels_first", share=False).eval()
+def _lowered(model: keras.Model, taps: list[KerasTensor]) -> torch.fx.GraphModule:
+    """A torch network with memory of its own that returns a list of these maps."""
+    # A keras.Function, unlike a keras.Model, returns a list of one map as a list.
+    graph = keras.Function(model.inputs[0], taps)
+    return network_of(graph, model.name, data_format="channels_first", share=False).eval()

@@ -22,7 +22,7 @@ from vggtorch.lowering.kernels import conv2d, has_fused_ops, prepared_weight
 from vggtorch.lowering.network import TorchNetwork
 from vggtorch.lowering.on_keras import OnKeras, Product, between
 from vggtorch.lowering.sites import all_ranks
-from vggtorch.lowering.writing import to_torch
+from vggtorch.lowering.writing import network_of, to_torch
 
 __all__ = [
     "BatchNorm2d",
@@ -36,6 +36,7 @@ __all__ = [
     "conv2d",
     "export",
     "has_fused_ops",
+    "network_of",
     "optimize_for_inference",
     "prepared_weight",
     "synchronize_",
