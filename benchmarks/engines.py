@@ -5,6 +5,7 @@
     python benchmarks/engines.py --networks oxford --dtypes int8    fewer bits, and likeness
     python benchmarks/engines.py --batches 8 --profile            OpenVINO's own times by layer
     python benchmarks/engines.py --sizes 64 128 512 --batches 1     VGG without its classifier
+    python benchmarks/engines.py --bind --batches 1               OpenMP's threads bound to cores
 
 Ours, torchvision (channels-last; compiled), ONNX Runtime and OpenVINO on what `vt.export` writes,
 and Keras on JAX and on torch. All have the same weights, and must give the same outputs before they
@@ -336,6 +337,8 @@ def engine(name: str, place: Path, dtype: str, threads: int) -> Iterator[Callabl
         "OMP_NUM_THREADS": str(threads),
         "CUDA_VISIBLE_DEVICES": "",
     }
+    if "ENGINES_BIND" in os.environ:  # in this process it would bind all that it starts to one
+        environment["OMP_PROC_BIND"] = "true"
     if ENGINES[name][0] == "jax":
         environment["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=" + str(threads > 1).lower()
     command = [sys.executable, __file__, "--serve", name, "--place", str(place), "--dtypes", dtype]
@@ -409,6 +412,9 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--rest", type=float, default=0.15, help="seconds before each call")
     parser.add_argument("--out", type=Path, help="JSON lines of what was measured are added here")
+    parser.add_argument(
+        "--bind", action="store_true", help="OMP_PROC_BIND=true in the engines' processes"
+    )
     parser.add_argument("--profile", action="store_true", help="OpenVINO's times by layer")
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     parser.add_argument("--place", type=Path, help=argparse.SUPPRESS)
@@ -420,6 +426,8 @@ def main() -> None:
         parser.error("oxford's photographs are cut to 224 pixels: leave --sizes out")
     if args.profile:
         os.environ["ENGINES_PROFILE"] = "1"
+    if args.bind:
+        os.environ["ENGINES_BIND"] = "1"
 
     import harness
     import torch

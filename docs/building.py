@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import re
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from vggtorch.architectures import ARCHITECTURES
 from vggtorch.training.charts import HEIGHT, WIDTH, chart, curves_svg
 
 ROOT = Path(__file__).parent.parent
+Line = list[tuple[float, float]]
 
 
 def on_config(config: Any) -> Any:
@@ -51,6 +52,7 @@ def on_files(files: Any, config: Any) -> Any:
         "report.svg": report_picture(),
         "costs.svg": costs_picture(),
         "compression.svg": compression_picture(),
+        "growth.svg": growth_picture(),
         "features.png": features_picture(),
     }
     for name, content in pictures.items():
@@ -169,6 +171,32 @@ def compression_picture() -> str:
             "times less multiply-adds",
         )
         for title, lines in curves.items()
+    )
+
+
+def growth_picture() -> str:
+    """How VGG's time grows with images, pixels and layers, by the benchmarks' table."""
+    rows = table_of("How the cost grows")
+    engines = list(rows[0])[1:]
+
+    def lines(pattern: str, share: Callable[[float], float]) -> dict[str, Line]:
+        """By engine, the rows that the pattern finds: a number, and the time over its share."""
+        found = [(float(m[1]), row) for row in rows if (m := re.fullmatch(pattern, row["VGG"]))]
+        return {name: [(x, float(row[name]) / share(x)) for x, row in found] for name in engines}
+
+    return side_by_side(
+        [
+            chart(
+                lines(r"batch (\d+)", float), "ms for one image", "images at once", logarithmic=True
+            ),
+            chart(
+                lines(r"(\d+) pixels", lambda side: (side / 224) ** 2),
+                "ms for as many pixels as 224x224 has",
+                "height and width in pixels",
+                logarithmic=True,
+            ),
+            chart(lines(r"VGG(\d+)", lambda _: 1.0), "ms", "layers with weights", whole=True),
+        ]
     )
 
 

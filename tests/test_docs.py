@@ -42,6 +42,7 @@ def test_pictures_are_drawn_from_tables_that_are_there(monkeypatch):
     import building
 
     assert building.compression_picture().count("<polyline") == 8
+    assert building.growth_picture().count("<polyline") == 12
     with pytest.raises(ValueError, match="no heading 'Other', whose table is drawn"):
         building.table_of("Other")
 
