@@ -113,8 +113,14 @@ def network(seed: int) -> keras.Model:
 
 
 def off(found: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
-    """The distance of all numbers together, by the length of what is expected."""
+    """The distance of all numbers together, by the length of what is expected.
+
+    NaN, which Keras's UnitNormalization has for the gradient of zeros, must be where it is there.
+    """
     a, b = (torch.cat([t.detach().double().flatten() for t in ts]) for ts in (found, expected))
+    if not torch.equal(a.isnan(), b.isnan()):
+        return torch.inf
+    a, b = a.nan_to_num(0.0), b.nan_to_num(0.0)
     return float((a - b).norm() / b.norm().clamp_min(1e-3))
 
 
