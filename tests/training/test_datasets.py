@@ -165,6 +165,20 @@ def test_parts_of_a_data_set_have_its_classes(images, config):
     assert isinstance(history.model, keras.Model)
 
 
+def test_a_part_with_the_first_classes_alone_fits_a_model_of_so_many(images, config, tmp_path):
+    other = str(tmp_path / "other")
+    folder = ImageFolder(str(images))
+    few = Subset(folder, [i for i, label in enumerate(folder.targets) if label < 2])
+    model = remember_(tiny.network(2), "imagenet")
+    history = vt.finetune(model, few, few, config=config)
+    assert history.classes == history.data_config.label_names == ("blue", "green")
+    assert vt.find_learning_rate(model, few, config, steps=3).rates
+    with pytest.raises(ValueError, match="Received labels from 0 to 2; expected 0 to 1, as"):
+        vt.finetune(model, Subset(folder, range(len(folder))), config=config, output_dir=other)
+    with pytest.raises(ValueError, match=r"The data has 3 classes \(blue, green, red\)"):
+        vt.finetune(model, folder, config=config, output_dir=other)
+
+
 def test_an_image_that_can_t_be_taken_is_numbered(config):
     images = [(Image.new("RGB", (9, 9)), 0), (Image.new("F", (9, 9), 0.5), 1)]
     for data, kind in ((images, "Dataset"), (iter(images), "stream")):

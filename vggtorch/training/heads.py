@@ -137,8 +137,12 @@ def _batch_norm(name: str) -> keras.Layer:
     return layers.BatchNormalization(epsilon=1e-5, momentum=0.9, name=name)
 
 
-def class_names(model: keras.Model, classes: tuple[str, ...]) -> tuple[str, ...]:
+def class_names(
+    model: keras.Model, classes: tuple[str, ...], *, is_part: bool = False
+) -> tuple[str, ...]:
     """The names of the model's outputs; numbers where the data has no names.
+
+    Data that is a part of a larger Dataset may have but the first of that one's classes.
 
     Raises:
         ValueError: the model doesn't put out one value for each class, or isn't a graph of layers.
@@ -150,6 +154,8 @@ def class_names(model: keras.Model, classes: tuple[str, ...]) -> tuple[str, ...]
             f"{model.name} puts out {shape}; expected (N, classes). Stack a head on it, or name "
             f"one: TrainConfig(head='multilevel')."
         )
+    if is_part:
+        classes = classes[: shape[1]]
     if classes and len(classes) != shape[1]:
         raise ValueError(
             f"The data has {len(classes)} classes ({', '.join(classes)}), and {model.name} "

@@ -192,7 +192,8 @@ def _finetune(
         check_frozen(before, model, config)
     if config.temperature_scaling:
         check_temperature(model)
-    classes = class_names(model, read.classes)
+    classes = class_names(model, read.classes, is_part=read.is_part)
+    read = read._replace(classes=classes if read.classes else ())
     images = dataclasses.replace(images, label_names=read.classes)
     remember_(model, images)
     weight = class_weights(config, read.training, classes)

@@ -91,7 +91,7 @@ def find_learning_rate(
     check_fits(read.training, model)
     if config.head is not None:
         model = with_head(model, config, len(read.classes))
-    classes = class_names(model, read.classes)
+    classes = class_names(model, read.classes, is_part=read.is_part)
     accelerator = make_accelerator(config.precision)
     device = model.variables[0].value.device
     before = [v.value.detach().clone() for v in model.variables]

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import filelock
 import keras
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 
 from vggtorch import files
 from vggtorch.keras_graph import all_layers
@@ -48,6 +48,11 @@ class RunData(NamedTuple):
     classes: tuple[str, ...]
     test: Folder | DatasetSource | None = None
     held_out: bool = False  # the validation images are a part of the training images
+
+    @property
+    def is_part(self) -> bool:
+        """Whether it trains on a part of a Dataset, whose classes it has the names of."""
+        return isinstance(getattr(self.training, "dataset", None), Subset)
 
 
 def read_data(
