@@ -278,8 +278,14 @@ def test_outputs_by_name_in_any_order(tmp_path, ending):
 
 
 @pytest.mark.parametrize("ending", RUN)
-def test_a_value_twice_among_the_outputs(tmp_path, ending):
-    image = keras.Input((4,), name="image")
+def test_values_twice_and_inputs_among_the_outputs(tmp_path, ending):
+    image, other = keras.Input((4,), name="image"), keras.Input((4,), name="other")
     y = layers.Dense(2, name="y")(image)
-    vt.export(keras.Model(image, [y, y]), tmp_path / f"model{ending}")
-    assert (tmp_path / f"model{ending}").exists()
+    model, path = keras.Model([image, other], [y, other, y, image]), tmp_path / f"model{ending}"
+    vt.export(model, path)
+    inputs = images(3, 4), images(3, 4)[::-1].copy()
+    for found, expected in zip(RUN[ending](path, *inputs), model.predict(inputs), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-5)
+    if ending == ".onnx":
+        found = onnxruntime.InferenceSession(path).get_outputs()
+        assert [one.name for one in found] == ["y", "other_", "y_", "image_"]

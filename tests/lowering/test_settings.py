@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import functools
 import pickle
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import keras
 import numpy as np
 import pytest
 import torch
 from keras import layers
-from small_vgg import images, small_vgg
+from small_vgg import assert_close, images, small_vgg
 
-from vggtorch.lowering import accelerate_, to_torch
+from vggtorch.lowering import accelerate_, optimize_for_inference, to_torch
 
 CHANGES: dict[str, tuple[Callable[[keras.Model], object], str]] = {
     "activation": (
@@ -61,6 +64,93 @@ def test_a_setting_is_warned_of_once_and_has_no_effect(change: str) -> None:
             warnings.simplefilter("error", UserWarning)
             network(x)
             dict(network.named_parameters())
+
+
+@contextlib.contextmanager
+def patched(kind: type, name: str, factor: float) -> Iterator[None]:
+    """While a library has put a wrapper around a method of a class, which scales what it gives."""
+    method = getattr(kind, name)
+
+    @functools.wraps(method)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        return factor * method(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kind, name, wrapper)
+        yield
+
+
+PATCHED = [
+    (layers.Dense, "call"),
+    (layers.Conv2D, "call"),
+    (layers.Conv2D, "convolution_op"),
+    (layers.Conv2D, "__call__"),
+    (layers.MaxPooling2D, "call"),
+    (layers.Flatten, "call"),
+    (layers.BatchNormalization, "call"),
+    (layers.Dropout, "__call__"),
+]
+
+
+@pytest.mark.parametrize(("kind", "name"), PATCHED)
+def test_code_that_a_library_puts_into_a_class_counts(kind: type, name: str) -> None:
+    vgg = model()
+    x = images(vgg)
+    accelerated = accelerate_(keras.models.clone_model(vgg))
+    accelerated.set_weights(vgg.get_weights())
+    network = to_torch(vgg).eval()
+    with torch.no_grad():
+        before = network(x)
+        with patched(kind, name, 3.0):
+            expected = vgg(x, training=False)
+            assert not torch.allclose(expected, before)
+            assert_close(accelerated(x, training=False), expected)
+            assert_close(to_torch(vgg).eval()(x), expected)
+            with pytest.warns(UserWarning, match=f"{kind.__name__}.{name} changed in Keras after"):
+                assert torch.equal(network(x), before)
+        assert_close(accelerated(x, training=False), before)
+
+
+def test_the_code_of_a_nested_model_may_be_replaced() -> None:
+    image = keras.Input((4,))
+    inner = keras.Sequential([keras.Input((4,)), layers.Dense(4)], name="inner")
+    outer, x = keras.Model(image, inner(image)), torch.rand(2, 4)
+    accelerate_(outer)
+    network = to_torch(outer)
+    inner.call = lambda *args, **kwargs: 3.0 * type(inner).call(inner, *args, **kwargs)
+    expected = 3.0 * type(inner).call(inner, x)
+    assert_close(outer(x), expected)
+    assert_close(to_torch(outer)(x), expected)
+    with pytest.warns(UserWarning, match="inner.call changed in Keras after to_torch"):
+        assert_close(network(x), expected / 3.0)
+
+
+@pytest.mark.parametrize("use", [to_torch, accelerate_, optimize_for_inference])
+def test_a_model_whose_call_was_replaced_is_refused(use: Callable[[keras.Model], Any]) -> None:
+    vgg = small_vgg()
+    with patched(type(vgg), "call", 3.0), pytest.raises(ValueError, match="was replaced by code"):
+        use(vgg)
+    vgg.call = lambda *args, **kwargs: type(vgg).call(vgg, *args, **kwargs)
+    with pytest.raises(ValueError, match=f"{use.__name__} would leave out"):
+        use(vgg)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_layers_that_a_sequential_model_gets_or_loses(nested: bool) -> None:
+    inner = keras.Sequential([keras.Input((4,)), layers.Dense(3, name="a")], name="inner")
+    image = keras.Input((4,))
+    outer = keras.Model(image, inner(image)) if nested else inner
+    network, x = to_torch(outer), torch.rand(2, 4)
+    accelerate_(outer)
+    first = outer(x)
+    inner.add(layers.Dense(5, name="b"))
+    second = inner.get_layer("b")(first)
+    assert_close(outer(x), second)
+    assert_close(to_torch(outer)(x), second)
+    with pytest.warns(UserWarning, match="inner.layers changed in Keras after to_torch"):
+        assert_close(network(x), first)
+    inner.pop()
+    assert_close(outer(x), first)
 
 
 def test_what_the_network_follows_is_not_warned_of() -> None:

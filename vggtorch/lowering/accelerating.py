@@ -8,10 +8,9 @@ import keras
 import torch
 
 from vggtorch import keras_graph
-from vggtorch.lowering.calls import WRITTEN
 from vggtorch.lowering.on_keras import OnKeras
 from vggtorch.lowering.plan import has_global_hooks, has_hooks
-from vggtorch.lowering.settings import Settings
+from vggtorch.lowering.settings import Settings, graph_to_read, has_other_code
 
 
 def accelerate_(model: keras.Model, compile: bool = False, enabled: bool = True) -> keras.Model:
@@ -41,36 +40,45 @@ def accelerate_(model: keras.Model, compile: bool = False, enabled: bool = True)
     if not enabled:
         keras_graph.override_call_(model, None)
         return model
-    graph = keras_graph.graph_of(model, "accelerate_")
-    inside = keras_graph.all_layers(model, include_self=False)
-    fixes_training = any(
-        call.arguments.kwargs.get("training") is not None for call in keras_graph.calls(graph)
-    )
+    graph_to_read(model, "accelerate_")
     laid_out: Any = None  # the optimizer whose slots have the layout of their kernels
+    graph: keras.Function | None = None
+    inside: list[keras.Layer] = []
+    fixes_training = False
     module: Any = None
     run: Any = None
     settings = Settings()
 
     def renew() -> None:
-        nonlocal module, run, settings
+        nonlocal graph, inside, fixes_training, module, run, settings
+        settings = Settings(keras_graph.all_layers(model))
+        # A Sequential model makes another graph when layers are added, and has none without any.
+        graph = None if has_other_code(model) else keras_graph.functional(model)
+        if graph is None:
+            return
+        inside = keras_graph.all_layers(model, include_self=False)
+        fixes_training = any(
+            call.arguments.kwargs.get("training") is not None for call in keras_graph.calls(graph)
+        )
         module = OnKeras(graph, model.name)
-        settings = Settings(layer for layer in inside if type(layer) in WRITTEN)
         run = torch.compile(module) if compile else module
 
     def call(inputs: Any, training: bool | None = None, mask: Any = None) -> Any:
         # The model's own `call` runs where Keras only works out shapes, with tensors that have no
         # values, where masks come in, where `training` is left to what the layers inside were
         # called with, and where torch's hooks wait for Keras's layers, which are its modules too.
+        shapes_only = keras_graph.in_stateless_scope()
+        current = module is not None and (torch.compiler.is_compiling() or settings.are_same())
+        if not (shapes_only or current):
+            renew()
         undecided = training is None and fixes_training
         watched = has_global_hooks() or any(map(has_hooks, inside))
-        if mask is not None or undecided or watched or keras_graph.in_stateless_scope():
+        if shapes_only or graph is None or mask is not None or undecided or watched:
             return type(model).call(model, inputs, training=training, mask=mask)
         values = keras_graph.standardize_inputs(graph, inputs)
         if any(x is None or x.is_meta or keras_graph.has_mask(x) for x in values):
             return type(model).call(model, inputs, training=training, mask=mask)
         nonlocal laid_out
-        if module is None or not (torch.compiler.is_compiling() or settings.are_same()):
-            renew()
         if module.training != bool(training):
             module.train(bool(training))
         optimizer = getattr(model, "optimizer", None)  # None before compile()

@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves  # in the order of a dict, as export
 from vggtorch import files, keras_graph
 from vggtorch.lowering.layer_modules import KerasLayer
 from vggtorch.lowering.network import TorchNetwork
+from vggtorch.lowering.settings import graph_to_read
 from vggtorch.lowering.writing import check_data_format, network_of
 from vggtorch.models import data_config
 from vggtorch.paths import EXPORTED, check_out
@@ -43,10 +44,10 @@ def export(model: keras.Model, path: str | PathLike, *, data_format: str | None 
     Args:
         model: what `to_torch` takes; its inputs keep their names, shapes and dtypes.
         path: ends in `.onnx`, whose open axes are called batch, height and width and whose outputs
-            have the names of a dict or of the layers, or in `.pt2`,
-            which `torch.export.load(path).module()` reads. What the model expects of an image, and
-            its classes, go with it as JSON: in the metadata `data_config` of the one, in the extra
-            file `data_config.json` of the other.
+            have the names of a dict or of the layers (`image_` for an input `image` that is an
+            output too), or in `.pt2`, which `torch.export.load(path).module()` reads. What the
+            model expects of an image, and its classes, go with it as JSON: in the metadata
+            `data_config` of the one, in the extra file `data_config.json` of the other.
         data_format: layout of the inputs and outputs, "channels_last" (N, H, W, C) or
             "channels_first" (N, C, H, W); the Keras model's own by default.
 
@@ -74,7 +75,7 @@ def export(model: keras.Model, path: str | PathLike, *, data_format: str | None 
             "Install them with: pip install 'vggtorch[onnx]'"
         )
     check_data_format(data_format)
-    graph = keras_graph.graph_of(model, "export")
+    graph = graph_to_read(model, "export")
     network = network_of(graph, model.name, data_format=data_format).eval()
     inputs = [_Input.of(tensor, graph, data_format) for tensor in graph.inputs]
     device = next((p.device for p in network.parameters()), torch.device("cpu"))
@@ -189,17 +190,19 @@ def _name_axes_(model: Any, inputs: Sequence[_Input]) -> None:
 def _name_outputs_(model: Any, graph: keras.Function) -> None:
     """Call each output of an ONNX model by its key in a dict, or as the Keras layer is called.
 
-    Unless a value is called so already.
+    With underscores behind it where another value is called so, as an input that is an output too.
     """
-    taken = {value.name for node in model.graph.all_nodes() for value in node.outputs}
-    taken |= {value.name for value in (*model.graph.inputs, *model.graph.initializers.values())}
+    made = (value for node in model.graph.all_nodes() for value in node.outputs)
+    values = {*model.graph.inputs, *model.graph.initializers.values(), *made}
+    taken = {value.name for value in values.difference(model.graph.outputs)}
     paths = keras.tree.flatten_with_path(keras_graph.output_structure(graph))
     for value, (path, tensor) in zip(model.graph.outputs, paths, strict=True):
         keys = [key for key in path if isinstance(key, str)]
         name = "_".join(keys) or keras_graph.producer(tensor).name
-        if name not in taken and value not in model.graph.inputs:
-            value.name = name
-            taken.add(name)
+        while name in taken:
+            name += "_"
+        value.name = name
+        taken.add(name)
 
 
 def _onnx_runtime(network: TorchNetwork, path: Path) -> Callable[..., Any]:

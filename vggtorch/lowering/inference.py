@@ -24,6 +24,7 @@ from vggtorch.lowering.fixed import Wide, cast_from, with_fixed_weights
 from vggtorch.lowering.plan import Plan, filled
 from vggtorch.lowering.recorded import Recorded
 from vggtorch.lowering.running import run_segments, run_steps
+from vggtorch.lowering.settings import graph_to_read
 from vggtorch.lowering.steps import Segment, Step, cut, repeats
 from vggtorch.lowering.trimming import trimmed
 from vggtorch.lowering.winograd import Workspace
@@ -81,7 +82,7 @@ def optimize_for_inference(
         torch.Size([2, 1, 1, 512])
     """
     check_data_format(data_format)
-    graph = keras_graph.graph_of(model, "optimize_for_inference")
+    graph = graph_to_read(model, "optimize_for_inference")
     _check(model, dtype)
     with torch.inference_mode(False), torch.no_grad():
         network = network_of(graph, model.name, data_format=data_format, share=False).eval()

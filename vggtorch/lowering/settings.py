@@ -9,6 +9,9 @@ from typing import Any
 
 import keras
 
+from vggtorch import keras_graph
+from vggtorch.lowering.calls import WRITTEN
+
 # A layer, its attributes, how many these are, the names of those that count, and their values.
 _Taken = tuple[keras.Layer, dict[str, Any], int, list[str], list[Any]]
 
@@ -17,17 +20,29 @@ class Settings:
     """The strides, activations, rates, dtype policies and so on that some layers have now.
 
     Attributes whose names begin with an underscore are Keras's own; weights and `trainable`, which
-    networks follow, are among them. A copy is empty: copies of a network stand alone.
+    networks follow, are among them. Of models the graph counts, which a Sequential model makes
+    anew; of classes, the code that a call runs. Layers that Keras itself runs don't count. A copy
+    is empty: copies of a network stand alone.
     """
 
     def __init__(self, layers: Iterable[keras.Layer] = ()) -> None:
-        self._taken = [_taken(layer) for layer in layers]
+        layers = list(layers)
+        self._models = {
+            layer: _of_model(layer) for layer in layers if isinstance(layer, keras.Model)
+        }
+        self._taken = [_taken(layer) for layer in layers if type(layer) in WRITTEN]
+        kinds = {type(layer) for layer, *_ in self._taken} | {type(model) for model in self._models}
+        self._code = [(kind, *part) for kind in kinds for part in _code(kind).items()]
 
     def are_same(self) -> bool:
         """Whether the layers still have these very objects as their attributes, and no new ones."""
-        return all(
-            len(own) == number and all(map(operator.is_, map(own.get, names), values))
-            for _, own, number, names, values in self._taken
+        return (
+            all(
+                len(own) == number and all(map(operator.is_, map(own.get, names), values))
+                for _, own, number, names, values in self._taken
+            )
+            and all(getattr(kind, name, None) is part for kind, name, part in self._code)
+            and all(_of_model(model) == of_model for model, of_model in self._models.items())
         )
 
     def warn_of_changes(self) -> None:
@@ -40,7 +55,16 @@ class Settings:
             for name, value in zip(names, values, strict=True)
             if not _is_equal(own.get(name), value)
         ]
-        self._taken = [_taken(layer) for layer, *_ in self._taken]
+        changed += [
+            f"{kind.__name__}.{name}"
+            for kind, name, part in self._code
+            if getattr(kind, name, None) is not part
+        ]
+        for model, (graph, _) in self._models.items():
+            if _of_model(model) != self._models[model]:
+                same = keras_graph.functional(model) is graph
+                changed.append(f"{model.name}.{'call' if same else 'layers'}")
+        vars(self).update(vars(Settings([*self._models, *(layer for layer, *_ in self._taken)])))
         if changed:
             warnings.warn(
                 f"{', '.join(changed)} changed in Keras after to_torch, and the torch network "
@@ -54,6 +78,54 @@ class Settings:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Settings, ()
+
+
+def has_other_code(layer: keras.Layer) -> bool:
+    """Whether somebody has put something in the place of what Keras runs when it calls a layer.
+
+    In its class or in itself; what `accelerate_` puts there computes the same.
+    """
+    parts = _code(type(layer))
+    own = [vars(layer)[name] for name in parts if name in vars(layer)]
+    return any(_package(part) not in ("keras", "torch") for part in parts.values()) or any(
+        _package(part) != "vggtorch" for part in own
+    )
+
+
+def graph_to_read(model: Any, verb: str) -> keras.Function:
+    """The graph that a model runs, for whoever runs it in another way than by the model's `call`.
+
+    Raises:
+        ValueError: what `keras_graph.graph_of` raises, or a model whose `call` was replaced.
+    """
+    graph = keras_graph.graph_of(model, verb)
+    if has_other_code(model):
+        raise ValueError(
+            f"The `call` of {model.name!r}, or of its class, was replaced by code that isn't "
+            f"Keras's, which {verb} would leave out. Take that back first, or put it into a layer "
+            f"of the model."
+        )
+    return graph
+
+
+def _code(kind: type) -> dict[str, Any]:
+    """The functions of a class that a call of one of its layers runs first, by name."""
+    call = kind.call  # type: ignore[attr-defined]
+    names = getattr(getattr(call, "__code__", None), "co_names", ())
+    parts = {name: getattr(kind, name, None) for name in ("__call__", "call", *names)}
+    return {k: part for k, part in parts.items() if callable(part) and not isinstance(part, type)}
+
+
+def _package(function: Any) -> str:
+    """The package whose file has a function; of one that `functools.wraps` made, the wrapper's."""
+    name: str = getattr(function, "__globals__", {}).get("__name__", "")
+    return name.partition(".")[0]
+
+
+def _of_model(model: keras.Model) -> tuple[Any, Any]:
+    """The graph that a model runs, and what stands in the place of its `call`, unless we put it."""
+    call = vars(model).get("call")
+    return keras_graph.functional(model), None if _package(call) == "vggtorch" else call
 
 
 def _taken(layer: keras.Layer) -> _Taken:

@@ -24,7 +24,6 @@ from torch import nn
 from vggtorch import keras_graph
 from vggtorch.lowering.calls import (
     MERGES,
-    WRITTEN,
     dtype_of,
     fits,
     is_plain,
@@ -35,7 +34,7 @@ from vggtorch.lowering.calls import (
 from vggtorch.lowering.converters import convert
 from vggtorch.lowering.layer_modules import KerasLayer, Permute
 from vggtorch.lowering.network import TorchNetwork
-from vggtorch.lowering.settings import Settings
+from vggtorch.lowering.settings import Settings, graph_to_read, has_other_code
 from vggtorch.lowering.sites import Axes, Piece, Site
 from vggtorch.lowering.ties import Ties
 
@@ -105,26 +104,25 @@ def to_torch(
         torch.Size([2, 512, 1, 1])
     """
     check_data_format(data_format)
-    graph = keras_graph.graph_of(model, "to_torch")
+    graph = graph_to_read(model, "to_torch")
     _warn_of_penalties(model)
     network = network_of(graph, model.name, data_format=data_format, share=share)
     if checkpoint:
         network.meta["checkpoint"] = True
     if share:
-        network._settings = Settings(_written_layers(model, network))
+        network._settings = Settings(_read_layers(model, network))
     return network
 
 
-def _written_layers(model: keras.Model, network: TorchNetwork) -> list[keras.Layer]:
-    """The layers that the network has modules of torch for; the others it asks at each call."""
+def _read_layers(model: keras.Model, network: TorchNetwork) -> list[keras.Layer]:
+    """The layers that the network was written by; the others it asks at each call."""
     asked = {
         id(layer)
         for module in network.modules()
         if isinstance(module, KerasLayer) and isinstance(module.operation[0], keras.Layer)
         for layer in keras_graph.all_layers(module.operation[0])
     }
-    inside = keras_graph.all_layers(model, include_self=False)
-    return [layer for layer in inside if type(layer) in WRITTEN and id(layer) not in asked]
+    return [layer for layer in keras_graph.all_layers(model) if id(layer) not in asked]
 
 
 def check_data_format(data_format: str | None) -> None:
@@ -290,11 +288,11 @@ class _Builder:
         layer = call.operation
         if not isinstance(layer, keras.Layer):
             return self._operator(call)
-        if not is_plain(call):
+        if not is_plain(call) or has_other_code(layer):
             return False
         if inner := keras_graph.functional(layer):
             return self._nested(call, inner)
-        if layer.activity_regularizer is not None or "call" in vars(layer):
+        if layer.activity_regularizer is not None:
             return False
         # Keras computes with the adapter, or in whole numbers.
         if getattr(layer, "lora_enabled", False) or layer.quantization_mode is not None:
