@@ -8,6 +8,7 @@ import zlib
 
 import numpy as np
 import pytest
+import tifffile
 from PIL import Image, features
 
 from vggtorch.models import images, preprocess, read_image, to_rgb
@@ -98,7 +99,7 @@ def png(path, depth, colour, rows, *chunks):
             struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
         )
 
-    width = len(rows[0]) // {0: 1, 2: 3, 4: 2}[colour] // (depth // 8)
+    width = len(rows[0]) * 8 // depth // {0: 1, 2: 3, 4: 2}[colour]
     header = struct.pack(">IIBBBBB", width, len(rows), depth, colour, 0, 0, 0)
     data = zlib.compress(b"".join(b"\0" + row for row in rows))
     path.write_bytes(
@@ -146,6 +147,43 @@ def test_tiff_of_12_bits_and_with_white_as_zero(tmp_path):
         assert [pixel(path, (x, 0))[0] for x in range(4)] == expected
         path = tiff(tmp_path / "8.tif", 8, photometric, bytes([0, 255, 128, 1]))
         assert [pixel(path, (x, 0))[0] for x in range(4)] == expected
+
+
+@pytest.mark.parametrize(
+    ("depth", "row", "expected"),
+    [(2, 0b00011011, [0, 255, 170, 255]), (4, 0x01, [0, 255]), (1, 0b01010101, [0, 255] * 4)],
+)
+def test_a_transparent_value_of_few_bits(depth, row, expected, tmp_path):
+    one_is_transparent = (b"tRNS", b"\0\1")
+    path = png(tmp_path / "a.png", depth, 0, [bytes([row])], one_is_transparent)
+    assert [pixel(path, (x, 0))[0] for x in range(8 // depth)] == expected
+
+
+def test_tiff_files_that_pillow_reads_wrongly_or_not_at_all_are_refused(tmp_path):
+    colours = np.arange(24, dtype=np.uint8).reshape(2, 4, 3)
+    planes = np.ascontiguousarray(colours.transpose(2, 0, 1))
+
+    def written(values, **options):
+        tifffile.imwrite(tmp_path / "a.tif", values, **options)
+        return tmp_path / "a.tif"
+
+    separate = {"photometric": "rgb", "planarconfig": "separate"}
+    for compression in ("deflate", None):
+        path = written(planes, **separate, compression=compression)
+        np.testing.assert_array_equal(read_image(path), colours)
+    path = written(planes.astype(np.uint16) * 257, **separate, compression="deflate")
+    np.testing.assert_array_equal(read_image(path), colours)
+    path = written(planes.astype(np.uint16) * 257, **separate)
+    with pytest.raises(ValueError, match="a plane for each colour and more than 8 bits, without"):
+        read_image(path)
+    for compression in ("deflate", None):
+        path = written(np.array([[-3, 3]], np.int8), compression=compression)
+        with pytest.raises(ValueError, match="signed values, and nothing says which of them are"):
+            read_image(path)
+    with pytest.raises(ValueError, match="its first page is a smaller copy of another one"):
+        read_image(written(colours, photometric="rgb", subfiletype=1))
+    with pytest.raises(ValueError, match="a TIFF file of a kind that Pillow .* floating-point col"):
+        read_image(written(colours.astype(np.float32), photometric="rgb"))
 
 
 @pytest.mark.parametrize(

@@ -56,6 +56,10 @@ _UPRIGHT = {  # what makes an image upright, by its EXIF orientation
 _ORIENTATION = 0x0112  # the EXIF tag
 _BITS, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0  # TIFF tags, and what the second may be
 _LOWEST, _HIGHEST = 340, 341  # the TIFF tags SMinSampleValue and SMaxSampleValue
+_KIND, _IS_REDUCED = 254, 1  # the TIFF tag NewSubfileType, and a bit of it
+_FORMAT, _SIGNED = 339, 2  # the TIFF tag SampleFormat, and one of its values
+_COMPRESSION = 259  # the TIFF tag; 1 is none
+_PLANES, _SEPARATE = 284, 2  # the TIFF tag PlanarConfiguration, and one of its values
 
 
 class PixelGate:
@@ -129,6 +133,11 @@ def _opened(file: IO[bytes]) -> Image.Image:
             return Image.open(file, formats=["HEIF"])
         if head[4:12] in (b"ftypavif", b"ftypavis") and not features.check("avif"):
             raise ValueError("this Pillow reads no AVIF; from version 11.3 on it does.") from None
+        if head[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
+            raise ValueError(
+                f"it is damaged, or a TIFF file of a kind that Pillow {PIL.__version__} doesn't "
+                f"read, such as one of floating-point colours. Save it with 8 bits."
+            ) from None
         raise ValueError(
             f"it is damaged, or of no kind that Pillow {PIL.__version__} reads here: "
             f"{', '.join(FORMATS)}."
@@ -180,11 +189,18 @@ def to_rgb(image: Image.Image) -> Image.Image:
         ValueError: more than `MAX_PIXELS` pixels, or values whose range can't be known.
     """
     _checked_size(image)
+    _check_tiff(image)
+    levels = _grey_levels(image)
     image.load()
     orientation = _orientation(image)
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         image = _scaled(image)
     key = image.info.get("transparency")
+    if levels and isinstance(key, int):
+        # PIL spreads the grey values over 0 ... 255, but not the one that is transparent.
+        key = key * 255 // (levels - 1)
+        image = image.copy()
+        image.info["transparency"] = key
     if image.mode == "RGB" and isinstance(key, tuple) and max(key) > 255:
         # PIL keeps the upper 8 bits of 16-bit RGB, but the transparent colour whole.
         image = image.copy()
@@ -200,6 +216,38 @@ def to_rgb(image: Image.Image) -> Image.Image:
         image = image.convert("RGB")
     upright = _UPRIGHT.get(orientation)
     return image if upright is None else image.transpose(upright)
+
+
+def _check_tiff(image: Image.Image) -> None:
+    """Refuse what stands in a TIFF file otherwise than PIL reads it."""
+    tags = getattr(image, "tag_v2", {})
+    kind = tags.get(_KIND)
+    if isinstance(kind, int) and kind & _IS_REDUCED:
+        raise ValueError(
+            "its first page is a smaller copy of another one, as cameras' raw files have it. "
+            "Develop it into a JPEG, PNG or TIFF file."
+        )
+    if image.mode == "L" and _SIGNED in np.ravel(tags.get(_FORMAT, ())):
+        raise ValueError(
+            "it has signed values, and nothing says which of them are black and white. Scale them "
+            "to 0 ... 255 and save them without a sign."
+        )
+    # Without compression PIL takes the bytes of such planes for pixels.
+    has_planes = tags.get(_PLANES) == _SEPARATE and len(image.getbands()) > 1
+    if has_planes and max(np.ravel(tags.get(_BITS, 8))) > 8 and tags.get(_COMPRESSION, 1) == 1:
+        raise ValueError(
+            "it has a plane for each colour and more than 8 bits, without compression, which "
+            "Pillow reads wrongly. Save it with 8 bits."
+        )
+
+
+def _grey_levels(image: Image.Image) -> int | None:
+    """How many values a PNG file of grey has whose pixels have 2 or 4 bits."""
+    tiles = getattr(image, "tile", None)  # which an image that was read has no more
+    if image.format != "PNG" or not tiles:
+        return None
+    *_, packed = tiles[0]
+    return {"L;2": 4, "L;4": 16}.get(packed)
 
 
 def _orientation(image: Image.Image) -> int:
