@@ -106,6 +106,8 @@ def test_what_can_t_be_balanced_is_refused(config, capsys):
         balance.class_weights(TrainConfig(class_weight=(1.0, 2.0)), source(), NAMES)
     with pytest.raises(ValueError, match="there is no class 'pink', only blue, green, red"):
         balance.class_weights(TrainConfig(class_weight={"pink": 1.0}), source(), NAMES)
+    with pytest.raises(ValueError, match="has the class blue twice"):
+        balance.class_weights(TrainConfig(class_weight={0: 1.0, "blue": 2.0}), source(), NAMES)
     with pytest.raises(ValueError, match="need an image of each of the 3; .* none of red"):
         balance.class_weights(TrainConfig(class_weight="balanced"), source([0, 1]), NAMES)
     loader = DataLoader(Subset(tiny.dataset(), range(8)), batch_size=2)

@@ -26,6 +26,23 @@ from vggtorch.training.config import TrainConfig
         ({"ema_decay": 1.0}, "expected a number between 0 and 1, or None."),
         ({"head": "big"}, "Received head='big'; expected one of 'multilevel', 'linear', 'mlp', "),
         ({"augment": "all"}, "expected one of 'none', 'flip', 'crop', 'trivial'."),
+        ({"augment": None}, "Received augment=None; expected one of 'none', 'flip', "),
+        ({"monitor": "val_loss"}, "'calibration_error', 'loss'. Perhaps 'loss'?"),
+        ({"restore_best_weights": "False"}, "='False'; expected True or False."),
+        ({"resume": "run/last.pt"}, "Received resume='run/last.pt'; expected True or False."),
+        ({"patience": True}, "Received patience=True; expected a whole number from 1, or None."),
+        ({"mixup": True}, "Received mixup=True; expected a number from 0."),
+        ({"output_dir": ""}, "Received output_dir=''; expected a name."),
+        ({"label_pattern": 3}, "Received label_pattern=3; expected a name."),
+        ({"freeze": True}, "Received freeze=True; expected a name."),
+        ({"optimizer": None}, "Received optimizer=None; expected a name, or what makes one."),
+        ({"class_weight": [0, 0.0]}, "a number from 0 for each class, and one above 0."),
+        ({"class_weight": {}}, "Received class_weight={}; expected 'balanced', or a number"),
+        ({"class_weight": 2.0}, "Received class_weight=2.0; expected 'balanced', or a number"),
+        (
+            {"warmup": 0.3, "schedule": "exponentiallr"},
+            "Received warmup=0.3, which the schedules cosine, constant have",
+        ),
         (
             {"monitor": "loss", "restore_best_weights": False},
             "Received monitor='loss' with restore_best_weights=False and no patience",
@@ -91,5 +108,6 @@ def test_numbers_of_numpy_and_torch_are_numbers():
     )
     expected = TrainConfig(epochs=3, learning_rate=0.5, weight_decay=0.25, class_weight=(1.0, 2.5))
     assert given == expected and type(given.epochs) is int
+    assert type(TrainConfig(epochs=3.0).epochs) is int  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="Received epochs=1.5; expected a whole number from 1"):
         TrainConfig(epochs=np.float64(1.5))  # type: ignore[arg-type]

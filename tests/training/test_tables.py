@@ -15,9 +15,10 @@ from vggtorch.models import remember_
 from vggtorch.options import as_options
 from vggtorch.training import data, evaluate_folder
 from vggtorch.training.config import TrainConfig
-from vggtorch.training.folders import find_splits, images_by_class
+from vggtorch.training.folders import images_by_class
 from vggtorch.training.loop import finetune
 from vggtorch.training.run import read_data
+from vggtorch.training.splits import find_splits
 from vggtorch.training.tables import TablePart, read_rows
 from vggtorch.weight_sets import DataConfig
 
@@ -85,10 +86,15 @@ def test_splits_in_files_of_their_own_and_classes_that_one_lacks(table, config):
     assert find_splits(path.parent) == tuple(
         TablePart(path.with_name(f"{name}.csv")) for name in ("train", "val", "test")
     )
-    by_folder = read_data(path.parent, None, config, images(config))
-    by_files = read_data(
-        path.with_name("train.csv"), path.with_name("val.csv"), config, images(config)
-    )
+    with (
+        pytest.warns(UserWarning, match="No images of green in the validation data"),
+        pytest.warns(UserWarning, match="No images of green in the test data"),
+    ):
+        by_folder = read_data(path.parent, None, config, images(config))
+    with pytest.warns(UserWarning, match="No images of green in the validation data"):
+        by_files = read_data(
+            path.with_name("train.csv"), path.with_name("val.csv"), config, images(config)
+        )
     assert by_folder.validation == by_files.validation
     validation = by_folder.validation
     assert isinstance(validation, data.Folder) and validation.classes == by_folder.classes
@@ -101,6 +107,14 @@ def test_labels_that_are_numbers_stand_in_their_order(table):
     frame["class"] = [{"blue": 10, "green": 9, "red": 100}[name] for name in frame["class"]]
     frame.to_json(path.with_suffix(".jsonl"), orient="records", lines=True)
     assert data.read_folder(path.with_suffix(".jsonl"), 16).classes == ("9", "10", "100")
+
+
+def test_labels_that_look_like_quantities_are_said_and_in_order(table):
+    _, path = table
+    listed = path.with_name("ages.csv")
+    listed.write_text("path,label\na.png,10.5\nb.png,9.0\nc.png,-1\n")
+    with pytest.warns(UserWarning, match=r"\(-1, 9.0, 10.5\). Each of the 3 becomes a class; a qu"):
+        assert list(images_by_class(TablePart(listed))) == ["-1", "9.0", "10.5"]
 
 
 def test_fastai_s_column_is_valid_splits(table, config):
@@ -191,6 +205,10 @@ def test_tables_that_can_t_be_right(tmp_path, config, text, message):
     [
         ('{"path": "a", "label": [1, 2]}\n', r"Line 1 of .* has label=\[1, 2\]; expected one name"),
         ('{"path": "a", "label": 1}\n{"path": "b"}\n', r"Line 2 of .* lacks label"),
+        (
+            '{"path": "a", "label": 1}\n{"path": "b", "label": 2, "split": "test"}\n',
+            r"Line 2 of .* has split, which its first line lacks. Expected the same names in each",
+        ),
         ("[1]\n", r"Line 1 of .* is \[1\]; expected one object, {\"path\": "),
         (f"[{'1, ' * 500}1]\n", r"Line 1 of [^ ]* is [^;]{59}; expected one object"),
         ("{\n", r"Line 1 of .* isn't JSON"),

@@ -9,7 +9,6 @@ from .evaluation import Evaluation as Evaluation
 from .feature_table import FeatureTable as FeatureTable
 from .feature_table import read_features as read_features
 from .feature_table import write_features as write_features
-from .folders import find_splits as find_splits
 from .folders import images_by_class as images_by_class
 from .heads import tutorial_head as tutorial_head
 from .keeping import save_trained as save_trained
@@ -27,5 +26,6 @@ from .report import plot_rates as plot_rates
 from .report import write_report as write_report
 from .report import write_test_report as write_test_report
 from .run import load_checkpoint_ as load_checkpoint_
+from .splits import find_splits as find_splits
 from .stopping import Interrupted as Interrupted
 from .stopping import Terminated as Terminated

@@ -32,16 +32,21 @@ def class_weights(
     if isinstance(given, str):
         return torch.from_numpy(len(source) / len(names) / _counts(source, names)).float()
     if isinstance(given, Mapping):
-        found = dict.fromkeys(range(len(names)), 1.0)
+        found: dict[int, float] = {}
         for key, weight in given.items():
             index = names.index(key) if key in names else key
-            if index not in found:
+            if index not in range(len(names)):
                 raise ValueError(
                     f"Received class_weight={dict(given)!r}; there is no class {key!r}, only "
                     f"{', '.join(names)}."
                 )
+            if index in found:
+                raise ValueError(
+                    f"Received class_weight={dict(given)!r}, which has the class {names[index]} "
+                    f"twice."
+                )
             found[int(index)] = float(weight)
-        return torch.tensor(list(found.values()))
+        return torch.tensor([found.get(index, 1.0) for index in range(len(names))])
     if len(given) != len(names):
         raise ValueError(
             f"Received class_weight={given!r}, {len(given)} numbers for {len(names)} classes. "

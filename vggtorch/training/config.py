@@ -6,6 +6,7 @@ This file imports nothing heavy, so that `vggtorch finetune --help` needs neithe
 from __future__ import annotations
 
 import math
+import os
 import re
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -15,6 +16,7 @@ from typing import Any, Literal
 Augment = Literal["none", "flip", "crop", "trivial"]
 Metric = Literal["accuracy", "top5_accuracy", "macro_f1", "auroc", "calibration_error", "loss"]
 METRICS: tuple[str, ...] = typing.get_args(Metric)
+OWN_SCHEDULES = ("cosine", "constant")  # of the learning rate; others are torch's
 # What people who know fastai, timm, Keras or the Trainer of transformers type.
 ELSEWHERE = {
     "lr": "learning_rate", "bs": "batch_size", "batch": "batch_size", "size": "image_size",
@@ -160,21 +162,21 @@ class TrainConfig:
             object.__setattr__(self, name, _as_tuple(getattr(self, name)))
         for name in TrainConfig.__dataclass_fields__:
             object.__setattr__(self, name, _plain(getattr(self, name)))
-        hints = typing.get_type_hints(TrainConfig)
-        for name, hint in hints.items():
-            choices = [c for a in (hint, *typing.get_args(hint)) for c in _choices(a)]
-            if choices and (value := getattr(self, name)) is not None and value not in choices:
-                raise ValueError(
-                    f"Received {name}={value!r}; expected one of {', '.join(map(repr, choices))}."
-                )
+        for name, hint in typing.get_type_hints(TrainConfig).items():
+            _check_kind(name, getattr(self, name), hint)
         for names, is_right, expected in _RANGES:
             for name in names.split():
                 value = getattr(self, name)
                 may_be_none = TrainConfig.__dataclass_fields__[name].default is None
                 if not (value is None and may_be_none) and not (
-                    isinstance(value, int | float) and math.isfinite(value) and is_right(value)
+                    isinstance(value, int | float)
+                    and not isinstance(value, bool)
+                    and math.isfinite(value)
+                    and is_right(value)
                 ):
                     raise ValueError(f"Received {name}={value!r}; expected {expected}.")
+                if expected.startswith("a whole number") and value is not None:
+                    object.__setattr__(self, name, int(value))
         _check_pattern(self.label_pattern)
         for metric in self.metrics:
             if metric not in METRICS:
@@ -183,12 +185,20 @@ class TrainConfig:
                     f"of your own come by a vt.Callback.)"
                 )
         for name in ("optimizer", "schedule"):
-            if not isinstance(made := getattr(self, name), str) and not callable(made):
+            made = getattr(self, name)
+            if made is None or isinstance(made, int | float):
+                raise ValueError(f"Received {name}={made!r}; expected a name, or what makes one.")
+            if not isinstance(made, str) and not callable(made):
                 raise ValueError(
                     f"Received {name}={type(made).__name__}(...), which is made already, and what "
                     f"it is for isn't there yet. Pass what makes it: "
                     f"functools.partial({type(made).__name__}, ...)."
                 )
+        if self.warmup != TrainConfig.warmup and self.schedule not in OWN_SCHEDULES:
+            raise ValueError(
+                f"Received warmup={self.warmup!r}, which the schedules {', '.join(OWN_SCHEDULES)} "
+                f"have, and one of torch's that was chosen has not. Leave one of them out."
+            )
         if self.monitor != "accuracy" and not self.restore_best_weights and self.patience is None:
             raise ValueError(
                 f"Received monitor={self.monitor!r} with restore_best_weights=False and no "
@@ -220,6 +230,23 @@ class TrainConfig:
             )
 
 
+def _check_kind(name: str, value: Any, hint: Any) -> None:
+    """See that a setting is one of its choices, True or False, or text, where it has to be."""
+    kinds = (hint, *typing.get_args(hint))
+    if value is None and type(None) in kinds:
+        return
+    if choices := [choice for kind in kinds for choice in _choices(kind)]:
+        if value not in choices:
+            plain = str(value).lower().removeprefix("val_")
+            meant = f" Perhaps {plain!r}?" if plain in choices else ""
+            listed = ", ".join(map(repr, choices))
+            raise ValueError(f"Received {name}={value!r}; expected one of {listed}.{meant}")
+    elif hint is bool and not (isinstance(value, int) and value in (0, 1)):
+        raise ValueError(f"Received {name}={value!r}; expected True or False.")
+    elif hint in (str, str | None) and not (isinstance(value, str | os.PathLike) and str(value)):
+        raise ValueError(f"Received {name}={value!r}; expected a name.")
+
+
 def _plain(given: Any) -> Any:
     """NumPy's and torch's numbers and arrays as Python's own, which are compared and written."""
     if isinstance(given, str) or callable(given) or not hasattr(given, "tolist"):
@@ -238,16 +265,19 @@ def _as_tuple(given: Any) -> Any:
 
 
 def _check_class_weight(given: Any) -> None:
-    """See that weights of classes are `balanced`, or numbers of which one is above 0."""
+    """See that weights of classes are `balanced`, or numbers of which one is above 0.
+
+    Of a dictionary each may be 0, as classes that it doesn't name have a weight of 1.
+    """
     if given is None or given == "balanced":
         return
-    numbers = list(given.values() if isinstance(given, Mapping) else given)
-    if isinstance(given, str) or not all(
-        isinstance(n, int | float) and math.isfinite(n) and n >= 0 for n in numbers
-    ):
+    several = isinstance(given, Mapping | Sequence) and not isinstance(given, str)
+    numbers = list(given.values() if isinstance(given, Mapping) else given) if several else []
+    is_right = all(isinstance(n, int | float) and math.isfinite(n) and n >= 0 for n in numbers)
+    if not (numbers and is_right) or not (isinstance(given, Mapping) or any(numbers)):
         raise ValueError(
             f"Received class_weight={given!r}; expected 'balanced', or a number from 0 for each "
-            f"class."
+            f"class, and one above 0."
         )
 
 

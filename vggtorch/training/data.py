@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from vggtorch.models import data_config, fitted, preprocess, read_image
 from vggtorch.training.config import Augment, TrainConfig
-from vggtorch.training.folders import as_part, read_classes
+from vggtorch.training.folders import read_classes
 from vggtorch.training.items import (
     Kept,
     as_array,
@@ -38,6 +38,7 @@ from vggtorch.training.items import (
     is_stream,
     label_names,
 )
+from vggtorch.training.splits import as_part
 from vggtorch.training.tables import TablePart
 from vggtorch.weight_sets import CROP_PCT, DataConfig
 

@@ -1,4 +1,4 @@
-"""What a folder or a table of images holds: splits, classes, files, and which can't be read."""
+"""What a folder or a table of images holds: classes, files, and which can't be read."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import Literal, NamedTuple
 
 from vggtorch import files
 from vggtorch.models import SEVERAL_FRAMES, SUFFIXES, PixelGate, read_image
-from vggtorch.paths import TABLES, check_data
+from vggtorch.paths import check_data
 from vggtorch.training.tables import SPLITS, TablePart, is_table, ordered, read_rows
 
 PIXELS_AT_ONCE = 2**26  # decoded at the same time while a folder is checked; about half a GB
@@ -46,44 +46,12 @@ class _Check:
     has_frames: bool = False
 
 
-class Splits(NamedTuple):
-    """Where a data set's images stand: what trains, chooses the best epoch, is scored at the end.
-
-    Each is a folder, or a part of a table.
-    """
-
-    train: Path | TablePart
-    validation: Path | TablePart | None = None
-    test: Path | TablePart | None = None
+def has_images(folder: Path) -> bool:
+    """Whether files of images stand in a folder itself."""
+    return any(path.suffix.lower() in SUFFIXES and path.is_file() for path in folder.iterdir())
 
 
-def find_splits(data: Path) -> Splits:
-    """DATA/train and what stands beside it that validates and tests; else DATA itself.
-
-    What is named `test` never validates: what chooses the best epoch can't test it too. The names
-    are those of a table's column `split`, in upper or lower case; a table is split by that column,
-    and in a folder, `train.csv` and its like do as the folder `train`.
-
-    Raises:
-        ValueError: a table that can't be read, or one without rows that train; two folders for one
-            part.
-    """
-    if is_table(data):
-        return _table_splits(data)
-    found, others = _parts_in(data)
-    train, held, test = (found.get(part) for part in ("train", "validation", "test"))
-    if train is None:
-        names = {part: [n for n, of in SPLITS.items() if of == part] for part in SPLITS.values()}
-        tables = {part: _table_in(data, called) for part, called in names.items()}
-        if tables["train"] is None:
-            return Splits(data)
-        return Splits(tables["train"], tables["validation"], tables["test"])
-    if held is None and test is None:
-        return Splits(data) if others else Splits(train)
-    return Splits(train, held, test)
-
-
-def _subfolders(folder: Path) -> list[Path]:
+def subfolders(folder: Path) -> list[Path]:
     """The folders in a folder, sorted, but for hidden ones, the system's and vggtorch's results."""
     return sorted(
         path
@@ -114,72 +82,6 @@ def check_apart(data: object, output_dir: str) -> None:
             f"Received output_dir={output_dir!r}, which holds images of the data. Choose another "
             f"with output_dir='run', say."
         )
-
-
-def tell_beside(data: Path, stacklevel: int) -> None:
-    """Warn of folders that stand beside the parts of the data and are none."""
-    found, others = _parts_in(data)
-    if others and "train" in found and len(found) > 1:
-        warnings.warn(
-            f"Left out of {data}: the folders {', '.join(others[:NAMED])}"
-            f"{', ...' if len(others) > NAMED else ''}, which are neither for training, nor for "
-            f"validation, nor for testing by their names ({', '.join(SPLITS)}).",
-            stacklevel=stacklevel,
-        )
-
-
-def _parts_in(data: Path) -> tuple[dict[str, Path], list[str]]:
-    """The subfolders that are parts of the data by their names, and the names of the others."""
-    found: dict[str, Path] = {}
-    others: list[str] = []
-    for path in _subfolders(data) if data.is_dir() else []:
-        part = SPLITS.get(path.name.lower())
-        if part is None:
-            others.append(path.name)
-        elif part in found:
-            raise ValueError(
-                f"{data} has two folders for one part, {found[part].name} and {path.name}. "
-                f"Expected one; or pass the parts by themselves (vt.finetune(model, train_folder, "
-                f"validation_folder))."
-            )
-        else:
-            found[part] = path
-    return found, others
-
-
-def _table_in(folder: Path, names: Sequence[str]) -> TablePart | None:
-    """The table of one of these names in a folder."""
-    paths = [folder / f"{name}{suffix}" for name in names for suffix in sorted(TABLES)]
-    return next((TablePart(path) for path in paths if path.is_file()), None)
-
-
-def _table_splits(table: Path) -> Splits:
-    found = {row.split for row in read_rows(table)}
-    if found == {""}:
-        return Splits(TablePart(table))
-    if "train" not in found:
-        raise ValueError(
-            f"No row of {table} has the split train, only {', '.join(sorted(found))}. Expected "
-            f"images to train on."
-        )
-    rest = [TablePart(table, n) if n in found else None for n in ("validation", "test")]
-    return Splits(TablePart(table, "train"), *rest)
-
-
-def test_part(data: Path) -> Path | TablePart:
-    """Of data with splits the part that tests; else all of it."""
-    if is_table(data):
-        found = {row.split for row in read_rows(data)}
-        return TablePart(data, "test" if "test" in found else "")
-    splits = find_splits(data)
-    return splits.test or splits.train
-
-
-def as_part(given: str | Path | TablePart) -> Path | TablePart:
-    """What a user names as one part of the data: a folder, or a whole table."""
-    if isinstance(given, TablePart):
-        return given
-    return TablePart(Path(given)) if is_table(Path(given)) else Path(given)
 
 
 def images_by_class(part: Path | TablePart, label_pattern: str | None = None) -> dict[str, int]:
@@ -259,7 +161,7 @@ def _several(classes: list[str], who: str) -> list[str]:
 def _class_folders(folder: Path) -> list[str]:
     """The names of the classes, sorted."""
     check_data(folder)
-    classes = [path.name for path in _subfolders(folder)]
+    classes = [path.name for path in subfolders(folder)]
     if not classes:
         raise ValueError(
             f"{folder} has no subfolders. Expected one for each class, with that class's images. "
@@ -274,6 +176,15 @@ def _class_folders(folder: Path) -> list[str]:
             f"a subfolder for each of several classes"
             f"{f'; if the folders in it are classes, pass {inside}' if deeper else ''}."
             f"{_unlabelled(folder)}"
+        )
+    parts = [{path.name for path in subfolders(folder / name)} for name in classes]
+    if all(any(SPLITS.get(n.lower()) == "train" for n in names) for names in parts) and all(
+        name.lower() in SPLITS for names in parts for name in names
+    ):
+        raise ValueError(
+            f"Each class in {folder} has the folders {', '.join(sorted(set().union(*parts)))}. "
+            f"Expected them outside, with the classes in them: train/{classes[0]}. Move them, or "
+            f"pass a table with a column split."
         )
     return classes
 

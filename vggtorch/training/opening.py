@@ -15,10 +15,11 @@ from vggtorch.training.advice import Plan, Similarity, planned
 from vggtorch.training.config import ELSEWHERE, TrainConfig
 from vggtorch.training.data import Folder
 from vggtorch.training.features import frozen_end
-from vggtorch.training.folders import find_splits, images_by_class
+from vggtorch.training.folders import images_by_class
 from vggtorch.training.items import label_names
 from vggtorch.training.mixing import mixes
 from vggtorch.training.run import Images, RunData
+from vggtorch.training.splits import find_splits
 from vggtorch.weight_sets import DataConfig
 
 NAMED = 12  # classes that the first lines list

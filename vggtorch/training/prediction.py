@@ -26,9 +26,10 @@ from vggtorch.models import SUFFIXES, data_config, decode_predictions, preproces
 from vggtorch.paths import PREDICTIONS, check_images, check_out
 from vggtorch.training import data
 from vggtorch.training.evaluation import Evaluation, evaluate
-from vggtorch.training.folders import images_by_class, images_under, tell_left_out, test_part
+from vggtorch.training.folders import images_by_class, images_under, tell_left_out
 from vggtorch.training.heads import ends_in_logits, logits_network
 from vggtorch.training.run import make_accelerator
+from vggtorch.training.splits import test_part
 from vggtorch.weight_sets import DataConfig
 
 

@@ -22,9 +22,10 @@ from vggtorch.training import checkpoints, data
 from vggtorch.training.balance import balanced, labels_of
 from vggtorch.training.config import Augment, TrainConfig
 from vggtorch.training.data import BatchPlan, DatasetSource, Folder
-from vggtorch.training.folders import as_part, find_splits, images_by_class, tell_beside
+from vggtorch.training.folders import NAMED, images_by_class
 from vggtorch.training.items import label_names
 from vggtorch.training.optimization import Parameters, make_optimizer, trained_parameters
+from vggtorch.training.splits import as_part, find_splits, tell_beside
 from vggtorch.training.tables import SPLITS, TablePart
 from vggtorch.weight_sets import DataConfig
 
@@ -124,14 +125,10 @@ def _check_names(training: Any, validation: Any, test: Any, config: TrainConfig)
     known = counted(training)
     for part, name in ((validation, "validation"), (test, "test")):
         if part is not None:
-            is_table = isinstance(part, str | Path | TablePart) and not Path(_place(part)).is_dir()
-            _check_classes(tuple(known), tuple(counted(part)), name, is_table=is_table)
+            are_files = isinstance(part, str | Path | TablePart)
+            _check_classes(tuple(known), tuple(counted(part)), name, may_lack=are_files)
     if validation is None and isinstance(training, str | Path | TablePart):
         data.check_hold_out(known, config.validation_split)
-
-
-def _place(part: str | Path | TablePart) -> str | Path:
-    return part.path if isinstance(part, TablePart) else part
 
 
 def _tell_of_repeats(training: Any, other: Any, name: str) -> None:
@@ -169,8 +166,9 @@ def _splits(given: Images) -> _Given:
             )
         )
     if isinstance(given, str | Path):
+        splits = find_splits(Path(given))
         tell_beside(Path(given), stacklevel=6)
-        return _Given(*find_splits(Path(given)))
+        return _Given(*splits)
     if not isinstance(given, Mapping):
         return _Given(given)
     unknown = [name for name in given if str(name) not in SPLITS]
@@ -191,25 +189,31 @@ def _is_plain(one: Any) -> bool:
 def _with_classes_of(training: Any, other: Any, name: str) -> Any:
     """Another source with the classes of the training data, where both have names of them.
 
-    A table may lack some, since it names only those of its images.
+    Files may lack some, as rare classes do; that is said.
     """
     if other is None or not (training.classes and other.classes):
         return other
-    is_table = isinstance(other, Folder) and not other.root.is_dir()
-    _check_classes(training.classes, other.classes, name, is_table=is_table)
+    _check_classes(training.classes, other.classes, name, may_lack=isinstance(other, Folder))
     if training.classes == other.classes:
         return other
+    if absent := sorted(set(training.classes) - set(other.classes)):
+        warnings.warn(
+            f"No images of {', '.join(absent[:NAMED])}{', ...' if len(absent) > NAMED else ''} in "
+            f"the {name} data, whose figures say nothing of "
+            f"{'it' if len(absent) == 1 else 'them'}.",
+            stacklevel=5,
+        )
     places = [training.classes.index(name) for name in other.classes]
     labels = tuple(places[label] for label in other.labels)
     return data.relabelled(other, labels, training.classes)
 
 
 def _check_classes(
-    training: Sequence[str], other: Sequence[str], name: str, *, is_table: bool
+    training: Sequence[str], other: Sequence[str], name: str, *, may_lack: bool
 ) -> None:
-    """See that other data has the classes of the training data, or a table some of them."""
+    """See that other data has the classes of the training data; files may lack some of them."""
     first, second = set(training), set(other)
-    if not (first and second) or tuple(training) == tuple(other) or (is_table and second < first):
+    if not (first and second) or tuple(training) == tuple(other) or (may_lack and second < first):
         return
     raise ValueError(
         f"The classes differ: only in the training data {sorted(first - second)}, only in the "

@@ -9,10 +9,8 @@ from torch.optim import Optimizer, lr_scheduler
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from vggtorch import files
-from vggtorch.training.config import TrainConfig
+from vggtorch.training.config import OWN_SCHEDULES, TrainConfig
 from vggtorch.training.optimization import learning_rate, like, name_of, set_learning_rate_
-
-OURS = ("cosine", "constant")
 
 
 def make_scheduler(config: TrainConfig, optimizer: Optimizer, steps: int) -> LRScheduler | None:
@@ -25,7 +23,7 @@ def make_scheduler(config: TrainConfig, optimizer: Optimizer, steps: int) -> LRS
         ValueError: no such scheduler, or one that needs more to be said.
     """
     given = config.schedule
-    if given in OURS:
+    if given in OWN_SCHEDULES:
         return None
     set_learning_rate_(optimizer, config.learning_rate)
     try:
@@ -53,7 +51,7 @@ def _by_name(name: str, optimizer: Optimizer, steps: int) -> LRScheduler:
         and value is not LRScheduler and not key.startswith("_")
     }  # fmt: skip
     if name.lower() not in kinds:
-        known = [*OURS, *sorted(kinds)]
+        known = [*OWN_SCHEDULES, *sorted(kinds)]
         near = like(name, known)
         raise ValueError(
             f"there is none; expected one of {', '.join(known)}"

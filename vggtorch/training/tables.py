@@ -26,6 +26,7 @@ COLUMNS = {  # what each column may be called; the first is the name in messages
     "label": ("label", "class", "class_name", "category", "target"),
     "split": ("split", "set", "subset", "is_valid"),
 }  # fmt: skip
+_NUMBER = re.compile(r"[+-]?\d+(\.\d*)?")
 
 
 class Row(NamedTuple):
@@ -54,8 +55,8 @@ def is_table(path: Path) -> bool:
 def ordered(names: Iterable[str]) -> list[str]:
     """Class names in their order: that of numbers where all of them are."""
     names = set(names)
-    if all(name.isdecimal() for name in names):
-        return sorted(names, key=lambda name: (int(name), name))
+    if all(map(_NUMBER.fullmatch, names)):
+        return sorted(names, key=lambda name: (float(name), name))
     return sorted(names)
 
 
@@ -89,11 +90,24 @@ def read_rows(path: Path) -> list[Row]:
         twice += before is not row
     if not rows:
         raise ValueError(f"{path} has no rows. Expected a path and a label in each.")
+    _tell_of_quantities(path, {row.label for row in rows.values()})
     if twice:
         rows_do = "A row repeats another" if twice == 1 else f"{twice} rows repeat others"
         # From here, so that it is said once of a table that is looked into several times.
         warnings.warn(f"{rows_do} in {path}; each counts once.", stacklevel=1)
     return list(rows.values())
+
+
+def _tell_of_quantities(path: Path, labels: set[str]) -> None:
+    """Warn of labels that are numbers and not whole, which may be meant as quantities."""
+    if all(map(_NUMBER.fullmatch, labels)) and any("." in label for label in labels):
+        shown = ordered(labels)
+        warnings.warn(
+            f"The labels in {path} are numbers ({', '.join(shown[:3])}"
+            f"{', ...' if len(shown) > 3 else ''}). Each of the {len(shown)} becomes a class; a "
+            f"quantity isn't predicted here.",
+            stacklevel=1,
+        )
 
 
 def _row(table: Path, line: int, cells: Mapping[str, Any]) -> Row:
@@ -122,23 +136,32 @@ def _row(table: Path, line: int, cells: Mapping[str, Any]) -> Row:
 def _meanings(table: Path, names: Iterable[str]) -> dict[str, str]:
     """Name of a column -> what it means here; of `is_valid` its own name."""
     names = list(names)
-    found: dict[str, str] = {}
-    for meaning, known in COLUMNS.items():
-        fitting = [n for n in names if n.strip().lower().replace(" ", "_") in known]
+    found = _meanings_of(names)
+    for meaning in COLUMNS:
+        fitting = [n for n in names if found.get(n, "").replace("is_valid", "split") == meaning]
         if len(fitting) > 1 or (not fitting and meaning != "split"):
             raise ValueError(
                 f"{table} has the columns {', '.join(map(repr, names))}; expected one of paths and "
                 f"one of labels, named path and label (or {', '.join(COLUMNS['path'][1:])}; "
                 f"{', '.join(COLUMNS['label'][1:])}), and perhaps one named split."
             )
-        for name in fitting:
-            found[name] = "is_valid" if name.strip().lower() == "is_valid" else meaning
     if others := [name for name in names if name not in found]:
         shown = [repr(name) if name.strip() else "one without a name" for name in others]
         warnings.warn(
             f"Columns of {table} that say nothing here: {', '.join(shown)}.",
             stacklevel=1,
         )
+    return found
+
+
+def _meanings_of(names: Iterable[str]) -> dict[str, str]:
+    """The names that mean something here, and what."""
+    found: dict[str, str] = {}
+    for name in names:
+        plain = name.strip().lower().replace(" ", "_")
+        for meaning, known in COLUMNS.items():
+            if plain in known:
+                found[name] = "is_valid" if plain == "is_valid" else meaning
     return found
 
 
@@ -196,6 +219,11 @@ def _json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 )
             if meanings is None:
                 meanings = _meanings(path, values)
+            if new := [n for n in _meanings_of(values) if n not in meanings]:
+                raise ValueError(
+                    f"Line {number} of {path} has {', '.join(new)}, which its first line lacks. "
+                    f"Expected the same names in each line."
+                )
             if missing := [name for name in meanings if name not in values]:
                 raise ValueError(
                     f"Line {number} of {path} lacks {', '.join(missing)}, which its first line has."

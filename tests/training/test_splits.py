@@ -1,0 +1,92 @@
+"""Which part of the data trains, validates and tests, whatever its folders are called."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import tiny
+
+import vggtorch as vt
+from vggtorch.training import find_splits
+from vggtorch.training.data import Folder, images_for
+from vggtorch.training.run import read_data
+from vggtorch.training.splits import test_part as part_to_evaluate
+
+
+def folders_in(folder, *names):
+    for name in names:
+        (folder / name).mkdir(parents=True)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("training_set", "test_set"),
+        ("seg_train", "seg_test", "seg_pred"),
+        ("Train_Images", "Val_Images"),
+        ("train1", "dev1"),
+        ("trainset", "validset", "testset"),
+        ("trainA", "testA", "trainB", "testB"),
+        ("train", "eval"),
+        ("train", "holdout", "bus"),
+    ],
+)
+def test_parts_of_unknown_names_are_not_taken_for_classes(tmp_path, names):
+    folders_in(tmp_path, *names)
+    with pytest.raises(ValueError, match=rf"the folders {names[0]} and .* Rename them to train, v"):
+        find_splits(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [("train_station", "test_tube"), ("train", "bus"), ("strain", "stress"), ("interval", "train")],
+)
+def test_classes_that_sound_like_parts_are_classes(tmp_path, names):
+    assert find_splits(folders_in(tmp_path, *names)) == (tmp_path, None, None)
+
+
+def test_parts_of_which_none_trains_are_refused(tmp_path):
+    folders_in(tmp_path, "val", "test")
+    with pytest.raises(ValueError, match="has test and val, and nothing to train on"):
+        find_splits(tmp_path)
+
+
+def test_an_evaluation_never_takes_what_trained(tmp_path):
+    folders_in(tmp_path, "val", "test")
+    assert part_to_evaluate(tmp_path) == tmp_path / "test"
+    folders_in(tmp_path, "train")
+    assert part_to_evaluate(tmp_path) == tmp_path / "test"
+    (tmp_path / "test").rmdir()
+    with pytest.raises(ValueError, match=f"train and val, and no test. Pass .*: {tmp_path}/val, s"):
+        part_to_evaluate(tmp_path)
+
+
+def test_parts_inside_of_the_classes_are_refused(tmp_path):
+    for name in ("cat", "dog"):
+        tiny.pictures(tmp_path / name / "train", each=1)
+        tiny.pictures(tmp_path / name / "Test", each=1)
+    with pytest.raises(ValueError, match=r"Each class in .* the folders Test, train. .*train/cat."):
+        vt.finetune(tiny.network(), tmp_path)
+
+
+def test_a_train_folder_with_folders_that_counts_as_a_class_is_said(tmp_path, config):
+    tiny.pictures(tmp_path / "train", each=3)
+    (tiny.pictures(tmp_path / "others", seed=1) / "red").rename(tmp_path / "unlabelled")
+    shutil.rmtree(tmp_path / "others")
+    images = images_for(tiny.network(), config)
+    with pytest.warns(UserWarning, match="train is taken for a class, as unlabelled .*blue, green"):
+        assert read_data(tmp_path, None, config, images).classes == ("train", "unlabelled")
+
+
+@pytest.mark.parametrize("part", ["val", "test"])
+def test_a_rare_class_may_be_missing_where_nothing_is_learned(tmp_path, config, part):
+    tiny.pictures(tmp_path / "train")
+    shutil.rmtree(tiny.pictures(tmp_path / part, seed=1) / "green")
+    with pytest.warns(UserWarning, match=r"No images of green in the (validation|test) data, whos"):
+        read = read_data(tmp_path, None, config, images_for(tiny.network(), config))
+    found = read.validation if part == "val" else read.test
+    assert isinstance(found, Folder) and read.classes == ("blue", "green", "red") == found.classes
+    assert {path.parent.name for path in found.paths} == {"blue", "red"}
+    assert [found.classes[label] for label in found.labels] == [p.parent.name for p in found.paths]
