@@ -169,6 +169,7 @@ def candidates(
         "vggtorch, checkpointed": torch_step(
             to_torch(twin(model), checkpoint=True), x, y, nll, dtype
         ),
+        "vggtorch, Winograd": torch_step(to_torch(twin(model), winograd=True), x, y, nll, dtype),
         "vggtorch, train_on_batch": keras_step(accelerate_(twin(mixed)), x, y),
         "Keras, train_on_batch": keras_step(twin(mixed), x, y),
         "torchvision": torch_step(plain, nchw.contiguous(), y, F.cross_entropy, dtype),

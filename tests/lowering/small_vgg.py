@@ -15,12 +15,17 @@ from vggtorch.lowering import OnKeras
 
 
 def on_keras(
-    model: keras.Model, data_format: str | None = None, *, checkpoint: bool = False
+    model: keras.Model,
+    data_format: str | None = None,
+    *,
+    checkpoint: bool = False,
+    winograd: bool = False,
 ) -> OnKeras:
     """The torch network of a model on the model's own Parameters, so that gradients are Keras's."""
     graph = keras_graph.graph_of(model, "on_keras")
-    lowered = OnKeras(graph, model.name, data_format)
-    lowered.network.meta["checkpoint"] = checkpoint
+    lowered = OnKeras(graph, model.name, data_format, winograd)
+    if checkpoint:
+        lowered.network.meta["checkpoint"] = True
     return lowered
 
 

@@ -153,9 +153,9 @@ def test_a_weight_is_prepared_for_one_image_and_for_several() -> None:
             network(torch.randn(count, 14, 14, 16))
     ((segment,),) = network._plan.plans.made.values()
     (fused,) = (s.run for s in segment.steps if isinstance(s.run, FusedConv2d))
-    (weight, _), *_ = fused.constants.made
+    prepared, *_ = fused.constants.made
     several = {False} if running.GROUP_BYTES > 1 else set()
-    assert set(weight.made) == {True} | several
+    assert set(prepared.made) == {True} | several
 
 
 def strided(image: Any) -> Any:

@@ -17,7 +17,6 @@ import keras
 from keras import layers
 from small_vgg import assert_close, images, randomise, small_vgg
 
-from vggtorch.lowering import winograd
 from vggtorch.lowering.kernels import has_fused_ops
 
 needs_onednn = pytest.mark.skipif(
@@ -39,13 +38,6 @@ def with_branches() -> keras.Model:
 
 def vgg(batch_norm: bool, size: int = 32) -> keras.Model:
     return randomise(vt.VGG11(weights=None, input_shape=(size, size, 3), batch_norm=batch_norm))
-
-
-@pytest.fixture
-def winograd_always(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small convolutions, which don't pay, take Winograd's way too."""
-    for name in ("MIN_TILES", "MIN_CHANNELS"):
-        monkeypatch.setattr(winograd, name, dict.fromkeys(winograd.TRANSFORMS, 0))
 
 
 @pytest.mark.parametrize("make", [small_vgg, lambda: vgg(False), lambda: vgg(True)])

@@ -128,27 +128,29 @@ def batch(seed: int) -> torch.Tensor:
     return torch.randn(3, 12, 13, 3, generator=torch.Generator().manual_seed(seed))
 
 
+@pytest.mark.usefixtures("winograd_always")
 @pytest.mark.parametrize("seed", range(NETWORKS))
-def test_random_networks_equal_keras(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("MIN_TILES", "MIN_CHANNELS"):  # so that small convolutions go Winograd's way
-        monkeypatch.setattr(winograd, name, dict.fromkeys(winograd.TRANSFORMS, 0))
+def test_random_networks_equal_keras(seed: int) -> None:
     model = network(seed)
     x = batch(seed)
     with torch.no_grad():
         expected = network(seed)(x, training=False)
         engine = optimize_for_inference(model, winograd=True)
-        for run in (to_torch(model).eval(), on_keras(model).eval(), engine):
+        networks = [to_torch(model, winograd=way).eval() for way in (False, True)]
+        for run in (*networks, on_keras(model).eval(), engine):
             assert off([run(x)], [expected]) < 1e-4
 
 
 @pytest.mark.usefixtures("gradients_of_our_own")
+@pytest.mark.parametrize("use_winograd", [False, True])
 @pytest.mark.parametrize("seed", range(NETWORKS))
-def test_random_networks_train_as_keras(seed: int) -> None:
+def test_random_networks_train_as_keras(seed: int, use_winograd: bool) -> None:
     """In float64, in which rounding turns no ReLU on or off."""
     with computing_in("float64"):
         model, twin = network(seed), network(seed)
         found = []
-        for run, of in ((on_keras(model).train(), model), (partial(twin, training=True), twin)):
+        ours = on_keras(model, winograd=use_winograd).train()
+        for run, of in ((ours, model), (partial(twin, training=True), twin)):
             y = run(batch(seed).double())
             trained = [v.value for v in of.trainable_variables]
             grads = torch.autograd.grad(y.square().sum(), trained) if trained else ()
@@ -160,7 +162,10 @@ def test_random_networks_train_as_keras(seed: int) -> None:
 
 @pytest.fixture
 def gradients_of_our_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The gradients of kernels.py, which is for float32, with torch's product in it."""
+    """Those for float32 and bfloat16, with torch's product in them."""
+    monkeypatch.setitem(winograd.TRANSFORMS, torch.float64, winograd.F4)
+    for name in ("MIN_TILES", "MIN_CHANNELS", "GRADIENT_MIN_CHANNELS"):
+        monkeypatch.setattr(winograd, name, dict.fromkeys(winograd.TRANSFORMS, 0))
     monkeypatch.setattr(
         kernels, "supports_training", lambda x, _: len(x) > 0 and not kernels.is_intercepted()
     )

@@ -13,7 +13,9 @@ from vggtorch.lowering.plan import has_global_hooks, has_hooks
 from vggtorch.lowering.settings import Settings, graph_to_read, has_other_code
 
 
-def accelerate_(model: keras.Model, compile: bool = False, enabled: bool = True) -> keras.Model:
+def accelerate_(
+    model: keras.Model, compile: bool = False, enabled: bool = True, *, winograd: bool = False
+) -> keras.Model:
     """Make a Keras model run its torch network in fit, evaluate, predict and calls, in place.
 
     The network is that of `to_torch`, with its fast plan. Results, callbacks, metrics, saving and
@@ -25,6 +27,7 @@ def accelerate_(model: keras.Model, compile: bool = False, enabled: bool = True)
         model: what `to_torch` takes.
         compile: run the network through torch.compile.
         enabled: False gives the model its own `call` back.
+        winograd: compute 3x3 convolutions sooner and less exactly, as `to_torch` has it.
 
     Raises:
         ValueError: what `to_torch` raises.
@@ -60,7 +63,7 @@ def accelerate_(model: keras.Model, compile: bool = False, enabled: bool = True)
         fixes_training = any(
             call.arguments.kwargs.get("training") is not None for call in keras_graph.calls(graph)
         )
-        module = OnKeras(graph, model.name)
+        module = OnKeras(graph, model.name, winograd=winograd)
         run = torch.compile(module) if compile else module
 
     def call(inputs: Any, training: bool | None = None, mask: Any = None) -> Any:

@@ -9,16 +9,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vggtorch.lowering import kernels
-from vggtorch.lowering.fused import SAFE, FusedConv2d, FusedLinear, PreparedWeight
+from vggtorch.lowering.fused import FusedConv2d, FusedLinear, PreparedConv2d
 from vggtorch.lowering.layer_modules import KerasLayer
 from vggtorch.lowering.steps import Call
-from vggtorch.lowering.winograd import GROWTH, WinogradConv2d, Workspace, pays
 
 
-def with_fixed_weights(run: Any, workspace: Workspace | None, dtype: torch.dtype | None) -> Any:
+def with_fixed_weights(run: Any, dtype: torch.dtype | None) -> Any:
     """What a step runs with weights that don't change, in another dtype if one is named."""
     if isinstance(run, FusedConv2d):
-        return FixedConv2d(run, workspace, dtype)
+        return FixedConv2d(run, dtype)
     if type(run) is FusedLinear:
         return FixedLinear(run, dtype)
     return Wide(run, dtype) if dtype is not None and _is_wide(run) else run
@@ -50,39 +49,27 @@ class Wide:
 
 
 class FixedConv2d(FusedConv2d):
-    """A fused convolution whose weights are prepared once; with a workspace also by Winograd's."""
+    """A fused convolution whose weights are prepared once."""
 
-    def __init__(
-        self, fused: FusedConv2d, workspace: Workspace | None, dtype: torch.dtype | None
-    ) -> None:
-        mixed = fused.mixed or dtype is not None
-        super().__init__(fused.conv, fused.norm, fused.activation, mixed, fused.adds)
-        self.fused, self.workspace, self.dtype = fused, workspace, dtype
+    def __init__(self, fused: FusedConv2d, dtype: torch.dtype | None) -> None:
+        modules, mixed = (
+            (fused.conv, fused.norm, fused.activation),
+            fused.mixed or dtype is not None,
+        )
+        super().__init__(*modules, mixed, fused.adds, fused.workspace)
+        self.fused, self.dtype = fused, dtype
         self.growth = self._growth()
-        self.direct: tuple[PreparedWeight, Tensor | None] | None = None
-        self.winograd: WinogradConv2d | None = None
+        self.prepared: dict[torch.dtype, PreparedConv2d] = {}
         self.plain: dict[torch.dtype, tuple[Tensor, Tensor | None]] = {}
 
     def _dtype(self, x: Tensor) -> torch.dtype:
         return super()._dtype(x) if self.dtype is None else self.dtype
 
     def _made(self, tensors: list[Tensor], settings: Any, *args: Any) -> tuple[Any, float, float]:
-        return None, *self.growth
-
-    def _convolved(
-        self, x: Tensor, others: list[Tensor], prepared: Any, options: Any, bound: float
-    ) -> Tensor:
-        if bound * GROWTH < SAFE and self._prefers_winograd(x):
-            if self.winograd is None:
-                self.winograd = WinogradConv2d(*self.folded_in(x.dtype), self.kind)
-            return self.winograd(x, options[1], cast(Workspace, self.workspace))
-        if self.direct is None:
-            self.direct = self.prepared_in(x.dtype, options)
-        return super()._convolved(x, others, self.direct, options, bound)
-
-    def _prefers_winograd(self, x: Tensor) -> bool:
-        """Whether Winograd's way is faster, for x in the dtype that it computes in."""
-        return self.workspace is not None and not self.adds and pays(self.conv, x)
+        dtype, options = args
+        if dtype not in self.prepared:
+            self.prepared[dtype] = self.prepared_in(dtype, options)
+        return self.prepared[dtype], *self.growth
 
     def _one_by_one(self, *inputs: Tensor) -> Tensor:
         if self.dtype is None:
@@ -93,7 +80,7 @@ class FixedConv2d(FusedConv2d):
     def is_plain(self, *inputs: Tensor) -> bool:
         """Whether `plainly` computes what calling it does, where the numbers are small enough."""
         like = inputs[0].to(self._dtype(inputs[0]))
-        return self.takes(*inputs) and not self._prefers_winograd(like)
+        return self.takes(*inputs) and not self.prefers_winograd(like)
 
     def fold_for(self, x: Tensor) -> None:
         """Have ready what `plainly` takes for inputs such as x, which a graph is made of."""

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,14 @@ from vggtorch.keras_graph import scale_and_shift
 from vggtorch.lowering import kernels
 from vggtorch.lowering.batch_norm import BatchNorm2d
 from vggtorch.lowering.kernels import Convolution, MaxPoolReLU, Product, ReusedMemory
+from vggtorch.lowering.winograd import (
+    GROWTH,
+    WinogradConv2d,
+    WinogradConvolution,
+    Workspace,
+    gradient_pays,
+    pays,
+)
 
 # No sum of a convolution may come near the largest float32 (3.4e38), or its products could add up
 # to infinities of both signs, which make NaN.
@@ -122,23 +131,38 @@ def _is_same(tensor: Tensor, kept: Tensor) -> bool:
     return torch.equal(flat.view(bits), kept.view(bits))
 
 
-class PreparedWeight:
-    """A convolution's weight in the orders that oneDNN likes best for one image and for several.
+class PreparedConv2d:
+    """A convolution's weight and bias as kernels want them, each form made when it is first needed.
 
-    These can differ, and a kernel with the other's weight can take five times as long.
+    oneDNN likes one order best for one image and another for several; a kernel with the other's
+    weight can take five times as long.
     """
 
-    def __init__(self, make: Callable[[Sequence[int]], Tensor]) -> None:
-        self.make = make
-        self.made: dict[bool, Tensor] = {}
+    def __init__(
+        self, fold: Callable[[], tuple[Tensor, Tensor | None]], options: tuple[Any, ...]
+    ) -> None:
+        self.fold, self.options = fold, options
+        self.made: dict[Any, Any] = {}
 
-    def __call__(self, shape: Sequence[int]) -> Tensor:
-        """The weight for inputs of this shape (N, C, H, W)."""
-        single = shape[0] == 1
-        if single not in self.made:
+    def for_onednn(self, shape: Sequence[int]) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias for inputs of this shape (N, C, H, W)."""
+
+        def make(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+            return kernels.prepared_weight(weight, shape, *self.options), bias
+
+        made: tuple[Tensor, Tensor | None] = self._once(shape[0] == 1, make)
+        return made
+
+    def for_winograd(self, activation: str) -> WinogradConv2d:
+        """The convolution Winograd's way, and this activation."""
+        made: WinogradConv2d = self._once(activation, partial(WinogradConv2d, activation))
+        return made
+
+    def _once(self, key: Any, make: Callable[[Tensor, Tensor | None], Any]) -> Any:
+        if key not in self.made:
             with torch.no_grad(), torch.autocast("cpu", enabled=False):
-                self.made[single] = self.make(shape)
-        return self.made[single]
+                self.made[key] = make(*self.fold())
+        return self.made[key]
 
 
 class Bounded:
@@ -164,6 +188,7 @@ class FusedConv2d(Bounded):
     Args:
         mixed: the convolution computes in its input's dtype, whatever its weight's.
         adds: there is a second input, which is added behind the batch norm.
+        workspace: where it may compute Winograd's way, its memory for that.
     """
 
     def __init__(
@@ -173,9 +198,10 @@ class FusedConv2d(Bounded):
         activation: nn.Module | None,
         mixed: bool,
         adds: bool = False,
+        workspace: Workspace | None = None,
     ) -> None:
         self.conv, self.norm, self.activation, self.mixed = conv, norm, activation, mixed
-        self.adds = adds
+        self.adds, self.workspace = adds, workspace
         self.constants = ParameterCache(self._constants)
         self.kind = {nn.ReLU: "relu", nn.ReLU6: "relu6", type(None): "none"}[type(activation)]
 
@@ -228,12 +254,16 @@ class FusedConv2d(Bounded):
         self, x: Tensor, others: list[Tensor], prepared: Any, options: Any, bound: float
     ) -> Tensor:
         """The output, no number of which is larger than the bound."""
-        weight, bias = prepared
+        if bound * GROWTH < SAFE and self.prefers_winograd(x):
+            return prepared.for_winograd(self.kind)(x, options[1], cast(Workspace, self.workspace))
+        weight, bias = prepared.for_onednn(x.shape)
         other = others[0] if others else None
         stride, padding, dilation, groups = options
-        return kernels.conv2d(
-            x, weight(x.shape), bias, stride, padding, dilation, groups, self.kind, other
-        )
+        return kernels.conv2d(x, weight, bias, stride, padding, dilation, groups, self.kind, other)
+
+    def prefers_winograd(self, x: Tensor) -> bool:
+        """Whether it may compute Winograd's way and is faster so, x being in its dtype."""
+        return self.workspace is not None and not self.adds and pays(self.conv, x)
 
     def _one_by_one(self, x: Tensor, *others: Tensor) -> Tensor:
         y: Tensor = self.conv(x)
@@ -261,23 +291,17 @@ class FusedConv2d(Bounded):
 
     def _constants(
         self, dtype: torch.dtype, options: tuple[Any, ...]
-    ) -> tuple[tuple[PreparedWeight, Tensor | None], float, float]:
-        """The folded weight, prepared, and bias; and how much an output can be.
+    ) -> tuple[PreparedConv2d, float, float]:
+        """The folded weight and bias, prepared; and how much an output can be.
 
         At most the first number times the largest input, plus the second, of the convolution itself
         and behind the batch norm.
         """
         return self.prepared_in(dtype, options), *self._growth()
 
-    def prepared_in(
-        self, dtype: torch.dtype, options: tuple[Any, ...]
-    ) -> tuple[PreparedWeight, Tensor | None]:
-        """The folded weight, to be prepared when inputs are known, and the bias."""
-
-        def make(shape: Sequence[int]) -> Tensor:
-            return kernels.prepared_weight(self.folded_in(dtype)[0], shape, *options)
-
-        return PreparedWeight(make), self.folded_in(dtype)[1]
+    def prepared_in(self, dtype: torch.dtype, options: tuple[Any, ...]) -> PreparedConv2d:
+        """The folded weight and bias, to be prepared when inputs are known."""
+        return PreparedConv2d(lambda: self.folded_in(dtype), options)
 
     def _growth(self) -> tuple[float, float]:
         """`_constants`' two numbers."""
@@ -393,10 +417,14 @@ class FusedLinear:
 
 
 class TrainedConv2d:
-    """A convolution that learns, by the gradients of kernels.py."""
+    """A convolution that learns, by the gradients of kernels.py, or by Winograd's.
 
-    def __init__(self, conv: nn.Conv2d, mixed: bool) -> None:
-        self.conv, self.mixed = conv, mixed
+    Args:
+        workspace: where it may compute Winograd's way, its memory for that.
+    """
+
+    def __init__(self, conv: nn.Conv2d, mixed: bool, workspace: Workspace | None = None) -> None:
+        self.conv, self.mixed, self.workspace = conv, mixed, workspace
 
     def __call__(self, x: Tensor) -> Tensor:
         conv = self.conv
@@ -407,7 +435,11 @@ class TrainedConv2d:
             return y
         options = conv.stride, conv.padding, conv.dilation, conv.groups
         x = x.to(dtype).contiguous(memory_format=torch.channels_last)
-        return Convolution.apply(x, conv.weight.to(dtype), conv.bias.to(dtype), *options)
+        weight, bias = conv.weight.to(dtype), conv.bias.to(dtype)
+        if self.workspace is not None and gradient_pays(conv, x):
+            images = pays(conv, x)
+            return WinogradConvolution.apply(x, weight, bias, options[1], self.workspace, images)
+        return Convolution.apply(x, weight, bias, *options)
 
 
 class TrainedLinear:

@@ -27,7 +27,6 @@ from vggtorch.lowering.running import run_segments, run_steps
 from vggtorch.lowering.settings import graph_to_read
 from vggtorch.lowering.steps import Segment, Step, cut, repeats
 from vggtorch.lowering.trimming import trimmed
-from vggtorch.lowering.winograd import Workspace
 from vggtorch.lowering.writing import check_data_format, network_of
 
 
@@ -87,7 +86,8 @@ def optimize_for_inference(
     with torch.inference_mode(False), torch.no_grad():
         network = network_of(graph, model.name, data_format=data_format, share=False).eval()
         half = dtype if dtype == torch.bfloat16 else None
-        return InferenceEngine(Plan(network._written, network, False), half, winograd)
+        plan = Plan(network._written, network, checkpoint=False, winograd=winograd)
+        return InferenceEngine(plan, half)
 
 
 def _check(model: keras.Model, dtype: torch.dtype | None) -> None:
@@ -124,14 +124,14 @@ def _check(model: keras.Model, dtype: torch.dtype | None) -> None:
 class InferenceEngine:
     """What `optimize_for_inference` returns."""
 
-    def __init__(self, plan: Plan, dtype: torch.dtype | None, winograd: bool) -> None:
+    def __init__(self, plan: Plan, dtype: torch.dtype | None) -> None:
         self._plan, self._half = plan, dtype
         self._lock = threading.Lock()
-        plans, workspace = plan.plans, Workspace() if winograd else None
+        plans = plan.plans
         segments = plans.fast(len(plans.steps))
         steps = trimmed([step for segment in segments for step in segment.steps], plans.outputs)
         self._segments = [
-            replace(segment, steps=[_fixed(step, workspace, dtype) for step in segment.steps])
+            replace(segment, steps=[_fixed(step, dtype) for step in segment.steps])
             for segment in cut(steps, plans.inputs, plans.outputs, checkpoint=False)
         ]
         # What runs a segment, by its first and last output.
@@ -199,5 +199,5 @@ def _repeats(step: Step) -> bool:
     return repeats(replace(step, run=step.run.run) if isinstance(step.run, Wide) else step)
 
 
-def _fixed(step: Step, workspace: Workspace | None, dtype: torch.dtype | None) -> Step:
-    return replace(step, run=with_fixed_weights(step.run, workspace, dtype))
+def _fixed(step: Step, dtype: torch.dtype | None) -> Step:
+    return replace(step, run=with_fixed_weights(step.run, dtype))

@@ -77,7 +77,8 @@ class TorchNetwork(torch.fx.GraphModule):
         """The plan for the code and the modules as they are now; None where there is none."""
         if self._plan is None or not self._plan.is_current():
             try:
-                self._plan = Plan(self._written, self, self.meta.get("checkpoint", False))
+                options = {name: name in self.meta for name in ("checkpoint", "winograd")}
+                self._plan = Plan(self._written, self, **options)
             except (KeyError, NotImplementedError):  # a child is gone, or the graph is edited
                 return None
         return self._plan

@@ -53,10 +53,17 @@ class OnKeras(nn.Module):
         network: the torch network that it runs, with parameters of its own on the same memory.
     """
 
-    def __init__(self, graph: keras.Function, name: str, data_format: str | None = None) -> None:
+    def __init__(
+        self,
+        graph: keras.Function,
+        name: str,
+        data_format: str | None = None,
+        winograd: bool = False,
+    ) -> None:
         super().__init__()
         # In a tuple, which keeps the network's parameters from being listed beside Keras's.
-        self._hidden = (network_of(graph, name, data_format=data_format),)
+        network = network_of(graph, name, data_format=data_format, winograd=winograd)
+        self._hidden = (network,)
         self._dtypes = [keras_graph.torch_dtype(x.dtype) for x in graph.inputs]
         names = {id(module): name for name, module in self.network.named_modules()}
         self._weights = [
@@ -118,7 +125,13 @@ class OnKeras(nn.Module):
         return torch.func.functional_call(self.network, views, values, tie_weights=False)
 
 
-def between(inputs: keras.KerasTensor, outputs: Any, *, data_format: str | None = None) -> OnKeras:
+def between(
+    inputs: keras.KerasTensor,
+    outputs: Any,
+    *,
+    data_format: str | None = None,
+    winograd: bool = False,
+) -> OnKeras:
     """What a Keras model does between its tensors as a torch module, on its own Parameters.
 
     The model isn't changed. Height and width may differ from the model's where its layers allow it.
@@ -127,6 +140,7 @@ def between(inputs: keras.KerasTensor, outputs: Any, *, data_format: str | None 
         inputs: where it starts: `model.input`, or the `output` of a layer.
         outputs: where it ends: one such tensor, or a list of them.
         data_format: layout of inputs and outputs, as `to_torch` takes it.
+        winograd: as `to_torch` takes it.
 
     Raises:
         ValueError: a path from the model's input to `outputs` that goes around `inputs`.
@@ -134,4 +148,4 @@ def between(inputs: keras.KerasTensor, outputs: Any, *, data_format: str | None 
     check_data_format(data_format)
     # A keras.Function, unlike a keras.Model, doesn't call the layers again, so that `layer.output`
     # stays what it is.
-    return OnKeras(keras.Function(inputs, outputs), "between", data_format)
+    return OnKeras(keras.Function(inputs, outputs), "between", data_format, winograd)

@@ -31,6 +31,7 @@ from vggtorch.lowering.steps import (
     Step,
     steps_of,
 )
+from vggtorch.lowering.winograd import Workspace
 
 # What a tracer, or a library that changes a class for all its modules, puts something else for; and
 # what in place of which, for a single module or for all of torch, others compute something else.
@@ -52,7 +53,9 @@ _FORWARDS: dict[type, Any] = {
 class Plan:
     """The fast way to run a network whose graph and modules are what they were when it was made."""
 
-    def __init__(self, graph: torch.fx.Graph, root: nn.Module, checkpoint: bool) -> None:
+    def __init__(
+        self, graph: torch.fx.Graph, root: nn.Module, *, checkpoint: bool, winograd: bool
+    ) -> None:
         inputs = [node for node in graph.nodes if node.op == "placeholder"]
         self.names = [str(node.target) for node in inputs]
         self.ranks = [node.meta.get("rank") for node in inputs]
@@ -67,7 +70,8 @@ class Plan:
         self.forwards = [(kind, _FORWARDS[kind]) for kind in kinds if kind in _FORWARDS]
         steps, self.structure = steps_of(graph, dict(root.named_modules(remove_duplicate=False)))
         outputs = tuple(x.index for x in tree_leaves(self.structure) if isinstance(x, Place))
-        self.plans = Plans(steps, tuple(range(len(inputs))), outputs, checkpoint)
+        workspace = Workspace() if winograd else None
+        self.plans = Plans(steps, tuple(range(len(inputs))), outputs, checkpoint, workspace)
 
     def __deepcopy__(self, memo: Any) -> None:
         return None  # a copy of a network makes its own
@@ -123,7 +127,9 @@ class Plan:
         return filled(self.structure, values)
 
     def release(self) -> None:
-        """Let go of the memory that is kept for the gradients of large products."""
+        """Let go of the memory that is kept for gradients."""
+        if self.plans.workspace is not None:
+            self.plans.workspace.release()
         for run in self.plans.fused.values():
             if isinstance(run, TrainedLinear):
                 run.gradients.release()

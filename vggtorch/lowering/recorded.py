@@ -95,7 +95,7 @@ class Stretch:
             self.graph = compiled(self._plainly, [x.detach() for x in self.examples.values()])
         if self.graph is not None:
             for run in convolutions:
-                run.direct = None  # It is made anew if it is needed after all.
+                run.prepared.clear()  # It is made anew if it is needed after all.
         self.examples = {}
 
     def _plainly(self, *inputs: Tensor) -> tuple[Tensor, ...]:

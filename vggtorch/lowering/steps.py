@@ -40,6 +40,7 @@ from vggtorch.lowering.layer_modules import (
     Scale,
     WideLayerNorm,
 )
+from vggtorch.lowering.winograd import Workspace
 
 
 class Call:
@@ -221,12 +222,14 @@ class Plans:
         steps: one for each node.
         inputs, outputs: numbers of the network's values.
         checkpoint: backward computes activations again.
+        workspace: where convolutions may be computed Winograd's way, the memory for that.
     """
 
     steps: list[Step]
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
     checkpoint: bool
+    workspace: Workspace | None = None
     fused: dict[Any, Any] = field(default_factory=dict)  # by the modules that are in one
     made: dict[int, list[Segment]] = field(default_factory=dict)
 
@@ -275,7 +278,8 @@ class Plans:
                 absorbed.add(id(end))
             if kind in CONVOLUTIONS:
                 mixed, adds = kind is MixedConv2d, bool(others)
-                run = self._once(FusedConv2d, first.run, norm, activation, mixed, adds)
+                key = first.run, norm, activation, mixed, adds, self.workspace
+                run = self._once(FusedConv2d, *key)
             else:
                 run = self._once(FusedLinear, first.run, activation, kind is MixedLinear)
             result.append(Step(run, (*first.inputs, *others), end.output))
@@ -318,7 +322,7 @@ class Plans:
         for step in steps:
             kind, after = kind_of(step), only_use.get(step.output)
             if kind in CONVOLUTIONS:
-                run = self._once(TrainedConv2d, step.run, kind is MixedConv2d)
+                run = self._once(TrainedConv2d, step.run, kind is MixedConv2d, self.workspace)
                 step = replace(step, run=run)
             elif kind in LINEARS:
                 step = replace(step, run=self._once(TrainedLinear, step.run, kind is MixedLinear))

@@ -45,6 +45,7 @@ def to_torch(
     data_format: str | None = None,
     share: bool = True,
     checkpoint: bool = False,
+    winograd: bool = False,
 ) -> TorchNetwork:
     """Return a Keras model as a torch network of torch's own modules.
 
@@ -86,6 +87,10 @@ def to_torch(
         checkpoint: in training, keep only what pools put out and compute the activations between
             them again in backward: the same gradients from a fraction of the memory, in up to a
             third more time. Blocks in which a layer runs as Keras runs it are kept whole.
+        winograd: on a CPU, compute 3x3 convolutions and their gradients by Winograd's minimal
+            filtering where that is faster: a step of VGG16 takes three quarters of the time in
+            float32. Outputs and gradients of a layer then differ from Keras's by more than the last
+            bits, by 3e-6 of their size in float32 (6e-7 without) and by 0.5 % in bfloat16 (0.25 %).
 
     Returns:
         The network. It takes the model's inputs one by one, by position or by their names, and
@@ -106,7 +111,7 @@ def to_torch(
     check_data_format(data_format)
     graph = graph_to_read(model, "to_torch")
     _warn_of_penalties(model)
-    network = network_of(graph, model.name, data_format=data_format, share=share)
+    network = network_of(graph, model.name, data_format=data_format, share=share, winograd=winograd)
     if checkpoint:
         network.meta["checkpoint"] = True
     if share:
@@ -140,6 +145,7 @@ def network_of(
     *,
     data_format: str | None = None,
     share: bool = True,
+    winograd: bool = False,
 ) -> TorchNetwork:
     """What `to_torch` returns, for any graph of Keras layers."""
     outer = "keras"
@@ -147,6 +153,8 @@ def network_of(
         outer = "first" if data_format == "channels_first" else "last"
     common = _Common(share)
     network = _Builder(graph, common, outer).build(name)
+    if winograd:
+        network.meta["winograd"] = True
     if share:
         network._ties = common.ties
         for module in network.modules():
