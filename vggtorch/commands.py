@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from pathlib import Path
@@ -143,7 +144,9 @@ def evaluate(
         vt.write_test_report(network, source, found, out)
         print(f"Wrote {visible(out)}.")
     elif out:
-        content: dict[str, Any] = {"images": len(found.labels), **figures}
+        # JSON has no NaN, which the AUROC of one class alone is.
+        numbers = {name: value if math.isfinite(value) else None for name, value in figures.items()}
+        content: dict[str, Any] = {"images": len(found.labels), **numbers}
         content["classes"] = {row.name: row.__dict__ for row in rows}
         content["confusion"] = found.confusion.tolist()
         with files.atomic(out) as temporary:

@@ -18,6 +18,8 @@ from torchvision.datasets import ImageFolder
 
 import vggtorch as vt
 from vggtorch.models import remember_
+from vggtorch.training import settle_config
+from vggtorch.training.advice import planned
 
 PIXELS = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (12, 16, 16, 3), np.uint8))
 LABELS = torch.arange(12) % 3
@@ -51,6 +53,10 @@ def test_values_of_other_weights_are_refused_and_ready_ones_with_noise_are_not(c
     of_minus_1 = PIXELS.float() / 127.5 - 1
     with pytest.raises(ValueError, match="from -1 to 1, which look scaled to -1 to 1; expected"):
         loss(TensorDataset(of_minus_1, LABELS), config, "oxford")
+    normalised = torch.as_tensor(vt.preprocess(PIXELS, "imagenet"))
+    for caffe in ("oxford", "features"):
+        with pytest.raises(ValueError, match="2.64, which look normalised as for 'imagenet'; ex"):
+            loss(TensorDataset(normalised, LABELS), config, caffe)
     oxford = torch.as_tensor(vt.preprocess(PIXELS, "oxford"))
     with pytest.raises(ValueError, match="values from -124 to 151; expected .* from -2.12 to 2.64"):
         loss(TensorDataset(oxford, LABELS), config)
@@ -184,3 +190,25 @@ def test_an_image_that_can_t_be_taken_is_numbered(config):
     for data, kind in ((images, "Dataset"), (iter(images), "stream")):
         with pytest.raises(ValueError, match=f"Image 1 of the {kind} can't be taken: it has float"):
             loss(data, config)
+
+
+def test_settings_of_files_are_said_to_do_nothing_to_a_dataset(config, tmp_path):
+    settings = {"augment": "crop", "label_pattern": "(.)", "validation_split": 0.5}
+    with pytest.warns(UserWarning, match=r"Dataset: augment='crop', label_pattern='\(.\)', valid"):
+        loss(TensorDataset(PIXELS, LABELS), config, **settings)
+    given = {"train": TensorDataset(PIXELS, LABELS), "val": TensorDataset(PIXELS, LABELS)}
+    with pytest.warns(UserWarning, match="^Without effect on a Dataset: on_unreadable='skip'[.] "):
+        loss(given, config, on_unreadable="skip", validation_split=0.5, output_dir=str(tmp_path))
+
+
+def test_the_plan_for_a_dataset_mirrors_and_holds_out_nothing(images):
+    for train, mirrored in (
+        ({"training": str(images)}, True),
+        (ImageFolder(images), False),
+        ({"train": ImageFolder(images)}, False),
+    ):
+        config = settle_config(tiny.network(None), train, None, {})
+        assert (config.augment, config.cache_copies) == (("flip", 2) if mirrored else ("none", 1))
+        assert ("mirror image" in str(config)) is mirrored
+    many = planned(["block5_pool"], 3000, 10, None, {}, are_files=False)
+    assert many.validation_split == 0.2 and "Hold out a tenth" not in str(many)

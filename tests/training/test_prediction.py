@@ -172,6 +172,17 @@ def test_evaluate_scores_the_test_images(run, tmp_path, capsys):
     assert f"{figures['accuracy']:.1%} of 12 right" in page.read_text()
 
 
+def test_figures_that_are_no_number_are_null_in_json(run, tmp_path):
+    table, out = tmp_path / "labels.csv", tmp_path / "figures.json"
+    for i, name in enumerate(tiny.COLOURS):
+        Image.new("RGB", (20, 20), tiny.COLOURS[name]).save(tmp_path / f"{name}.png")
+        row = f"{name}.png,{name},{'test' if i == 0 else 'train'}\n"
+        table.write_text((table.read_text() if i else "path,label,split\n") + row)
+    assert main(["evaluate", str(run), str(table), "-o", str(out)]) == 0
+    figures = json.loads(out.read_text(), parse_constant=lambda name: pytest.fail(name))
+    assert figures["images"] == 1 and figures["AUROC"] is None
+
+
 def test_classes_are_told_by_their_names(run, tmp_path, monkeypatch):
     model = keras.saving.load_model(run / "model.keras")
     folder = tiny.pictures(tmp_path / "data", each=3, seed=9)

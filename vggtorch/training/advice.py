@@ -99,6 +99,12 @@ _CACHED = Reason(
     KERAS,
     {"cache": True, "augment": "flip", "cache_copies": 2, "mixup": 0.0, "cutmix": 0.0},
 )
+_CACHED_PLAIN = Reason(
+    "Run the frozen layers once, on each image.",
+    "What doesn't change needn't be computed in every epoch.",
+    KERAS,
+    {"cache": True, "mixup": 0.0, "cutmix": 0.0},
+)
 _TENTH = Reason(
     "Hold out a tenth of the images, where nothing else validates.",
     "Against a fifth, what is learned from grows by an eighth, which matters more than how finely "
@@ -244,11 +250,14 @@ def planned(
     classes: int,
     similarity: Similarity | None,
     given: Mapping[str, Any],
+    *,
+    are_files: bool = True,
 ) -> Plan:
     """The plan for a model with these layers, in order, under the settings that the user gave.
 
     A model without VGG's blocks is frozen whole, under a head on its last maps. What follows from a
-    setting of the plan goes where the user sets that otherwise.
+    setting of the plan goes where the user sets that otherwise. Of a Dataset, where the images are
+    no files, nothing is mirrored or held out.
     """
     plan = advise(images, classes, similarity)
     needed = {plan.cut, plan.freeze, *(name for _, name in plan.unfreeze)}
@@ -264,6 +273,8 @@ def planned(
         plan = Plan(
             **options, reasons=(frozen, _LEVELS, _CACHED, _LAST, _QUARTERS, _WHOLE, _SMOOTHED)
         )
+    if not are_files:
+        plan = _of_dataset(plan)
     changed = dict(given)
     if "cut" in given and "freeze" not in given:
         # What is decided of all that is kept goes where the user cuts.
@@ -284,3 +295,15 @@ def planned(
         keeps = "cut" not in given and "freeze" not in given
         changed["unfreeze"] = tuple(u for u in plan.unfreeze if keeps and u[0] < epochs)
     return dataclasses.replace(plan, **changed)
+
+
+def _of_dataset(plan: Plan) -> Plan:
+    """The same without what only images in files have done to them here."""
+    reasons = [_CACHED_PLAIN if r is _CACHED else r for r in plan.reasons if r is not _TENTH]
+    return dataclasses.replace(
+        plan,
+        augment=TrainConfig.augment,
+        cache_copies=TrainConfig.cache_copies,
+        validation_split=TrainConfig.validation_split,
+        reasons=tuple(reasons),
+    )

@@ -128,16 +128,21 @@ def _check_ready(images: torch.Tensor, images_as: DataConfig) -> None:
     ]
     span = max(ready) - min(ready)
     scaled = low >= 0 and 0.1 < high <= 1
+    normalised = False
     if span > 20:  # where values are as far apart as pixels are, such near ones are no image
         scaled = scaled or (-1.01 <= low < -0.5 and 0.5 < high <= 1.01)
+        normalised = not scaled and -3 < low < -0.5 and 0.5 < high < 3
     # What is drawn on top, noise say, may reach beyond what pixels become.
     is_far = not (min(ready) - span <= low and high <= max(ready) + span)
-    if scaled or is_far or (low >= 0 and high > max(ready) + 0.01 * span):
+    if scaled or normalised or is_far or (low >= 0 and high > max(ready) + 0.01 * span):
         looks = f", which look scaled to {'0' if low >= 0 else '-1'} to 1" if scaled else ""
+        if normalised:
+            looks = ", which look normalised as for 'imagenet'"
         raise ValueError(
             f"The Dataset gives floating-point images with values from {low:.3g} to {high:.3g}"
             f"{looks}; {expected}, with values from {min(ready):.3g} to {max(ready):.3g}. Leave "
-            f"ToTensor and division by 255 out: uint8 and PIL images are preprocessed here."
+            f"ToTensor, Normalize and division by 255 out: uint8 and PIL images are preprocessed "
+            f"here."
         )
 
 

@@ -19,7 +19,8 @@ from vggtorch.training.folders import images_by_class
 from vggtorch.training.items import label_names
 from vggtorch.training.mixing import mixes
 from vggtorch.training.run import Images, RunData
-from vggtorch.training.splits import find_splits
+from vggtorch.training.splits import as_part, find_splits
+from vggtorch.training.tables import SPLITS, TablePart
 from vggtorch.weight_sets import DataConfig
 
 NAMED = 12  # classes that the first lines list
@@ -53,17 +54,28 @@ def settle_config(
     # A network that ends in feature maps can't classify anything as it is.
     if counts is None or not isinstance(shape, tuple) or len(shape) != 4:
         return TrainConfig(**settings)
-    return planned([layer.name for layer in model.layers], *counts, similarity, settings)
+    layers = [layer.name for layer in model.layers]
+    return planned(layers, *counts, similarity, settings, are_files=_are_files(train))
+
+
+def _training(train: Images) -> Any:
+    """What trains of the data: a part of a dictionary, the training part of a folder or a table."""
+    if isinstance(train, Mapping):
+        return next((part for name, part in train.items() if SPLITS.get(str(name)) == "train"), {})
+    return find_splits(Path(train)).train if isinstance(train, str | Path) else train
+
+
+def _are_files(train: Images) -> bool:
+    return isinstance(_training(train), str | Path | TablePart)
 
 
 def _counts(train: Images, pattern: str | None) -> tuple[int, int] | None:
     """How many images and classes there are to learn from; None where the data doesn't say."""
-    if isinstance(train, str | Path):
-        counts = images_by_class(find_splits(Path(train)).train, pattern)
+    part = _training(train)
+    if isinstance(part, str | Path | TablePart):
+        counts = images_by_class(as_part(part), pattern)
         return sum(counts.values()), len(counts)
-    if isinstance(train, Mapping):
-        train = train.get("train", train)
-    dataset = getattr(train, "dataset", train)
+    dataset = getattr(part, "dataset", part)
     classes = label_names(dataset)
     return (len(dataset), len(classes)) if classes and hasattr(dataset, "__len__") else None
 

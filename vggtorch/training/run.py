@@ -92,6 +92,7 @@ def read_data(
             stacklevel=4,
         )
     _check_names(splits.train, validating, splits.test, config)
+    _tell_unused(splits.train, validating, splits.test, config)
     training, plan = read(splits.train, config.augment)
     if isinstance(training, Folder) and config.augment == "none" and config.cache_copies > 1:
         raise ValueError(
@@ -129,6 +130,23 @@ def _check_names(training: Any, validation: Any, test: Any, config: TrainConfig)
             _check_classes(tuple(known), tuple(counted(part)), name, may_lack=are_files)
     if validation is None and isinstance(training, str | Path | TablePart):
         data.check_hold_out(known, config.validation_split)
+
+
+def _tell_unused(training: Any, validation: Any, test: Any, config: TrainConfig) -> None:
+    """Warn of settings for images in files, where the images are no files."""
+    are_files = [isinstance(p, str | Path | TablePart) for p in (training, validation, test)]
+    names = [] if are_files[0] else ["augment"]
+    names += [] if any(are_files) else ["label_pattern", "on_unreadable"]
+    names += [] if are_files[0] or validation is not None else ["validation_split"]
+    given = [n for n in names if getattr(config, n) != getattr(TrainConfig, n)]
+    if given:
+        warnings.warn(
+            f"Without effect on a Dataset: "
+            f"{', '.join(f'{name}={getattr(config, name)!r}' for name in given)}. It augments "
+            f"images itself (torchvision.transforms.v2), has labels of its own, and is split by "
+            f"torch.utils.data.random_split.",
+            stacklevel=5,
+        )
 
 
 def _tell_of_repeats(training: Any, other: Any, name: str) -> None:
