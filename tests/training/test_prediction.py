@@ -77,6 +77,7 @@ def test_predict_writes_a_row_for_each_image_and_passes_over_what_it_cant_read(
     rows = list(csv.DictReader(table.open()))
     found = [json.loads(line) for line in lines.read_text().splitlines()]
     assert len(rows) == len(found) == 9
+    assert [row["path"] for row in rows] == sorted(row["path"] for row in rows)
     model = keras.saving.load_model(run / "model.keras")
     names = vt.data_config(model).label_names
     for row in rows:
@@ -286,6 +287,8 @@ def test_the_nearest_images_look_alike(run, tmp_path):
     assert [matches[0][0] for matches in table.nearest(table.values, k=1)] == list(table.paths)
     with pytest.raises(ValueError, match=r"shape \(1, 3\); expected \(N, 4\)"):
         table.nearest(np.zeros((1, 3)))
+    with pytest.raises(ValueError, match="queries with NaN or infinite values"):
+        table.nearest(np.full((1, 4), np.nan))
 
 
 def test_a_folder_of_something_else_is_not_written_into(run, photos):

@@ -181,8 +181,8 @@ class TrainConfig:
         for metric in self.metrics:
             if metric not in METRICS:
                 raise ValueError(
-                    f"Received metrics={metric!r}; expected some of {', '.join(METRICS)}. (Figures "
-                    f"of your own come by a vt.Callback.)"
+                    f"Received metrics={metric!r}; expected some of {', '.join(METRICS)}. "
+                    f"(vt.Callback adds figures of your own.)"
                 )
         for name in ("optimizer", "schedule"):
             made = getattr(self, name)

@@ -222,7 +222,7 @@ class FeatureTable:
             k: how many; all where there are fewer.
 
         Raises:
-            ValueError: another number of features, or k below 1.
+            ValueError: another number of features, NaN among them, or k below 1.
 
         Example:
             >>> import numpy as np
@@ -236,6 +236,8 @@ class FeatureTable:
             raise ValueError(
                 f"Received queries of shape {queries.shape}; expected (N, {self.values.shape[1]})."
             )
+        if not np.isfinite(queries).all():
+            raise ValueError("Received queries with NaN or infinite values; expected numbers.")
         if k < 1:
             raise ValueError(f"Received k={k}; expected 1 or more.")
         cosine = _unit(queries) @ _unit(self.values).T

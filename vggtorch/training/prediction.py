@@ -36,6 +36,7 @@ from vggtorch.weight_sets import DataConfig
 class Batch(NamedTuple):
     """Images that were read, ready for the model, and why others could not be."""
 
+    asked: Sequence[Path]
     paths: list[Path]
     images: np.ndarray
     problems: list[tuple[Path, str]]
@@ -100,7 +101,7 @@ def batches(model: keras.Model, paths: Sequence[Path], batch_size: int) -> Itera
                 except (OSError, ValueError) as error:
                     reason = files.first_line(error).removeprefix("Can't read ")
                     problems.append((path, reason))
-            yield Batch(good, np.concatenate(arrays) if arrays else np.zeros(0), problems)
+            yield Batch(chunk, good, np.concatenate(arrays) if arrays else np.zeros(0), problems)
 
 
 def _check_model(model: Any) -> None:
@@ -160,13 +161,13 @@ def predict_files(
     labels = labels or data_config(model).label_names or None
     shares = keras.ops.softmax if ends_in_logits(model) else keras.ops.convert_to_tensor
     for batch in batches(model, image_files(images), batch_size):
+        found = {path: Prediction(path, [], problem) for path, problem in batch.problems}
         if batch.paths:
             outputs = shares(model.predict_on_batch(batch.images))
             best = decode_predictions(keras.ops.convert_to_numpy(outputs), top, labels)
             for path, classes in zip(batch.paths, best, strict=True):
-                yield Prediction(path, [(name, share) for _, name, share in classes])
-        for path, problem in batch.problems:
-            yield Prediction(path, [], problem)
+                found[path] = Prediction(path, [(name, share) for _, name, share in classes])
+        yield from (found[path] for path in batch.asked)
 
 
 def write_predictions(found: Iterable[Prediction], path: str | Path) -> list[Prediction]:
@@ -283,6 +284,8 @@ def evaluate_folder(
     """
     if batch_size < 1:
         raise ValueError(f"Received batch_size={batch_size}; expected 1 or more.")
+    if num_workers < 0:
+        raise ValueError(f"Received num_workers={num_workers}; expected a whole number from 0.")
     if on_unreadable not in ("skip", "stop"):
         raise ValueError(f"Received on_unreadable={on_unreadable!r}; expected 'skip' or 'stop'.")
     _check_model(model)
