@@ -1,3 +1,5 @@
+from typing import Any
+
 import keras
 import numpy as np
 import pytest
@@ -147,11 +149,26 @@ def test_preprocess_for_a_model_with_its_preprocessing_inside_keeps_the_values()
         (np.full((4, 4, 3), np.nan), "imagenet", "values from nan"),
         (PHOTOS[0] / 255.0, "imagenet", "look scaled to 0 to 1"),
         ([PHOTOS[0], PHOTOS[0][:9]], "imagenet", "different sizes .* Pass size=224"),
+        (np.array([["cat"]], object), "imagenet", "of dtype object; expected uint8 or float"),
+        (np.ma.masked_equal(PHOTOS[0], 0), "imagenet", "a masked array; expected one without"),
+        ("https://a.b/cat.jpg", "imagenet", "https://a.b/cat.jpg: it is an address, not a file"),
     ],
 )
 def test_what_cannot_be_right_is_refused(images, weights, message):
     with pytest.raises(ValueError, match=message):
         preprocess(images, weights)
+
+
+@pytest.mark.parametrize("size", [0, -1, 8.5, "8", True, (8,), (8, 9, 3), (8, 0)])
+def test_a_size_is_one_whole_number_or_two(size):
+    with pytest.raises(
+        ValueError, match=r"Received size=.*; expected a whole number from 1, or he"
+    ):
+        preprocess(PHOTOS[0], "imagenet", size=size)
+    with pytest.raises(ValueError, match="size=100000; expected at most 134,217,728 pixels"):
+        preprocess(PHOTOS[0], "imagenet", size=100_000)
+    eight: Any = np.int64(8)
+    assert preprocess(PHOTOS[0], "imagenet", size=eight).shape == (1, 8, 8, 3)
 
 
 def test_decode_predictions():

@@ -193,7 +193,7 @@ def test_an_image_that_can_t_be_taken_is_numbered(config):
 
 
 def test_settings_of_files_are_said_to_do_nothing_to_a_dataset(config, tmp_path):
-    settings = {"augment": "crop", "label_pattern": "(.)", "validation_split": 0.5}
+    settings: dict[str, Any] = {"augment": "crop", "label_pattern": "(.)", "validation_split": 0.5}
     with pytest.warns(UserWarning, match=r"Dataset: augment='crop', label_pattern='\(.\)', valid"):
         loss(TensorDataset(PIXELS, LABELS), config, **settings)
     given = {"train": TensorDataset(PIXELS, LABELS), "val": TensorDataset(PIXELS, LABELS)}

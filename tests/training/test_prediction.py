@@ -335,6 +335,10 @@ def test_one_image_needs_no_list_and_what_is_no_path_is_refused(run, photos):
     assert image.path == photos / "blue" / "0.png" and image.classes
     with pytest.raises(ValueError, match="Received a ndarray; expected the path of an image"):
         list(vt.predict_files(model, [np.zeros((4, 4, 3))]))  # type: ignore[list-item]
+    with pytest.raises(ValueError, match="Received a Image; expected the path of an image"):
+        list(vt.predict_files(model, Image.new("RGB", (4, 4))))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="Received a TensorDataset; expected the path of a folder"):
+        vt.evaluate_folder(model, tiny.dataset())  # type: ignore[arg-type]
     for ask in (
         lambda: list(vt.predict_files("run", [])),
         lambda: vt.evaluate_folder("run", photos),

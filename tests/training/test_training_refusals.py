@@ -74,3 +74,10 @@ def test_unreadable_images_are_skipped_if_asked(config, tmp_path):
         finetune(tiny.network(), folder, config=config)
     with pytest.warns(UserWarning, match="They are left out"):
         finetune(tiny.network(), folder, config=dataclasses.replace(config, on_unreadable="skip"))
+
+
+def test_a_configuration_in_another_place_or_form_is_refused(images, config):
+    with pytest.raises(ValueError, match="a TrainConfig as data. Pass it by its name: config="):
+        finetune(tiny.network(), images, config, output_dir=config.output_dir)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"config=\{'epochs': 1\}; expected a TrainConfig, or"):
+        finetune(tiny.network(), images, config={"epochs": 1})  # type: ignore[arg-type]

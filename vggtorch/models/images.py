@@ -7,6 +7,7 @@ Of a file with several frames the first is read. Colour profiles are not applied
 
 from __future__ import annotations
 
+import re
 import stat
 import threading
 from collections.abc import Iterator
@@ -97,6 +98,8 @@ def read_image(path: str | PathLike, gate: PixelGate | None = None) -> Image.Ima
         ValueError: it isn't an image, is damaged, has more than `MAX_PIXELS` pixels, or has values
             whose range can't be known.
     """
+    if re.match(r"[a-z]+://", str(path)):
+        raise ValueError(f"Can't read {path}: it is an address, not a file. Download it first.")
     path = Path(path)
     if "\0" in str(path):
         raise ValueError(f"Can't read {str(path)!r}: a file's name holds no null character.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral
 from os import PathLike
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from PIL import Image
 
 from vggtorch.models.fitting import Size, fitted, fitted_arrays
-from vggtorch.models.images import read_image, to_rgb
+from vggtorch.models.images import MAX_PIXELS, read_image, to_rgb
 from vggtorch.models.memory import PREPROCESSING_SUFFIX, data_config
 from vggtorch.weight_sets import WEIGHT_SETS, DataConfig, WeightSet, weight_set_named
 
@@ -86,9 +87,7 @@ def preprocess(
         config = weights if isinstance(weights, DataConfig) else DataConfig(weights)
     if config.weight_set is None and not config.preprocessing_inside:
         raise ValueError(_unknown(weights))
-    wanted = config.size if size is None else (size, size) if isinstance(size, int) else size
-    if wanted is not None and min(wanted) < 1:
-        raise ValueError(f"Received size={size!r}; expected a whole number from 1.")
+    wanted = config.size if size is None else _checked_size(size)
     items = images if isinstance(images, list | tuple) else [images]
     if not items:
         raise ValueError("Received an empty list; expected at least one image.")
@@ -103,6 +102,21 @@ def preprocess(
     if config.arithmetic is not None:
         batch = _normalise(batch, config.arithmetic)
     return batch if any(isinstance(item, torch.Tensor) for item in items) else batch.numpy()
+
+
+def _checked_size(size: Any) -> Size:
+    """Height and width from what a user gives as a size."""
+    pair = tuple(size) if isinstance(size, list | tuple) else (size, size)
+    are_whole = all(
+        isinstance(e, Integral) and not isinstance(e, bool) and int(e) > 0 for e in pair
+    )
+    if not are_whole or len(pair) != 2:
+        raise ValueError(
+            f"Received size={size!r}; expected a whole number from 1, or height and width."
+        )
+    if pair[0] * pair[1] > MAX_PIXELS:
+        raise ValueError(f"Received size={size!r}; expected at most {MAX_PIXELS:,} pixels.")
+    return int(pair[0]), int(pair[1])
 
 
 def _unknown(weights: DataConfig | keras.Model | None) -> str:
@@ -129,6 +143,10 @@ def _checked_array(image: Any) -> torch.Tensor:
         raise ValueError(
             f"Received {type(image).__name__}; expected a path, a PIL image, an array or a tensor."
         )
+    if isinstance(image, np.ma.MaskedArray) and np.ma.is_masked(image):
+        raise ValueError("Received a masked array; expected one without a mask (`.filled(255)`).")
+    if isinstance(image, np.ndarray) and image.dtype.kind not in "biufc":
+        raise ValueError(f"Received images of dtype {image.dtype}; expected uint8 or float.")
     # torch takes arrays with positive strides that it may write to; others are copied.
     tensor = torch.as_tensor(
         np.require(image, requirements=["C", "W"]) if isinstance(image, np.ndarray) else image

@@ -47,6 +47,11 @@ def settle_config(
             hint = f" Perhaps {near[0]}?" if near else f" Expected {', '.join(sorted(known))}."
             raise ValueError(f"Received {name}={settings[name]!r}, which is no setting.{hint}")
     if config is not None:
+        if not isinstance(config, TrainConfig):
+            raise ValueError(
+                f"Received config={config!r}; expected a TrainConfig, or settings by their names: "
+                f"epochs=5, say."
+            )
         return dataclasses.replace(config, **settings)
     shape = model.output_shape
     pattern = settings.get("label_pattern")

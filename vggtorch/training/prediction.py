@@ -61,7 +61,9 @@ def image_files(given: str | Path | Iterable[str | Path]) -> list[Path]:
         ValueError: a folder without images, or a pattern or a name that nothing matches.
     """
     found: list[Path] = []
-    given = [given] if isinstance(given, str | os.PathLike) else list(given)
+    if isinstance(given, str | os.PathLike) or not isinstance(given, Iterable):
+        given = [given]
+    given = list(given)
     check_images(given)
     for one in given:
         path = Path(one)
@@ -289,6 +291,11 @@ def evaluate_folder(
     if on_unreadable not in ("skip", "stop"):
         raise ValueError(f"Received on_unreadable={on_unreadable!r}; expected 'skip' or 'stop'.")
     _check_model(model)
+    if not isinstance(folder, str | os.PathLike):
+        raise ValueError(
+            f"Received a {type(folder).__name__}; expected the path of a folder or a table. (What "
+            f"is in memory goes through vt.preprocess into model.evaluate.)"
+        )
     part = test_part(Path(folder))
     config = data_config(model)
     _check_known(model, config, tuple(images_by_class(part, label_pattern)), part)

@@ -81,6 +81,11 @@ def read_data(
             )
         return data.as_source(given, config.seed, config.batch_size, images)
 
+    for given in (train, validation):
+        if isinstance(given, TrainConfig):
+            raise ValueError(
+                f"Received a {type(given).__name__} as data. Pass it by its name: config=..."
+            )
     splits = _splits(train)
     validating = splits.validation if validation is None else validation
     if validating is not splits.validation is not None:
