@@ -25,11 +25,8 @@ def run(code, *options, cwd=ROOT, **environment):
     )
 
 
-TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-
-
-def run_on_two(script, *arguments, launcher=()):
-    """Run a script as two processes, by `TORCHRUN` or its own `as_two`; what it prints."""
+def run_on_two(script, *arguments):
+    """Run a script that is two processes by `as_two`; what it prints."""
     folders = [
         ROOT,
         ROOT / "tests",
@@ -37,7 +34,7 @@ def run_on_two(script, *arguments, launcher=()):
         *os.environ.get("PYTHONPATH", "").split(os.pathsep),
     ]
     result = subprocess.run(
-        [sys.executable, *launcher, script, *arguments],
+        [sys.executable, script, *arguments],
         env=os.environ
         | {
             "PYTHONPATH": os.pathsep.join(map(str, folders)),

@@ -17,6 +17,7 @@ from vggtorch import cli, models, weights
 from vggtorch.cli import main
 
 
+@pytest.mark.slow
 @pytest.mark.network
 def test_convert_prints_what_it_mapped(tmp_path, capsys):
     with_names = tmp_path / "oxford.safetensors"

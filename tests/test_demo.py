@@ -18,6 +18,7 @@ def vgg_model():
     return vt.VGG16(weights="oxford", include_top=False, input_shape=(160, 160, 3))
 
 
+@pytest.mark.slow
 @pytest.mark.network
 def test_create_a_new_network_with_bottom_layers_taken_from_vgg(vgg_model):
     layer_dict = {layer.name: layer for layer in vgg_model.layers}

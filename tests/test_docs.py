@@ -28,6 +28,7 @@ def test_every_block_runs_in_order(page, tmp_path, monkeypatch):
     assert run_blocks(page)
 
 
+@pytest.mark.slow
 def test_the_page_of_commands_has_the_help_of_each(monkeypatch):
     monkeypatch.syspath_prepend(DOCS)
     import building

@@ -119,6 +119,7 @@ def test_a_damaged_model(kept, place, capsys, command):
             refused(arguments, capsys, "m.keras")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["inspect", "export", "predict"])
 def test_a_hostile_configuration(kept, place, capsys, command):
     path = place / "m.keras"
@@ -194,6 +195,7 @@ class Killed(torch.utils.data.TensorDataset):
         return super().__getitem__(index)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="needs a signal that kills")
 @pytest.mark.parametrize(
     ("name", "message"),
@@ -219,6 +221,7 @@ def test_a_dataset_of_nothing(tmp_path):
         finetune(tiny.network(), loader, config=config)
 
 
+@pytest.mark.slow
 def test_a_legacy_model_that_is_damaged(place, capsys):
     keras.saving.save_model(tiny.network(), "m.h5")
     content = Path("m.h5").read_bytes()

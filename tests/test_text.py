@@ -99,6 +99,7 @@ def named(tmp_path_factory):
     return history, folder
 
 
+@pytest.mark.slow
 def test_any_name_of_a_class_survives_a_run(named):
     history, folder = named
     expected = sorted([*NAMES, "blue", "green", "red"])

@@ -59,6 +59,7 @@ def test_interrupted_it_says_how_to_go_on(folder, capsys, monkeypatch):
     assert out.exists()
 
 
+@pytest.mark.slow
 def test_ctrl_c_is_never_silent(monkeypatch, capsys):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
@@ -68,6 +69,7 @@ def test_ctrl_c_is_never_silent(monkeypatch, capsys):
     assert capsys.readouterr().err == "vggtorch: interrupted\n"
 
 
+@pytest.mark.slow
 def test_what_it_refuses_it_says_in_words_of_options(folder, capsys):
     model, photos = str(folder / "model.keras"), str(folder / "photos")
     empty = folder / "empty"

@@ -51,6 +51,7 @@ def mobile(size: int | None = 32) -> keras.Model:
     return model
 
 
+@pytest.mark.slow
 def test_channels_are_deleted_through_depthwise_layers_but_not_through_what_is_kept():
     model = mobile()
     shown = split(model, images(20, 32), 0)

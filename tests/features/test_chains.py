@@ -95,6 +95,7 @@ def test_values_and_gradients_are_torchs(taps, dtype, runs):
         assert off(mine, exactly) < 4 * off(theirs, exactly) + 1e-6
 
 
+@pytest.mark.slow
 def test_pretrained_layers_keep_little_and_give_the_same(runs):
     vgg = vt.VGG16(weights=None, include_top=False)
     extractor = vt.FeatureExtractor(

@@ -66,6 +66,7 @@ def test_the_gradient_is_finite_where_there_are_no_features(vgg, peer):
     assert torch.isfinite(gradient).all()
 
 
+@pytest.mark.slow
 def test_other_linear_layers_and_networks_are_taken_or_refused(vgg, images, tmp_path):
     own = {f"lin{i}.model.1.weight": torch.rand(1, width, 1, 1)
            for i, width in enumerate((64, 128, 256, 512, 512))}  # fmt: skip

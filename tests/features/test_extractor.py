@@ -198,6 +198,7 @@ def test_the_gradient_of_a_frozen_pool_is_torchs(window, size, layout):
     assert torch.equal(gradients[0], gradients[1])
 
 
+@pytest.mark.slow
 def test_gradients_of_gradients_and_of_nan_are_torchs(vgg, images):
     extractor = vt.FeatureExtractor(vgg, ["relu3_1"], normalization="imagenet")
     found = []
@@ -247,6 +248,7 @@ def test_hooks_adapters_and_replaced_layers_are_seen_in_backward_too(vgg, images
     close(x.grad, y.grad)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trainable", [False, True])
 def test_checkpointing_gives_the_same_from_less_that_is_kept(vgg, images, trainable):
     saved, found = [], []
@@ -265,6 +267,7 @@ def test_checkpointing_gives_the_same_from_less_that_is_kept(vgg, images, traina
     assert saved[1] < saved[0] / (4 if trainable else 2)
 
 
+@pytest.mark.slow
 def test_bfloat16_autocast_copies_and_pickles(vgg, images):
     extractor = vt.FeatureExtractor(vgg, ["relu3_3"], normalization="imagenet", checkpoint=True)
     expected = extractor(images)["relu3_3"]

@@ -16,6 +16,7 @@ def extractor(vgg):
     return vt.FeatureExtractor(vgg, TAPS, normalization="imagenet")
 
 
+@pytest.mark.slow
 def test_each_term_is_what_johnson_and_gatys_define(extractor, images):
     style, content = torch.rand(1, 3, 40, 40), images.flip(0)
     loss = vt.PerceptualLoss(extractor, {"relu2_2": 2.0}, {"relu1_2": 3.0, "relu3_3": 5.0}, 1e-4)
@@ -46,6 +47,7 @@ def test_total_variation_is_that_of_torchmetrics(images):
     torch.testing.assert_close(total_variation(images), expected)
 
 
+@pytest.mark.slow
 def test_gradients_pull_an_image_towards_its_targets(extractor, images):
     loss = vt.PerceptualLoss(extractor, {"relu2_2": 1}, {"relu1_2": 1})
     targets = loss.targets(images[:1], images[1:])

@@ -41,6 +41,7 @@ def pointers(extractor):
     return {p.data_ptr() for p in extractor.network.parameters()}
 
 
+@pytest.mark.slow
 def test_nested_models_and_layers_around_them_in_one_pass(vgg, images):
     model = call(vgg)
     taps = ["vgg16", "vgg16/block5_pool", "outer_logits"]
@@ -50,6 +51,7 @@ def test_nested_models_and_layers_around_them_in_one_pass(vgg, images):
     torch.testing.assert_close(values["outer_logits"], expected)
 
 
+@pytest.mark.slow
 def test_a_name_in_several_nested_models_is_refused_with_the_full_names(vgg, images):
     other = keras.models.clone_model(vgg)
     other.name = "other"

@@ -10,7 +10,8 @@ WITHOUT_GROUPS = (
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Run each test a second time with one image in each group, which small images never need."""
-    if not metafunc.module.__name__.split(".")[-1].startswith(WITHOUT_GROUPS):
+    once = metafunc.definition.get_closest_marker("once") is not None
+    if not (once or metafunc.module.__name__.split(".")[-1].startswith(WITHOUT_GROUPS)):
         ids = ["batch", "groups_of_one"]
         metafunc.parametrize("group_bytes", [None, 1], ids=ids, indirect=True)
 

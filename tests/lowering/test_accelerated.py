@@ -60,6 +60,7 @@ def test_accelerated_runs_the_lowered_module() -> None:
     assert (FUSED in ran) == kernels.has_fused_ops(x, x.dtype)
 
 
+@pytest.mark.once
 @pytest.mark.slow
 def test_accelerated_compiled() -> None:
     _, expected = trained(accelerated=False, dropout=0.0)

@@ -34,6 +34,7 @@ def both_train(
         assert (actual - expected).norm() <= tolerance * expected.norm()
 
 
+@pytest.mark.once
 @pytest.mark.slow
 @pytest.mark.parametrize("checkpoint", [False, True])
 def test_vgg_with_batch_norm_trains_at_its_own_size(one_thread: None, checkpoint: bool) -> None:

@@ -40,6 +40,7 @@ def vgg(batch_norm: bool, size: int = 32) -> keras.Model:
     return randomise(vt.VGG11(weights=None, input_shape=(size, size, 3), batch_norm=batch_norm))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [small_vgg, lambda: vgg(False), lambda: vgg(True)])
 def test_it_answers_as_the_torch_network_does_bit_for_bit(make: Callable[[], keras.Model]) -> None:
     model = make()
@@ -185,6 +186,7 @@ def test_a_product_takes_the_dtype_of_its_weight_alone() -> None:
         torch.testing.assert_close(engine(x), model(x))
 
 
+@pytest.mark.once
 @needs_onednn
 @pytest.mark.slow
 def test_at_real_size_winograd_differs_in_the_last_bits_alone() -> None:

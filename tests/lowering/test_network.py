@@ -55,6 +55,7 @@ def relative(a, b):
 # What it is
 
 
+@pytest.mark.slow
 def test_children_are_torchs_own_classes_under_the_layers_names():
     network = to_torch(vgg())
     assert isinstance(network, torch.fx.GraphModule)
@@ -87,6 +88,7 @@ def test_batch_norm_is_torchs_with_statistics_as_buffers():
     assert not any("running" in name or "moving" in name for name in names)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("data_format", [None, "channels_last", "channels_first"])
 def test_vgg_is_bit_identical_to_keras_in_either_layout(data_format):
     model, x = vgg(include_top=False, size=64), images(size=64)
@@ -99,6 +101,7 @@ def test_vgg_is_bit_identical_to_keras_in_either_layout(data_format):
     assert torch.equal(received, expected)
 
 
+@pytest.mark.slow
 def test_training_with_batch_norm_moves_the_statistics_as_keras_does():
     model = vgg(batch_norm=True, include_top=False)
     twin = keras.models.clone_model(model)

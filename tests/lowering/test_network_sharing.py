@@ -191,6 +191,7 @@ def test_a_weight_in_two_places_stays_one_or_parts(both: bool) -> None:
         assert (dense.kernel.value == before).all()
 
 
+@pytest.mark.slow
 def test_copies_of_a_child_leave_keras_alone() -> None:
     model = model_of()
     before, network = model.get_weights(), vt.to_torch(model)

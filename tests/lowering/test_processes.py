@@ -9,6 +9,7 @@ from small_vgg import assert_close, images, on_keras, small_vgg
 pytestmark = pytest.mark.slow
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("training", [True, False])
 def test_no_graph_breaks(training: bool) -> None:
     model = small_vgg()

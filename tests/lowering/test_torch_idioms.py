@@ -273,6 +273,7 @@ class Backend:
         return graph.forward
 
 
+@pytest.mark.slow
 def test_a_network_that_is_compiled_in_place_runs_compiled(network: Any, x: torch.Tensor) -> None:
     backend = Backend()
     expected = network(x)
@@ -411,6 +412,7 @@ def test_scripting_says_why_not(network: Any) -> None:
         torch.jit.script(to_torch(with_lstm()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strict", [False, True])
 def test_exported_by_hand(network: Any, x: torch.Tensor, strict: bool) -> None:
     sizes = ({0: torch.export.Dim("batch")},)

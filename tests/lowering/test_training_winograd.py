@@ -181,6 +181,7 @@ def test_other_convolutions_and_dtypes_are_computed_as_ever(counts: Counts) -> N
     assert counts.convolve == counts.weight_gradient == 0
 
 
+@pytest.mark.once
 @pytest.mark.slow
 def test_at_real_size_a_step_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every block but the first, of a batch of 8, goes Winograd's way by its own limits."""

@@ -62,6 +62,7 @@ def test_a_drawing_marks_what_a_surgery_changed(vgg, replaced):
     assert set(boxes(draw(vgg)).values()) == {"kept"}
 
 
+@pytest.mark.slow
 def test_a_drawing_has_every_edge_and_no_box_on_another():
     model = keras.applications.MobileNetV2(weights=None, input_shape=(32, 32, 3))
     root = ElementTree.fromstring(draw(model, fold=False))

@@ -202,6 +202,7 @@ def without_names(path: Path) -> None:
         file.visititems(lambda _, member: member.attrs.pop("name", None) and None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("build", [images, nested])
 def test_layers_without_names_have_the_place_that_keras_gives_them(
     tmp_path: Path, build: Callable[[], keras.Model]
@@ -261,6 +262,7 @@ def flat_and_nested(inside: str = "vgg") -> tuple[keras.Model, keras.Model]:
     return vt.flatten(whole), whole
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["keras", "h5", "weights.h5", "safetensors", "pth"])
 def test_a_flat_models_file_goes_into_one_with_nested_models_and_back(
     tmp_path: Path, form: str

@@ -97,6 +97,7 @@ def test_weights_survive_saving_and_loading(small, ending, images, tmp_path):
         assert torch.equal(again(images), small(images))
 
 
+@pytest.mark.slow
 def test_the_weight_set_survives_saving_and_loading(small, tmp_path):
     path = tmp_path / "small.safetensors"
     vt.save_weights(remember_(keras.models.clone_model(small), "features"), path)
@@ -140,6 +141,7 @@ def test_preprocessing_inside_equals_preprocessing_outside(name, small, images, 
     torch.testing.assert_close(received, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_layers_before_an_input_tensor_keep_their_values(small, tmp_path):
     path = tmp_path / "small.pth"
     vt.save_weights(small, path)
@@ -173,6 +175,7 @@ def test_dropout_stands_after_fc1_and_fc2():
     assert model.get_layer("fc2_dropout").rate == 0.5
 
 
+@pytest.mark.slow
 def test_channels_first_models_take_the_same_weights(small, images):
     keras.config.set_image_data_format("channels_first")
     try:
@@ -215,6 +218,7 @@ def test_a_model_with_layers_of_its_own_loads_what_it_saved(tmp_path):
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.slow
 def test_nothing_is_loaded_unless_everything_fits(small, tmp_path):
     path = tmp_path / "small.pth"
     vt.save_weights(small, path)
@@ -265,6 +269,7 @@ def test_a_file_without_a_classifier_never_gives_a_random_top(small, tmp_path):
         vt.VGG16(weights=path)
 
 
+@pytest.mark.slow
 def test_a_nested_network_is_pointed_out(small, tmp_path):
     path = tmp_path / "small.pth"
     vt.save_weights(small, path)

@@ -60,6 +60,7 @@ def test_a_batch_norm_between_convolution_and_activation():
     equal(raw_value(result.get_layer("block2_conv1").kernel), raw_value(old.kernel))
 
 
+@pytest.mark.slow
 def test_lists_on_both_sides_in_their_order():
     model = vgg11()
     names = ["block3_conv1", "block3_conv2", "block3_pool", "block4_conv1"]

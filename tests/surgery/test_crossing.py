@@ -194,6 +194,7 @@ def test_what_starts_behind_a_layer_forgets_the_weight_set(make):
     assert weight_set(model) == "oxford"
 
 
+@pytest.mark.slow
 def test_what_starts_with_the_image_remembers():
     model = short()
     assert weight_set(truncate(model, "block2_pool", start=model.layers[0].name)) == "oxford"
@@ -201,6 +202,7 @@ def test_what_starts_with_the_image_remembers():
         assert weight_set(truncate(around(), "flat", start=start)) == "oxford"
 
 
+@pytest.mark.slow
 def test_new_layers_before_all_others_give_the_weight_set_up():
     model = short()
     first = model.layers[0].name

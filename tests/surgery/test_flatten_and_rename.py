@@ -154,6 +154,7 @@ def test_renamed_models_load_what_they_save(tmp_path):
     equal(run(both, [x, x]), y)
 
 
+@pytest.mark.slow
 def test_layers_that_the_user_renamed_have_names_that_load(tmp_path):
     """keras#5540: `layer.name = ...` leaves the variables' paths as they were."""
     model = shake_(flatten(outer()))

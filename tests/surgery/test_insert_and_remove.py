@@ -82,6 +82,7 @@ def test_nested_models_are_copied_with_all_that_is_in_them():
     same_snapshot(before, snapshot(model))
 
 
+@pytest.mark.slow
 def test_graphs_deeper_than_the_stack_of_python():
     inputs = x = keras.Input((2,))
     for n in range(300):

@@ -50,6 +50,7 @@ def by_hand(*layers):
     return x
 
 
+@pytest.mark.slow
 def test_gru_for_lstm_behind_a_mask(tmp_path):
     for model in again(recurrent(), tmp_path):
         before = snapshot(model)
@@ -66,6 +67,7 @@ def test_gru_for_lstm_behind_a_mask(tmp_path):
         equal(run(clone, NUMBERS), expected)
 
 
+@pytest.mark.slow
 def test_what_is_kept_has_its_names_and_computes_the_same(tmp_path):
     for model in again(recurrent(), tmp_path):
         new = (
@@ -77,6 +79,7 @@ def test_what_is_kept_has_its_names_and_computes_the_same(tmp_path):
         assert set(operations(result)) <= {*operations(model), new.name}
 
 
+@pytest.mark.slow
 def test_a_mask_that_belongs_to_what_was_replaced_goes_with_it(tmp_path):
     """A convolution shortens the sequence and hands no mask on, in Keras and so in surgery."""
     for model in again(recurrent(), tmp_path):
@@ -96,6 +99,7 @@ def test_a_mask_that_belongs_to_what_was_replaced_goes_with_it(tmp_path):
         assert not any("not_equal" in name for name in operations(replace(model, "e", bare)))
 
 
+@pytest.mark.slow
 def test_removal_of_layers_that_read_a_mask_and_that_make_one(tmp_path):
     model = text(
         kl.LSTM(8, return_sequences=True, name="l1"),
@@ -123,6 +127,7 @@ def test_removal_of_layers_that_read_a_mask_and_that_make_one(tmp_path):
     assert not torch.allclose(run(result, x), run(masking, x))
 
 
+@pytest.mark.slow
 def test_attention_joins_and_states(tmp_path):
     tokens = keras.Input((7,), dtype="int32", name="tokens")
     x = kl.Embedding(10, 8, mask_zero=True, name="e")(tokens)

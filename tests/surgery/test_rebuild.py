@@ -77,6 +77,7 @@ def test_results_stay_on_the_device_of_their_input():
         assert {str(v._value.device) for v in result.variables} == {device}
 
 
+@pytest.mark.slow
 def test_operations_masks_and_layers_of_many_kinds():
     class Custom(kl.Layer):
         """Keeps tensors wherever torch and Keras let a layer keep them."""
@@ -175,6 +176,7 @@ def test_policies_regularisers_constraints_and_flags_are_kept(regularizer):
     equal(run(remove(result, "identity"), x), run(model, x))
 
 
+@pytest.mark.slow
 def test_layers_that_were_changed_after_they_were_made():
     """LoRA, int8 and layers unfrozen in a frozen model are part of what is kept."""
     inputs = keras.Input((6,))

@@ -14,6 +14,7 @@ from vggtorch.surgery import replace
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
+@pytest.mark.slow
 def test_replace_by_a_copy_gives_the_same():
     model, x = vgg()
     old = model.get_layer("block2_conv1")
@@ -48,6 +49,7 @@ def test_replace_by_the_composition_of_a_linear_chain_changes_nothing():
     torch.testing.assert_close(run(result, x), run(model, x), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_replace_with_distillation_comes_closer_than_without():
     model, x = linear_chain(), images(16, 40)
     names, shown = ["one", "two"], np.asarray(x)

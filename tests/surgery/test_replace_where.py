@@ -28,6 +28,7 @@ def average(layer):
     return kl.AveragePooling2D(layer.pool_size, layer.strides, name=layer.name)
 
 
+@pytest.mark.slow
 def test_all_max_pools_become_average_pools():
     model = vgg()
     before = snapshot(model)

@@ -23,6 +23,7 @@ def test_weight_set_and_class_are_carried_on():
     assert weight_set(keras.models.clone_model(result)) == "oxford"
 
 
+@pytest.mark.slow
 def test_a_head_of_every_kind(tmp_path):
     model, x = vgg()
     model = stack(truncate(model, "block1_pool"), kl.GlobalAveragePooling2D(name="mean"))
@@ -57,6 +58,7 @@ def test_a_head_of_every_kind(tmp_path):
     equal(run(loaded, x), run(result, x))
 
 
+@pytest.mark.slow
 def test_automatic_names_give_way():
     model, x = vgg()
     first = stack(model, [kl.Flatten(), kl.Dense(4)])

@@ -38,6 +38,7 @@ def test_writing_last_again_leaves_best(tmp_path):
     assert checkpoints.read(tmp_path / "last.pt")["progress"] == {"epoch": 3}
 
 
+@pytest.mark.slow
 def test_any_flipped_byte_is_noticed_or_harmless(tmp_path):
     path = tmp_path / "last.pt"
     checkpoints.write(path, CONTENT)

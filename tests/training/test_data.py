@@ -199,6 +199,7 @@ def test_loaders_without_batches_and_datasets_without_length_are_refused():
         data.as_source(endless, 0, 1)
 
 
+@pytest.mark.slow
 def test_workers_change_nothing(tmp_path):
     folder = data.read_folder(tiny.pictures(tmp_path / "data"), 16, augment="trivial")
     keys = [[(i, 3), (i + 1, 4)] for i in range(4)]

@@ -65,6 +65,7 @@ def test_values_of_other_weights_are_refused_and_ready_ones_with_noise_are_not(c
     assert np.isfinite(loss(TensorDataset(ready, LABELS), config))
 
 
+@pytest.mark.slow
 def test_labels_as_keras_s_data_sets_have_them(config, tmp_path):
     expected = loss(TensorDataset(PIXELS, LABELS), config)
     for i, labels in enumerate((LABELS[:, None], LABELS.float(), LABELS.to(torch.uint8))):
@@ -171,6 +172,7 @@ def test_parts_of_a_data_set_have_its_classes(images, config):
     assert isinstance(history.model, keras.Model)
 
 
+@pytest.mark.slow
 def test_a_part_with_the_first_classes_alone_fits_a_model_of_so_many(images, config, tmp_path):
     other = str(tmp_path / "other")
     folder = ImageFolder(str(images))

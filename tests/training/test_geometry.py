@@ -91,6 +91,7 @@ def test_an_exported_model_by_the_cards_recipe_predicts_what_we_predict(
     assert stated["crop_mode"] == options.get("crop_mode", "center")
 
 
+@pytest.mark.slow
 def test_pt2_has_the_same_beside_it(tmp_path):
     model = remember_(tiny.network(), DataConfig("oxford", label_names=("a", "b", "c")))
     vt.export(model, tmp_path / "m.pt2")

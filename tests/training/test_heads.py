@@ -77,6 +77,7 @@ def test_a_head_needs_feature_maps(images, config):
         finetune(tiny.network(), images, config=dataclasses.replace(config, head="linear"))
 
 
+@pytest.mark.slow
 def test_logits_and_softmax_learn_alike_and_softmax_comes_back(config):
     model = tiny.network(dropout=0.0)
     linear = tiny.network(dropout=0.0)

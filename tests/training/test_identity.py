@@ -104,6 +104,7 @@ def changed(data: TensorDataset, what: str) -> Dataset[Any]:
     return TensorDataset(images, labels)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["pixel", "label", "order"])
 @pytest.mark.parametrize("where", ["training", "validation"])
 def test_a_dataset_of_the_same_length_with_other_content_is_refused(config, what, where):
@@ -157,6 +158,7 @@ def test_other_batches_of_a_loader_are_refused(config):
             finetune(tiny.network(), loader, config=config)
 
 
+@pytest.mark.slow
 def test_a_model_that_holds_the_weights_of_the_run_may_carry_it_on(images, config):
     config = dataclasses.replace(config, ema_decay=0.5)
     expected = tiny.weights(finetune(tiny.network(), images, config=config).model)

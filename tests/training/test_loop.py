@@ -67,6 +67,7 @@ def test_the_losses_are_those_of_keras_fit(config, optimizer, smoothing, regular
     np.testing.assert_allclose(history.epochs[-1]["val_loss"], float(loss) + penalty, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_it_learns(images, config):
     config = dataclasses.replace(config, epochs=12, learning_rate=1e-2)
     history = finetune(tiny.network(), images, config=config)
@@ -151,6 +152,7 @@ def test_two_processes_give_the_losses_of_one(images, tmp_path):
                 np.testing.assert_allclose(a[figure], b[figure], rtol=1e-4, err_msg=figure)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("patience", [None, 2])
 def test_the_last_epochs_weights_are_kept_where_the_best_ones_are_not_asked_for(config, patience):
     train, held = tiny.dataset(), tiny.dataset(9)
@@ -180,6 +182,7 @@ def test_patience(config):
     assert content["progress"]["epoch"] == history.kept_epoch + 1
 
 
+@pytest.mark.slow
 def test_tensorboard(images, config):
     loader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     history = finetune(

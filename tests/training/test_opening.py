@@ -68,6 +68,7 @@ def test_the_multilevel_head_stands_on_the_last_three_pools():
     np.testing.assert_allclose(pooled, np.concatenate(parts, 1), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_multilevel_head_fits_any_size_and_its_files_the_size_that_they_are_for(tmp_path):
     import onnxruntime
 

@@ -96,6 +96,7 @@ def test_predict_writes_a_row_for_each_image_and_passes_over_what_it_cant_read(
         )
 
 
+@pytest.mark.slow
 def test_the_folder_of_a_run_is_converted_as_its_model(run, tmp_path, capsys):
     assert main(["convert", str(run), str(tmp_path / "a.pth")]) == 0
     model = vt.load_model(run)
@@ -153,6 +154,7 @@ def test_what_cannot_be_done_is_said(words, message, run, photos, tmp_path, monk
     assert message in error and error.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_evaluate_scores_the_test_images(run, tmp_path, capsys):
     tiny.pictures(tmp_path / "data" / "train", each=1)
     tiny.pictures(tmp_path / "data" / "test", each=4, seed=9)
@@ -347,6 +349,7 @@ def test_one_image_needs_no_list_and_what_is_no_path_is_refused(run, photos):
             ask()
 
 
+@pytest.mark.slow
 def test_names_that_are_not_utf_8_come_back(run, tmp_path):
     folder = tmp_path / os.fsdecode(b"photos\xff")
     folder.mkdir()
@@ -396,6 +399,7 @@ def test_a_network_that_puts_out_logits_predicts_their_probabilities(run, photos
         np.testing.assert_allclose(shares[0], shares[1], atol=1e-6)
 
 
+@pytest.mark.slow
 def test_damaged_features_are_named(run, photos, tmp_path):
     model, out = keras.saving.load_model(run / "model.keras"), tmp_path / "features"
     vt.write_features(model, [photos / "red" / "0.png"], out, layer="block2_pool")

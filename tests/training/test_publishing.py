@@ -55,6 +55,7 @@ def files_of(hub, name="ann/cats", branch="main"):
     return hub[name]["branches"][branch]
 
 
+@pytest.mark.slow
 def test_it_comes_back_the_same_by_us_and_by_keras(hub, run, history):
     address = vt.push_to_hub(run, "ann/cats", private=True)
     assert address == f"{huggingface_hub.constants.ENDPOINT}/ann/cats"
@@ -193,6 +194,7 @@ def test_other_spellings_are_hinted_at(received, message):
         vt.load_model(received)
 
 
+@pytest.mark.slow
 def test_the_command_pushes_and_every_model_may_be_on_the_hub(hub, run, tmp_path, capfd):
     assert main(["push", str(run), "ann/cats", "--private", "--license", "mit"]) == 0
     assert "Load it as hf://ann/cats." in capfd.readouterr().out

@@ -109,6 +109,7 @@ def test_a_step_and_an_epoch_end_before_a_run_is_stopped(
     assert same(finetune(tiny.network(), Signalling(None), Signalling(None), settings), expected)
 
 
+@pytest.mark.slow
 def test_a_second_ctrl_c_ends_a_run_at_once(settings, expected, monkeypatch):
     monkeypatch.setattr(loop, "train_step_", signalling(loop.train_step_, signal.SIGINT, 2))
     settings = dataclasses.replace(settings, checkpoint_steps=1)
@@ -122,6 +123,7 @@ def test_a_second_ctrl_c_ends_a_run_at_once(settings, expected, monkeypatch):
     assert same(finetune(tiny.network(), Signalling(None), Signalling(None), settings), expected)
 
 
+@pytest.mark.slow
 def test_a_run_in_another_thread_gets_no_signals(settings, expected):
     found: list[Any] = []
     run_ = threading.Thread(
@@ -134,6 +136,7 @@ def test_a_run_in_another_thread_gets_no_signals(settings, expected):
     assert same(found[0], expected)
 
 
+@pytest.mark.slow
 def test_an_ignored_signal_stays_ignored(settings, expected):
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:

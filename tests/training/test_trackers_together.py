@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import tiny
 import two_processes_tracked
-from fresh import TORCHRUN, run_on_two
+from fresh import run_on_two
 from tracked import records
 
 from vggtorch.training import History
@@ -30,7 +30,7 @@ def two(images, tmp_path_factory):
         patch.setenv("WANDB_SILENT", "true")
         patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder / 'mlflow.db'}")
         script = two_processes_tracked.__file__
-        run_on_two(script, folder, images, *TRACKERS, launcher=TORCHRUN)
+        run_on_two(script, folder, images, *TRACKERS)
     return folder
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import tiny  # isort: skip  (before keras: it selects Keras's torch backend)
 from accelerate import PartialState
+from fresh import as_two
 from two_processes import Stopped
 
 from vggtorch.training.config import TrainConfig
@@ -35,4 +36,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    as_two(main)

@@ -55,6 +55,7 @@ def test_fc1_turns_chw_into_hwc():
     torch.testing.assert_close(received, expected, rtol=1e-4, atol=1e-2)
 
 
+@pytest.mark.slow
 def test_other_numbers_of_classes_and_image_sizes():
     state = reference("vgg11", classes=10)
     state["classifier.0.weight"] = torch.randn(4096, 512 * 5 * 5)

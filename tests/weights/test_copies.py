@@ -141,6 +141,7 @@ def is_mapped(tensor: torch.Tensor, path: Path) -> bool:
     return False
 
 
+@pytest.mark.slow
 def test_flattening_fc1_of_a_copy_costs_no_memory(tmp_path: Path) -> None:
     # fc1 of a network whose last map is 2x2: its rows go from C, H, W to H, W, C.
     generator = torch.Generator().manual_seed(0)

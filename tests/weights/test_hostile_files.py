@@ -156,6 +156,7 @@ def test_hdf5_that_reaches_out_of_itself(tmp_path: Path) -> None:
     write(integers, "c/k has dtype <i4, expected floating point")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trouble", ["while True: pass", "import os; os.abort()"])
 def test_hdf5_library_that_hangs_or_crashes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trouble: str

@@ -195,6 +195,7 @@ def test_features_come_without_the_classifier_that_is_nan(
     assert checkpoint.weight_set == "features"
 
 
+@pytest.mark.slow
 def test_timm_names_and_shapes_both_ways(tmp_path: Path) -> None:
     # The classifier by itself, of a network whose last map is 1x1.
     generator = torch.Generator().manual_seed(0)
