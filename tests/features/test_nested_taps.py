@@ -6,6 +6,8 @@ import pytest
 import torch
 from keras import layers
 
+from vggtorch.models import as_layers
+
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -84,3 +86,16 @@ def test_several_outputs_of_a_nested_model(vgg, images):
     small = torch.nn.functional.max_pool2d(alone["block1_pool"], 2)
     torch.testing.assert_close(values["small"], small)
     torch.testing.assert_close(values["block2_conv1"], alone["block2_conv1"])
+
+
+def test_preprocessing_inside_a_nested_network_is_not_done_twice() -> None:
+    image = keras.Input((8, 8, 3))
+    y = keras.layers.Conv2D(2, 3, name="conv")(as_layers(image, "imagenet"))
+    inner = keras.Model(image, y, name="inner")
+    model = keras.Sequential([keras.Input((8, 8, 3)), inner])
+    pixels = torch.rand(2, 8, 8, 3)
+    extractor = vt.FeatureExtractor(model, ["inner/conv"], data_format="channels_last")
+    found = extractor(pixels)["inner/conv"]
+    assert torch.allclose(found, model(255 * pixels), atol=1e-5)
+    with pytest.raises(ValueError, match="which has its preprocessing inside"):
+        vt.FeatureExtractor(model, ["inner/conv"], normalization="imagenet")

@@ -84,7 +84,7 @@ def test_tokens() -> None:
 
 
 def test_too_few_images_or_turns_are_refused() -> None:
-    with pytest.raises(ValueError, match="Received batch=0 and repeats=5; expected 1 or more"):
+    with pytest.raises(ValueError, match="Received batch=0; expected a whole number from 1"):
         bench(tiny.network(), 0)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import keras
@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from vggtorch.architectures import architecture_named
 from vggtorch.features.frozen import with_little_kept
 from vggtorch.features.pixels import Pixels
+from vggtorch.keras_graph import graph_of
 from vggtorch.lowering import TorchNetwork, to_torch
-from vggtorch.models import PREPROCESSING_SUFFIX, constructor, weight_set
+from vggtorch.models import constructor, data_config, weight_set
 from vggtorch.weight_sets import WEIGHT_SETS, WeightSet, weight_set_named
 
 # How papers and other projects name the layers of VGG: relu1_2, conv1_2, pool1.
@@ -87,9 +88,7 @@ class FeatureExtractor(nn.Module):
         given = isinstance(source, keras.Model)
         model = source if isinstance(source, keras.Model) else self._load(source, architecture)
         expected, scaled = _normalization(model, normalization)
-        self.pixels = Pixels(
-            (value_range[0], value_range[1]), data_format, _channels(model), expected, scaled
-        )
+        self.pixels = Pixels(value_range, data_format, _channels(model), expected, scaled)
         self.trainable, self.checkpoint = trainable, checkpoint
         # A network that is loaded here has no other user, so its Keras variables may go.
         network = to_torch(model, data_format="channels_first", share=given, checkpoint=checkpoint)
@@ -184,19 +183,20 @@ def _on_cpu(images: Any) -> bool:
 
 
 def _checked_taps(taps: Sequence[str]) -> list[str]:
-    if isinstance(taps, str) or not taps or not all(isinstance(tap, str) for tap in taps):
+    received, taps = taps, list(taps) if isinstance(taps, Iterable) else []
+    if isinstance(received, str) or not taps or not all(isinstance(tap, str) for tap in taps):
         raise ValueError(
-            f"Received taps={taps!r}; expected a list of layers' names, such as "
+            f"Received taps={received!r}; expected a list of layers' names, such as "
             f"['block1_conv2_relu', 'block2_pool']."
         )
     if len(set(taps)) < len(taps):
-        raise ValueError(f"Received taps={list(taps)!r}, in which a name stands twice.")
-    return list(taps)
+        raise ValueError(f"Received taps={taps!r}, in which a name stands twice.")
+    return taps
 
 
 def _channels(model: keras.Model) -> int:
     """The channels of the model's one image; ValueError where it takes something else."""
-    shapes = [tuple(tensor.shape) for tensor in model.inputs]
+    shapes = [tuple(tensor.shape) for tensor in graph_of(model, "FeatureExtractor").inputs]
     first = keras.config.image_data_format() == "channels_first"
     channels = shapes[0][1 if first else -1] if len(shapes) == 1 and len(shapes[0]) == 4 else None
     if channels is None:
@@ -211,7 +211,7 @@ def _normalization(model: keras.Model, name: str | None) -> tuple[WeightSet | No
     """The arithmetic for a model's images, and whether the model has its own and wants 0 to 255."""
     if name is None:
         return None, False
-    inside = any(layer.name.endswith(PREPROCESSING_SUFFIX) for layer in model.layers)
+    inside = data_config(model).preprocessing_inside
     if name == "model":
         if inside:
             return None, True

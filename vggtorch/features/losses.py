@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import inf
+from numbers import Real
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -50,6 +53,10 @@ def total_variation(images: Tensor) -> Tensor:
     """
     down = (images[:, :, 1:] - images[:, :, :-1]).abs().sum((1, 2, 3))
     return down + (images[:, :, :, 1:] - images[:, :, :, :-1]).abs().sum((1, 2, 3))
+
+
+def _is_weight(value: Any) -> bool:
+    return isinstance(value, Real) and 0 <= float(value) < inf
 
 
 @dataclass(frozen=True)
@@ -106,8 +113,22 @@ class PerceptualLoss(nn.Module):
         total_variation: float = 0.0,
     ) -> None:
         super().__init__()
+        if not isinstance(extractor, FeatureExtractor):
+            raise ValueError(
+                f"Received extractor of type {type(extractor).__name__}; expected "
+                f"vt.FeatureExtractor(model, taps), with every tap that has a weight."
+            )
+        for kind, given in (("content", content), ("style", style)):
+            if not isinstance(given, Mapping | None):
+                raise ValueError(
+                    f"Received {kind}={given!r}; expected weights by tap, {{'relu3_3': 1.0}}, say."
+                )
         self.content, self.style = dict(content or {}), dict(style or {})
-        self.total_variation = total_variation
+        if not _is_weight(total_variation):
+            raise ValueError(
+                f"Received total_variation={total_variation!r}; expected a number of 0 or more."
+            )
+        self.total_variation = float(total_variation)
         if not (self.content or self.style or total_variation):
             raise ValueError(
                 "Received no weights; expected content={'relu3_3': 1.0}, say, or style or "
@@ -120,7 +141,7 @@ class PerceptualLoss(nn.Module):
                         f"Received a weight of {kind} for {tap!r}, which the extractor doesn't "
                         f"tap. Its taps: {', '.join(extractor.taps)}."
                     )
-                if not isinstance(weight, int | float) or not weight >= 0:
+                if not _is_weight(weight):
                     raise ValueError(
                         f"Received the weight {weight!r} for {tap!r}; expected a number of 0 or "
                         f"more."

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from math import inf
+from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,6 +14,13 @@ from torch import Tensor
 from vggtorch.weight_sets import WeightSet
 
 LAYOUTS = {"channels_first": "(N, {}, H, W)", "channels_last": "(N, H, W, {})"}
+
+
+def _is_range(value: Any) -> bool:
+    """Whether a value is two finite numbers, the smaller one first."""
+    numbers = list(value) if isinstance(value, Iterable) and not isinstance(value, str) else []
+    real = all(isinstance(number, Real) for number in numbers)
+    return real and len(numbers) == 2 and -inf < numbers[0] < numbers[1] < inf
 
 
 @dataclass(frozen=True)
@@ -36,12 +47,14 @@ class Pixels:
                 f"Received data_format={self.data_format!r}; expected 'channels_last' or "
                 f"'channels_first'."
             )
-        low, high = self.value_range
-        if not low < high:
+        if not _is_range(self.value_range):
             raise ValueError(
                 f"Received value_range={self.value_range!r}; expected the values of black and of "
                 f"white, such as (0, 1) or (0, 255)."
             )
+
+        low, high = self.value_range
+        object.__setattr__(self, "value_range", (low, high))
 
     @property
     def normalises(self) -> bool:
@@ -57,7 +70,7 @@ class Pixels:
             )
         axis = 1 if self.data_format == "channels_first" else -1
         expected = LAYOUTS[self.data_format].format(self.channels)
-        if images.ndim != 4 or images.shape[axis] != self.channels:
+        if images.ndim != 4 or images.shape[axis] != self.channels or 0 in images.shape[1:]:
             hint = ""
             if images.ndim == 4 and images.shape[-1 if axis == 1 else 1] == self.channels:
                 other = next(name for name in LAYOUTS if name != self.data_format)

@@ -10,6 +10,7 @@ import keras
 import torch
 from torch import Tensor
 
+from vggtorch.checks import whole
 from vggtorch.keras_graph import graph_of
 from vggtorch.lowering import OnKeras
 from vggtorch.measuring import timing
@@ -87,10 +88,10 @@ def bench(model: keras.Model, batch: int = 8, *, size: int = 224, repeats: int =
         repeats: turns.
 
     Raises:
-        ValueError: the model is not a graph of layers, or batch or repeats is less than 1.
+        ValueError: the model is not a graph of layers, or `batch`, `size` or `repeats` is no whole
+            number from 1.
     """
-    if batch < 1 or repeats < 1:
-        raise ValueError(f"Received batch={batch} and repeats={repeats}; expected 1 or more.")
+    batch, size, repeats = whole("batch", batch), whole("size", size), whole("repeats", repeats)
     graph = graph_of(model, "bench")
     module = OnKeras(graph, model.name)
     parameters = [v.value for v in model.trainable_variables]

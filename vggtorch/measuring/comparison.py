@@ -6,8 +6,7 @@ from dataclasses import dataclass
 
 import keras
 
-from vggtorch.keras_graph import graph_of
-from vggtorch.measuring.costs import Report, Row, cells, inspect
+from vggtorch.measuring.costs import Report, Row, cells, check_measured, inspect
 from vggtorch.text import table
 
 
@@ -60,10 +59,10 @@ def compare(
         repeats: runs, whose median is the time.
 
     Raises:
-        ValueError: a model is not a graph of layers.
+        ValueError: as `inspect`, for either.
     """
     for model in (before, after):
-        graph_of(model, "compare")  # refuse either model before the first is measured
+        check_measured(model, "compare", size, repeats)  # either, before the first is measured
     first, second = (inspect(model, size=size, repeats=repeats) for model in (before, after))
     return Comparison(first, second)
 

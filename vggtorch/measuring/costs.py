@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from vggtorch.checks import whole
 from vggtorch.keras_graph import Functional, data_format, graph_of, input_structure, torch_dtype
 from vggtorch.lowering import OnKeras, TorchNetwork
 from vggtorch.measuring.timing import clock, in_turns
-from vggtorch.models import remembered
+from vggtorch.models import data_config
 from vggtorch.text import table
 
 
@@ -89,9 +90,10 @@ def inspect(model: keras.Model, *, size: int = 224, repeats: int = 5) -> Report:
         repeats: runs, whose median is the time.
 
     Raises:
-        ValueError: the model is not a graph of layers.
+        ValueError: the model is not a graph of layers, or has none but inputs; or `size` or
+            `repeats` is no whole number from 1.
     """
-    graph = graph_of(model, "inspect")
+    graph = check_measured(model, "inspect", size, repeats)
     network = OnKeras(graph, model.name).eval().network
     device = next((p.device for p in network.parameters()), torch.device("cpu"))
     inputs = keras.tree.flatten(example_of(graph, size, 1, device))
@@ -114,13 +116,23 @@ def inspect(model: keras.Model, *, size: int = 224, repeats: int = 5) -> Report:
     return Report(tuple(rows), total)
 
 
+def check_measured(model: keras.Model, verb: str, size: int, repeats: int) -> Functional:
+    """A model's graph, if it can be measured; raises ValueError as `inspect` does."""
+    whole("size", size)
+    whole("repeats", repeats)
+    graph = graph_of(model, verb)
+    if all(isinstance(operation, keras.layers.InputLayer) for operation in graph.operations):
+        raise ValueError(f"{verb} received {model.name!r}, which has no layer but its inputs.")
+    return graph
+
+
 def example_of(graph: Functional, size: int, batch: int, device: torch.device) -> Any:
     """Inputs in the structure that the model takes; `size` where it leaves H and W open.
 
     Random, but zeros for whole numbers, which often stand for entries of a table. A model with its
     preprocessing inside gets pixels of 0 to 255: on smaller numbers all images are the same to it.
     """
-    pixels = remembered(graph).preprocessing_inside
+    pixels = data_config(graph).preprocessing_inside
     inputs = []
     for tensor in graph.inputs:
         dtype = torch_dtype(tensor.dtype)

@@ -57,7 +57,7 @@ def convert(
     if isinstance(source, str | PathLike):
         paths.check_weights(source, "")
     path = path_of(source, [architecture_named(architecture or "vgg16")])
-    checkpoint = weights.read(path)
+    checkpoint = weights.read(path, whole_numbers=True)
     tensors = weights.to_keras(checkpoint.tensors, checkpoint.form)
     try:
         network = weights.architecture_of(tensors, architecture)
@@ -71,6 +71,9 @@ def convert(
         ) from error
     order = [rule.keras_key for rule in weights.rules(network, include_top=True)]
     tensors = {key: tensors[key] for key in order if key in tensors}
+    for key, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            raise ValueError(f"{source}: {key} has dtype {tensor.dtype}, expected floating point.")
     written = _renamed(target, tensors)
     if str(target).endswith((".h5", ".keras")):
         # Keras orders these forms by the layers of a model, so one is built around the tensors.

@@ -7,7 +7,8 @@ then values.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from os import PathLike
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import torch
 
 from vggtorch import paths, weights
 from vggtorch.architectures import ARCHITECTURES, Architecture
+from vggtorch.checks import check_model
 from vggtorch.keras_graph import (
     all_layers,
     device,
@@ -41,27 +43,76 @@ VGG_LAYERS = frozenset(
 def named_variables(model: keras.Model) -> dict[str, keras.Variable]:
     """A model's weights by name: `layer/variable`, with the nested model's name before it.
 
-    Trainable weights and state such as moving means; random seeds are not weights.
+    Trainable weights and state such as moving means; random seeds are not weights. What a
+    subclassed model holds itself stands behind the model's name, and what a torch module holds, its
+    buffers too, behind the names that it has there. Of several weights with one name, all but the
+    first get a number.
 
     Example:
         >>> import vggtorch as vt
         >>> variables = vt.named_variables(vt.VGG11(weights=None, include_top=False))
         >>> list(variables)[:2], variables["block1_conv1/kernel"].shape
         (['block1_conv1/kernel', 'block1_conv1/bias'], (3, 3, 3, 64))
+
+    Raises:
+        ValueError: what is given is no Keras model.
     """
-    named = {}
-    for layer in model.layers:
-        if isinstance(layer, keras.Model):
-            inner = named_variables(layer)
-            named.update({f"{layer.name}/{key}": variable for key, variable in inner.items()})
-        else:
-            for variable in layer.weights:
-                named[f"{layer.name}/{_path_inside(layer, variable)}"] = variable
+    check_model(model, "named_variables")
+    named: dict[str, keras.Variable] = {}
+    for key, variable in _named(model, ""):
+        numbered = (f"{key}_{n}" for n in range(1, len(named) + 1))
+        name = key if key not in named else next(n for n in numbered if n not in named)
+        named[name] = variable
     return named
 
 
+def _named(model: keras.Model, path: str) -> Iterator[tuple[str, keras.Variable]]:
+    """The weights of a model by the names that they ask for; `path` leads to a nested one."""
+    for layer in model.layers:
+        place = f"{path}{layer.name}/"
+        if isinstance(layer, keras.Model):
+            yield from _named(layer, place)
+        else:
+            wrapped = dict(_of_torch(layer, place))
+            known = {id(variable) for variable in wrapped.values()}
+            for variable in layer.weights:
+                if id(variable) not in known:
+                    yield place + _path_inside(layer, variable), variable
+            yield from wrapped.items()
+    for variable in own_variables(model):
+        yield (path or f"{model.name}/") + variable.path.rpartition("/")[2], variable
+
+
+def _of_torch(layer: keras.Layer, place: str) -> Iterator[tuple[str, keras.Variable]]:
+    """The parameters and buffers of torch modules in a layer: Keras knows of the parameters alone.
+
+    A buffer gets a variable on its own memory here. What a batch norm only counts is left out.
+    """
+    variables = {id(raw_value(variable)): variable for variable in layer.weights}
+    for wrapper in all_layers(layer):
+        if not isinstance(wrapper, keras.layers.TorchModuleWrapper):
+            continue
+        inside = place if wrapper is layer else f"{place}{wrapper.name}/"
+        for name, tensor in wrapper.module.state_dict(keep_vars=True).items():
+            if name.endswith("num_batches_tracked") or not isinstance(tensor, torch.Tensor):
+                continue
+            variable = variables.get(id(tensor))
+            if variable is None:
+                dtype = keras.backend.standardize_dtype(tensor.dtype)
+                variable = keras.Variable(tensor, trainable=False, dtype=dtype, name="buffer")
+            yield inside + name, variable
+
+
 def _path_inside(layer: keras.Layer, variable: keras.Variable) -> str:
-    """A variable's path from its layer on, which may have got its name after it was built."""
+    """A variable's path from its layer on, which may have got its name after it was built.
+
+    The number is left out that Keras counts through a process for a variable without a name.
+    """
+    path = _path_from(layer, variable)
+    return re.sub(r"(^|/)variable_\d+$", r"\1variable", path)
+
+
+def _path_from(layer: keras.Layer, variable: keras.Variable) -> str:
     _, found, tail = f"/{variable.path}".partition(f"/{layer.name}/")
     if found:
         return tail

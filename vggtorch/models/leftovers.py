@@ -53,7 +53,7 @@ def check(
             f"No layer of the model is in {title}. The file has "
             f"{weights.shortened(in_file)}; the model has {weights.shortened(in_model)}. "
             f"If the network is nested in the model, load it by itself: "
-            f"load_weights(model.get_layer(name), ...)."
+            f"load_weights(model.get_layer(name), ...).{_advice_of_keras(source)}"
         )
     if partial:
         return []
@@ -66,7 +66,7 @@ def check(
             f"Missing in the file: {weights.shortened(missing) or 'none'}. "
             f"Unexpected in the file: {weights.shortened(left) or 'none'}. "
             f"Shapes that differ: {weights.shortened(found.differing) or 'none'}."
-            f"{_advice(missing, in_file, found)}"
+            f"{_advice(missing, in_file, found)}{_advice_of_keras(source)}"
         )
     return [key for key in found.left if not _is_expected(key, found)]
 
@@ -117,6 +117,15 @@ def _advice(missing: list[str], in_file: list[str], found: Match) -> str:
     return (
         " Built with include_top=False, a model takes the convolutions of a file with any head"
         " (and vt.load_weights(model, path, partial=True) takes what fits, and says what it left)."
+    )
+
+
+def _advice_of_keras(source: object) -> str:
+    if not str(source).endswith(".weights.h5"):
+        return ""
+    return (
+        " Keras's own form has no names of weights: into the model that it was saved from, Keras "
+        "itself loads it (model.load_weights(path))."
     )
 
 

@@ -14,9 +14,12 @@ from pathlib import Path
 from typing import Any, Literal, overload
 
 import keras
+import numpy as np
 
 from vggtorch import files, paths, weights
 from vggtorch.architectures import ARCHITECTURES
+from vggtorch.checks import check_model
+from vggtorch.keras_graph import all_layers, raw_value
 from vggtorch.models.filling import VGG_LAYERS, named_variables, path_of
 from vggtorch.models.leftovers import check, tell
 from vggtorch.models.matching import match
@@ -32,6 +35,9 @@ from vggtorch.models.vgg import constructor
 from vggtorch.weight_sets import WEIGHT_SETS, DataConfig
 
 Source = str | PathLike | Mapping[str, Any]
+
+
+ENDINGS = (".safetensors", ".weights.h5", ".pth", ".bin")
 
 
 @dataclass(frozen=True)
@@ -93,7 +99,7 @@ def load_weights(
         model: any Keras model with VGG's layers, or the one that a file was saved from.
         source: `imagenet`, `features`, `oxford`, the path of a checkpoint of any form (Keras's
             .weights.h5, .keras and .h5, .safetensors, PyTorch's), or a state_dict: a dict of
-            tensors by torchvision's names, those of `to_torch`, or Keras's.
+            tensors, arrays or variables by torchvision's names, those of `to_torch`, or Keras's.
         partial: load whatever names and shapes agree for, and say what was left.
 
     Returns:
@@ -120,6 +126,9 @@ def load_weights(
         >>> print(vt.load_weights(model, mine, partial=True))
         2 of 4 weights loaded; kept as they were: block1_conv1/kernel, block1_conv1/bias
     """
+    _check_built(model, "load_weights")
+    if not isinstance(partial, bool | np.bool_):
+        raise ValueError(f"Received partial={partial!r}; expected True or False.")
     prefixed = bool(prefixes_of(model))
     if prefixed and isinstance(source, str) and source in WEIGHT_SETS:
         return _load_networks_(model, source, None, partial)
@@ -133,7 +142,8 @@ def load_weights(
     candidates = [a for a in candidates if a.name == model.name] or candidates
     include_top = any(key.startswith(("fc1/", "fc2/", "predictions/")) for key in shapes)
     if isinstance(source, Mapping):
-        checkpoint = weights.converted(source)
+        plain = {k: raw_value(v) if isinstance(v, keras.Variable) else v for k, v in source.items()}
+        checkpoint = weights.converted(plain if type(source) is dict else source)
     else:
         checkpoint = weights.converted(path_of(source, candidates, include_top=include_top))
     if prefixed and not names_layers_of(model, checkpoint):
@@ -159,6 +169,9 @@ def _loaded_(
     for one in networks:
         for key, value in one.found.values.items():
             one.variables[key].assign(value)
+    for layer in all_layers(model):
+        if isinstance(layer, keras.layers.Normalization):
+            layer.finalize_state()  # it computes with tensors that it makes of its weights
     values = {one.prefix + key for one in networks for key in one.found.values}
     variables = named_variables(model)
     # The layer that sees the image decides what the model expects of one.
@@ -188,8 +201,9 @@ def _remember_anew(model: keras.Model, checkpoint: weights.Checkpoint, labelled:
     """
     network = _first_network(model)
     before = weight_set(network) or weight_set(model)
-    shape = keras.tree.flatten([t.shape for t in model.outputs]) if labelled else []
-    classes = (shape[-1] or 0) if len(model.outputs) == 1 and shape else 0
+    outputs = getattr(model, "outputs", None) or []  # a subclassed model has none
+    shape = keras.tree.flatten([t.shape for t in outputs]) if labelled else []
+    classes = (shape[-1] or 0) if len(outputs) == 1 and shape else 0
     remember_checkpoint_(network, checkpoint, classes if network is model else 0)
     if network is not model and weight_set(model) is not None:
         remember_checkpoint_(model, checkpoint, classes)
@@ -232,6 +246,13 @@ def save_weights(model: keras.Model, path: str | PathLike) -> None:
         ...     list(torch.load(f"{folder}/mine.pth"))  # torchvision's names where it has them
         ['features.0.weight', 'features.0.bias', 'mine.weight', 'mine.bias']
     """
+    _check_built(model, "save_weights")
+    if not isinstance(path, str | PathLike) or not str(path).endswith(ENDINGS):
+        whole = " (model.save(path) writes the whole model)" if _is_whole_model(path) else ""
+        raise ValueError(
+            f"Received {path!r}; expected a name that ends in {', '.join(ENDINGS)}.{whole}"
+        )
+    _check_kept(model)
     network = model if remembered(model) != DataConfig() else _first_network(model)
     name, said = weight_set(network), None
     if remembered(network) != DataConfig():
@@ -251,6 +272,41 @@ def save_weights(model: keras.Model, path: str | PathLike) -> None:
     else:
         tensors = {key: variable.value for key, variable in named_variables(model).items()}
         weights.write(path, tensors, name, said)
+
+
+def _check_built(model: keras.Model, verb: str) -> None:
+    """Raise where a model has no weights yet, of which nothing could be loaded or saved."""
+    check_model(model, verb)
+    unbuilt = [layer.name for layer in all_layers(model) if not layer.built]
+    if unbuilt:
+        raise ValueError(
+            f"{verb} received {model.name!r}, which has no weights yet: "
+            f"{weights.shortened(unbuilt)} {'is' if len(unbuilt) == 1 else 'are'} not built. Call "
+            f"the model on some data first, or model.build(input_shape)."
+        )
+
+
+def _check_kept(model: keras.Model) -> None:
+    """Raise where layers hold tensors of torch's that no file of weights would have."""
+    known = {raw_value(variable).untyped_storage().data_ptr() for variable in model.variables}
+    lost = [
+        f"{layer.name}.{key}"
+        for layer in all_layers(model)
+        for key, tensor in (*layer._parameters.items(), *layer._buffers.items())
+        if tensor is not None
+        and key not in layer._non_persistent_buffers_set
+        and tensor.untyped_storage().data_ptr() not in known
+    ]
+    if lost:
+        raise ValueError(
+            f"{model.name!r} holds tensors of torch's that are no weights of Keras's and would be "
+            f"lost: {weights.shortened(lost)}. Make them weights (self.add_weight), or buffers "
+            f"with persistent=False where they are no state."
+        )
+
+
+def _is_whole_model(path: Any) -> bool:
+    return isinstance(path, str | PathLike) and str(path).endswith((".keras", ".h5", ".hdf5"))
 
 
 MARGIN = 2**26  # bytes by which a configuration may ask for more weights than a file has
@@ -310,7 +366,7 @@ def _remembering(model: keras.Model, path: Path) -> keras.Model:
     if remembered(network) != DataConfig():
         return model
     try:
-        checkpoint = weights.read(path)
+        checkpoint = weights.read(path, whole_numbers=True)
     except ValueError as error:
         warnings.warn(
             f"What {path} may say of the images that the model expects can't be read: {error}",

@@ -22,7 +22,7 @@ from typing import Literal
 import keras
 import torch
 
-from vggtorch.keras_graph import Functional, state_of, to_snake_case
+from vggtorch.keras_graph import Functional, raw_value, state_of, to_snake_case
 from vggtorch.models.rows import FEATURES, in_order
 from vggtorch.models.torch_form import places_of, torch_rules
 from vggtorch.weights import Checkpoint, Rule, Shape
@@ -123,7 +123,9 @@ def match(
         tensor = tensors[name]
         rule = rules.get(key) if "/" not in name else None
         expected = tuple(variables[key].shape) if rule is None else rule.torch_shape
-        if tuple(tensor.shape) != expected:
+        if differing := _other_dtype(tensor, variables[key]):
+            found.differing.append(f"{key} {differing}")
+        elif tuple(tensor.shape) != expected:
             found.differing.append(f"{key} has {tuple(tensor.shape)}, expected {expected}")
         elif rule is None:
             found.values[key] = tensor
@@ -139,6 +141,15 @@ def match(
     known = {id(variables[key]) for key in found.names}
     found.missing = [key for key, variable in variables.items() if id(variable) not in known]
     return found
+
+
+def _other_dtype(tensor: torch.Tensor, variable: keras.Variable) -> str | None:
+    """How the dtypes of a tensor and a weight differ, if one of them holds whole numbers."""
+    now, expected = tensor.dtype, raw_value(variable).dtype
+    if now == expected or (now.is_floating_point and expected.is_floating_point):
+        return None
+    names = [str(dtype).removeprefix("torch.") for dtype in (now, expected)]
+    return f"has dtype {names[0]}, expected {names[1]}"
 
 
 def _nearly(entry: _Entry, slots: Mapping[tuple[str, Path], Slot]) -> Slot | None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import keras
 
+from vggtorch.checks import check_model
 from vggtorch.keras_graph import (
     calls,
     functional,
@@ -59,6 +60,7 @@ def weight_set(model: keras.Model) -> str | None:
         >>> print(vt.weight_set(model))  # random weights belong to none
         None
     """
+    check_model(model, "weight_set")
     return remembered(model).weight_set
 
 
@@ -146,6 +148,7 @@ def data_config(model: keras.Model) -> DataConfig:
         >>> config.input_size, config.crop_mode, config.crop_pct
         ((3, 64, 64), 'center', 0.875)
     """
+    check_model(model, "data_config")
     config = remembered(model)
     if preprocesses(model):
         config = dataclasses.replace(config, preprocessing_inside=True)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from numbers import Integral
+from collections.abc import Iterable, Mapping, Sequence
 from os import PathLike
 from typing import Any
 
@@ -12,6 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from vggtorch.checks import is_whole, whole
 from vggtorch.models.fitting import Size, fitted, fitted_arrays
 from vggtorch.models.images import MAX_PIXELS, read_image, to_rgb
 from vggtorch.models.memory import PREPROCESSING_SUFFIX, data_config
@@ -83,6 +83,11 @@ def preprocess(
     """
     if isinstance(weights, keras.Model):
         config = data_config(weights)
+    elif weights is not None and not isinstance(weights, str | DataConfig):
+        raise ValueError(
+            f"Received weights of type {type(weights).__name__}; expected a Keras model, a "
+            f"DataConfig, or {' | '.join(map(repr, WEIGHT_SETS))}."
+        )
     else:
         config = weights if isinstance(weights, DataConfig) else DataConfig(weights)
     if config.weight_set is None and not config.preprocessing_inside:
@@ -106,11 +111,8 @@ def preprocess(
 
 def _checked_size(size: Any) -> Size:
     """Height and width from what a user gives as a size."""
-    pair = tuple(size) if isinstance(size, list | tuple) else (size, size)
-    are_whole = all(
-        isinstance(e, Integral) and not isinstance(e, bool) and int(e) > 0 for e in pair
-    )
-    if not are_whole or len(pair) != 2:
+    pair = tuple(size) if isinstance(size, list | tuple | np.ndarray) else (size, size)
+    if len(pair) != 2 or not all(is_whole(side) and side > 0 for side in pair):
         raise ValueError(
             f"Received size={size!r}; expected a whole number from 1, or height and width."
         )
@@ -219,14 +221,21 @@ def decode_predictions(
         from torchvision.models import VGG16_Weights
 
         categories = VGG16_Weights.IMAGENET1K_V1.meta["categories"]
-    scores = torch.as_tensor(probabilities).detach().cpu().float()
+    elif isinstance(categories, str | Mapping) or not isinstance(categories, Iterable):
+        raise ValueError(f"Received categories={categories!r}; expected a list of names by index.")
+    categories, top = list(categories), whole("top", top)
+    try:
+        scores = torch.as_tensor(probabilities).detach().cpu().float()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"Received predictions of type {type(probabilities).__name__}; expected an array or "
+            f"tensor (N, classes)."
+        ) from error
     if scores.ndim != 2 or scores.shape[1] != len(categories):
         raise ValueError(
             f"Received predictions of shape {tuple(scores.shape)}; "
             f"expected (N, {len(categories)}), a probability for each category."
         )
-    if top < 1:
-        raise ValueError(f"Received top={top}; expected 1 or more.")
     if not bool(((scores >= 0) & (scores <= 1)).all()):
         raise ValueError(
             "Received values outside 0 to 1; expected probabilities. For logits, apply "

@@ -53,8 +53,9 @@ def torch_rules(model: keras.Model, *, torchvision: bool) -> list[Rule]:
     found = []
     for key, variable in named_variables(model).items():
         parts = key.split("/")
-        path = next(p for n in range(len(parts), 0, -1) if (p := tuple(parts[:n])) in places)
-        layer = places[path]
+        own = tuple(parts[:-1])  # of a model's own weight
+        path = next((p for n in range(len(parts), 0, -1) if (p := tuple(parts[:n])) in places), own)
+        layer = places.get(path)
         prefix = ".".join(part.replace(".", "_") for part in path)
         tail, shape = "/".join(parts[len(path) :]), tuple(variable.shape)
         found.append(_rule(layer, prefix, key, tail, shape, flat.get(id(layer))))
@@ -128,6 +129,8 @@ def _rule(
         names = {"gamma": "weight", "beta": "bias", "scale": "weight"}
         names |= {"moving_mean": "running_mean", "moving_variance": "running_var"}
         return vector(f".{names.get(tail, tail)}")
+    if isinstance(layer, layers.TorchModuleWrapper):
+        return same(f".{tail}")
     if isinstance(layer, layers.Embedding | LayerScale) and tail in ("embeddings", "gamma"):
         return same(".weight")
     plain = tail.replace("/", "_").replace(".", "_")
@@ -195,7 +198,7 @@ def in_torch_form(model: keras.Model, *, timm: bool = False) -> dict[str, torch.
         if rule.torch_key.endswith(".running_var"):
             module = rule.torch_key.removesuffix(".running_var")
             state[f"{module}.num_batches_tracked"] = torch.tensor(0)
-        if not weights.is_plain_name(rule.torch_key, theirs):
+        if not weights.is_plain_name(rule.torch_key, theirs, state):
             raise _unclear(rule.keras_key)
     return state
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
+from numbers import Real
 from os import PathLike
+from typing import Any
 
 import keras
+import numpy as np
 from keras import layers
 
 from vggtorch.architectures import ARCHITECTURES, CLASSES, Architecture, architecture_named
+from vggtorch.checks import is_whole, whole
 from vggtorch.keras_graph import device, obtain_input_shape
 from vggtorch.models.filling import fill_, path_of
 from vggtorch.models.leftovers import values_for
@@ -91,8 +95,11 @@ def _build(
 ) -> keras.Model:
     if pooling not in (None, "avg", "max"):
         raise ValueError(f"Received pooling={pooling!r}; expected None, 'avg' or 'max'.")
-    if not 0 <= dropout < 1:
+    if not isinstance(dropout, Real) or not 0 <= dropout < 1:
         raise ValueError(f"Received dropout={dropout!r}; expected a rate from 0 to below 1.")
+    if include_top:
+        classes = whole("classes", classes)
+    _check_shape(input_shape)
     published = isinstance(weights, str) and weights in WEIGHT_SETS
     if published and include_top and classes != CLASSES:
         raise ValueError(
@@ -166,6 +173,23 @@ def _build(
     return model
 
 
+def _check_shape(shape: Any) -> None:
+    """Refuse what is no shape of an image, and channels that are open."""
+    sides = list(shape) if isinstance(shape, Sequence | np.ndarray) else []
+    channels = -1 if _data_format() == "channels_last" else 0
+    given = [side for side in sides if side is not None]
+    if shape is not None and (
+        len(sides) != 3
+        or sides[channels] is None
+        or not all(is_whole(side) and side > 0 for side in given)
+    ):
+        expected = "(H, W, 3)" if channels else "(3, H, W)"
+        raise ValueError(
+            f"Received input_shape={shape!r}; expected {expected}, with None for H and W where "
+            f"they are open."
+        )
+
+
 def _constructor(plain_name: str) -> Callable[..., keras.Model]:
     """The public function that builds one of the four networks, with or without batch norm.
 
@@ -187,8 +211,16 @@ def _constructor(plain_name: str) -> Callable[..., keras.Model]:
         include_preprocessing: bool = False,
         prefix: str = "",
     ) -> keras.Model:
-        if not isinstance(prefix, str) or "/" in prefix:
-            raise ValueError(f"Received prefix={prefix!r}; expected a text without '/'.")
+        if not isinstance(prefix, str) or "/" in prefix or "." in prefix:
+            raise ValueError(f"Received prefix={prefix!r}; expected a text without '/' and '.'.")
+        switches = {
+            "include_top": include_top,
+            "batch_norm": batch_norm,
+            "include_preprocessing": include_preprocessing,
+        }
+        for switch, value in switches.items():
+            if isinstance(value, str):
+                raise ValueError(f"Received {switch}={value!r}; expected True or False.")
         architecture = ARCHITECTURES[plain_name + ("_bn" if batch_norm else "")]
         return _build(
             architecture,

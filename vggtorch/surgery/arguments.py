@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
-from numbers import Integral, Real
+from numbers import Real
 from typing import Any
 
 import keras
 import numpy as np
+
+from vggtorch.checks import is_whole, whole
 
 
 def checked_images(images: Any, original: keras.Model, fewest: int = 10) -> np.ndarray:
@@ -93,13 +95,8 @@ def _is_of_numbers(item: Any) -> bool:
 
 def checked_effort(steps: Any, seconds: Any, seed: Any) -> None:
     """Refuse steps of an optimizer, seconds of wall-clock time and seeds that can't be meant."""
-    if not _is_whole(steps) or steps < 0:
-        raise ValueError(f"Received steps={steps!r}; expected a whole number from 0.")
+    whole("steps", steps, 0)
     if not isinstance(seconds, Real) or not float(seconds) >= 0:
         raise ValueError(f"Received seconds={seconds!r}; expected a number from 0.")
-    if not _is_whole(seed) or not 0 <= seed < 1 << 63:
+    if not is_whole(seed) or not 0 <= seed < 1 << 63:
         raise ValueError(f"Received seed={seed!r}; expected a whole number from 0.")
-
-
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool)

@@ -6,7 +6,7 @@ images are needed. Activations between them are left out, and it says so.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import ceil, prod
 
@@ -261,7 +261,14 @@ def compose_(old_layers: Sequence[keras.Layer], new: keras.Layer) -> Composition
         ValueError: a layer is not linear, or strides, channels or kind don't fit; `new` keeps its
             weights then.
     """
-    layers = [layer for layer in _inner(old_layers) if not isinstance(layer, SKIPPED)]
+    chain = list(old_layers) if isinstance(old_layers, Iterable) else [old_layers]
+    for layer in (*chain, new):
+        if not isinstance(layer, keras.Operation):
+            raise ValueError(
+                f"compose_ expects built Keras layers, received {layer!r}. By names: "
+                f"vt.replace(model, names, new, init='compose')."
+            )
+    layers = [layer for layer in _inner(chain) if not isinstance(layer, SKIPPED)]
     channels = _channels(layers)
     reasons: list[str] = []
     kernel, bias = np.eye(channels)[None, None], np.zeros(channels)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from numbers import Integral
 from typing import Any, Literal, TypeAlias
 
 import keras
@@ -13,6 +12,7 @@ import torch
 from keras import KerasTensor
 from keras.layers import Layer
 
+from vggtorch.checks import is_whole
 from vggtorch.keras_graph import (
     Functional,
     Node,
@@ -188,7 +188,7 @@ def _shapes(
 
 def _size(number: Any) -> int | None:
     """A whole number of Python's or NumPy's as an int; None for all else."""
-    return int(number) if isinstance(number, Integral) and not isinstance(number, bool) else None
+    return int(number) if is_whole(number) else None
 
 
 def _built_in(wiring: Wiring) -> list[str]:

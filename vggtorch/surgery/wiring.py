@@ -13,6 +13,7 @@ from typing import Any
 
 import keras
 from keras import KerasTensor as Tensor
+from keras.layers import Layer
 
 from vggtorch.architectures import ARCHITECTURES
 from vggtorch.keras_graph import (
@@ -360,6 +361,9 @@ def distinct(tensors: Iterable[Tensor]) -> list[Tensor]:
 
 def layer_names(layers: str | Iterable[str], verb: str) -> list[str]:
     """The names that a user passed as a list, each of them once."""
+    if not isinstance(layers, Iterable) or isinstance(layers, bytes | Layer):
+        what = f"{layers!r}; pass its name" if isinstance(layers, Layer) else repr(layers)
+        raise ValueError(f"{verb} expects a layer's name or several names, received {what}.")
     names = [layers] if isinstance(layers, str) else list(layers)
     if not names:
         raise ValueError(f"{verb} received no layer names.")

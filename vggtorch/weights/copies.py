@@ -62,7 +62,7 @@ def converted(source: str | os.PathLike | Mapping[str, Any]) -> Checkpoint:
             return found or _make_copy(path, copy)
     except OSError as error:
         warnings.warn(f"Loading stays slow: {error}", stacklevel=2)
-    checkpoint = sources.read(path)
+    checkpoint = sources.read(path, whole_numbers=True)
     tensors = conversion.to_keras(checkpoint.tensors, checkpoint.form)
     # Some are mapped from the user's file, which may change; those of the model must not.
     tensors = {key: tensor.clone() for key, tensor in tensors.items()}
@@ -106,7 +106,7 @@ def _make_copy(source: Path, copy: Path) -> Checkpoint:
         ValueError: as `converted` does.
         OSError: the source was written to while it was read, or there is no room for the copy.
     """
-    checkpoint = sources.read(source)
+    checkpoint = sources.read(source, whole_numbers=True)
     tensors = conversion.to_views(checkpoint.tensors, checkpoint.form)
     stored = {
         # (..., I, O) -> (O, ..., I) view

@@ -71,7 +71,10 @@ def _span(group: h5py.Group, name: str) -> Span:
     offset = dataset.id.get_offset()
     if offset is None:
         raise UnsupportedError(f"{name} is chunked, compressed or empty; Keras writes it whole")
-    return offset, list(dataset.shape), dataset.dtype.str
+    kind = dataset.dtype.str
+    if kind == "|V2" and dataset.attrs.get("dtype") == "bfloat16":  # which HDF5 doesn't have
+        kind = "bfloat16"
+    return offset, list(dataset.shape), kind
 
 
 def _variables(layer: str, spans: list[Span]) -> dict[str, Span]:
@@ -101,8 +104,8 @@ def _in_order(names: Any) -> list[str]:
 
 def _layers_of_keras3(
     group: h5py.Group, prefix: str, deep: int = 0
-) -> Iterator[tuple[str, list[Span], bool]]:
-    """Name, weights, and whether the name is the layer's own, of the layers in a group.
+) -> Iterator[tuple[str, dict[str, Span], bool]]:
+    """Name, weights by theirs, and whether the name is the layer's own, of the layers in a group.
 
     Models keep theirs in `layers`; what a layer has inside of it stands beside its `vars`.
     """
@@ -120,10 +123,21 @@ def _layers_of_keras3(
         name = variables.attrs.get("name")
         named = isinstance(name, str)
         path = f"{prefix}{name if named else key}"
-        spans = [_span(variables, str(i)) for i in range(len(variables))]
+        if all(key.isdecimal() for key in variables):
+            spans = _variables(path, [_span(variables, str(i)) for i in range(len(variables))])
+        else:  # a torch module's, by the names that they have there
+            names = [k for k in variables if not k.endswith("num_batches_tracked")]
+            spans = {f"{path}/{k}": _span(variables, k) for k in names}
         if spans:
             yield path, spans, named
         yield from _layers_of_keras3(child, f"{path}/", deep + 1)
+
+
+def _own_of_keras3(root: h5py.Group) -> Iterator[tuple[str, dict[str, Span]]]:
+    """What a model holds itself, beside its layers."""
+    if "vars" in root and len(variables := _inner(root, "vars", h5py.Group)):
+        name = str(variables.attrs.get("name", "model"))
+        yield name, _variables(name, [_span(variables, str(i)) for i in range(len(variables))])
 
 
 # Keras's older form
@@ -174,17 +188,22 @@ def found(path: str) -> dict[str, Any]:
         if "layers" in root:
             ordered = "layers"
             walked = list(_layers_of_keras3(root, ""))
-            layers = [(name, _variables(name, listed)) for name, listed, _ in walked]
+            layers = [(name, listed) for name, listed, _ in walked]
+            layers += _own_of_keras3(root)
             unnamed = not all(named for _, _, named in walked)
         elif "layer_names" in root.attrs or "model_weights" in root or "layer_names0" in root.attrs:
             layers = list(_layers_of_legacy(root))
         else:
             raise UnsupportedError(
-                "it holds no layers as Keras's Functional and Sequential models write them"
+                "it holds no layers as Keras's Functional and Sequential models write them; into a "
+                "model that is subclassed, Keras itself loads it (model.load_weights(path))"
             )
         for layer, variables in layers:
             if spans.keys() & variables.keys():
-                raise UnsupportedError(f"layer {layer} is there twice")
+                raise UnsupportedError(
+                    f"layer {layer} is there twice; Keras itself loads it "
+                    f"(model.load_weights(path))"
+                )
             spans.update(variables)
         for name in ("model_config", "vggtorch_weight_set", "vggtorch_data_config"):
             text = root.attrs.get(name)

@@ -89,7 +89,11 @@ def _unwrapped(loaded: object) -> tuple[Tensors, Mapping[str, str]]:
 
 H5_TIMEOUT = 20.0  # seconds
 H5_UNSUPPORTED = 3  # exit status of hdf5.py: the file is whole, and nothing that is read here
-_H5_DTYPES = {"<f2": torch.float16, "<f4": torch.float32, "<f8": torch.float64}
+_H5_DTYPES = {
+    "<f2": torch.float16, "bfloat16": torch.bfloat16, "<f4": torch.float32, "<f8": torch.float64,
+    "|b1": torch.bool, "|u1": torch.uint8, "|i1": torch.int8, "<i2": torch.int16,
+    "<i4": torch.int32, "<i8": torch.int64,
+}  # fmt: skip
 
 
 def read_h5(path: Path) -> tuple[Tensors, Mapping[str, str]]:
@@ -125,7 +129,7 @@ def _h5_tensors(path: Path, start: int) -> tuple[Tensors, dict[str, str]]:
     tensors = {}
     for key, (offset, shape, code) in found["spans"].items():
         if code not in _H5_DTYPES:
-            raise UnsupportedError(f"{key} has dtype {code}, expected floating point")
+            raise UnsupportedError(f"{key} has dtype {code}, expected numbers as torch has them")
         begin, length = start + offset, math.prod(shape) * _H5_DTYPES[code].itemsize
         if begin < 0 or begin + length > size:
             raise ValueError(f"{key} claims more values than are stored")

@@ -22,6 +22,11 @@ _CODES = {
     torch.float16: "F16",
     torch.bfloat16: "BF16",
     torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
 }
 _ALIGNMENT = 64  # bytes; torch aligns the memory that it allocates to as many
 _NO_CHECKSUM = b"00000000"  # stands in the checksum's place while it is taken
@@ -34,7 +39,8 @@ def write(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str
     end = 0
     for key, tensor in tensors.items():
         if tensor.dtype not in _CODES:
-            raise ValueError(f"{key} has dtype {tensor.dtype}; expected floating point.")
+            known = ", ".join(str(dtype).removeprefix("torch.") for dtype in _CODES)
+            raise ValueError(f"{key} has dtype {tensor.dtype}; expected one of {known}.")
         begin, end = end, end + tensor.numel() * tensor.element_size()
         header[key] = {
             "dtype": _CODES[tensor.dtype],
@@ -61,7 +67,9 @@ def _blocks(tensor: torch.Tensor) -> Iterator[memoryview]:
     NumPy makes them contiguous, since torch would do it on all cores at once, where another
     thread may be hashing.
     """
-    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[
+        tensor.element_size()
+    ]
     array = np.atleast_1d(tensor.view(integers).numpy())
     rows = max(1, (1 << 22) // max(1, array[:1].nbytes))
     for i in range(0, len(array), rows):

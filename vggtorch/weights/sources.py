@@ -36,6 +36,9 @@ _WEIGHT = re.compile(
     r"(?:weight|bias|running_\w+|kernel|gamma|beta|moving_\w+|embeddings|num_batches_tracked)$"
 )
 
+# Whole numbers that are weights, as of a quantized model, have one of these dtypes.
+_WHOLE = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -176,11 +179,16 @@ def _fetch(published: Published) -> Path:
 # Reading
 
 
-def read(path: str | os.PathLike) -> Checkpoint:
+def read(path: str | os.PathLike, *, whole_numbers: bool = False) -> Checkpoint:
     """The named tensors of a checkpoint, whose form is recognised by its content.
 
     Reads PyTorch's .pth and .bin (zip, and the older form), .safetensors, Keras's .weights.h5,
     .keras and legacy .h5, and ONNX. Nothing is unpickled beyond tensors, and no code is run.
+
+    Args:
+        path: the file.
+        whole_numbers: whether they may be weights, such as those of a quantized model. Whoever
+            asks for them compares dtypes before it uses a tensor.
 
     Raises:
         ValueError: not a checkpoint, damaged, or with values that are not finite; names the file.
@@ -189,12 +197,17 @@ def read(path: str | os.PathLike) -> Checkpoint:
     path = Path(path)
     if path.exists() and not path.is_file():
         raise ValueError(f"{path} is not a regular file; expected a checkpoint.")
+    if visible_name := _without_utf8(path):
+        raise ValueError(
+            f"{visible_name} has a name that isn't UTF-8, which the libraries of these forms can't "
+            f"open. Rename it, or the folder."
+        )
     with path.open("rb") as file:
         head = file.read(512)
     reader = readers.reader_for(path, head)
     with ThreadPoolExecutor(1) as thread:  # hashing takes about as long as reading the values
         hashing = thread.submit(files.sha256, path)
-        tensors, metadata, wrong = _read_values(path, reader)
+        tensors, metadata, wrong = _read_values(path, reader, whole_numbers)
         digest = hashing.result()
     if path.name in PUBLISHED:
         files.check_sha256(path, PUBLISHED[path.name].sha256, digest)
@@ -220,6 +233,15 @@ def read(path: str | os.PathLike) -> Checkpoint:
     return Checkpoint(tensors, form, weight_set, path, form, **said_of(metadata))
 
 
+def _without_utf8(path: Path) -> str | None:
+    """A path whose name is no UTF-8 text, as it can be shown; None for all others."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        return visible(path, 1000)
+    return None
+
+
 def said_of(metadata: Mapping[str, str]) -> dict[str, Any]:
     """What a reader, or the metadata of a converted copy, says of a checkpoint."""
     return {
@@ -243,26 +265,31 @@ def from_memory(state: Mapping[str, Any]) -> Checkpoint:
     if any(isinstance(value, np.ndarray) for value in state.values()):
         state = {k: torch.tensor(v) if isinstance(v, np.ndarray) else v for k, v in state.items()}
     tensors, said = state_dicts.state_dict_in(state)
-    tensors, notes = _named(tensors)
+    tensors, notes = _named(tensors, ours="writer" in said)
     note = " ".join([said.get("note", ""), *notes]).strip()
     said = {**said, "note": note} if note else said
-    for key, reason in _wrong(tensors).items():
+    for key, reason in _wrong(tensors, whole_numbers=True).items():
         raise ValueError(f"The state_dict can't be loaded: {key} {reason}.")
     form = _form(tensors)
     path = Path("state_dict")
     return Checkpoint(tensors, form, said.get("weight_set"), path, form, **said_of(said))
 
 
-def _named(tensors: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], list[str]]:
-    """Tensors by plain names, where they have torch's, and what to tell the user."""
+def _named(
+    tensors: dict[str, torch.Tensor], *, ours: bool
+) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """Tensors by plain names, where they have torch's, and what to tell the user.
+
+    In files of `ours`, that `save_weights` wrote, all whole numbers are weights.
+    """
     if any("/" in key for key in tensors):
         return tensors, []
-    plain, note = state_dicts.plain_names(tensors)
+    plain, note = state_dicts.plain_names(tensors, counters=ours)
     notes = [note] if note else []
     counts = [
         key
         for key, tensor in plain.items()
-        if not (tensor.is_floating_point() or tensor.is_complex() or _WEIGHT.search(key))
+        if not (ours or tensor.is_floating_point() or tensor.is_complex() or _WEIGHT.search(key))
     ]
     if counts and len(counts) < len(plain):
         notes.append(
@@ -273,19 +300,19 @@ def _named(tensors: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], l
 
 
 def _read_values(
-    path: Path, reader: readers.Reader
+    path: Path, reader: readers.Reader, whole_numbers: bool
 ) -> tuple[dict[str, torch.Tensor], Mapping[str, str], dict[str, str]]:
     """Tensors and metadata of a file, and what is wrong with each tensor that isn't a weight."""
     try:
         tensors, metadata = reader(path)
         if reader is not onnx.read:
-            tensors, notes = _named(tensors)
+            tensors, notes = _named(tensors, ours="writer" in metadata)
             if notes:
                 metadata = {
                     **metadata,
                     "note": " ".join([metadata.get("note", ""), *notes]).strip(),
                 }
-        return tensors, metadata, _wrong(tensors)
+        return tensors, metadata, _wrong(tensors, whole_numbers=whole_numbers)
     except UnsupportedError as error:
         raise ValueError(f"{path} can't be loaded: {files.first_line(error)}.") from error
     except OSError as error:
@@ -297,13 +324,15 @@ def _read_values(
         raise ValueError(f"{path} is damaged or no checkpoint: {reason}") from error
 
 
-def _wrong(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
+def _wrong(tensors: Mapping[str, torch.Tensor], *, whole_numbers: bool) -> dict[str, str]:
     """What is wrong with each tensor that no network could have as a weight."""
     if not tensors:
         raise ValueError("it holds no tensors")
     wrong = {}
     for key, tensor in tensors.items():
         if key.endswith("num_batches_tracked"):
+            continue
+        if whole_numbers and tensor.dtype in _WHOLE:
             continue
         if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
             wrong[key] = f"has dtype {tensor.dtype}, expected floating point"
@@ -371,6 +400,7 @@ def write(
             state = OrderedDict((k, t.detach().cpu().contiguous()) for k, t in tensors.items())
             # Where torch keeps the versions of modules: no name of a tensor, so load_state_dict
             # takes the dict as it is.
-            vars(state)["_metadata"] = OrderedDict({"": {"version": 1, **metadata}})
+            said = {"version": 1, "writer": "vggtorch", **metadata}
+            vars(state)["_metadata"] = OrderedDict({"": said})
             with temporary.open("wb") as file:  # torch's own writer doesn't say that a disk is full
                 torch.save(state, file)

@@ -40,9 +40,9 @@ def state_dict_in(loaded: object) -> tuple[Tensors, dict[str, str]]:
         loaded: a state_dict, or dicts around one, as a training checkpoint has them.
 
     Returns:
-        The tensors by their names, and what is said of them: the `weight_set` and `data_config`
-        that `save_weights` has noted beside them, and a `note` for the user, which other state_dict
-        of the file was not taken.
+        The tensors by their names, and what is said of them: the `weight_set`, `data_config` and
+        `writer` that `save_weights` has noted beside them, and a `note` for the user, which other
+        state_dict of the file was not taken.
 
     Raises:
         UnsupportedError: none, or several of which none is the usual one.
@@ -71,7 +71,7 @@ def state_dict_in(loaded: object) -> tuple[Tensors, dict[str, str]]:
         )
     said = getattr(chosen, "_metadata", None)
     said = said.get("") if isinstance(said, Mapping) else None
-    for name in ("weight_set", "data_config"):
+    for name in ("weight_set", "data_config", "writer"):
         if isinstance(said, Mapping) and isinstance(said.get(name), str):
             texts[name] = said[name]
     return _checked(chosen), texts
@@ -118,7 +118,9 @@ def _checked(state: Mapping[Any, Any]) -> Tensors:
     """The tensors of a state_dict without what isn't a weight; ValueError for other values."""
     tensors = {}
     for key, value in state.items():
-        if not isinstance(key, str) or type(value) not in (torch.Tensor, torch.nn.Parameter):
+        if not isinstance(key, str):
+            raise ValueError(f"{key!r} is the name of a tensor, expected a text")
+        if type(value) not in (torch.Tensor, torch.nn.Parameter):
             raise ValueError(f"{key!r} is a {type(value).__name__}, expected a tensor")
         tensor = value.detach()
         if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
@@ -140,14 +142,14 @@ _FEATURES = re.compile(rf"^(?:(.*)\.)?features\.\d+\.{_VARIABLE}$")
 _NUMBERED = re.compile(rf"^(?:(.*)\.)?\d+\.{_VARIABLE}$")
 
 
-def plain_names(tensors: Tensors) -> tuple[Tensors, str | None]:
+def plain_names(tensors: Tensors, *, counters: bool = False) -> tuple[Tensors, str | None]:
     """A state_dict's tensors by the names that the network itself gives them.
 
     Names of wrappers are taken out, and what stands before `features.` (or before the numbers of
     the convolutions, where a network keeps torchvision's `features` under another name) is too.
     Where several networks stand side by side, their names stay: `left.features.0.weight`; but of a
     network and averages of it, the network alone is taken. Counters, such as the `n_averaged` of
-    torch's averaged models, are left out.
+    torch's averaged models, are left out, unless `counters` are wanted.
 
     Returns:
         The tensors, and what to tell the user: which network was not taken.
@@ -157,7 +159,8 @@ def plain_names(tensors: Tensors) -> tuple[Tensors, str | None]:
     """
     plain: Tensors = {}
     for key, tensor in tensors.items():
-        if tensor.ndim == 0 and not tensor.is_floating_point() and not _counts_batches(key):
+        counter = tensor.ndim == 0 and not tensor.is_floating_point() and not _counts_batches(key)
+        if counter and not counters:
             continue
         parts = [part for part in key.split(".") if part not in _WRAPPERS]
         name = ".".join(parts) or key
@@ -220,13 +223,15 @@ def _lifted(tensors: Tensors, prefix: str, to: str) -> Tensors:
     return lifted
 
 
-def is_plain_name(name: str, torchvision: set[str]) -> bool:
+def is_plain_name(name: str, torchvision: set[str], tensors: Tensors) -> bool:
     """Whether `plain_names` leaves a name as it is and nobody takes it for torchvision's or timm's.
 
     Args:
         name: of a tensor in a state_dict.
         torchvision: the names of torchvision's, or timm's, layers beside it.
+        tensors: what is beside it: `head.0.weight` is a VGG's only if that begins as one does.
     """
-    parts = name.split(".")
-    taken = _NUMBERED.match(name) or name.startswith(("pre_logits.", "head.fc."))
+    parts, match = name.split("."), _NUMBERED.match(name)
+    numbered = match is not None and (not match[1] or _begins(tensors, match))
+    taken = numbered or name.startswith(("pre_logits.", "head.fc."))
     return not (taken or name in torchvision or set(parts) & _WRAPPERS)

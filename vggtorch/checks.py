@@ -1,0 +1,34 @@
+"""What users pass to several functions, checked, and refused in the same words everywhere."""
+
+from __future__ import annotations
+
+from numbers import Integral
+from typing import Any
+
+import keras
+
+
+def check_model(model: object, verb: str) -> None:
+    """Raise ValueError unless `model` is a Keras model; `verb` is the function that was called."""
+    if not isinstance(model, keras.Model):
+        raise ValueError(f"{verb} needs a Keras model, received {type(model).__name__}.")
+
+
+def is_whole(value: Any) -> bool:
+    """Whether a value is a whole number, Python's or NumPy's; True and False are none."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def whole(name: str, value: Any, least: int = 1) -> int:
+    """An argument that is a whole number, as an int.
+
+    >>> from vggtorch.checks import whole
+    >>> whole("repeats", 5)
+    5
+
+    Raises:
+        ValueError: it is none, or is less than `least`.
+    """
+    if not is_whole(value) or value < least:
+        raise ValueError(f"Received {name}={value!r}; expected a whole number from {least}.")
+    return int(value)
