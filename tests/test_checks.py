@@ -202,3 +202,27 @@ def test_a_file_with_a_name_that_is_no_text_is_not_called_damaged(
     vt.save_weights(model, path)
     with pytest.raises(ValueError, match=r"a\\udcff.* has a name that isn't UTF-8.* Rename it"):
         vt.load_weights(model, path)
+
+
+def test_what_surgery_cannot_make_anything_of(model: keras.Model) -> None:
+    replace_where: Callable[..., Any] = vt.replace_where
+    wrong: dict[str, Callable[[], Any]] = {
+        "expects a class of layers": lambda: replace_where(model, keras.layers.ReLU(), len),
+        "a function that makes a new layer of the old one, received 3": lambda: replace_where(
+            model, keras.layers.Conv2D, 3
+        ),
+        "received a dict of no shapes": lambda: vt.with_input(model, {}),
+        r"has no '/' .* and no '\.'": lambda: vt.rename(model, "left."),
+        "distill_ expects a layer's name or several names": lambda: vt.distill_(
+            model,
+            model,
+            None,  # type: ignore[arg-type]
+            np.zeros((10, 8, 8, 3)),
+        ),
+        "Received a dict for images; expected an array": lambda: vt.compress(
+            model, 2, {"a": np.zeros((20, 8, 8, 3))}
+        ),
+    }
+    for message, call in wrong.items():
+        with pytest.raises(ValueError, match=message):
+            call()

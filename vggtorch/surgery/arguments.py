@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from numbers import Real
 from typing import Any
 
@@ -56,6 +57,11 @@ def checked_images(images: Any, original: keras.Model, fewest: int = 10) -> np.n
 
 
 def _items(images: Any) -> list[Any]:
+    if isinstance(images, Mapping):
+        raise ValueError(
+            f"Received a {type(images).__name__} for images; expected an array or tensor "
+            f"(N, H, W, C), or several of images: list(images.values()), say."
+        )
     named = [images] if isinstance(images, str | os.PathLike) else images
     try:
         items = list(named)

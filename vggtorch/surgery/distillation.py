@@ -40,7 +40,7 @@ from vggtorch.surgery.region import (
     next_smaller,
 )
 from vggtorch.surgery.views import flat_view, viewed
-from vggtorch.surgery.wiring import Wiring
+from vggtorch.surgery.wiring import Wiring, layer_names
 
 CROP = 96  # height and width of the crops that the new layers are trained on
 CROPS = 320  # how many crops are drawn, once, if their maps take less than MEMORY
@@ -218,7 +218,7 @@ def distill_(
     """
     begun = time.monotonic()
     checked_effort(steps, seconds, seed)
-    new_layers = [new_layers] if isinstance(new_layers, str) else list(new_layers)
+    new_layers = list(dict.fromkeys(layer_names(new_layers, "distill_")))
     paths = list(Wiring(result, "distill_").layers_by_path())
     if any("/" in path for path in paths):  # nested models are seen as one graph
         new_layers = _viewed(new_layers, result)

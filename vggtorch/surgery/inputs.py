@@ -143,6 +143,8 @@ def _shapes(
         raise ValueError("with_input received neither a shape nor channels.")
     if channels is not None and (_size(channels) or 0) < 1:
         raise ValueError(f"with_input received channels={channels!r}; expected 1 or more.")
+    if isinstance(shape, Mapping) and not shape:
+        raise ValueError("with_input received a dict of no shapes.")
     if not isinstance(shape, Mapping):
         if len(inputs) != 1:
             raise ValueError(

@@ -44,10 +44,11 @@ def names_by_id(wiring: Wiring, names: Mapping[str, str] | str) -> dict[int, str
     if isinstance(names, str):
         names = {name: names + name for name in wiring.operations}
     for old, new in names.items():
-        if not isinstance(new, str) or not new or "/" in new:
+        if not isinstance(new, str) or not new or "/" in new or "." in new:
             raise ValueError(
                 f"rename received {new!r} as the new name of {old!r}; expected a name that isn't "
-                f"empty and has no '/': a layer stays in its model."
+                f"empty and has no '/' (a layer stays in its model) and no '.' (torch's names of "
+                f"weights have none)."
             )
         place, own = wiring.find(old)
         layer = place.operations[own]

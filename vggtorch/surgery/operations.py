@@ -297,6 +297,11 @@ def replace_where(
     """
     if init not in (None, "copy"):
         raise ValueError(f"replace_where expects init=None or 'copy', received {init!r}.")
+    if not callable(make):
+        raise ValueError(
+            f"replace_where expects a function that makes a new layer of the old one, received "
+            f"{make!r}."
+        )
     wiring = Wiring(model, "replace_where")
     matches, what = _matching(where)
     changes: list[Change] = []
@@ -347,7 +352,7 @@ def _matching(where: Any) -> tuple[Callable[[Layer], bool], str]:
     if classes and all(isinstance(c, type) and issubclass(c, Layer) for c in classes):
         names = " or ".join(c.__name__ for c in classes)
         return lambda layer: isinstance(layer, classes), f"{names} layer"
-    if isinstance(where, type) or not callable(where):
+    if isinstance(where, type | Layer) or not callable(where):
         raise ValueError(
             f"replace_where expects a class of layers, a tuple of classes, or a function that says "
             f"whether a layer matches; received {where!r}. To replace layers by name: vt.replace."
