@@ -169,6 +169,11 @@ def test_kerass_own_fit_learns_the_same(counts: Counts) -> None:
     assert counts.convolve and counts.weight_gradient
 
 
+def test_compiled_convolutions_are_torchs() -> None:
+    with pytest.raises(ValueError, match="compile=True and winograd=True.*leave one of them out"):
+        vt.accelerate_(small_vgg(), compile=True, winograd=True)
+
+
 def test_other_convolutions_and_dtypes_are_computed_as_ever(counts: Counts) -> None:
     keras.utils.set_random_seed(0)
     image = keras.Input((12, 12, 4))

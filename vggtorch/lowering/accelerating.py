@@ -27,10 +27,10 @@ def accelerate_(
         model: what `to_torch` takes.
         compile: run the network through torch.compile.
         enabled: False gives the model its own `call` back.
-        winograd: compute 3x3 convolutions sooner and less exactly, as `to_torch` has it.
+        winograd: 3x3 convolutions may be computed sooner and less exactly, as `to_torch` has it.
 
     Raises:
-        ValueError: what `to_torch` raises.
+        ValueError: what `to_torch` raises; `compile` and `winograd` together.
 
     Example:
         >>> import keras, numpy as np, vggtorch as vt
@@ -44,6 +44,12 @@ def accelerate_(
         keras_graph.override_call_(model, None)
         return model
     graph_to_read(model, "accelerate_")
+    if compile and winograd:
+        raise ValueError(
+            "Received compile=True and winograd=True. What torch compiles are torch's own "
+            "convolutions, so leave one of them out: winograd=True is faster where many 3x3 "
+            "convolutions run on a CPU."
+        )
     laid_out: Any = None  # the optimizer whose slots have the layout of their kernels
     graph: keras.Function | None = None
     inside: list[keras.Layer] = []

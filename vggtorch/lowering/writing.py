@@ -87,10 +87,11 @@ def to_torch(
         checkpoint: in training, keep only what pools put out and compute the activations between
             them again in backward: the same gradients from a fraction of the memory, in up to a
             third more time. Blocks in which a layer runs as Keras runs it are kept whole.
-        winograd: on a CPU, compute 3x3 convolutions and their gradients by Winograd's minimal
-            filtering where that is faster: a step of VGG16 takes three quarters of the time in
-            float32. Outputs and gradients of a layer then differ from Keras's by more than the last
-            bits, by 3e-6 of their size in float32 (6e-7 without) and by 0.5 % in bfloat16 (0.25 %).
+        winograd: on a CPU, 3x3 convolutions and their gradients may be computed by Winograd's
+            minimal filtering where that is faster: a step of VGG16 takes three quarters of the time
+            in float32. Outputs and gradients of a layer then differ from Keras's by more than the
+            last bits: by 3e-6 of their size in float32 (6e-7 without), by 0.5 % in bfloat16
+            (0.25 %).
 
     Returns:
         The network. It takes the model's inputs one by one, by position or by their names, and
