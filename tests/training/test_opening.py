@@ -46,6 +46,13 @@ def test_a_model_and_a_folder_are_enough(images, tmp_path, capsys):
         assert expected in said
 
 
+def test_names_of_classes_are_no_instructions_to_the_terminal(config, tmp_path, capsys):
+    folder = tiny.pictures(tmp_path / "data", each=2)
+    (folder / "red").rename(folder / "re\nd\x1b[31m")
+    vt.finetune(tiny.network(), folder, config=config, epochs=1)
+    assert "3 classes: blue, green, re\\nd\\x1b[31m\n" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_the_multilevel_head_stands_on_the_last_three_pools():
     from vggtorch.training.heads import with_head

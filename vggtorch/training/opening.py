@@ -11,6 +11,7 @@ from typing import Any
 import keras
 import torch
 
+from vggtorch.text import visible
 from vggtorch.training.advice import Plan, Similarity, planned
 from vggtorch.training.config import ELSEWHERE, TrainConfig
 from vggtorch.training.data import Folder
@@ -94,7 +95,8 @@ def first_lines(
         lines.append(f"The plan:\n{config.as_it_runs(images)}")
     if read.classes:
         more = f", and {len(read.classes) - NAMED} more" if len(read.classes) > NAMED else ""
-        lines.append(f"{len(read.classes)} classes: {', '.join(read.classes[:NAMED])}{more}")
+        named = ", ".join(map(visible, read.classes[:NAMED]))
+        lines.append(f"{len(read.classes)} classes: {named}{more}")
     parts = [f"{len(read.training)} train"]
     if read.validation is not None:
         of = (
