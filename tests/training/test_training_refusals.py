@@ -81,3 +81,28 @@ def test_a_configuration_in_another_place_or_form_is_refused(images, config):
         finetune(tiny.network(), images, config, output_dir=config.output_dir)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"config=\{'epochs': 1\}; expected a TrainConfig, or"):
         finetune(tiny.network(), images, config={"epochs": 1})  # type: ignore[arg-type]
+
+
+def test_settings_that_would_change_nothing_are_refused(images, config):
+    def tried(**settings):
+        finetune(tiny.network(), images, config=config, **settings)
+
+    with pytest.raises(ValueError, match="in epoch 1 nothing trains that didn't before. Name a lo"):
+        tried(freeze="block1_pool", unfreeze={1: "predictions"})
+    with pytest.raises(ValueError, match="weight_decay=0.5 with optimizer='rprop', which has none"):
+        tried(optimizer="rprop", weight_decay=0.5)
+
+
+@pytest.mark.parametrize("shape", [(16, 16, 1), (3, 16, 16), (768,)])
+def test_a_model_of_other_images_than_files_give_is_refused(images, config, shape):
+    layers = keras.layers
+    model = keras.Sequential([keras.Input(shape), layers.Flatten(), layers.Dense(3)])
+    with pytest.raises(ValueError, match=r"; files give RGB images, height x width x 3"):
+        finetune(model, images, config=dataclasses.replace(config, image_size=None))
+
+
+def test_a_model_of_two_inputs_is_refused(images, config):
+    one, other = keras.Input((4,)), keras.Input((4,))
+    two = keras.Model([one, other], keras.layers.Dense(3)(one + other))
+    with pytest.raises(ValueError, match="takes 2 inputs; expected one, of images"):
+        finetune(two, images, config=config)

@@ -55,8 +55,10 @@ def images_for(model: keras.Model, config: TrainConfig) -> DataConfig:
     The configuration goes before what the model remembers; the size of the model's input is fixed.
 
     Raises:
-        ValueError: another size than the model's.
+        ValueError: another size than the model's, or a model of several inputs.
     """
+    if len(model.inputs) != 1:
+        raise ValueError(f"{model.name} takes {len(model.inputs)} inputs; expected one, of images.")
     known, asked = data_config(model), config.image_size
     height, width = known.size or (DEFAULT_SIZE, DEFAULT_SIZE)
     if asked is not None and (asked, asked) != (height, width):
@@ -366,6 +368,12 @@ def as_source(
 
 def check_fits(source: Folder | DatasetSource | None, model: keras.Model) -> None:
     """See that a Dataset's images have the shape that the model takes; files are brought to it."""
+    shape = model.inputs[0].shape
+    if isinstance(source, Folder) and (len(shape) != 4 or shape[-1] not in (None, 3)):
+        raise ValueError(
+            f"{model.name} takes {'x'.join(str(edge or 'any') for edge in shape[1:])}; files give "
+            f"RGB images, height x width x 3. Build the model for these, or pass a Dataset."
+        )
     if not isinstance(source, DatasetSource) or source.content_name is not None:
         return
     expected = model.inputs[0].shape[1:]

@@ -47,17 +47,22 @@ def trained_parameters(model: keras.Model, config: TrainConfig) -> Parameters:
     """All that trains in some epoch; the model is left as the last of them has it.
 
     Raises:
-        ValueError: nothing trains.
+        ValueError: nothing trains, or nothing more where something is unfrozen.
     """
-    chosen = set()
-    for epoch in (0, *dict(config.unfreeze)):
+    chosen: set[int] = set()
+    for epoch in sorted({0, *dict(config.unfreeze)}):
         freeze_for_(model, config, epoch)
         if not model.trainable_variables:
             raise ValueError(
                 f"No layer of {model.name} trains in epoch {epoch}. Unfreeze some "
                 f"(vt.unfreeze_(model, since=name)), or freeze fewer."
             )
-        chosen |= {id(v) for v in model.trainable_variables}
+        before, chosen = chosen, chosen | {id(v) for v in model.trainable_variables}
+        if before == chosen:
+            raise ValueError(
+                f"Received unfreeze={config.unfreeze!r}, and in epoch {epoch} nothing trains that "
+                f"didn't before. Name a lower layer: that and all above it train."
+            )
     return {i: v.value for i, v in enumerate(model.variables) if id(v) in chosen}
 
 
@@ -105,6 +110,11 @@ def make_optimizer(
     elif "fused" in accepted and kind in (torch.optim.AdamW, torch.optim.Adam):
         options["fused"] = device.type in ("cuda", "cpu")
     if inspect.isclass(kind) and "weight_decay" not in accepted:
+        if config.weight_decay not in (0, TrainConfig.weight_decay):
+            raise ValueError(
+                f"Received weight_decay={config.weight_decay!r} with optimizer={name_of(given)!r}, "
+                f"which has none. Leave one of them out."
+            )
         described = [{k: v for k, v in g.items() if k != "weight_decay"} for g in described]
     try:
         made = kind(described) if _takes_no_rate(kind) else kind(described, **options)
