@@ -210,3 +210,20 @@ def test_torchs_hooks_on_keras_layers_are_called(everywhere: bool) -> None:
     assert layer in seen
     assert changed.std(0).max() < 1e-6 < before.std(0).max()
     assert torch.equal(model(x), before)
+
+
+def test_torch_jit_traces_an_accelerated_model_as_keras_runs_it(tmp_path: Path) -> None:
+    """Keras's own export to ONNX does so, and looks for the parameters of the layers."""
+    model = keras.Sequential([keras.Input((4,)), layers.Dense(3), layers.BatchNormalization()])
+    x = torch.rand(2, 4)
+    expected = accelerate_(model)(x, training=False)
+    traced = torch.jit.trace(model, x)
+    assert_close(traced(x), expected)
+    assert {p.data_ptr() for p in traced.parameters()} >= {
+        variable.value.data_ptr() for variable in model.trainable_variables
+    }
+    onnxruntime = pytest.importorskip("onnxruntime")
+    model.export(f"{tmp_path}/model.onnx", format="onnx", verbose=False)
+    session = onnxruntime.InferenceSession(f"{tmp_path}/model.onnx")
+    (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    assert_close(torch.from_numpy(found), expected)

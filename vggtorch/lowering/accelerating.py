@@ -75,14 +75,15 @@ def accelerate_(
     def call(inputs: Any, training: bool | None = None, mask: Any = None) -> Any:
         # The model's own `call` runs where Keras only works out shapes, with tensors that have no
         # values, where masks come in, where `training` is left to what the layers inside were
-        # called with, and where torch's hooks wait for Keras's layers, which are its modules too.
-        shapes_only = keras_graph.in_stateless_scope()
+        # called with, where torch.jit traces the model, which must find the parameters of the
+        # layers, and where torch's hooks wait for these, which are its modules too.
+        set_apart = keras_graph.in_stateless_scope() or torch.jit.is_tracing()
         current = module is not None and (torch.compiler.is_compiling() or settings.are_same())
-        if not (shapes_only or current):
+        if not (set_apart or current):
             renew()
         undecided = training is None and fixes_training
         watched = has_global_hooks() or any(map(has_hooks, inside))
-        if shapes_only or graph is None or mask is not None or undecided or watched:
+        if set_apart or graph is None or mask is not None or undecided or watched:
             return type(model).call(model, inputs, training=training, mask=mask)
         values = keras_graph.standardize_inputs(graph, inputs)
         if any(x is None or x.is_meta or keras_graph.has_mask(x) for x in values):
