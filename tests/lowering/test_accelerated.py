@@ -227,3 +227,27 @@ def test_torch_jit_traces_an_accelerated_model_as_keras_runs_it(tmp_path: Path) 
     session = onnxruntime.InferenceSession(f"{tmp_path}/model.onnx")
     (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
     assert_close(torch.from_numpy(found), expected)
+
+
+ADDED: dict[str, Callable[[Any], Any]] = {
+    "LoRA": lambda layer: layer.enable_lora(2),
+    "int8": lambda layer: layer.quantize("int8"),
+    "int4": lambda layer: layer.quantize("int4"),
+}
+
+
+@pytest.mark.parametrize("change", ADDED.values(), ids=ADDED)
+def test_new_variables_of_a_layer_that_keras_runs(change: Callable[[Any], Any]) -> None:
+    image = keras.Input((4, 8))
+    einsum = layers.EinsumDense("abc,cd->abd", (4, 6), name="einsum")
+    attention = layers.MultiHeadAttention(2, 4)
+    y = einsum(image)
+    model, x = accelerate_(keras.Model(image, attention(y, y))), torch.rand(2, 4, 8)
+    model(x)
+    for layer in (einsum, attention.query_dense):
+        change(layer)
+        for training in (False, True):
+            y = model(x, training=training)
+            assert_close(y, type(model).call(model, x, training=training))
+    y.sum().backward()
+    assert all(v.value.grad is not None for v in model.trainable_variables)

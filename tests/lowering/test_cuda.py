@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import keras
 import pytest
 import torch
 import torch.multiprocessing
+from keras import layers
 from small_vgg import DEVICE, assert_close, images, on_keras, small_vgg
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -73,3 +75,17 @@ def test_devices_without_a_gpu(training: bool, given: str) -> None:
     with FakeTensorMode():
         output = without_numbers(network)(torch.empty(shape, device="cuda"))
     assert output.device.type == "cuda" and output.shape == (4, 10)
+
+
+def test_constants_are_where_keras_puts_its_own() -> None:
+    with keras.device("meta"):
+        image = keras.Input((8, 8, 3))
+        x = layers.Rescaling([0.5, 1.0, 2.0], [0.0, 1.0, 2.0])(image)
+        x = layers.BatchNormalization()(layers.Normalization(mean=0.5, variance=2.0)(x))
+        network = to_torch(keras.Model(image, layers.Conv2D(2, 3)(x)))
+        output = network(torch.empty(2, 8, 8, 3, device="meta"))
+    assert output.device.type == "meta"
+    assert {t.device.type for t in (*network.parameters(), *network.buffers())} == {"meta"}
+    with torch.device("meta"):  # torch's own default is nothing to Keras
+        network = to_torch(small_vgg())
+    assert {t.device.type for t in (*network.parameters(), *network.buffers())} == {"cpu"}

@@ -48,7 +48,7 @@ def _batch_norm(site: Site) -> list[Piece] | None:
     norm = site.module(
         _NORMS[site.rank], layer.moving_mean.shape[0], layer.epsilon, 1 - layer.momentum
     )
-    norm.num_batches_tracked = torch.tensor(0)
+    norm.num_batches_tracked = torch.tensor(0, device=norm.running_mean.device)
     norm.frozen = not layer.trainable
     site.ties.norms.append((norm, layer))
     return [Piece(norm, "", "first" if axis != 1 else "keras")]
@@ -108,10 +108,9 @@ def _rescaling(site: Site) -> list[Piece] | None:
         if site.rank < 3 or keras.config.image_data_format() != "channels_last":
             return None
         axes, shape = "first", (-1, *(1,) * (site.rank - 2))
+    dtype = keras_graph.torch_dtype(layer.compute_dtype)
     scale, offset = (
-        torch.tensor(v, dtype=keras_graph.torch_dtype(layer.compute_dtype)).reshape(
-            shape if v.ndim else ()
-        )
+        torch.tensor(v, dtype=dtype, device=keras_graph.device()).reshape(shape if v.ndim else ())
         for v in values
     )
     return [Piece(Rescale(scale, offset), "", axes)]

@@ -29,6 +29,8 @@ from vggtorch.lowering.steps import (
     Call,
     Plans,
     Step,
+    in_plain_order,
+    permutes,
     steps_of,
 )
 from vggtorch.lowering.winograd import Workspace
@@ -72,6 +74,8 @@ class Plan:
         outputs = tuple(x.index for x in tree_leaves(self.structure) if isinstance(x, Place))
         workspace = Workspace() if winograd else None
         self.plans = Plans(steps, tuple(range(len(inputs))), outputs, checkpoint, workspace)
+        # Whether the maps that go in have their channels on axis 1, and so do those that come out.
+        self.is_first = not any(permutes(step) and step.inputs[0] < len(inputs) for step in steps)
 
     def __deepcopy__(self, memo: Any) -> None:
         return None  # a copy of a network makes its own
@@ -123,7 +127,12 @@ class Plan:
             if isinstance(run, FusedConv2d):
                 run.constants.is_checked = False
         values: dict[int, Any] = dict(enumerate(inputs))
-        run_segments(self.plans.fast(settled), values)
+        # The fused steps put out maps in the order NHWC. Torch's modules would do so for such maps.
+        plain = self.is_first and all(x.is_contiguous() for x in inputs if x.ndim == 4)
+        run_segments(self.plans.fast(settled, plain), values)
+        if plain:
+            for number in self.plans.outputs:
+                values[number] = in_plain_order(values[number])
         return filled(self.structure, values)
 
     def release(self) -> None:

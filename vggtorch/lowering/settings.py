@@ -21,16 +21,21 @@ class Settings:
 
     Attributes whose names begin with an underscore are Keras's own; weights and `trainable`, which
     networks follow, are among them. Of models the graph counts, which a Sequential model makes
-    anew; of classes, the code that a call runs. Layers that Keras itself runs don't count. A copy
-    is empty: copies of a network stand alone.
+    anew; of classes, the code that a call runs; of layers that Keras itself runs, which variables
+    they have. A copy is empty: copies of a network stand alone.
     """
 
     def __init__(self, layers: Iterable[keras.Layer] = ()) -> None:
-        layers = list(layers)
+        self._layers = layers = list(layers)
         self._models = {
             layer: _of_model(layer) for layer in layers if isinstance(layer, keras.Model)
         }
         self._taken = [_taken(layer) for layer in layers if type(layer) in WRITTEN]
+        self._variables = [
+            (layer, _variables(layer))
+            for layer in layers
+            if type(layer) not in WRITTEN and layer not in self._models
+        ]
         kinds = {type(layer) for layer, *_ in self._taken} | {type(model) for model in self._models}
         self._code = [(kind, *part) for kind in kinds for part in _code(kind).items()]
 
@@ -42,6 +47,7 @@ class Settings:
                 for _, own, number, names, values in self._taken
             )
             and all(getattr(kind, name, None) is part for kind, name, part in self._code)
+            and all(_variables(layer) == variables for layer, variables in self._variables)
             and all(_of_model(model) == of_model for model, of_model in self._models.items())
         )
 
@@ -64,7 +70,7 @@ class Settings:
             if _of_model(model) != self._models[model]:
                 same = keras_graph.functional(model) is graph
                 changed.append(f"{model.name}.{'call' if same else 'layers'}")
-        vars(self).update(vars(Settings([*self._models, *(layer for layer, *_ in self._taken)])))
+        vars(self).update(vars(Settings(self._layers)))
         if changed:
             warnings.warn(
                 f"{', '.join(changed)} changed in Keras after to_torch, and the torch network "
@@ -126,6 +132,11 @@ def _of_model(model: keras.Model) -> tuple[Any, Any]:
     """The graph that a model runs, and what stands in the place of its `call`, unless we put it."""
     call = vars(model).get("call")
     return keras_graph.functional(model), None if _package(call) == "vggtorch" else call
+
+
+def _variables(layer: keras.Layer) -> list[int]:
+    """Which variables a layer has, which LoRA and quantization change."""
+    return list(map(id, keras_graph.own_variables(layer)))
 
 
 def _taken(layer: keras.Layer) -> _Taken:

@@ -141,6 +141,16 @@ FRESH_FUNCTIONS = (
 )  # fmt: skip
 
 
+# Methods that `to_torch` writes, which ask nothing of the order in which numbers lie in memory.
+METHODS = ("flatten", "permute", "reshape", "size", "to", "unflatten")
+
+
+def in_plain_order(x: Any) -> Any:
+    """Maps (N, C, H, W) that lie in memory as NHWC in the order of their axes; or x as it is."""
+    is_map = isinstance(x, torch.Tensor) and x.ndim == 4
+    return x.contiguous() if is_map and x.is_contiguous(memory_format=torch.channels_last) else x
+
+
 def steps_of(graph: torch.fx.Graph, modules: dict[str, nn.Module]) -> tuple[list[Step], Any]:
     """The graph's nodes as steps, and what it returns, with the places of the values.
 
@@ -176,6 +186,12 @@ def steps_of(graph: torch.fx.Graph, modules: dict[str, nn.Module]) -> tuple[list
     return steps, outputs
 
 
+def permutes(step: Step) -> bool:
+    """Whether a step puts the axes of a value in another order."""
+    run = step.run
+    return isinstance(run, Call) and isinstance(run.target, Method) and run.target.name == "permute"
+
+
 def kind_of(step: Step) -> Any:
     """The class of a step's module, or of what does its work, exactly; the function of a call."""
     if isinstance(step.run, Call):
@@ -209,6 +225,37 @@ def repeats(step: Step) -> bool:
     return not isinstance(run, nn.Module) or type(run) in (*BY_IMAGE_IN_INFERENCE, *STATELESS)
 
 
+def _is_foreign(step: Step) -> bool:
+    """Whether a step may write to what it takes, or ask how that lies in memory.
+
+    Modules and functions that aren't known may, the user's and Keras's layers among them.
+    """
+    run = step.run.target if isinstance(step.run, Call) else step.run
+    if isinstance(run, Method):
+        return run.name not in METHODS
+    if not isinstance(run, nn.Module):
+        return run not in (*FUNCTIONS_BY_IMAGE, *FRESH_FUNCTIONS)
+    if type(run) is KerasFunction:
+        return not run.is_by_image
+    known = type(run) in (*STATELESS, *NORMS, *DROPOUTS)
+    return not known or bool(getattr(run, "inplace", False))
+
+
+def _is_view(step: Step) -> bool:
+    """Whether a step may give the memory that it takes."""
+    fused = (FusedConv2d, FusedLinear, TrainedConv2d, TrainedLinear)
+    return kind_of(step) not in (*FRESH, *FRESH_FUNCTIONS, *POOLS, *fused)
+
+
+def _exposed(steps: list[Step], outputs: tuple[int, ...] = ()) -> set[int]:
+    """Values that foreign steps take, or are views of; and those of outputs."""
+    found = set(outputs)
+    for step in reversed(steps):
+        if _is_foreign(step) or (_is_view(step) and step.output in found):
+            found.update(step.inputs)
+    return found
+
+
 def is_fresh(step: Step) -> bool:
     """Whether nobody, backward included, needs what the step has computed but who takes it."""
     return kind_of(step) in (FRESH_FUNCTIONS if isinstance(step.run, Call) else FRESH)
@@ -231,11 +278,14 @@ class Plans:
     checkpoint: bool
     workspace: Workspace | None = None
     fused: dict[Any, Any] = field(default_factory=dict)  # by the modules that are in one
-    made: dict[int, list[Segment]] = field(default_factory=dict)
+    made: dict[tuple[int, bool], list[Segment]] = field(default_factory=dict)
 
-    def fast(self, settled: int) -> list[Segment]:
-        """What runs where so many of the first steps run as in inference."""
-        if settled not in self.made:
+    def fast(self, settled: int, plain: bool = False) -> list[Segment]:
+        """What runs where so many of the first steps run as in inference.
+
+        `plain`: maps that torch's modules would give in plain order are so where that can be told.
+        """
+        if (settled, plain) not in self.made:
             uses = Counter(i for step in self.steps for i in step.inputs) + Counter(self.outputs)
             fresh = {s.output for s in self.steps if is_fresh(s) and uses[s.output] == 1}
             head, tail = self.steps[:settled], self.steps[settled:]
@@ -245,9 +295,11 @@ class Plans:
                 *_marked(_overwrite(head, fresh), BY_IMAGE_IN_INFERENCE),
                 *_marked(_overwrite(tail, fresh), BY_IMAGE),
             ]
+            if plain:
+                steps = _in_plain_order(steps, _exposed(self.steps))
             again = self.checkpoint and bool(tail)
-            self.made[settled] = cut(steps, self.inputs, self.outputs, again)
-        return self.made[settled]
+            self.made[settled, plain] = cut(steps, self.inputs, self.outputs, again)
+        return self.made[settled, plain]
 
     def _once(self, kind: Callable[..., Any], *key: Any) -> Any:
         """The same object for all plans, because it holds prepared weights or lent memory."""
@@ -319,6 +371,7 @@ class Plans:
         """Convolutions and products with gradients of our own; a max pool before its ReLU."""
         pools: dict[int, Step] = {}
         result: list[Step] = []
+        exposed = _exposed(self.steps, self.outputs)  # backward needs what a pool gives as it was
         for step in steps:
             kind, after = kind_of(step), only_use.get(step.output)
             if kind in CONVOLUTIONS:
@@ -326,7 +379,12 @@ class Plans:
                 step = replace(step, run=run)
             elif kind in LINEARS:
                 step = replace(step, run=self._once(TrainedLinear, step.run, kind is MixedLinear))
-            elif kind is nn.ReLU and after is not None and kind_of(after) is nn.MaxPool2d:
+            elif (
+                kind is nn.ReLU
+                and after is not None
+                and kind_of(after) is nn.MaxPool2d
+                and after.output not in exposed
+            ):
                 run = ReLUPool2d(step.run, after.run)
                 pools[id(after)] = replace(after, run=run, inputs=step.inputs)
                 continue
@@ -352,6 +410,16 @@ def _overwrite(steps: list[Step], fresh: set[int]) -> list[Step]:
         else step
         for step in steps
     ]
+
+
+def _in_plain_order(steps: list[Step], asked: set[int]) -> list[Step]:
+    """Steps that put what is asked of them into plain order, for all who take it."""
+    result: list[Step] = []
+    for step in steps:
+        result.append(step)
+        if step.output in asked and not _is_view(step):
+            result.append(Step(in_plain_order, (step.output,), step.output, by_image=True))
+    return result
 
 
 def _marked(steps: list[Step], by_image: tuple[type, ...]) -> list[Step]:
