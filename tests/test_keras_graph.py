@@ -174,9 +174,15 @@ def check_operation_kinds() -> None:
     assert keras_graph.operation_kind(kl.Add()) is None
 
 
+def check_rematerialization() -> None:
+    assert not keras_graph.rematerializes(kl.Dense(2))
+    with keras.RematScope():
+        assert keras_graph.rematerializes(kl.Dense(2))
+
+
 def check_seed_generators() -> None:
-    assert keras_graph.draws_at_random(kl.Dropout(0.5))
-    assert not keras_graph.draws_at_random(kl.Dense(2))
+    assert keras_graph.seed_generators(kl.Dropout(0.5))
+    assert not keras_graph.seed_generators(kl.Dense(2))
     with keras.device("meta"):
         (generator,) = keras_graph.seed_generators(kl.Dropout(0.5, seed=3))
     assert keras_graph.raw_value(generator.state).is_meta
@@ -285,6 +291,7 @@ PARTS: dict[str, Callable[..., None]] = {
     "keras.src.ops.numpy": check_operation_kinds,
     "keras.src.ops.nn": check_operation_kinds,
     "_seed_generators": check_seed_generators,
+    "_remat_mode": check_rematerialization,
     "_tracker": check_given_seed_generators,
     "_initial_seed": check_seed_generators,
     "_initialize": check_seed_generators,

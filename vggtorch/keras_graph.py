@@ -43,7 +43,6 @@ __all__ = [
     "calls_of",
     "data_format",
     "device",
-    "draws_at_random",
     "filled",
     "functional",
     "give_seed_generator_",
@@ -68,6 +67,7 @@ __all__ = [
     "producing_call",
     "raw_value",
     "reads_training",
+    "rematerializes",
     "remembers",
     "reset_seed_",
     "safe_mode_off",
@@ -405,9 +405,9 @@ def operation_kind(operation: Any) -> str | None:
     return kind.__name__ if kind.__module__ in known else None
 
 
-def draws_at_random(layer: keras.Layer) -> bool:
-    """Whether a layer has a seed generator of its own."""
-    return bool(layer._seed_generators)
+def rematerializes(layer: keras.Layer) -> bool:
+    """Whether a layer was made in a keras.RematScope: backward computes its values again."""
+    return getattr(layer, "_remat_mode", None) is not None
 
 
 def give_seed_generator_(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,8 @@ import torch.multiprocessing
 from keras import layers
 from small_vgg import assert_close, dropout_vgg, images, on_keras, step
 from torch import nn
+
+from vggtorch.lowering import to_torch
 
 
 def kept(run: Any, x: torch.Tensor) -> int:
@@ -44,6 +47,15 @@ def test_checkpointing_keeps_less_and_changes_nothing() -> None:
     for actual, expected in zip(*found, strict=True):
         assert_close(actual, expected)
     assert memory[1] < memory[0] / 4
+
+
+def test_a_remat_scope_is_followed() -> None:
+    memory = []
+    for scope in (contextlib.nullcontext(), keras.RematScope()):
+        with scope:
+            model = dropout_vgg()
+        memory += [kept(network, images(model)) for network in (to_torch(model), on_keras(model))]
+    assert max(memory[2:]) < min(memory[:2]) / 3
 
 
 def attend(x: Any) -> Any:

@@ -55,7 +55,7 @@ def _is_frozen(operation: keras.Operation) -> bool:
     if not isinstance(operation, keras.layers.Layer):
         return True
     return not any(
-        (layer.trainable and keras_graph.own_variables(layer)) or keras_graph.draws_at_random(layer)
+        (layer.trainable and keras_graph.own_variables(layer)) or keras_graph.seed_generators(layer)
         for layer in keras_graph.all_layers(operation)
     )
 
