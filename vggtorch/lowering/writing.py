@@ -86,8 +86,8 @@ def to_torch(
         share: False gives the network a memory of its own.
         checkpoint: in training, keep only what pools put out and compute the activations between
             them again in backward: the same gradients from a fraction of the memory, in up to a
-            third more time. Blocks in which a layer runs as Keras runs it are kept whole. Layers that
-            were made in a keras.RematScope ask for it, under `accelerate_` too.
+            third more time. Blocks in which a layer runs as Keras runs it are kept whole. Layers
+            that were made in a keras.RematScope ask for it, under `accelerate_` too.
         winograd: on a CPU, 3x3 convolutions and their gradients may be computed by Winograd's
             minimal filtering where that is faster: a step of VGG16 takes three quarters of the time
             in float32. Outputs and gradients of a layer then differ from Keras's by more than the
