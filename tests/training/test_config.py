@@ -39,8 +39,6 @@ from vggtorch.training.config import TrainConfig
         ({"class_weight": [0, 0.0]}, "a number from 0 for each class, and one above 0."),
         ({"class_weight": {}}, "Received class_weight={}; expected 'balanced', or a number"),
         ({"class_weight": 2.0}, "Received class_weight=2.0; expected 'balanced', or a number"),
-        ({"cache": False, "cache_dtype": "float16"}, "cache_dtype='float16' with cache=False, so"),
-        ({"cache": False, "cache_copies": 2}, "cache_copies=2 with cache=False, so that nothing"),
         (
             {"warmup": 0.3, "schedule": "exponentiallr"},
             "Received warmup=0.3, which the schedules cosine, constant have",

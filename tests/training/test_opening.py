@@ -46,6 +46,11 @@ def test_a_model_and_a_folder_are_enough(images, tmp_path, capsys):
         assert expected in said
 
 
+def test_settings_of_a_cache_that_there_is_not_are_said(images, config, capsys):
+    vt.finetune(tiny.network(), images, config=config, epochs=1, cache=False, cache_dtype="float16")
+    assert "nothing, so that nothing follows from cache_dtype\n" in capsys.readouterr().err
+
+
 def test_names_of_classes_are_no_instructions_to_the_terminal(config, tmp_path, capsys):
     folder = tiny.pictures(tmp_path / "data", each=2)
     (folder / "red").rename(folder / "re\nd\x1b[31m")

@@ -288,7 +288,7 @@ def planned(
     if {"patience", "monitor"} & set(given) or given.get("schedule", "cosine") != "cosine":
         # Whoever stops at a best epoch, or whose learning rate doesn't fall to nothing, wants that.
         changed.setdefault("restore_best_weights", True)
-    if given.get("augment") == "none" or not given.get("cache", True):
+    if given.get("augment") == "none":
         changed.setdefault("cache_copies", 1)
     if "unfreeze" not in given:
         epochs = given.get("epochs", plan.epochs)

@@ -194,12 +194,6 @@ class TrainConfig:
                     f"it is for isn't there yet. Pass what makes it: "
                     f"functools.partial({type(made).__name__}, ...)."
                 )
-        for name in ("cache_copies", "cache_dtype", "cache_dir"):
-            if not self.cache and getattr(self, name) != getattr(TrainConfig, name):
-                raise ValueError(
-                    f"Received {name}={getattr(self, name)!r} with cache=False, so that nothing "
-                    f"would be kept. Leave one of them out."
-                )
         if self.warmup != TrainConfig.warmup and self.schedule not in OWN_SCHEDULES:
             raise ValueError(
                 f"Received warmup={self.warmup!r}, which the schedules {', '.join(OWN_SCHEDULES)} "

@@ -86,6 +86,12 @@ def _counts(train: Images, pattern: str | None) -> tuple[int, int] | None:
     return (len(dataset), len(classes)) if classes and hasattr(dataset, "__len__") else None
 
 
+def _changed(config: TrainConfig) -> set[str]:
+    """The settings that aren't the defaults."""
+    fields = dataclasses.fields(TrainConfig)
+    return {f.name for f in fields if getattr(config, f.name) != f.default}
+
+
 def first_lines(
     model: keras.Model, read: RunData, config: TrainConfig, images: DataConfig, device: torch.device
 ) -> str:
@@ -118,6 +124,9 @@ def first_lines(
     )
     if mixes(config) and config.cache and frozen_end(model) is not model.inputs[0]:
         lines.append("Cached: nothing; frozen layers run in every step, as mixed images are new")
+    unused = [n for n in ("cache_copies", "cache_dtype", "cache_dir") if n in _changed(config)]
+    if unused and not config.cache:
+        lines.append(f"Cached: nothing, so that nothing follows from {', '.join(unused)}")
     trained = sum(v.value.numel() for v in model.trainable_variables)
     names = [layer.name for layer in model.layers if layer.trainable_variables]
     shown = names if len(names) <= 4 else [names[0], "...", names[-1]]
