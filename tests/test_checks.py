@@ -14,6 +14,7 @@ import torch
 
 import vggtorch as vt
 from vggtorch.checks import whole
+from vggtorch.options import as_options
 
 
 @pytest.fixture(scope="module")
@@ -226,3 +227,14 @@ def test_what_surgery_cannot_make_anything_of(model: keras.Model) -> None:
     for message, call in wrong.items():
         with pytest.raises(ValueError, match=message):
             call()
+
+
+def test_a_file_of_weights_is_no_model(model: keras.Model, tmp_path: Path) -> None:
+    for name in ("a.pth", "a.safetensors", "a.weights.h5"):
+        vt.save_weights(model, tmp_path / name)
+        with pytest.raises(ValueError, match=r"is a file of weights, .*vt\.load_weights\(model"):
+            vt.load_model(tmp_path / name)
+
+
+def test_the_command_line_speaks_of_its_option() -> None:
+    assert as_options("Received size=0; expected a whole number from 1.").startswith("Received --s")

@@ -98,7 +98,7 @@ _NO_OPTION = re.compile(  # hints that no option follows
 )
 _STAGE = r"\((\d+), '([^']*)'\)"
 _NAMES = (
-    f"{_FIELDS}|weights|architecture|times|by|keep|seconds|out|lowest|highest|steps|count|top"
+    f"{_FIELDS}|weights|architecture|times|by|keep|seconds|size|out|lowest|highest|steps|count|top"
     "|shard_size|picture|draw|page|batch|repeats"
 )
 _NUMBERS = r"\((?:[\d.e+-]+,? ?)+\)"

@@ -15,6 +15,7 @@ from vggtorch.keras_graph import graph_of
 from vggtorch.lowering import OnKeras
 from vggtorch.measuring import timing
 from vggtorch.measuring.costs import example_of
+from vggtorch.models import held_tensors
 from vggtorch.text import table
 
 
@@ -95,7 +96,9 @@ def bench(model: keras.Model, batch: int = 8, *, size: int = 224, repeats: int =
     graph = graph_of(model, "bench")
     module = OnKeras(graph, model.name)
     parameters = [v.value for v in model.trainable_variables]
-    kept = [(v.value, v.value.detach().clone()) for v in model.non_trainable_variables]
+    trained_ids = {id(parameter) for parameter in parameters}
+    state = [t for t in held_tensors(model) if id(t) not in trained_ids]
+    kept = [(tensor, tensor.detach().clone()) for tensor in state]
     device = next(module.parameters(), torch.empty(0)).device
     x = example_of(graph, size, batch, device)
     inputs = keras.tree.flatten(x)

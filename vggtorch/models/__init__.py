@@ -10,7 +10,13 @@ a weight set expects, and probabilities into names).
 """
 
 from vggtorch.models.converting import convert
-from vggtorch.models.filling import best_weight_set, fill_, named_variables
+from vggtorch.models.filling import (
+    best_weight_set,
+    fill_,
+    held_tensors,
+    named_variables,
+    settle_,
+)
 from vggtorch.models.fitting import fitted, fitted_arrays, recipe
 from vggtorch.models.images import SEVERAL_FRAMES, SUFFIXES, PixelGate, read_image, to_rgb
 from vggtorch.models.loading import (
@@ -56,6 +62,7 @@ __all__ = [
     "fill_",
     "fitted",
     "fitted_arrays",
+    "held_tensors",
     "image_readers",
     "image_tensors",
     "load_model",
@@ -69,6 +76,7 @@ __all__ = [
     "remembered",
     "rule_of",
     "save_weights",
+    "settle_",
     "to_rgb",
     "weight_set",
 ]

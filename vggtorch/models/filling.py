@@ -83,6 +83,24 @@ def _named(model: keras.Model, path: str) -> Iterator[tuple[str, keras.Variable]
         yield (path or f"{model.name}/") + variable.path.rpartition("/")[2], variable
 
 
+def held_tensors(model: keras.Model) -> list[torch.Tensor]:
+    """All that a model holds: the values of its variables, then the buffers of torch modules."""
+    wrapped = [
+        x.module for x in all_layers(model) if isinstance(x, keras.layers.TorchModuleWrapper)
+    ]
+    return [
+        *(raw_value(variable) for variable in model.variables),
+        *(buffer for module in wrapped for buffer in module.buffers()),
+    ]
+
+
+def settle_(model: keras.Model) -> None:
+    """Let layers compute with the values that their weights have got."""
+    for layer in all_layers(model):
+        if isinstance(layer, keras.layers.Normalization):
+            layer.finalize_state()  # it makes tensors of its weights, and computes with those
+
+
 def _of_torch(layer: keras.Layer, place: str) -> Iterator[tuple[str, keras.Variable]]:
     """The parameters and buffers of torch modules in a layer: Keras knows of the parameters alone.
 

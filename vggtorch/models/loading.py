@@ -20,7 +20,7 @@ from vggtorch import files, paths, weights
 from vggtorch.architectures import ARCHITECTURES
 from vggtorch.checks import check_model
 from vggtorch.keras_graph import all_layers, raw_value
-from vggtorch.models.filling import VGG_LAYERS, named_variables, path_of
+from vggtorch.models.filling import VGG_LAYERS, named_variables, path_of, settle_
 from vggtorch.models.leftovers import check, tell
 from vggtorch.models.matching import match
 from vggtorch.models.memory import (
@@ -169,9 +169,7 @@ def _loaded_(
     for one in networks:
         for key, value in one.found.values.items():
             one.variables[key].assign(value)
-    for layer in all_layers(model):
-        if isinstance(layer, keras.layers.Normalization):
-            layer.finalize_state()  # it computes with tensors that it makes of its weights
+    settle_(model)
     values = {one.prefix + key for one in networks for key in one.found.values}
     variables = named_variables(model)
     # The layer that sees the image decides what the model expects of one.
@@ -348,6 +346,11 @@ def load_model(source: str | PathLike) -> keras.Model:
             )
     elif not path.is_file():
         raise ValueError(paths.missing_model(source))
+    elif path.name.endswith(ENDINGS):
+        raise ValueError(
+            f"{source} is a file of weights, which has no model in it. Weights go into a model "
+            f"that is there (vt.load_weights(model, path))."
+        )
     try:
         if path.suffix == ".keras":
             weights.check_archive(path)

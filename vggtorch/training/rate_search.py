@@ -10,6 +10,7 @@ from typing import Any
 import keras
 
 from vggtorch.keras_graph import graph_of
+from vggtorch.models import held_tensors
 from vggtorch.training.balance import class_weights
 from vggtorch.training.config import TrainConfig
 from vggtorch.training.data import BatchPlan, Key, check_fits, images_for
@@ -94,7 +95,7 @@ def find_learning_rate(
     classes = class_names(model, read.classes, is_part=read.is_part)
     accelerator = make_accelerator(config.precision)
     device = model.variables[0].value.device
-    before = [v.value.detach().clone() for v in model.variables]
+    before = [tensor.detach().clone() for tensor in held_tensors(model)]
     rates: list[float] = []
     smoothed: list[float] = []
     average = 0.0

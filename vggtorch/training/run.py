@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from vggtorch import files
 from vggtorch.keras_graph import all_layers
+from vggtorch.models import held_tensors, settle_
 from vggtorch.training import checkpoints, data
 from vggtorch.training.balance import balanced, labels_of
 from vggtorch.training.config import Augment, TrainConfig
@@ -358,7 +359,7 @@ def first_state(
 def state_dict(state: RunState) -> dict[str, Any]:
     """What a checkpoint holds of a run, but for its identity."""
     return {
-        "variables": [v.value.detach() for v in state.model.variables],
+        "variables": [t.detach() for t in held_tensors(state.model)],
         "average": state.average,
         "optimizer": state.optimizer.state_dict(),
         "scheduler": {} if state.scheduler is None else state.scheduler.state_dict(),
@@ -411,7 +412,8 @@ def load_weights_(model: keras.Model, content: dict[str, Any], path: str | Path)
 
 def assign_(model: keras.Model, tensors: list[torch.Tensor], path: str | Path) -> None:
     """Copy tensors into a model's variables, in their order; ValueError where shapes differ."""
-    expected = [tuple(v.shape) for v in model.variables]
+    held = held_tensors(model)
+    expected = [tuple(t.shape) for t in held]
     received = [tuple(t.shape) for t in tensors]
     if expected != received:
         raise ValueError(
@@ -419,5 +421,6 @@ def assign_(model: keras.Model, tensors: list[torch.Tensor], path: str | Path) -
             f"{len(expected)} of {model.name}. Build the model as it was when the run began."
         )
     with torch.no_grad():
-        for variable, tensor in zip(model.variables, tensors, strict=True):
-            variable.value.copy_(tensor)
+        for target, tensor in zip(held, tensors, strict=True):
+            target.copy_(tensor)
+    settle_(model)
