@@ -158,80 +158,8 @@ def advise(images: int, classes: int, similarity: Similarity | None = None) -> P
             f"Received similarity={similarity!r}; expected 'similar' (to ImageNet's photographs), "
             f"'different', or None."
         )
-    is_similar = similarity != "different"
     each = images // classes
-    options: dict[str, Any]
-    if each < FEW:
-        cut = "block5_pool" if is_similar else "block4_pool"
-        head = "multilevel" if similarity is None else "linear" if is_similar else "mlp"
-        article = "an" if head == "mlp" else "a"
-        options = {"cut": cut, "head": head, "freeze": cut, **_FROZEN}
-        if each >= FEWER:
-            options["validation_split"] = 0.1
-        specific = Reason(
-            f"Cut at {cut}.",
-            "The images are like ImageNet's, so its most specific features fit."
-            if is_similar
-            else "Features get more specific with depth, and the images aren't like "
-            "ImageNet's: what lies deeper would fit less.",
-            YOSINSKI,
-            {"cut": cut},
-        )
-        reasons = [
-            Reason(
-                f"Freeze every pretrained layer and train {article} {head} head alone.",
-                f"{each} images of each class are too few for VGG's millions of weights: they "
-                f"would be learned by heart.",
-                CS231N,
-                {"freeze": cut, "head": head, "unfreeze": ()},
-            ),
-            _LEVELS if similarity is None else specific,
-            _CACHED,
-            *([_TENTH] if each >= FEWER else []),
-            _LAST,
-        ]
-    else:
-        since = "block5_conv1" if is_similar else "block3_conv1"
-        options = {
-            "cut": "block5_pool",
-            "head": "multilevel" if similarity is None else "mlp",
-            "freeze": "block5_pool",
-            "augment": "flip" if is_similar else "crop",
-            "epochs": 20,
-            "unfreeze": ((3, since),) if is_similar else ((3, "block5_conv1"), (6, since)),
-            "learning_rate": 3e-4,
-            "layer_decay": 0.3 if is_similar else 0.5,
-            "max_grad_norm": 1.0,
-            "label_smoothing": 0.1,
-        }
-        reasons = [
-            Reason(
-                "Begin with all pretrained layers frozen, for 3 epochs.",
-                "The gradients of a new head are large and random at first, and would destroy "
-                "what the layers under it know.",
-                KERAS,
-                {"freeze": "block5_pool", "unfreeze": options["unfreeze"]},
-            ),
-            Reason(
-                f"Then unfreeze from the top, down to {since}.",
-                f"{each} images of each class suffice to adapt whole blocks; "
-                + (
-                    "as the images are like ImageNet's, the last block is enough."
-                    if similarity == "similar"
-                    else "what the last block knows is the most specific."
-                    if similarity is None
-                    else "as the images aren't like ImageNet's, all but edges and textures should."
-                ),
-                f"{CS231N}; {ULMFIT}",
-                {"unfreeze": options["unfreeze"]},
-            ),
-            Reason(
-                f"Each block learns {options['layer_decay']} times as fast as the one above it.",
-                "The lower a layer, the more general it is and the less it has to change.",
-                ULMFIT,
-                {"layer_decay": options["layer_decay"]},
-            ),
-        ]
+    options, reasons = (_of_few if each < FEW else _of_many)(each, similarity)
     pooled = _QUARTERS
     if options["head"] != "multilevel":
         pooled = Reason(
@@ -242,6 +170,79 @@ def advise(images: int, classes: int, similarity: Similarity | None = None) -> P
         )
     whole = (_WHOLE,) if "crop_pct" in options else ()
     return Plan(**options, reasons=(*reasons, pooled, *whole, _SMOOTHED))
+
+
+def _of_few(each: int, similarity: Similarity | None) -> tuple[dict[str, Any], list[Reason]]:
+    """The settings for few images of each class, and why: everything frozen, a head alone."""
+    is_similar = similarity != "different"
+    cut = "block5_pool" if is_similar else "block4_pool"
+    head = "multilevel" if similarity is None else "linear" if is_similar else "mlp"
+    options: dict[str, Any] = {"cut": cut, "head": head, "freeze": cut, **_FROZEN}
+    if each >= FEWER:
+        options["validation_split"] = 0.1
+    specific = Reason(
+        f"Cut at {cut}.",
+        "The images are like ImageNet's, so its most specific features fit."
+        if is_similar
+        else "Features get more specific with depth, and the images aren't like "
+        "ImageNet's: what lies deeper would fit less.",
+        YOSINSKI,
+        {"cut": cut},
+    )
+    frozen = Reason(
+        f"Freeze every pretrained layer and train {'an' if head == 'mlp' else 'a'} {head} head "
+        f"alone.",
+        f"{each} images of each class are too few for VGG's millions of weights: they "
+        f"would be learned by heart.",
+        CS231N,
+        {"freeze": cut, "head": head, "unfreeze": ()},
+    )
+    where = _LEVELS if similarity is None else specific
+    return options, [frozen, where, _CACHED, *([_TENTH] if each >= FEWER else []), _LAST]
+
+
+def _of_many(each: int, similarity: Similarity | None) -> tuple[dict[str, Any], list[Reason]]:
+    """The settings for many images of each class, and why: blocks are unfrozen from the top."""
+    is_similar = similarity != "different"
+    since = "block5_conv1" if is_similar else "block3_conv1"
+    options: dict[str, Any] = {
+        "cut": "block5_pool",
+        "head": "multilevel" if similarity is None else "mlp",
+        "freeze": "block5_pool",
+        "augment": "flip" if is_similar else "crop",
+        "epochs": 20,
+        "unfreeze": ((3, since),) if is_similar else ((3, "block5_conv1"), (6, since)),
+        "learning_rate": 3e-4,
+        "layer_decay": 0.3 if is_similar else 0.5,
+        "max_grad_norm": 1.0,
+        "label_smoothing": 0.1,
+    }
+    enough = {
+        "similar": "as the images are like ImageNet's, the last block is enough.",
+        "different": "as the images aren't like ImageNet's, all but edges and textures should.",
+        None: "what the last block knows is the most specific.",
+    }[similarity]
+    return options, [
+        Reason(
+            "Begin with all pretrained layers frozen, for 3 epochs.",
+            "The gradients of a new head are large and random at first, and would destroy "
+            "what the layers under it know.",
+            KERAS,
+            {"freeze": "block5_pool", "unfreeze": options["unfreeze"]},
+        ),
+        Reason(
+            f"Then unfreeze from the top, down to {since}.",
+            f"{each} images of each class suffice to adapt whole blocks; {enough}",
+            f"{CS231N}; {ULMFIT}",
+            {"unfreeze": options["unfreeze"]},
+        ),
+        Reason(
+            f"Each block learns {options['layer_decay']} times as fast as the one above it.",
+            "The lower a layer, the more general it is and the less it has to change.",
+            ULMFIT,
+            {"layer_decay": options["layer_decay"]},
+        ),
+    ]
 
 
 def planned(

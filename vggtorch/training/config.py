@@ -166,17 +166,8 @@ class TrainConfig:
             _check_kind(name, getattr(self, name), hint)
         for names, is_right, expected in _RANGES:
             for name in names.split():
-                value = getattr(self, name)
-                may_be_none = TrainConfig.__dataclass_fields__[name].default is None
-                if not (value is None and may_be_none) and not (
-                    isinstance(value, int | float)
-                    and not isinstance(value, bool)
-                    and math.isfinite(value)
-                    and is_right(value)
-                ):
-                    raise ValueError(f"Received {name}={value!r}; expected {expected}.")
-                if expected.startswith("a whole number") and value is not None:
-                    object.__setattr__(self, name, int(value))
+                number = _number(name, getattr(self, name), is_right, expected)
+                object.__setattr__(self, name, number)
         _check_pattern(self.label_pattern)
         for metric in self.metrics:
             if metric not in METRICS:
@@ -185,49 +176,10 @@ class TrainConfig:
                     f"(vt.Callback adds figures of your own.)"
                 )
         for name in ("optimizer", "schedule"):
-            made = getattr(self, name)
-            if made is None or isinstance(made, int | float):
-                raise ValueError(f"Received {name}={made!r}; expected a name, or what makes one.")
-            if not isinstance(made, str) and not callable(made):
-                raise ValueError(
-                    f"Received {name}={type(made).__name__}(...), which is made already, and what "
-                    f"it is for isn't there yet. Pass what makes it: "
-                    f"functools.partial({type(made).__name__}, ...)."
-                )
-        if self.warmup != TrainConfig.warmup and self.schedule not in OWN_SCHEDULES:
-            raise ValueError(
-                f"Received warmup={self.warmup!r}, which the schedules {', '.join(OWN_SCHEDULES)} "
-                f"have, and one of torch's that was chosen has not. Leave one of them out."
-            )
-        if self.monitor != "accuracy" and not self.restore_best_weights and self.patience is None:
-            raise ValueError(
-                f"Received monitor={self.monitor!r} with restore_best_weights=False and no "
-                f"patience, so that nothing would be chosen by it. Set restore_best_weights=True, "
-                f"or leave monitor out."
-            )
+            _check_made(name, getattr(self, name))
         _check_class_weight(self.class_weight)
-        if self.head is None and self.cut is not None:
-            raise ValueError(
-                f"Received cut={self.cut!r} without a head. Name one (head='multilevel', say), or "
-                f"stack your own first (vt.stack(vt.truncate(model, {self.cut!r}), layers))."
-            )
-        if self.unfreeze and self.epochs == 1:
-            raise ValueError(
-                f"Received unfreeze={self.unfreeze!r} with epochs=1, after which nothing can be "
-                f"unfrozen. Set more epochs, or leave unfreeze out."
-            )
-        for entry in self.unfreeze:
-            is_pair = isinstance(entry, tuple) and len(entry) == 2 and isinstance(entry[1], str)
-            if not (is_pair and isinstance(entry[0], int) and 0 < entry[0] < self.epochs):
-                raise ValueError(
-                    f"Received unfreeze={self.unfreeze!r}; expected pairs of an epoch from 1 to "
-                    f"{self.epochs - 1} and a layer's name: unfreeze=((2, 'block5_conv1'),), say."
-                )
-        if self.unfreeze and self.freeze is None:
-            raise ValueError(
-                f"Received unfreeze={self.unfreeze!r}, and nothing is frozen. Name the layer that "
-                f"the run starts frozen up to: freeze='block5_pool'."
-            )
+        _check_together(self)
+        _check_unfreeze(self)
 
 
 def _check_kind(name: str, value: Any, hint: Any) -> None:
@@ -262,6 +214,71 @@ def _as_tuple(given: Any) -> Any:
     if isinstance(given, list | tuple):
         return tuple(tuple(one) if isinstance(one, list) else one for one in given)
     return (given,)
+
+
+def _number(name: str, value: Any, is_right: Callable[[float], bool], expected: str) -> Any:
+    """A number as it is, or as an int where it has to be whole; or None where that may be."""
+    if value is None and TrainConfig.__dataclass_fields__[name].default is None:
+        return None
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not (is_number and math.isfinite(value) and is_right(value)):
+        raise ValueError(f"Received {name}={value!r}; expected {expected}.")
+    return int(value) if expected.startswith("a whole number") else value
+
+
+def _check_made(name: str, given: Any) -> None:
+    """See that an optimizer or a schedule is a name, or makes one."""
+    if given is None or isinstance(given, int | float):
+        raise ValueError(f"Received {name}={given!r}; expected a name, or what makes one.")
+    if not isinstance(given, str) and not callable(given):
+        kind = type(given).__name__
+        raise ValueError(
+            f"Received {name}={kind}(...), which is made already, and what it is for isn't there "
+            f"yet. Pass what makes it: functools.partial({kind}, ...)."
+        )
+
+
+def _check_together(config: TrainConfig) -> None:
+    """See that no setting takes another's effect."""
+    if config.warmup != TrainConfig.warmup and config.schedule not in OWN_SCHEDULES:
+        raise ValueError(
+            f"Received warmup={config.warmup!r}, which the schedules {', '.join(OWN_SCHEDULES)} "
+            f"have, and one of torch's that was chosen has not. Leave one of them out."
+        )
+    chooses = config.restore_best_weights or config.patience is not None
+    if config.monitor != "accuracy" and not chooses:
+        raise ValueError(
+            f"Received monitor={config.monitor!r} with restore_best_weights=False and no "
+            f"patience, so that nothing would be chosen by it. Set restore_best_weights=True, "
+            f"or leave monitor out."
+        )
+    if config.head is None and config.cut is not None:
+        raise ValueError(
+            f"Received cut={config.cut!r} without a head. Name one (head='multilevel', say), or "
+            f"stack your own first (vt.stack(vt.truncate(model, {config.cut!r}), layers))."
+        )
+
+
+def _check_unfreeze(config: TrainConfig) -> None:
+    """See that layers are unfrozen in epochs that there are, and that some are frozen."""
+    unfreeze, epochs = config.unfreeze, config.epochs
+    if unfreeze and epochs == 1:
+        raise ValueError(
+            f"Received unfreeze={unfreeze!r} with epochs=1, after which nothing can be unfrozen. "
+            f"Set more epochs, or leave unfreeze out."
+        )
+    for entry in unfreeze:
+        is_pair = isinstance(entry, tuple) and len(entry) == 2 and isinstance(entry[1], str)
+        if not (is_pair and isinstance(entry[0], int) and 0 < entry[0] < epochs):
+            raise ValueError(
+                f"Received unfreeze={unfreeze!r}; expected pairs of an epoch from 1 to "
+                f"{epochs - 1} and a layer's name: unfreeze=((2, 'block5_conv1'),), say."
+            )
+    if unfreeze and config.freeze is None:
+        raise ValueError(
+            f"Received unfreeze={unfreeze!r}, and nothing is frozen. Name the layer that the run "
+            f"starts frozen up to: freeze='block5_pool'."
+        )
 
 
 def _check_class_weight(given: Any) -> None:
