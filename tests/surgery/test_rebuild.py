@@ -20,6 +20,7 @@ from contract import (
 )
 from keras import layers as kl
 
+import vggtorch as vt
 from vggtorch.surgery import insert, remove, replace, stack, truncate
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -216,3 +217,28 @@ def test_models_whose_class_has_a_constructor_of_its_own():
     alone = insert(backbone, "dense", identity())  # it can't be made from inputs and outputs
     assert type(alone) is type(keras.Model(inputs, model.output))
     equal(run(alone, x), run(backbone, x))
+
+
+class WithOwnWeight(keras.Model):
+    """A graph of layers, and a weight beside it that none of them reads."""
+
+    def __init__(self, **kwargs):
+        inputs = keras.Input((3,))
+        super().__init__(inputs, keras.layers.Dense(3, name="dense")(inputs), name="own")
+        self.extra = self.add_weight(shape=(3,), name="extra")
+
+
+def test_a_weight_that_no_layer_reads_is_not_dropped_without_a_word():
+    model = WithOwnWeight()
+    inputs = keras.Input((3,))
+    around = keras.Model(inputs, model(inputs))
+    for call in (
+        lambda: vt.rename(model, "left_"),
+        lambda: vt.stack(model, keras.layers.ReLU()),
+        lambda: vt.flatten(around),
+    ):
+        with pytest.warns(
+            UserWarning, match=r"'own' \(WithOwnWeight\) holds weights itself, extra"
+        ):
+            assert len(call().weights) == 2
+    assert len(vt.stack(around, keras.layers.ReLU()).weights) == 3  # a layer that stays what it is

@@ -9,6 +9,7 @@ is shared between models stays shared, because all walks have one set of copies.
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
@@ -27,6 +28,7 @@ from vggtorch.keras_graph import (
     is_plain_functional,
     layers_as_given,
     operation_copy,
+    own_variables,
     producer,
     producing_call,
     raw_value,
@@ -125,11 +127,23 @@ class Rebuild:
             trainable=model.trainable,
         )
         result.dtype_policy = model.dtype_policy
+        self._tell_lost(wiring)
         kept = [id(t) for t in keras.tree.flatten(outputs) if id(t) not in self.instead]
         if kept != [id(t) for t in wiring.functional.outputs]:
             # Other outputs than those that the labels are the names of.
             remember_(result, dataclasses.replace(remembered(result), label_names=()))
         return result
+
+    def _tell_lost(self, wiring: Wiring) -> None:
+        """Warn of weights that a model of the user's class holds itself, which no layer reads."""
+        own = own_variables(wiring.model)
+        if own and self.weights:
+            warnings.warn(
+                f"{wiring.model.name!r} ({type(wiring.model).__name__}) holds weights itself, "
+                f"{', '.join(variable.name for variable in own)}, which none of its layers reads: "
+                f"the result is a graph of its layers, and does without.",
+                stacklevel=4,
+            )
 
     def _walk(
         self,
@@ -251,6 +265,7 @@ class Rebuild:
     ) -> dict[int, Tensor]:
         """The outputs of a nested model whose layers are called right here."""
         nested = wiring.inside(node.operation.name)
+        self._tell_lost(nested)
         automatic = automatic_masks(node)
         kwargs = {k: v for k, v in node.arguments.kwargs.items() if k not in ("inputs", *automatic)}
         if training is None:
