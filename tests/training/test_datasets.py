@@ -135,6 +135,8 @@ def png() -> bytes:
         ({"image": {"bytes": png(), "path": None}, "label": 0}, "gives dict as an image; expected"),
         ((None, 0), "gives None as an image; expected a PIL image"),
         ((PIXELS[0], None), "gives None as a label; expected a number from 0"),
+        ((PIXELS[0], [0, 1]), r"labels (of several values|have the shape) .*; expected one number"),
+        ((PIXELS[0], [[0], [1, 2]]), "gives labels of several values .*; expected one number"),
     ],
 )
 def test_items_that_hold_no_image_or_no_label_are_refused(config, item, message):

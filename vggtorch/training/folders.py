@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import glob
+import os
 import re
 import unicodedata
 import warnings
@@ -177,16 +178,19 @@ def _class_folders(folder: Path) -> list[str]:
             f"{f'; if the folders in it are classes, pass {inside}' if deeper else ''}."
             f"{_unlabelled(folder)}"
         )
-    parts = [{path.name for path in subfolders(folder / name)} for name in classes]
-    if all(any(SPLITS.get(n.lower()) == "train" for n in names) for names in parts) and all(
-        name.lower() in SPLITS for names in parts for name in names
-    ):
+    if all(_has_parts(folder / name) for name in classes):
+        parts = ", ".join(path.name for path in subfolders(folder / classes[0]))
         raise ValueError(
-            f"Each class in {folder} has the folders {', '.join(sorted(set().union(*parts)))}. "
-            f"Expected them outside, with the classes in them: train/{classes[0]}. Move them, or "
-            f"pass a table with a column split."
+            f"Each class in {folder} has the folders {parts}. Expected them outside, with the "
+            f"classes in them: train/{classes[0]}. Move them, or pass a table with a column split."
         )
     return classes
+
+
+def _has_parts(folder: Path) -> bool:
+    """Whether the folders in a folder are parts of the data by their names."""
+    names = [entry.name.lower() for entry in os.scandir(folder) if entry.is_dir()]
+    return all(name in SPLITS for name in names) and "train" in map(SPLITS.get, names)
 
 
 def _unlabelled(folder: Path) -> str:

@@ -16,6 +16,7 @@ from PIL import Image
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset, Subset
 
 from vggtorch.models import fitted, to_rgb
+from vggtorch.text import visible
 from vggtorch.weight_sets import DataConfig
 
 IMAGES = ("image", "img", "pixel_values", "jpg", "jpeg", "png", "webp", "pil")
@@ -157,7 +158,13 @@ def as_labels(labels: Any) -> torch.Tensor:
             f"The Dataset's labels are text ({labels[0]!r}); expected numbers from 0. "
             f"(`dataset.class_encode_column('label')` makes them so in Hugging Face's.)"
         )
-    found = torch.as_tensor(labels)
+    try:
+        found = torch.as_tensor(labels)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"The Dataset gives labels of several values ({visible(labels, 60)}); expected one "
+            f"number from 0 for each image."
+        ) from error
     if found.ndim == 2 and found.shape[1] == 1:
         found = found[:, 0]
     if found.ndim != 1:
