@@ -134,10 +134,9 @@ FUNCTIONS_BY_IMAGE = (
 )  # fmt: skip
 ADDITIONS = (torch.add, operator.add)
 # Backward doesn't need what these return, so that a ReLU may overwrite it.
-FRESH = (*CONVOLUTIONS, *LINEARS, *NORMS)
-FRESH_FUNCTIONS = (
-    operator.add, operator.sub, operator.mul, torch.add, torch.sub, torch.mul, torch.maximum,
-    torch.minimum, torch.cat,
+FRESH = (
+    *CONVOLUTIONS, *LINEARS, *NORMS, operator.add, operator.sub, operator.mul,
+    torch.add, torch.sub, torch.mul, torch.maximum, torch.minimum, torch.cat,
 )  # fmt: skip
 
 
@@ -234,7 +233,7 @@ def _is_foreign(step: Step) -> bool:
     if isinstance(run, Method):
         return run.name not in METHODS
     if not isinstance(run, nn.Module):
-        return run not in (*FUNCTIONS_BY_IMAGE, *FRESH_FUNCTIONS)
+        return run not in (*FUNCTIONS_BY_IMAGE, torch.cat)
     if type(run) is KerasFunction:
         return not run.is_by_image
     known = type(run) in (*STATELESS, *NORMS, *DROPOUTS)
@@ -244,7 +243,7 @@ def _is_foreign(step: Step) -> bool:
 def _is_view(step: Step) -> bool:
     """Whether a step may give the memory that it takes."""
     fused = (FusedConv2d, FusedLinear, TrainedConv2d, TrainedLinear)
-    return kind_of(step) not in (*FRESH, *FRESH_FUNCTIONS, *POOLS, *fused)
+    return kind_of(step) not in (*FRESH, *POOLS, *fused)
 
 
 def _exposed(steps: list[Step], outputs: tuple[int, ...] = ()) -> set[int]:
@@ -254,11 +253,6 @@ def _exposed(steps: list[Step], outputs: tuple[int, ...] = ()) -> set[int]:
         if _is_foreign(step) or (_is_view(step) and step.output in found):
             found.update(step.inputs)
     return found
-
-
-def is_fresh(step: Step) -> bool:
-    """Whether nobody, backward included, needs what the step has computed but who takes it."""
-    return kind_of(step) in (FRESH_FUNCTIONS if isinstance(step.run, Call) else FRESH)
 
 
 @dataclass(frozen=True)
@@ -287,7 +281,7 @@ class Plans:
         """
         if (settled, plain) not in self.made:
             uses = Counter(i for step in self.steps for i in step.inputs) + Counter(self.outputs)
-            fresh = {s.output for s in self.steps if is_fresh(s) and uses[s.output] == 1}
+            fresh = {s.output for s in self.steps if kind_of(s) in FRESH and uses[s.output] == 1}
             head, tail = self.steps[:settled], self.steps[settled:]
             head = self._for_inference(head, _only_uses(head, uses))
             tail = self._for_training(tail, _only_uses(tail, uses))
