@@ -275,12 +275,10 @@ def save_weights(model: keras.Model, path: str | PathLike) -> None:
 def _check_built(model: keras.Model, verb: str) -> None:
     """Raise where a model has no weights yet, of which nothing could be loaded or saved."""
     check_model(model, verb)
-    unbuilt = [layer.name for layer in all_layers(model) if not layer.built]
-    if unbuilt:
+    if not model.built:
         raise ValueError(
-            f"{verb} received {model.name!r}, which has no weights yet: "
-            f"{weights.shortened(unbuilt)} {'is' if len(unbuilt) == 1 else 'are'} not built. Call "
-            f"the model on some data first, or model.build(input_shape)."
+            f"{verb} received {model.name!r}, which isn't built and has no weights yet. Call the "
+            f"model on some data first, or model.build(input_shape)."
         )
 
 
