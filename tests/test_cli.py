@@ -14,7 +14,7 @@ from sklearn.datasets import load_sample_images
 
 import vggtorch as vt
 from vggtorch import cli, models, weights
-from vggtorch.cli import main
+from vggtorch.cli import main, warning_line
 
 
 @pytest.mark.slow
@@ -223,6 +223,13 @@ def test_a_warning_is_one_line_too(tmp_path):
     assert lines[0] == "vggtorch: Left out of images: 1 file (1 .txt)."
     assert "broken.jpg" in lines[1] and "left out" in lines[1]
     assert "UserWarning" not in found.stderr
+
+
+def test_warnings_of_pillow_have_its_name_and_none_is_of_large_images():
+    line = warning_line("Truncated File Read", UserWarning, Image.__file__, 1)
+    assert line == "vggtorch: Pillow says of an image: Truncated File Read\n"
+    assert warning_line("Left out.", UserWarning, __file__, 1) == "vggtorch: Left out.\n"
+    assert warning_line("Image size", Image.DecompressionBombWarning, Image.__file__, 1) == ""
 
 
 def test_debug_shows_where_an_error_comes_from():

@@ -331,9 +331,12 @@ def _carry_on(arguments: Sequence[str]) -> str:
     return f"carry the run on with {shlex.join(['vggtorch', *again, '--resume'])}"
 
 
-def _as_line(message: Warning | str, *_: Any) -> str:
-    """A warning as the commands show it."""
-    return f"vggtorch: {visible(as_options(str(message)), LONGEST_MESSAGE)}\n"
+def warning_line(message: Warning | str, category: type[Warning], file: str = "", *_: Any) -> str:
+    """A warning as the commands show it; nothing of Pillow's of large images, which have a bound."""
+    if category.__name__ == "DecompressionBombWarning":
+        return ""
+    of = "Pillow says of an image: " if "PIL" in Path(file).parts else ""
+    return f"vggtorch: {of}{visible(as_options(str(message)), LONGEST_MESSAGE)}\n"
 
 
 def _take_any_character(stream: Any) -> None:
@@ -345,7 +348,7 @@ def _take_any_character(stream: Any) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status, 0 if all went well and 2 for a wrong usage."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    plain, warnings.formatwarning = warnings.formatwarning, _as_line  # type: ignore[assignment]
+    plain, warnings.formatwarning = warnings.formatwarning, warning_line  # type: ignore[assignment]
     debug = "--debug" in arguments
     _take_any_character(sys.stdout)
     try:
