@@ -332,7 +332,7 @@ def _carry_on(arguments: Sequence[str]) -> str:
 
 
 def warning_line(message: Warning | str, category: type[Warning], file: str = "", *_: Any) -> str:
-    """A warning as the commands show it; nothing of Pillow's of large images, which have a bound."""
+    """A warning as the commands show it; none of large images, for which there is a bound."""
     if category.__name__ == "DecompressionBombWarning":
         return ""
     of = "Pillow says of an image: " if "PIL" in Path(file).parts else ""
