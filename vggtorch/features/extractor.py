@@ -123,6 +123,10 @@ class FeatureExtractor(nn.Module):
         weight = next((p for p in self.network.parameters() if p.is_floating_point()), None)
         if weight is not None:
             x = x.to(weight.dtype)
+        if not (torch.compiler.is_compiling() or self.network.is_watched()):
+            # How images lie in memory decides how maps do, and to bring these into another order
+            # than the fast way puts them out in takes longer.
+            x = x.contiguous(memory_format=torch.channels_last)
         try:
             values = self._runner(x)(x)
         except RuntimeError as error:
