@@ -13,6 +13,8 @@ from keras import layers
 import vggtorch as vt
 from vggtorch.models import convert
 
+# What Keras says of a layer that is never called.
+pytestmark = pytest.mark.filterwarnings(r"ignore:`build\(\)` was called on layer")
 FORMS = (".safetensors", ".pth", ".bin", ".weights.h5")
 
 
