@@ -152,8 +152,9 @@ def hand_written(job: str, model: keras.Model) -> nn.Module:
 
 
 def candidates(
-    job: str, batch: int, dtype: torch.dtype, device: torch.device
+    job: str, batch: int, dtype: torch.dtype, device: torch.device, names: Sequence[str] | None
 ) -> dict[str, Candidate]:
+    """Those of these names, or all."""
     model, x, y = task(job, batch, device)
     mixed = model
     if dtype != torch.float32:
@@ -164,17 +165,23 @@ def candidates(
     plain = hand_written(job, model).to(device)
     last = copy.deepcopy(plain).to(memory_format=torch.channels_last)
     nchw = x.permute(0, 3, 1, 2)
-    return {
-        "vggtorch": torch_step(to_torch(twin(model)), x, y, nll, dtype),
-        "vggtorch, checkpointed": torch_step(
-            to_torch(twin(model), checkpoint=True), x, y, nll, dtype
-        ),
-        "vggtorch, Winograd": torch_step(to_torch(twin(model), winograd=True), x, y, nll, dtype),
-        "vggtorch, train_on_batch": keras_step(accelerate_(twin(mixed)), x, y),
-        "Keras, train_on_batch": keras_step(twin(mixed), x, y),
-        "torchvision": torch_step(plain, nchw.contiguous(), y, F.cross_entropy, dtype),
-        "torchvision, channels-last": torch_step(last, nchw, y, F.cross_entropy, dtype),
+
+    def ours(**options: bool) -> Candidate:
+        return torch_step(to_torch(twin(model), **options), x, y, nll, dtype)
+
+    def theirs(module: nn.Module, images: Tensor) -> Candidate:
+        return torch_step(module, images, y, F.cross_entropy, dtype)
+
+    made: dict[str, Callable[[], Candidate]] = {
+        "vggtorch": ours,
+        "vggtorch, Winograd": lambda: ours(winograd=True),
+        "vggtorch, checkpointed": lambda: ours(checkpoint=True),
+        "vggtorch, train_on_batch": lambda: keras_step(accelerate_(twin(mixed)), x, y),
+        "Keras, train_on_batch": lambda: keras_step(twin(mixed), x, y),
+        "torchvision": lambda: theirs(plain, nchw.contiguous()),
+        "torchvision, channels-last": lambda: theirs(last, nchw),
     }
+    return {name: make() for name, make in made.items() if names is None or name in names}
 
 
 def compiled(
@@ -241,13 +248,16 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--jobs", nargs="+", default=["full", "tutorial"])
+    parser.add_argument("--candidates", nargs="+", help="names as in the table; all by default")
     args = parser.parse_args()
+    if args.candidates and "vggtorch" not in args.candidates:
+        parser.error("--candidates needs vggtorch, which the others are compared with")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     batch = args.batch or (64 if device.type == "cuda" else 8)
     print(harness.header(device))
     for job, name in itertools.product(args.jobs, args.dtypes):
         dtype = getattr(torch, name)
-        found = candidates(job, batch, dtype, device)
+        found = candidates(job, batch, dtype, device, args.candidates)
         if args.compile:
             found |= compiled(job, batch, dtype, device)
         check(found, TOLERANCE[dtype])

@@ -71,6 +71,16 @@ def test_channels_first_as_to_torch_has_it() -> None:
     torch.testing.assert_close(engine(x.permute(0, 3, 1, 2)), model(x, training=False))
 
 
+@pytest.mark.parametrize("half", [None, torch.bfloat16])
+def test_maps_lie_in_memory_as_torchs_modules_give_them(half: torch.dtype | None) -> None:
+    image = keras.Input((8, 8, 3))
+    model = keras.Model(image, layers.Conv2D(4, 3, activation="relu")(image))
+    engine = vt.optimize_for_inference(model, dtype=half, data_format="channels_first")
+    x = torch.rand(2, 3, 8, 8)
+    assert engine(x).is_contiguous()
+    assert engine(x.to(memory_format=torch.channels_last)).permute(0, 2, 3, 1).is_contiguous()
+
+
 @needs_onednn
 @pytest.mark.parametrize("use_winograd", [False, True])
 def test_in_bfloat16_it_takes_and_gives_float32(

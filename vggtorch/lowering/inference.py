@@ -25,7 +25,7 @@ from vggtorch.lowering.plan import Plan, filled
 from vggtorch.lowering.recorded import Recorded
 from vggtorch.lowering.running import run_segments, run_steps
 from vggtorch.lowering.settings import graph_to_read
-from vggtorch.lowering.steps import Segment, Step, cut, repeats
+from vggtorch.lowering.steps import Segment, Step, cut, in_plain_order, repeats
 from vggtorch.lowering.trimming import trimmed
 from vggtorch.lowering.writing import check_data_format, network_of
 
@@ -150,9 +150,12 @@ class InferenceEngine:
         with self._lock, modes[0], modes[1], modes[2]:
             values: dict[int, Any] = dict(enumerate(inputs))
             run_segments(self._segments, values, self._run)
-        if self._half is not None:
-            for number in self._plan.plans.outputs:
+        plain = self._plan.is_plain(inputs)
+        for number in self._plan.plans.outputs:
+            if self._half is not None:
                 values[number] = cast_from(self._half, values[number])
+            if plain:
+                values[number] = in_plain_order(values[number])
         return filled(self._plan.structure, values)
 
     def _run(self, segment: Segment, values: dict[int, Any]) -> None:

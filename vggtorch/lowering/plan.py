@@ -127,13 +127,19 @@ class Plan:
             if isinstance(run, FusedConv2d):
                 run.constants.is_checked = False
         values: dict[int, Any] = dict(enumerate(inputs))
-        # The fused steps put out maps in the order NHWC. Torch's modules would do so for such maps.
-        plain = self.is_first and all(x.is_contiguous() for x in inputs if x.ndim == 4)
+        plain = self.is_plain(inputs)
         run_segments(self.plans.fast(settled, plain), values)
         if plain:
             for number in self.plans.outputs:
                 values[number] = in_plain_order(values[number])
         return filled(self.structure, values)
+
+    def is_plain(self, inputs: Sequence[Tensor]) -> bool:
+        """Whether torch's modules would give maps that lie in memory in the order of their axes.
+
+        The fused steps put them out in the order NHWC, as torch's modules do for such images.
+        """
+        return self.is_first and all(x.is_contiguous() for x in inputs if x.ndim == 4)
 
     def release(self) -> None:
         """Let go of the memory that is kept for gradients."""
