@@ -166,8 +166,9 @@ def candidates(
     last = copy.deepcopy(plain).to(memory_format=torch.channels_last)
     nchw = x.permute(0, 3, 1, 2)
 
-    def ours(**options: bool) -> Candidate:
-        return torch_step(to_torch(twin(model), **options), x, y, nll, dtype)
+    def ours(checkpoint: bool = False, winograd: bool = False) -> Candidate:
+        network = to_torch(twin(model), checkpoint=checkpoint, winograd=winograd)
+        return torch_step(network, x, y, nll, dtype)
 
     def theirs(module: nn.Module, images: Tensor) -> Candidate:
         return torch_step(module, images, y, F.cross_entropy, dtype)

@@ -67,7 +67,9 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     for mark, name in (("<!-- benchmarks -->", "README.md"), ("<!-- tried -->", "tried.md")):
         if mark in markdown:
             _, text = (ROOT / "benchmarks" / name).read_text().split("\n", 1)  # less the title
-            markdown = markdown.replace(mark, text.replace("](README.md)", "](speed.md)"))
+            for there, here in (("](README.md)", "](speed.md)"), ("](../docs/", "](")):
+                text = text.replace(there, here)
+            markdown = markdown.replace(mark, text)
     return markdown
 
 
