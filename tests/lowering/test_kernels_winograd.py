@@ -86,7 +86,8 @@ def test_its_gradients_are_the_convolutions(
         assert (actual - value).norm() <= error * value.norm()
 
 
-def test_gradients_of_its_gradients_are_the_convolutions() -> None:
+@pytest.mark.parametrize("images", [True, False])
+def test_gradients_of_its_gradients_are_the_convolutions(images: bool) -> None:
     torch.manual_seed(0)
     inputs = [t.requires_grad_() for t in (torch.randn(2, 4, 6, 6), torch.randn(3, 4, 3, 3))]
     bias, workspace = torch.randn(3, requires_grad=True), winograd.Workspace()
@@ -97,7 +98,7 @@ def test_gradients_of_its_gradients_are_the_convolutions() -> None:
         return torch.autograd.grad(squares.sum(), [*inputs, bias])
 
     apply = winograd.WinogradConvolution.apply
-    found = second(lambda: apply(*inputs, bias, (1, 1), workspace, True))
+    found = second(lambda: apply(*inputs, bias, (1, 1), workspace, images))
     conv2d: Any = torch.nn.functional.conv2d
     expected = second(lambda: conv2d(*inputs, bias, padding=1))
     for actual, value in zip(found, expected, strict=True):
@@ -157,3 +158,10 @@ def test_each_thread_has_a_workspace_of_its_own() -> None:
     thread.join()
     assert found[0].data_ptr() != mine.data_ptr()
     assert workspace.take("a", (2,), torch.float32).data_ptr() == mine.data_ptr()
+
+
+def test_memory_taken_in_inference_mode_may_be_written_to_outside() -> None:
+    workspace = winograd.Workspace()
+    with torch.inference_mode():
+        workspace.take("a", (4,), torch.float32).zero_()
+    assert workspace.take("a", (4,), torch.float32).fill_(1.0).sum() == 4

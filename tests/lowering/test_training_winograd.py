@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("winograd_always")
 
 
 class Counts:
-    """How often each of Winograd's functions has run."""
+    """How often each of Winograd's functions has run to its end."""
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.convolve = self.weight_gradient = 0
@@ -31,8 +31,9 @@ class Counts:
         original = getattr(winograd.Filtering, name)
 
         def run(*args: Any) -> Any:
+            result = original(*args)
             setattr(self, name, getattr(self, name) + 1)
-            return original(*args)
+            return result
 
         return run
 
@@ -125,6 +126,18 @@ def test_under_autocast_it_learns_in_bfloat16(counts: Counts) -> None:
         assert found[name].dtype == torch.float32
         noise = 5e-3  # that of a bias before a batch norm has nothing else
         assert (found[name] - value).norm() <= 0.1 * value.norm() + noise
+
+
+def test_backward_under_autocast_goes_the_same_way(counts: Counts) -> None:
+    model = small_vgg()
+    x = images(model)
+    network = vt.to_torch(model, share=False, winograd=True)
+    loss = network(x).square().sum()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss.backward()
+    assert counts.weight_gradient >= 2
+    for name, value in gradients(vt.to_torch(model, share=False), x).items():
+        assert_close(network.get_parameter(name).grad, value, 1e-4)
 
 
 def test_copies_and_pickles_go_the_same_way(counts: Counts) -> None:

@@ -12,6 +12,7 @@ from vggtorch.training import find_splits
 from vggtorch.training.data import Folder, images_for
 from vggtorch.training.run import read_data
 from vggtorch.training.splits import test_part as part_to_evaluate
+from vggtorch.training.tables import TablePart
 
 
 def folders_in(folder, *names):
@@ -61,6 +62,15 @@ def test_an_evaluation_never_takes_what_trained(tmp_path):
     (tmp_path / "test").rmdir()
     with pytest.raises(ValueError, match=f"train and val, and no test. Pass .*: {tmp_path}/val, s"):
         part_to_evaluate(tmp_path)
+
+
+def test_a_tables_rows_that_train_are_never_evaluated_on(tmp_path):
+    table = tmp_path / "labels.csv"
+    table.write_text("path,label,split\na.png,cat,train\nb.png,cat,val\n")
+    with pytest.raises(ValueError, match="to train on and to validate with, and none of the spl"):
+        part_to_evaluate(table)
+    table.write_text("path,label,split\na.png,cat,train\nb.png,cat,val\nc.png,cat,test\n")
+    assert part_to_evaluate(table) == TablePart(table, "test")
 
 
 def test_parts_inside_of_the_classes_are_refused(tmp_path):

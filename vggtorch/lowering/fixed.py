@@ -52,10 +52,8 @@ class FixedConv2d(FusedConv2d):
     """A fused convolution whose weights are prepared once."""
 
     def __init__(self, fused: FusedConv2d, dtype: torch.dtype | None) -> None:
-        modules, mixed = (
-            (fused.conv, fused.norm, fused.activation),
-            fused.mixed or dtype is not None,
-        )
+        modules = fused.conv, fused.norm, fused.activation
+        mixed = fused.mixed or dtype is not None
         super().__init__(*modules, mixed, fused.adds, fused.workspace)
         self.fused, self.dtype = fused, dtype
         self.growth = self._growth()

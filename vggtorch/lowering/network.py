@@ -77,8 +77,10 @@ class TorchNetwork(torch.fx.GraphModule):
         """The plan for the code and the modules as they are now; None where there is none."""
         if self._plan is None or not self._plan.is_current():
             try:
-                options = {name: name in self.meta for name in ("checkpoint", "winograd")}
-                self._plan = Plan(self._written, self, **options)
+                checkpoint, winograd = map(self.meta.get, ("checkpoint", "winograd"))
+                self._plan = Plan(
+                    self._written, self, checkpoint=bool(checkpoint), winograd=bool(winograd)
+                )
             except (KeyError, NotImplementedError):  # a child is gone, or the graph is edited
                 return None
         return self._plan

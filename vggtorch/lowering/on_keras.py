@@ -125,13 +125,7 @@ class OnKeras(nn.Module):
         return torch.func.functional_call(self.network, views, values, tie_weights=False)
 
 
-def between(
-    inputs: keras.KerasTensor,
-    outputs: Any,
-    *,
-    data_format: str | None = None,
-    winograd: bool = False,
-) -> OnKeras:
+def between(inputs: keras.KerasTensor, outputs: Any, *, data_format: str | None = None) -> OnKeras:
     """What a Keras model does between its tensors as a torch module, on its own Parameters.
 
     The model isn't changed. Height and width may differ from the model's where its layers allow it.
@@ -140,7 +134,6 @@ def between(
         inputs: where it starts: `model.input`, or the `output` of a layer.
         outputs: where it ends: one such tensor, or a list of them.
         data_format: layout of inputs and outputs, as `to_torch` takes it.
-        winograd: as `to_torch` takes it.
 
     Raises:
         ValueError: a path from the model's input to `outputs` that goes around `inputs`.
@@ -148,4 +141,4 @@ def between(
     check_data_format(data_format)
     # A keras.Function, unlike a keras.Model, doesn't call the layers again, so that `layer.output`
     # stays what it is.
-    return OnKeras(keras.Function(inputs, outputs), "between", data_format, winograd)
+    return OnKeras(keras.Function(inputs, outputs), "between", data_format)

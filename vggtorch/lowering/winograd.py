@@ -89,7 +89,6 @@ class Workspace:
     def __init__(self) -> None:
         self.local = threading.local()
 
-    @torch.inference_mode(False)  # whose tensors can't be written to outside of it
     def take(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """An uninitialised tensor, valid until the next of this name is taken."""
         memory, count = vars(self.local), math.prod(shape)
@@ -351,10 +350,9 @@ class WinogradConvolution(torch.autograd.Function):
         ctx.save_for_backward(x, weight)
         ctx.padding, ctx.workspace, ctx.images = padding, workspace, images
         if images:
-            with torch.autocast("cpu", enabled=False):
-                way = filtering(x.dtype)
-                kernels = way.kernels(weight, workspace)
-                y = way.convolve(x, kernels, bias, "none", padding, workspace)
+            way = filtering(x.dtype)
+            kernels = way.kernels(weight, workspace)
+            y = way.convolve(x, kernels, bias, "none", padding, workspace)
             if _finite(y) is not None:
                 return y
         return F.conv2d(x, weight, bias, padding=padding)

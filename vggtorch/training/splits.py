@@ -149,6 +149,11 @@ def test_part(data: Path) -> Path | TablePart:
     """
     if is_table(data):
         found = {row.split for row in read_rows(data)}
+        if found >= {"train", "validation"} and "test" not in found:
+            raise ValueError(
+                f"{data} has rows to train on and to validate with, and none of the split test. "
+                f"Pass a table of the images to evaluate on, without the others."
+            )
         return TablePart(data, "test" if "test" in found else "")
     folders, _ = _parts_in(data)
     if "test" in folders and len(folders) > 1:
