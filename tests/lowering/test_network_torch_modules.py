@@ -1,5 +1,7 @@
 """torch's modules inside of Keras models: children like any others, their tensors shared."""
 
+import warnings
+
 import vggtorch as vt  # isort: skip  (first: it selects Keras's torch backend)
 import keras
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 import torch
 from keras import layers as L
 from torch import nn
+from torch.nn.utils import prune
 
 from vggtorch.lowering.layer_modules import KerasLayer
 
@@ -111,3 +114,100 @@ def test_fit_trains_it_as_keras_does():
         weights.append([*model.get_weights(), module[1].running_mean.numpy()])
     for a, b in zip(*weights, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def momentum(module):
+    module[1].momentum = 0.5
+
+
+def activation(module):
+    module[2] = nn.Sigmoid()
+
+
+def one_more(module):
+    module.append(nn.Hardtanh(0, 0.3))
+
+
+def weight(module):
+    module[1].weight = nn.Parameter(torch.tensor([1.0, 2.0, 3.0]))
+
+
+def statistics(module):
+    module[1].running_mean = torch.ones(3)
+
+
+def forward(module):
+    module[2].forward = lambda x: 3 * x
+
+
+def parametrized(module):
+    nn.utils.parametrizations.weight_norm(module[0])
+
+
+def pruned(module):
+    prune.l1_unstructured(module[0], "weight", amount=0.5)
+
+
+def hook(module):
+    module[2].register_forward_hook(lambda module, inputs, output: 2 * output)
+
+
+EDITS = (momentum, activation, one_more, weight, statistics, forward, parametrized, pruned)
+
+
+def of_three():
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.ReLU())
+    i = keras.Input((4,))
+    x = L.TorchModuleWrapper(module, output_shape=(None, 3), name="torch")(i)
+    return keras.Model(i, x), module
+
+
+@pytest.mark.filterwarnings("ignore:Gradients do not exist")
+@pytest.mark.parametrize("edit", (*EDITS, hook))
+def test_edits_of_the_module_count_in_an_accelerated_model(edit):
+    results = []
+    for accelerated in (False, True):
+        model, module = of_three()
+        if accelerated:
+            vt.accelerate_(model)
+        model.predict(X.numpy(), verbose=0)
+        edit(module)
+        model.compile(keras.optimizers.SGD(0.1), "mse")
+        model.fit(X.numpy(), np.ones((6, 3)), epochs=2, shuffle=False, verbose=0)
+        results.append([model.predict(X.numpy(), verbose=0), *module.state_dict().values()])
+    for stock, ours in zip(*results, strict=True):
+        np.testing.assert_allclose(ours, stock, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_edits_of_the_module_are_warned_of_once_and_taken_by_the_next_network(edit):
+    model, module = of_three()
+    network = vt.to_torch(model).eval()
+    expected = network(X)
+    edit(module)
+    with pytest.warns(UserWarning, match=r"torch.* changed in Keras after to_torch"):
+        seen = network(X)
+    assert edit in (weight, statistics) or torch.equal(seen, expected)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        network(X)
+    edited = model(X, training=False)
+    for share in (True, False):
+        torch.testing.assert_close(vt.to_torch(model, share=share).eval()(X), edited)
+
+
+def test_a_frozen_module_trains_its_statistics_as_in_keras():
+    means = []
+    for run in ("keras", "accelerated", "torch"):
+        model, module = of_three()
+        vt.freeze_(model, "torch")
+        called = vt.accelerate_(model) if run == "accelerated" else model
+        if run == "torch":
+            vt.to_torch(model).train()(X)
+        else:
+            called(X, training=True)
+        assert not any(p.requires_grad for p in module.parameters())
+        means.append(module[1].running_mean)
+    assert means[0].any()
+    torch.testing.assert_close(means[1:], [means[0]] * 2)

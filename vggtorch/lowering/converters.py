@@ -16,7 +16,7 @@ import keras
 import numpy as np
 import torch
 from keras import layers
-from torch import nn
+from torch import Tensor, nn
 
 from vggtorch import keras_graph
 from vggtorch.lowering.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
@@ -206,13 +206,19 @@ def _torch_module(site: Site) -> list[Piece]:
     """A copy of the user's own module, on the tensors of the one that the Keras layer has."""
     own = site.layer.module
     variables = {id(keras_graph.raw_value(v)): v for v in site.layer.variables}
-    module = copy.deepcopy(own)
+    # What hooks compute before each call, such as pruned weights, can't be copied with its history.
+    values = (value for part in own.modules() for value in vars(part).values())
+    computed = [v for v in values if isinstance(v, Tensor) and not v.is_leaf]
+    module = copy.deepcopy(own, {id(tensor): tensor.detach() for tensor in computed})
     for path, part in own.named_modules():
+        copied = module.get_submodule(path)
         for name, parameter in part._parameters.items():
-            if parameter is not None:
-                site.set_(module.get_submodule(path), name, variables[id(parameter)])
+            if id(parameter) in variables:
+                site.set_(copied, name, variables[id(parameter)])
+            elif site.share:  # it came after Keras had listed the parameters
+                copied._parameters[name] = parameter
         if site.share:
-            module.get_submodule(path)._buffers.update(part._buffers)
+            copied._buffers.update(part._buffers)
     return [Piece(module, "", "keras")]
 
 

@@ -62,7 +62,9 @@ class OnKeras(nn.Module):
     ) -> None:
         super().__init__()
         # In a tuple, which keeps the network's parameters from being listed beside Keras's.
-        network = network_of(graph, name, data_format=data_format, winograd=winograd)
+        network = network_of(
+            graph, name, data_format=data_format, winograd=winograd, own_modules=True
+        )
         self._hidden = (network,)
         self._dtypes = [keras_graph.torch_dtype(x.dtype) for x in graph.inputs]
         names = {id(module): name for name, module in self.network.named_modules()}

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import keras
+import torch
 
 from vggtorch import keras_graph
 from vggtorch.lowering.calls import WRITTEN
@@ -22,7 +23,8 @@ class Settings:
     Attributes whose names begin with an underscore are Keras's own; weights and `trainable`, which
     networks follow, are among them. Of models the graph counts, which a Sequential model makes
     anew; of classes, the code that a call runs; of layers that Keras itself runs, which variables
-    they have. A copy is empty: copies of a network stand alone.
+    they have; of torch's modules in a wrapper, also their children and tensors. A copy is empty:
+    copies of a network stand alone.
     """
 
     def __init__(self, layers: Iterable[keras.Layer] = ()) -> None:
@@ -35,6 +37,12 @@ class Settings:
             (layer, _variables(layer))
             for layer in layers
             if type(layer) not in WRITTEN and layer not in self._models
+        ]
+        self._wrapped = [
+            (f"{layer.name}.{path}".removesuffix("."), part, _of_module(part))
+            for layer, *_ in self._taken
+            if isinstance(layer, keras.layers.TorchModuleWrapper)
+            for path, part in layer.module.named_modules()
         ]
         kinds = {type(layer) for layer, *_ in self._taken} | {type(model) for model in self._models}
         self._code = [(kind, *part) for kind in kinds for part in _code(kind).items()]
@@ -49,6 +57,7 @@ class Settings:
             and all(getattr(kind, name, None) is part for kind, name, part in self._code)
             and all(_variables(layer) == variables for layer, variables in self._variables)
             and all(_of_model(model) == of_model for model, of_model in self._models.items())
+            and not any(_differing(was, _of_module(part)) for _, part, was in self._wrapped)
         )
 
     def warn_of_changes(self) -> None:
@@ -60,6 +69,11 @@ class Settings:
             for layer, own, _, names, values in self._taken
             for name, value in zip(names, values, strict=True)
             if not _is_equal(own.get(name), value)
+        ]
+        changed += [
+            f"{path}.{name}"
+            for path, part, was in self._wrapped
+            for name in _differing(was, _of_module(part))
         ]
         changed += [
             f"{kind.__name__}.{name}"
@@ -144,6 +158,19 @@ def _taken(layer: keras.Layer) -> _Taken:
     public = (name for name in own if name[0] != "_" and name not in ("call", "training"))
     names = ["_dtype_policy", "call", *public]
     return layer, own, len(own), names, [own.get(name) for name in names]
+
+
+def _of_module(module: torch.nn.Module) -> dict[str, Any]:
+    """A torch module's settings, children, parameters and buffers."""
+    public = {k: v for k, v in vars(module).items() if k[0] != "_" and k != "training"}
+    # Tensors among them are made anew in each call, as those of pruning are.
+    settings = {k: v for k, v in public.items() if not isinstance(v, torch.Tensor)}
+    return {**settings, **module._modules, **module._parameters, **module._buffers}
+
+
+def _differing(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """The names of what isn't the same object in both."""
+    return [name for name in {**old, **new} if old.get(name) is not new.get(name)]
 
 
 def _is_equal(new: Any, old: Any) -> bool:

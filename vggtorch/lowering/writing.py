@@ -148,12 +148,16 @@ def network_of(
     data_format: str | None = None,
     share: bool = True,
     winograd: bool = False,
+    own_modules: bool = False,
 ) -> TorchNetwork:
-    """What `to_torch` returns, for any graph of Keras layers."""
+    """What `to_torch` returns, for any graph of Keras layers.
+
+    own_modules: torch modules in it are the Keras model's own, which Keras runs, and not copies.
+    """
     outer = "keras"
     if data_format not in (None, keras_graph.data_format(graph)):
         outer = "first" if data_format == "channels_first" else "last"
-    common = _Common(share)
+    common = _Common(share, own_modules)
     network = _Builder(graph, common, outer).build(name)
     if winograd:
         network.meta["winograd"] = True
@@ -201,6 +205,7 @@ class _Common:
 
     Attributes:
         share: whether torch's tensors are on the Keras variables' memory.
+        own_modules: whether Keras runs the torch modules that are in its model.
         ties: the pairs of both.
         pieces: the modules of each layer by its id and its input's rank and dtype; a layer that is
             called in several networks is one module in all of them.
@@ -208,6 +213,7 @@ class _Common:
     """
 
     share: bool
+    own_modules: bool = False
     ties: Ties = field(default_factory=Ties)
     pieces: dict[tuple[int, int, str], list[Piece]] = field(default_factory=dict)
     copies: dict[int, nn.Parameter] = field(default_factory=dict)
@@ -301,6 +307,8 @@ class _Builder:
         if not isinstance(layer, keras.Layer):
             return self._operator(call)
         if not is_plain(call) or has_other_code(layer):
+            return False
+        if self.common.own_modules and type(layer) is layers.TorchModuleWrapper:
             return False
         if inner := keras_graph.functional(layer):
             return self._nested(call, inner)

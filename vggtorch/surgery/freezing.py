@@ -13,6 +13,9 @@ def freeze_(model: keras.Model, until: str | None = None) -> keras.Model:
 
     Works in place. `until` may be a layer inside a nested model, by its full name
     ("left/block4_pool") or by its own where no other nested model has a layer of that name.
+    Keras's own batch norms run as in inference while they are frozen; in a frozen
+    `TorchModuleWrapper` only the parameters stay, and torch's batch norms and dropout go on as in
+    training, as Keras has it.
 
     >>> import vggtorch as vt
     >>> vgg = vt.VGG16(weights=None, include_top=False, input_shape=(32, 32, 3))
