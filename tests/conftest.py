@@ -87,3 +87,12 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def winograd_always(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small convolutions, which don't pay, take Winograd's way too."""
+    from vggtorch.lowering import winograd
+
+    for name in ("MIN_TILES", "MIN_CHANNELS", "GRADIENT_MIN_CHANNELS"):
+        monkeypatch.setattr(winograd, name, dict.fromkeys(winograd.TRANSFORMS, 0))

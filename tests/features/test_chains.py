@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import keras
 import pytest
@@ -13,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import vggtorch as vt
 from vggtorch.features import chains, frozen
+from vggtorch.lowering import winograd
 
 
 @pytest.fixture
@@ -212,3 +214,59 @@ def test_a_tap_that_is_overwritten_is_refused_as_torch_refuses_it():
     value = extractor(torch.rand(1, 3, 30, 30).requires_grad_())["a_relu"]
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         value.mul_(2).sum().backward()
+
+
+@pytest.fixture
+def by_winograd(monkeypatch, winograd_always):
+    """The paddings of the convolutions that were computed Winograd's way."""
+    seen: list[object] = []
+    convolve = winograd.Filtering.convolve
+
+    def count(self, *args):
+        seen.append(args[4])
+        return convolve(self, *args)
+
+    monkeypatch.setattr(winograd.Filtering, "convolve", count)
+    return seen
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("trainable", [False, True])
+def test_values_and_gradients_by_winograd(trainable, dtype, runs, by_winograd):
+    settings = {"normalization": None, "trainable": trainable}
+    extractor = vt.FeatureExtractor(network(), ["a_relu", "c_relu", "g"], winograd=True, **settings)
+    extractor = pickle.loads(pickle.dumps(copy.deepcopy(extractor))).eval().to(dtype)
+    images = torch.rand(2, 3, 47, 40, generator=torch.Generator().manual_seed(0))
+    exact = copy.deepcopy(extractor).double()
+    expected = values_and_gradient(lambda x: plain_network(exact, x), images.to(dtype).double())
+    assert not by_winograd
+    received = values_and_gradient(extractor, images)
+    assert len(by_winograd) == 4  # the first layer and the last, forward and backward
+    assert bool(runs) is not trainable
+    with torch.no_grad():
+        received += extractor(images).values()
+    assert len(by_winograd) == 6
+    by_torch = values_and_gradient(lambda x: plain_network(extractor, x), images.to(dtype))
+    pairs = zip(received, by_torch + by_torch[:-1], expected + expected[:-1], strict=True)
+    for mine, theirs, exactly in pairs:
+        # In bfloat16 rounding turns some ReLUs on or off, and the gradient has that.
+        assert off(mine, exactly) < 10 * off(theirs, exactly) + 1e-5
+
+
+def test_what_is_not_finite_is_torchs_by_winograd_too(runs, by_winograd):
+    extractor = vt.FeatureExtractor(network(), ["c_relu"], normalization=None, winograd=True)
+    images = torch.rand(2, 3, 30, 30, generator=torch.Generator().manual_seed(0))
+    for number in (1.0, torch.nan, torch.inf, 3e38):
+        gradients = []
+        for run in (extractor, lambda x: plain_network(extractor, x)):
+            x = images.clone().requires_grad_()
+            value = run(x)["c_relu"]
+            grad = torch.ones_like(value)
+            grad[1, 0, 3, 3] = number
+            gradients += torch.autograd.grad(value, x, grad)
+        mine, theirs = gradients
+        assert torch.equal(mine.isfinite(), theirs.isfinite())
+        assert off(mine[:1], theirs[:1]) < 1e-5
+        usual = theirs.isfinite()
+        assert off(mine[usual], theirs[usual]) < 1e-5
+    assert len(by_winograd) == 8

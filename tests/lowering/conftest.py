@@ -22,12 +22,3 @@ def group_bytes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
     number = getattr(request, "param", None)
     if number is not None:
         monkeypatch.setattr(running, "GROUP_BYTES", number)
-
-
-@pytest.fixture
-def winograd_always(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small convolutions, which don't pay, take Winograd's way too."""
-    from vggtorch.lowering import winograd
-
-    for name in ("MIN_TILES", "MIN_CHANNELS", "GRADIENT_MIN_CHANNELS"):
-        monkeypatch.setattr(winograd, name, dict.fromkeys(winograd.TRANSFORMS, 0))

@@ -10,13 +10,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vggtorch.lowering import BatchNorm2d, FusedConv2d, conv2d, has_fused_ops, prepared_weight
+from vggtorch.lowering import (
+    BatchNorm2d,
+    FusedConv2d,
+    PreparedConv2d,
+    Workspace,
+    conv2d,
+    finite,
+    has_fused_ops,
+    prepared_weight,
+)
 
 # What can be in a chain, in the order of a unit; a batch norm only behind a convolution.
 KINDS = (nn.Conv2d, BatchNorm2d, nn.ReLU, nn.MaxPool2d)
@@ -49,9 +59,16 @@ def has_disjoint_windows(pool: nn.MaxPool2d) -> bool:
 class FrozenConv2d:
     """A convolution and the batch norm behind it, and the convolution that is its gradient."""
 
-    def __init__(self, conv: nn.Conv2d, norm: BatchNorm2d | None, relu: nn.ReLU | None) -> None:
+    def __init__(
+        self,
+        conv: nn.Conv2d,
+        norm: BatchNorm2d | None,
+        relu: nn.ReLU | None,
+        workspace: Workspace | None,
+    ) -> None:
+        """`workspace`: where both may be computed Winograd's way, the memory for that."""
         self.conv, self.norm = conv, norm
-        self.forward = FusedConv2d(conv, norm, relu, mixed=False)
+        self.forward = FusedConv2d(conv, norm, relu, mixed=False, workspace=workspace)
         self.made: Any = None  # the constants of `forward` that the weight below was made for
         self.weight: Any = None
 
@@ -61,24 +78,34 @@ class FrozenConv2d:
         return self.forward([x], [bound])
 
     @torch.no_grad()
-    def prepare(self, shape: torch.Size) -> tuple[Tensor, bool]:
+    def prepare(self, shape: torch.Size) -> tuple[Any, bool]:
         """The weight for the gradient of an output of this shape; whether it is a flipped one."""
         conv, constants = self.conv, self.forward.constants
         if self.made is None or self.made is not constants.made:
-            weight, _ = self.forward.folded()
+            weight: Any = self.forward.folded()[0]
             if self._flips():
                 weight = weight.transpose(0, 1).flip(2, 3).contiguous()
-                weight = prepared_weight(weight, shape, (1, 1), self._padding(), conv.dilation, 1)
+                options = (1, 1), self._padding(), conv.dilation, 1
+                if self.forward.workspace is None:
+                    weight = prepared_weight(weight, shape, *options)
+                else:
+                    weight = PreparedConv2d(partial(_without_bias, weight), options)
             elif self.norm is None:  # backward is to have what forward had
                 weight = weight.clone()
             self.made, self.weight = constants.made, weight
         return self.weight, self._flips()
 
-    def gradient(self, grad: Tensor, weight: Tensor, flipped: bool, shape: torch.Size) -> Tensor:
+    def gradient(self, grad: Tensor, weight: Any, flipped: bool, shape: torch.Size) -> Tensor:
         """The gradient of an input of this shape, from that of the output."""
-        conv = self.conv
+        conv, workspace = self.conv, self.forward.workspace
         grad = grad.contiguous(memory_format=torch.channels_last)
         if flipped:
+            if workspace is not None:
+                if self.forward.prefers_winograd(grad):
+                    by_winograd = weight.for_winograd("none")(grad, self._padding(), workspace)
+                    if finite(by_winograd) is not None:
+                        return cast(Tensor, by_winograd)
+                weight, _ = weight.for_onednn(grad.shape)
             return conv2d(grad, weight, None, (1, 1), self._padding(), conv.dilation, 1)
         # As in pool_gradient, x stands for its shape and layout.
         x = torch.empty(shape, dtype=grad.dtype, memory_format=torch.channels_last)
@@ -109,8 +136,12 @@ class Unit:
     pool: nn.MaxPool2d | None = None
 
 
-def units_of(children: Sequence[nn.Module]) -> list[Unit]:
-    """Modules of KINDS in a row as units."""
+def _without_bias(weight: Tensor) -> tuple[Tensor, None]:
+    return weight, None
+
+
+def units_of(children: Sequence[nn.Module], workspace: Workspace | None = None) -> list[Unit]:
+    """Modules of KINDS in a row as units, in which convolutions may go Winograd's way."""
     units: list[Unit] = []
     left = list(children)
     while left:
@@ -119,7 +150,8 @@ def units_of(children: Sequence[nn.Module]) -> list[Unit]:
         )
         # Pooled first, a ReLU has a quarter of the work and keeps a quarter.
         inside = relu if pool is None else None
-        unit = Unit(FrozenConv2d(conv, norm, inside) if conv else None, relu, pool)  # type: ignore
+        both = FrozenConv2d(conv, norm, inside, workspace) if conv else None  # type: ignore
+        unit = Unit(both, relu, pool)  # type: ignore
         units.append(unit)
     return units
 

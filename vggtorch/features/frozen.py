@@ -27,11 +27,12 @@ from vggtorch.features.chains import (
     takes,
     units_of,
 )
-from vggtorch.lowering import BatchNorm2d
+from vggtorch.lowering import BatchNorm2d, Workspace
 
 
 def with_little_kept(network: torch.fx.GraphModule) -> torch.fx.GraphModule:
     """The same network on the same children, whose backward keeps less where they are frozen."""
+    workspace = Workspace() if network.meta.get("winograd") else None
     root: dict[str, Any] = {}
     graph = torch.fx.Graph()
     copies: dict[torch.fx.Node, torch.fx.Node] = {}
@@ -44,7 +45,7 @@ def with_little_kept(network: torch.fx.GraphModule) -> torch.fx.GraphModule:
         if node in rows:
             first, names = rows[node][0], [str(n.target) for n in rows[node]]
             name = f"until_{node.name}"
-            root[name] = _Row(network, names)
+            root[name] = _Row(network, names, workspace)
             copies[node] = graph.call_module(name, (copies[first.all_input_nodes[0]],))
             continue
         if node.op == "call_module":
@@ -91,8 +92,11 @@ def _rows(network: torch.fx.GraphModule) -> list[list[torch.fx.Node]]:
 class _Row(nn.Module):
     """Children in a row as they stand in the network at each call: a chain, or one by one."""
 
-    def __init__(self, network: nn.Module, names: Sequence[str]) -> None:
+    def __init__(
+        self, network: nn.Module, names: Sequence[str], workspace: Workspace | None
+    ) -> None:
         super().__init__()
+        self.workspace = workspace
         object.__setattr__(self, "network", network)  # not a child of its own child
         self.one_by_one = [_Frozen(network, name) for name in names]
         self.children_then: list[nn.Module] = []
@@ -103,7 +107,7 @@ class _Row(nn.Module):
         children = [network.get_submodule(one.name) for one in self.one_by_one]
         if all(type(child) in KINDS for child in children) and takes(children, x):
             if not all(map(operator.is_, children, self.children_then)) or not self.units:
-                self.children_then, self.units = children, units_of(children)
+                self.children_then, self.units = children, units_of(children, self.workspace)
             return Chain.apply(x, self.units, children)
         for one in self.one_by_one:
             x = one(x)

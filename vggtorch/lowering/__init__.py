@@ -16,25 +16,29 @@ variables), `accelerating` (the Keras model itself runs it); `trimming` (pixels 
 from vggtorch.lowering.accelerating import accelerate_
 from vggtorch.lowering.batch_norm import BatchNorm2d, synchronize_
 from vggtorch.lowering.exporting import export
-from vggtorch.lowering.fused import FusedConv2d
+from vggtorch.lowering.fused import FusedConv2d, PreparedConv2d
 from vggtorch.lowering.inference import optimize_for_inference
 from vggtorch.lowering.kernels import conv2d, has_fused_ops, prepared_weight
 from vggtorch.lowering.network import TorchNetwork
 from vggtorch.lowering.on_keras import OnKeras, Product, between
 from vggtorch.lowering.sites import all_ranks
+from vggtorch.lowering.winograd import Workspace, finite
 from vggtorch.lowering.writing import network_of, to_torch
 
 __all__ = [
     "BatchNorm2d",
     "FusedConv2d",
     "OnKeras",
+    "PreparedConv2d",
     "Product",
     "TorchNetwork",
+    "Workspace",
     "accelerate_",
     "all_ranks",
     "between",
     "conv2d",
     "export",
+    "finite",
     "has_fused_ops",
     "network_of",
     "optimize_for_inference",

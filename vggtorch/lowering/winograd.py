@@ -353,7 +353,7 @@ class WinogradConvolution(torch.autograd.Function):
             way = filtering(x.dtype)
             kernels = way.kernels(weight, workspace)
             y = way.convolve(x, kernels, bias, "none", padding, workspace)
-            if _finite(y) is not None:
+            if finite(y) is not None:
                 return y
         return F.conv2d(x, weight, bias, padding=padding)
 
@@ -374,7 +374,7 @@ class WinogradConvolution(torch.autograd.Function):
                     x_grad = way.convolve(grad, kernels, None, "none", around, workspace)
                 if of_weight:
                     weight_grad = way.weight_gradient(x, grad, padding, workspace)
-            x_grad, weight_grad = _finite(x_grad), _finite(weight_grad)
+            x_grad, weight_grad = finite(x_grad), finite(weight_grad)
         rest = of_x and x_grad is None, of_weight and weight_grad is None
         if any(rest):
             by_torch = torch.ops.aten.convolution_backward(
@@ -385,7 +385,7 @@ class WinogradConvolution(torch.autograd.Function):
         return x_grad, weight_grad, grad.sum((0, 2, 3)) if of_bias else None, None, None, None
 
 
-def _finite(result: Tensor | None) -> Tensor | None:
+def finite(result: Tensor | None) -> Tensor | None:
     """None in place of a tensor, dense in memory, with NaN or infinity."""
     if result is None:
         return None
