@@ -41,6 +41,13 @@ def error(
     return float(difference.max() / np.abs(expected).max())
 
 
+class OfOnesOwn(L.Conv2D):
+    """A convolution by another kernel than the one that it holds."""
+
+    def convolution_op(self, inputs, kernel):
+        return super().convolution_op(inputs, kernel - keras.ops.mean(kernel))
+
+
 CHAINS = {
     "two 3x3": (
         [L.Conv2D(4, 3, padding="same"), L.Conv2D(5, 3, padding="same", activation="relu")],
@@ -228,6 +235,25 @@ def test_what_does_not_fit_into_the_new_layer_is_said(chain, new, reason):
     assert reason in composition.reasons[0]
 
 
+def test_activations_are_told_apart_by_what_they_are_not_by_their_names():
+    chain = [L.Conv2D(4, 3, activation=lambda x: 2 * x)]
+    new = L.Conv2D(4, 3, activation=lambda x: x**3, name="new")
+    network(*chain)
+    network(new)
+    assert compose_(chain, new).reasons == ("the chain ends in <lambda>, 'new' in <lambda>",)
+    assert compose_(chain, chain[0]).exact
+
+
+def test_a_quantized_layer_is_refused():
+    chain = [L.Dense(4), L.Dense(5, name="whole")]
+    new = L.Dense(5)
+    network(*chain)
+    network(new)
+    chain[1].quantize("int8")
+    with pytest.raises(ValueError, match=r"Layer 'whole' is quantized \(int8\); expected"):
+        compose_(chain, new)
+
+
 def test_an_open_size_is_taken_for_a_multiple_of_the_strides_and_said():
     chain = [L.Conv2D(4, 3, strides=2, padding="same", name="open")]
     new = L.Conv2D(4, 3, strides=2, padding="same")
@@ -249,6 +275,23 @@ def test_an_open_size_is_taken_for_a_multiple_of_the_strides_and_said():
         ([L.Conv2D(4, 3, strides=2)], L.Conv2D(4, 3, name="new"), r"give it strides=\(2, 2\)"),
         ([L.Conv2D(4, 3)], L.Conv2D(6, 3, name="new"), "takes 3 channels to 4, 'new' takes 3 to 6"),
         ([L.ReLU()], L.Conv2D(4, 3), "has weights: there is nothing to compose"),
+        (
+            [L.Conv2D(16, 2, name="conv"), L.BatchNormalization(axis=1, name="norm")],
+            L.Conv2D(16, 2, name="new"),
+            "axes, 'new' along the last axis, 'norm' along axis 1",
+        ),
+        (
+            [L.Conv2D(16, 2, data_format="channels_first"), L.Dense(16, name="dense")],
+            L.Conv2D(16, 2, data_format="channels_first", name="new"),
+            "axes, 'new' along axis 1, 'dense' along the last axis",
+        ),
+        (
+            [L.Conv2D(16, 2, name="conv")],
+            L.Conv2D(16, 2, data_format="channels_first", name="new"),
+            "axes, 'conv' along the last axis, 'new' along axis 1",
+        ),
+        ([OfOnesOwn(4, 3, name="own")], L.Conv2D(4, 3), "'own' .OfOnesOwn. is not"),
+        ([L.Conv2D(4, 3), OfOnesOwn(4, 1, name="own")], L.Conv2D(4, 3), "'own' .OfOnesOwn. is not"),
     ],
 )
 def test_what_cannot_be_composed_says_why_and_keeps_the_weights(chain, new, message):

@@ -9,16 +9,19 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import ceil, prod
+from typing import Any
 
 import keras
 import numpy as np
 
 from vggtorch.keras_graph import calls_of, operation_kind, same_padding, scale_and_shift
+from vggtorch.lowering import all_ranks
 
+# Kinds of layers here are Keras's own classes: a subclass of a user's may compute something else.
 SKIPPED = (  # layers that pass their input on at inference
     keras.layers.InputLayer,
     keras.layers.Dropout,
-    keras.layers.SpatialDropout2D,
+    *all_ranks("SpatialDropout"),
     keras.layers.GaussianNoise,
     keras.layers.GaussianDropout,
     keras.layers.ActivityRegularization,
@@ -61,6 +64,271 @@ class _Linear:
     bias: np.ndarray  # O
     strides: tuple[int, int] = (1, 1)
     padding: str | tuple[tuple[int, int], tuple[int, int]] = "valid"
+
+
+def compose_(old_layers: Sequence[keras.Layer], new: keras.Layer) -> Composition:
+    """Give `new` the product of a chain of linear layers as its weights, in place.
+
+    The chain may hold Conv2D (strides, padding, dilation, groups), DepthwiseConv2D,
+    SeparableConv2D, Dense, BatchNormalization (as at inference), Rescaling, ZeroPadding2D and
+    AveragePooling2D. Activations between them are left out, which makes the result the best
+    linear reading of the chain and not its equal; the Composition says so. A composed kernel
+    smaller than `new`'s is laid into it where its taps fall, zeros around; a larger one is cropped.
+
+    >>> import keras, vggtorch as vt
+    >>> chain = [keras.layers.Conv2D(4, 3), keras.layers.Conv2D(5, 3)]
+    >>> new = keras.layers.Conv2D(5, 5)
+    >>> for layer, channels in zip([*chain, new], (3, 4, 3)):
+    ...     layer.build((None, 32, 32, channels))
+    >>> vt.compose_(chain, new).exact
+    True
+
+    Args:
+        old_layers: the chain in the order of its computation, built.
+        new: a built Conv2D (groups=1, dilation_rate=1) or Dense.
+
+    Returns:
+        Whether `new` now equals the chain, and if not, why.
+
+    Raises:
+        ValueError: a layer is not linear, or strides, channels or kind don't fit; `new` keeps its
+            weights then.
+    """
+    chain = list(old_layers) if isinstance(old_layers, Iterable) else [old_layers]
+    for layer in (*chain, new):
+        if not (isinstance(layer, keras.Operation) and getattr(layer, "built", True)):
+            raise ValueError(
+                f"compose_ expects built Keras layers, received {layer!r}. By names: "
+                f"vt.replace(model, names, new, init='compose')."
+            )
+    layers = [layer for layer in _inner(chain) if type(layer) not in SKIPPED]
+    channels_first = _check_axes([*layers, new])
+    size, reasons = _size(layers, channels_first), list[str]()
+    product, border = _product(layers, size, reasons)
+    last, ends_in = _activation(layers[-1]), _activation(new)
+    if last != ends_in:
+        reasons.append(f"the chain ends in {_shown(last)}, {new.name!r} in {_shown(ends_in)}")
+    weights = _laid_into(new, product, size, reasons)
+    kernel, bias = product.kernel, product.bias
+    lost_bias = 0.0 if new.use_bias else float(np.abs(bias).max())
+    if lost_bias:
+        reasons.append(
+            f"{new.name!r} has no bias, and the chain has one: it adds up to {lost_bias:.3g} to a "
+            f"channel, beside a kernel whose channels have norms up to "
+            f"{np.sqrt((kernel**2).sum((0, 1, 2))).max():.3g}"
+        )
+    new.set_weights([weights, bias] if new.use_bias else [weights])
+    return Composition(not reasons, tuple(reasons), border, kernel.shape[:2], lost_bias)
+
+
+# The chain
+
+
+def _inner(layers: Sequence[keras.Layer]) -> Iterator[keras.Layer]:
+    """The layers of a chain, those of nested Sequential models among them."""
+    for layer in layers:
+        if type(layer) is keras.Sequential:
+            yield from _inner(layer.layers)
+        else:
+            yield layer
+
+
+def _check_axes(layers: Sequence[keras.Layer]) -> bool:
+    """Whether all layers take channels along axis 1, not the last; ValueError where they differ."""
+    by_axis = {axis: layer.name for layer in layers if (axis := _channel_axis(layer)) is not None}
+    if len(by_axis) > 1:
+        listed = ", ".join(f"{name!r} along {axis}" for axis, name in by_axis.items())
+        raise ValueError(
+            f"The layers take channels along different axes, {listed}: they can't be composed."
+        )
+    return "axis 1" in by_axis
+
+
+def _channel_axis(layer: keras.Layer) -> str | None:
+    """The axis along which a layer takes channels; None where it is the same to the layer."""
+    axis: Any = None
+    if type(layer) is keras.layers.BatchNormalization:
+        axis = layer.axis % layer.input_spec.ndim
+        axis = -1 if axis == layer.input_spec.ndim - 1 else axis
+    elif operation_kind(layer) == "Flip":
+        axis = -1 if layer.axis in (-1, 3) else None
+    elif type(layer) is keras.layers.Dense or (
+        type(layer) is keras.layers.Rescaling and (np.ndim(layer.scale) or np.ndim(layer.offset))
+    ):
+        axis = -1
+    elif hasattr(layer, "data_format"):
+        axis = 1 if layer.data_format == "channels_first" else -1
+    return None if axis is None else "the last axis" if axis == -1 else f"axis {axis}"
+
+
+def _size(layers: Sequence[keras.Layer], channels_first: bool) -> tuple[int | None, int | None]:
+    """Height and width of the map that enters a chain; None where the graph leaves it open."""
+    nodes = [node for layer in layers[:1] for node in calls_of(layer)[:1]]
+    shapes = [tensor.shape for node in nodes for tensor in node.input_tensors[:1]]
+    if not shapes or len(shapes[0]) != 4:
+        return None, None
+    return shapes[0][2:] if channels_first else shapes[0][1:3]
+
+
+def _channels(layers: Sequence[keras.Layer]) -> int:
+    """How many channels enter a chain, from the first of its layers whose weights say so."""
+    for layer in layers:
+        kind = type(layer)
+        if kind is keras.layers.SeparableConv2D:
+            return layer.depthwise_kernel.shape[2]
+        if kind is keras.layers.DepthwiseConv2D:
+            return layer.kernel.shape[2]
+        if kind is keras.layers.Conv2D:
+            return layer.kernel.shape[2] * layer.groups
+        if kind is keras.layers.Dense:
+            return layer.kernel.shape[0]
+        if kind is keras.layers.BatchNormalization:
+            return layer.moving_mean.shape[0]
+        if getattr(layer, "weights", None):
+            raise _not_linear(layer)
+    names = [layer.name for layer in layers]
+    raise ValueError(f"None of the layers {names} has weights: there is nothing to compose.")
+
+
+def _activation(layer: keras.Layer) -> Any:
+    """The activation of a layer, a function or a text that says it; None where it is linear."""
+    if type(layer) is keras.layers.Activation:
+        activation = layer.activation
+    elif type(layer) is keras.layers.ReLU and not layer.negative_slope and not layer.threshold:
+        # Keras's ReLU layer with its defaults is the function relu
+        activation = keras.activations.relu if layer.max_value is None else keras.activations.relu6
+        if layer.max_value not in (None, 6):
+            return f"ReLU(max_value={layer.max_value})"
+    elif type(layer) in POINTWISE:
+        config = {k: v for k, v in layer.get_config().items() if k not in ("name", "dtype")}
+        return f"{type(layer).__name__}({config})"
+    else:
+        activation = getattr(layer, "activation", None)
+    return None if activation is keras.activations.linear else activation
+
+
+def _shown(activation: Any) -> str:
+    """An activation as text."""
+    return "linear" if activation is None else getattr(activation, "__name__", str(activation))
+
+
+def _product(
+    layers: Sequence[keras.Layer], size: Sequence[int | None], reasons: list[str]
+) -> tuple[_Linear, int]:
+    """A chain as one linear operation, and the rows along its output's edges that may differ.
+
+    `size` is that of the map that enters; `reasons` gets what makes the chain another thing.
+    """
+    channels = _channels(layers)
+    kernel, bias = np.eye(channels)[None, None], np.zeros(channels)
+    strides, padding, border = (1, 1), np.zeros((2, 2), int), 0
+    for position, layer in enumerate(layers):
+        activation, behind = _activation(layer), layers[position + 1 :]
+        if behind and activation is not None:
+            if all(type(rest) in POINTWISE for rest in behind):
+                what = f"two activations in a row, {_shown(activation)} left out"
+            else:
+                what = f"its activation {_shown(activation)} is left out"
+            reasons.append(f"{layer.name!r}: {what}")
+        if type(layer) in POINTWISE:
+            continue
+        for linear in _linear_parts(layer, kernel.shape[3]):
+            if linear.kernel.shape[2] != kernel.shape[3]:
+                raise ValueError(
+                    f"Layer {layer.name!r} takes {linear.kernel.shape[2]} channels, but the layer "
+                    f"before it in the chain gives {kernel.shape[3]}: pass the layers in the order "
+                    f"of their computation."
+                )
+            pads = np.array(_pad(linear, size))
+            steps = list(zip(size, pads, linear.kernel.shape[:2], linear.strides, strict=True))
+            if linear.padding == "same" and any(n is None and s > 1 for n, _, _, s in steps):
+                reasons.append(
+                    f"{layer.name!r}: padding='same' with strides {linear.strides} depends on the "
+                    f"size of the input, which is open; taken for a multiple of the strides"
+                )
+            # Zeros around an intermediate map are what the chain sees and the product does not,
+            # unless that map is zero where the input is.
+            untouched = kernel.shape[:2] == (1, 1) and not bias.any()
+            border = ceil((border + (0 if untouched else int(pads.max()))) / min(linear.strides))
+            size = [None if n is None else (n + p.sum() - k) // s + 1 for n, p, k, s in steps]
+            bias = linear.bias + bias @ linear.kernel.sum((0, 1))
+            kernel = _then(kernel, strides, linear.kernel)
+            padding = padding + np.array(strides)[:, None] * pads
+            strides = (strides[0] * linear.strides[0], strides[1] * linear.strides[1])
+    return _Linear(kernel, bias, strides, padding), border
+
+
+def _pad(linear: _Linear, size: Sequence[int | None]) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Zeros before and after, by rows and columns; a size that is open divides by the stride."""
+    if not isinstance(linear.padding, str):
+        return linear.padding
+    if linear.padding != "same":
+        return (0, 0), (0, 0)
+    axes = zip(size, linear.kernel.shape[:2], linear.strides, strict=True)
+    rows, columns = (same_padding(n or stride, k, stride) for n, k, stride in axes)
+    return rows, columns
+
+
+def _then(first: np.ndarray, strides: Sequence[int], second: np.ndarray) -> np.ndarray:
+    """The kernel of two convolutions: `first` with `strides`, `second` on its output."""
+    (sh, sw), (h1, w1), (h2, w2) = strides, first.shape[:2], second.shape[:2]
+    kernel = np.zeros((h1 + sh * (h2 - 1), w1 + sw * (w2 - 1), first.shape[2], second.shape[3]))
+    for i, j in np.ndindex(h2, w2):
+        if second[i, j].any():  # dilation leaves whole taps at zero
+            kernel[sh * i : sh * i + h1, sw * j : sw * j + w1] += first @ second[i, j]
+    return kernel
+
+
+# Linear operations of layers
+
+
+def _linear_parts(layer: keras.Layer, channels: int) -> list[_Linear]:
+    """The linear operations of a layer, its activation left out; `channels` enter it."""
+    kind = type(layer)
+    if getattr(layer, "quantization_mode", None):
+        raise ValueError(
+            f"Layer {layer.name!r} is quantized ({layer.quantization_mode}); expected weights in "
+            f"floating point. Compose first, quantize the result."
+        )
+    if operation_kind(layer) == "Flip" and layer.axis in (-1, 3):  # RGB to BGR, channels last
+        return [_Linear(np.eye(channels)[None, None, ::-1], np.zeros(channels))]
+    if kind is keras.layers.SeparableConv2D:
+        pointwise = _array(layer.pointwise_kernel)
+        depthwise = _dilate(_depthwise(_array(layer.depthwise_kernel)), layer.dilation_rate)
+        return [
+            _Linear(depthwise, np.zeros(depthwise.shape[3]), layer.strides, layer.padding),
+            _Linear(pointwise, _bias(layer, pointwise.shape[3])),
+        ]
+    if kind in (keras.layers.Conv2D, keras.layers.DepthwiseConv2D):
+        kernel = _array(layer.kernel)
+        grouped = kind is keras.layers.Conv2D
+        kernel = _ungroup(kernel, layer.groups) if grouped else _depthwise(kernel)
+        kernel = _dilate(kernel, layer.dilation_rate)
+        return [_Linear(kernel, _bias(layer, kernel.shape[3]), layer.strides, layer.padding)]
+    if kind is keras.layers.Dense:
+        kernel = _array(layer.kernel)[None, None]
+        return [_Linear(kernel, _bias(layer, kernel.shape[3]))]
+    if kind is keras.layers.BatchNormalization:
+        return [_batch_norm(layer)]
+    if kind is keras.layers.Rescaling and max(np.ndim(layer.scale), np.ndim(layer.offset)) < 2:
+        factors = (np.asarray(layer.scale, float), np.asarray(layer.offset, float))
+        return [_scale(*(np.broadcast_to(factor, channels) for factor in factors))]
+    if kind is keras.layers.ZeroPadding2D:
+        return [_Linear(np.eye(channels)[None, None], np.zeros(channels), (1, 1), layer.padding)]
+    if kind is keras.layers.AveragePooling2D and layer.padding == "valid":
+        kernel = np.tile(np.eye(channels) / prod(layer.pool_size), (*layer.pool_size, 1, 1))
+        return [_Linear(kernel, np.zeros(channels), layer.strides)]
+    raise _not_linear(layer)
+
+
+def _not_linear(layer: keras.Layer) -> ValueError:
+    return ValueError(
+        f"Layer {layer.name!r} ({type(layer).__name__}) is not a linear layer that can be "
+        f"composed: composable are Conv2D, DepthwiseConv2D, SeparableConv2D, Dense, "
+        f"BatchNormalization, Rescaling, ZeroPadding2D and AveragePooling2D with padding='valid', "
+        f"with activations and dropout between them. Use init='distill', init='copy' if the new "
+        f"layers have weights of the same shapes, or leave this layer out of those to replace."
+    )
 
 
 def _array(variable: keras.Variable) -> np.ndarray:
@@ -109,240 +377,16 @@ def _batch_norm(layer: keras.layers.BatchNormalization) -> _Linear:
     return _scale(*scale_and_shift(mean, variance, layer.epsilon, gamma, beta))
 
 
-def _linear_parts(layer: keras.Layer, channels: int) -> list[_Linear]:
-    """The linear operations of a layer, its activation left out; `channels` enter it."""
-    if operation_kind(layer) == "Flip" and layer.axis in (-1, 3):  # RGB to BGR, channels last
-        return [_Linear(np.eye(channels)[None, None, ::-1], np.zeros(channels))]
-    match layer:
-        case keras.layers.SeparableConv2D():
-            pointwise = _array(layer.pointwise_kernel)
-            depthwise = _dilate(_depthwise(_array(layer.depthwise_kernel)), layer.dilation_rate)
-            return [
-                _Linear(depthwise, np.zeros(depthwise.shape[3]), layer.strides, layer.padding),
-                _Linear(pointwise, _bias(layer, pointwise.shape[3])),
-            ]
-        case keras.layers.Conv2D() | keras.layers.DepthwiseConv2D():
-            if isinstance(layer, keras.layers.DepthwiseConv2D):
-                kernel = _depthwise(_array(layer.kernel))
-            else:
-                kernel = _ungroup(_array(layer.kernel), layer.groups)
-            kernel = _dilate(kernel, layer.dilation_rate)
-            return [_Linear(kernel, _bias(layer, kernel.shape[3]), layer.strides, layer.padding)]
-        case keras.layers.Dense():
-            kernel = _array(layer.kernel)[None, None]
-            return [_Linear(kernel, _bias(layer, kernel.shape[3]))]
-        case keras.layers.BatchNormalization():
-            return [_batch_norm(layer)]
-        case keras.layers.Rescaling():
-            return [
-                _scale(
-                    np.broadcast_to(np.asarray(layer.scale, float), channels),
-                    np.broadcast_to(np.asarray(layer.offset, float), channels),
-                )
-            ]
-        case keras.layers.ZeroPadding2D():
-            return [
-                _Linear(np.eye(channels)[None, None], np.zeros(channels), (1, 1), layer.padding)
-            ]
-        case keras.layers.AveragePooling2D() if layer.padding == "valid":
-            kernel = np.tile(np.eye(channels) / prod(layer.pool_size), (*layer.pool_size, 1, 1))
-            return [_Linear(kernel, np.zeros(channels), layer.strides)]
-    raise ValueError(
-        f"Layer {layer.name!r} ({type(layer).__name__}) is not a linear layer that can be "
-        f"composed: composable are Conv2D, DepthwiseConv2D, SeparableConv2D, Dense, "
-        f"BatchNormalization, Rescaling, ZeroPadding2D and AveragePooling2D with padding='valid', "
-        f"with activations and dropout between them. Use init='distill', init='copy' if the new "
-        f"layers have weights of the same shapes, or leave this layer out of those to replace."
-    )
-
-
-def _activation(layer: keras.Layer) -> str | None:
-    """The activation of a layer as text; None where it is linear."""
-    if isinstance(layer, keras.layers.Activation):
-        activation = layer.activation
-    elif isinstance(layer, keras.layers.ReLU) and not layer.negative_slope and not layer.threshold:
-        # Keras's ReLU layer with its defaults is the function relu
-        activation = keras.activations.relu if layer.max_value is None else keras.activations.relu6
-        if layer.max_value not in (None, 6):
-            return f"ReLU(max_value={layer.max_value})"
-    elif isinstance(layer, POINTWISE):
-        config = {k: v for k, v in layer.get_config().items() if k not in ("name", "dtype")}
-        return f"{type(layer).__name__}({config})"
-    else:
-        activation = getattr(layer, "activation", None)
-    if activation is None or activation is keras.activations.linear:
-        return None
-    return getattr(activation, "__name__", str(activation))
-
-
-def _channels(layers: Sequence[keras.Layer]) -> int:
-    """How many channels enter a chain, from the first of its layers whose weights say so."""
-    for layer in layers:
-        match layer:
-            case keras.layers.SeparableConv2D():
-                return layer.depthwise_kernel.shape[2]
-            case keras.layers.DepthwiseConv2D():
-                return layer.kernel.shape[2]
-            case keras.layers.Conv2D():
-                return layer.kernel.shape[2] * layer.groups
-            case keras.layers.Dense():
-                return layer.kernel.shape[0]
-            case keras.layers.BatchNormalization():
-                return layer.moving_mean.shape[0]
-    names = [layer.name for layer in layers]
-    raise ValueError(f"None of the layers {names} has weights: there is nothing to compose.")
-
-
-def _size(layer: keras.Layer) -> tuple[int | None, int | None]:
-    """Height and width of the map that enters a layer; None where the graph leaves it open."""
-    shapes = [tensor.shape for node in calls_of(layer)[:1] for tensor in node.input_tensors[:1]]
-    if not shapes or len(shapes[0]) != 4:
-        return None, None
-    (shape,) = shapes
-    data_format = getattr(layer, "data_format", keras.config.image_data_format())
-    return shape[2:] if data_format == "channels_first" else shape[1:3]
-
-
-def _pad(linear: _Linear, size: Sequence[int | None]) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Zeros before and after, by rows and columns; a size that is open divides by the stride."""
-    if not isinstance(linear.padding, str):
-        return linear.padding
-    if linear.padding != "same":
-        return (0, 0), (0, 0)
-    axes = zip(size, linear.kernel.shape[:2], linear.strides, strict=True)
-    rows, columns = (same_padding(n or stride, k, stride) for n, k, stride in axes)
-    return rows, columns
-
-
-def _then(first: np.ndarray, strides: Sequence[int], second: np.ndarray) -> np.ndarray:
-    """The kernel of two convolutions: `first` with `strides`, `second` on its output."""
-    (sh, sw), (h1, w1), (h2, w2) = strides, first.shape[:2], second.shape[:2]
-    kernel = np.zeros((h1 + sh * (h2 - 1), w1 + sw * (w2 - 1), first.shape[2], second.shape[3]))
-    for i, j in np.ndindex(h2, w2):
-        if second[i, j].any():  # dilation leaves whole taps at zero
-            kernel[sh * i : sh * i + h1, sw * j : sw * j + w1] += first @ second[i, j]
-    return kernel
-
-
-def _inner(layers: Sequence[keras.Layer]) -> Iterator[keras.Layer]:
-    """The layers of a chain, those of nested Sequential models among them."""
-    for layer in layers:
-        if isinstance(layer, keras.Sequential):
-            yield from _inner(layer.layers)
-        else:
-            yield layer
-
-
-def compose_(old_layers: Sequence[keras.Layer], new: keras.Layer) -> Composition:
-    """Give `new` the product of a chain of linear layers as its weights, in place.
-
-    The chain may hold Conv2D (strides, padding, dilation, groups), DepthwiseConv2D,
-    SeparableConv2D, Dense, BatchNormalization (as at inference), Rescaling, ZeroPadding2D and
-    AveragePooling2D. Activations between them are left out, which makes the result the best
-    linear reading of the chain and not its equal; the Composition says so. A composed kernel
-    smaller than `new`'s is laid into it where its taps fall, zeros around; a larger one is cropped.
-
-    >>> import keras, vggtorch as vt
-    >>> chain = [keras.layers.Conv2D(4, 3), keras.layers.Conv2D(5, 3)]
-    >>> new = keras.layers.Conv2D(5, 5)
-    >>> for layer, channels in zip([*chain, new], (3, 4, 3)):
-    ...     layer.build((None, 32, 32, channels))
-    >>> vt.compose_(chain, new).exact
-    True
-
-    Args:
-        old_layers: the chain in the order of its computation, built.
-        new: a built Conv2D (groups=1, dilation_rate=1) or Dense.
-
-    Returns:
-        Whether `new` now equals the chain, and if not, why.
-
-    Raises:
-        ValueError: a layer is not linear, or strides, channels or kind don't fit; `new` keeps its
-            weights then.
-    """
-    chain = list(old_layers) if isinstance(old_layers, Iterable) else [old_layers]
-    for layer in (*chain, new):
-        if not isinstance(layer, keras.Operation):
-            raise ValueError(
-                f"compose_ expects built Keras layers, received {layer!r}. By names: "
-                f"vt.replace(model, names, new, init='compose')."
-            )
-    layers = [layer for layer in _inner(chain) if not isinstance(layer, SKIPPED)]
-    channels = _channels(layers)
-    reasons: list[str] = []
-    kernel, bias = np.eye(channels)[None, None], np.zeros(channels)
-    strides, padding, border = (1, 1), np.zeros((2, 2), int), 0
-    size = start = _size(layers[0])
-
-    for position, layer in enumerate(layers):
-        activation = _activation(layer)
-        if position < len(layers) - 1 and activation is not None:
-            if all(isinstance(rest, POINTWISE) for rest in layers[position + 1 :]):
-                reasons.append(f"{layer.name!r}: two activations in a row, {activation} left out")
-            else:
-                reasons.append(f"{layer.name!r}: its activation {activation} is left out")
-        if isinstance(layer, POINTWISE):
-            continue
-        for linear in _linear_parts(layer, kernel.shape[3]):
-            if linear.kernel.shape[2] != kernel.shape[3]:
-                raise ValueError(
-                    f"Layer {layer.name!r} takes {linear.kernel.shape[2]} channels, but the layer "
-                    f"before it in the chain gives {kernel.shape[3]}: pass the layers in the order "
-                    f"of their computation."
-                )
-            pads = np.array(_pad(linear, size))
-            if any(n is None and s > 1 for n, s in zip(size, linear.strides, strict=True)) and (
-                linear.padding == "same"
-            ):
-                reasons.append(
-                    f"{layer.name!r}: padding='same' with strides {linear.strides} depends on the "
-                    f"size of the input, which is open; taken for a multiple of the strides"
-                )
-            # Zeros around an intermediate map are what the chain sees and the product does not,
-            # unless that map is zero where the input is.
-            untouched = kernel.shape[:2] == (1, 1) and not bias.any()
-            edge = 0 if untouched else int(pads.max())
-            border = ceil((border + edge) / min(linear.strides)) if border + edge else 0
-            size = tuple(  # type: ignore[assignment]
-                None if n is None else (n + p.sum() - k) // s + 1
-                for n, p, k, s in zip(
-                    size, pads, linear.kernel.shape[:2], linear.strides, strict=True
-                )
-            )
-            bias = linear.bias + bias @ linear.kernel.sum((0, 1))
-            kernel = _then(kernel, strides, linear.kernel)
-            padding = padding + np.array(strides)[:, None] * pads
-            strides = (strides[0] * linear.strides[0], strides[1] * linear.strides[1])
-
-    last, ends_in = _activation(layers[-1]), _activation(new)
-    if last != ends_in:
-        reasons.append(
-            f"the chain ends in {last or 'linear'}, {new.name!r} in {ends_in or 'linear'}"
-        )
-    weights = _laid_into(new, kernel, strides, padding[:, 0], start, reasons)
-    lost_bias = 0.0 if new.use_bias else float(np.abs(bias).max())
-    if lost_bias:
-        reasons.append(
-            f"{new.name!r} has no bias, and the chain has one: it adds up to {lost_bias:.3g} to a "
-            f"channel, beside a kernel whose channels have norms up to "
-            f"{np.sqrt((kernel**2).sum((0, 1, 2))).max():.3g}"
-        )
-    new.set_weights([weights, bias] if new.use_bias else [weights])
-    return Composition(not reasons, tuple(reasons), border, kernel.shape[:2], lost_bias)
+# The new layer
 
 
 def _laid_into(
-    new: keras.Layer,
-    kernel: np.ndarray,
-    strides: tuple[int, int],
-    before: np.ndarray,
-    size: Sequence[int | None],
-    reasons: list[str],
+    new: keras.Layer, product: _Linear, size: Sequence[int | None], reasons: list[str]
 ) -> np.ndarray:
     """A composed kernel in the shape of `new`'s, each tap over the pixel that it is meant for."""
+    kernel, strides = product.kernel, product.strides
     height, width = kernel.shape[:2]
-    if isinstance(new, keras.layers.Dense):
+    if type(new) is keras.layers.Dense:
         if (height, width) != (1, 1) or strides != (1, 1):
             raise ValueError(
                 f"The chain composes to a {height}x{width} kernel with strides {strides}; "
@@ -376,7 +420,9 @@ def _laid_into(
     laid = np.zeros(shape)
     target, source = [], []
     for axis in (0, 1):
-        offset = pads[axis][0] - int(before[axis])  # where the composed kernel's first tap goes
+        offset = pads[axis][0] - int(
+            product.padding[axis][0]
+        )  # where the composed kernel's first tap goes
         low, high = max(offset, 0), min(offset + kernel.shape[axis], shape[axis])
         target.append(slice(low, max(low, high)))
         source.append(slice(low - offset, max(low, high) - offset))
