@@ -358,6 +358,13 @@ def test_new_layers_with_two_ways_in_cannot_be_distilled():
         surgery.distill_(model, model, ["join", "side"], images())
 
 
+def test_networks_of_other_numbers_of_outputs_cannot_be_distilled(original):
+    result, names = replaced(original, conv())
+    both = keras.Model(original.inputs, [original.get_layer("block1_pool").output, original.output])
+    with pytest.raises(ValueError, match="original has 2 outputs, the result 1; expected the same"):
+        surgery.distill_(both, result, names, images())
+
+
 def test_messages_list_layers_in_the_order_of_the_network() -> None:
     inputs = keras.Input((16, 16, 3))
     b = L.Conv2D(4, 3, name="b")(inputs)

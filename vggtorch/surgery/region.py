@@ -58,11 +58,13 @@ def find_region(original: keras.Model, result: keras.Model, new_layers: Sequence
 
     count = Counter(node.operation.name for node in calls_now)
     behind: dict[str, tuple[KerasTensor, KerasTensor]] = {}
-    exits = [
-        (a, b)
-        for a, b in zip(original.outputs, result.outputs, strict=True)
-        if producer(b).name in new
-    ]
+    if len(original.outputs) != len(result.outputs):
+        raise ValueError(
+            f"The original has {len(original.outputs)} outputs, the result {len(result.outputs)}; "
+            f"expected the same network with other layers in one place."
+        )
+    ends = zip(original.outputs, result.outputs, strict=True)
+    exits = [(a, b) for a, b in ends if producer(b).name in new]
     for node in calls_now:
         name, producers = node.operation.name, {producer(t).name for t in node.input_tensors}
         later = not producers.isdisjoint({*new, *behind})
@@ -120,7 +122,7 @@ def next_smaller(region: Region) -> list[str]:
 def before_activation(region: Region) -> KerasTensor:
     """What the replaced layers have computed before their last activation."""
     start, tensor = region.old
-    while tensor is not start and isinstance(producer(tensor), POINTWISE):
+    while tensor is not start and type(producer(tensor)) in POINTWISE:
         tensor = _input(tensor)
     return tensor if tensor is start else without_activation(tensor)
 
@@ -128,7 +130,8 @@ def before_activation(region: Region) -> KerasTensor:
 def last_product(region: Region) -> keras.Layer | None:
     """The new layer that gives the exit its values, if that is an ungrouped product."""
     start, tensor = region.new
-    while isinstance(producer(tensor), (*POINTWISE, *SKIPPED, keras.layers.BatchNormalization)):
+    passed = (*POINTWISE, *SKIPPED, keras.layers.BatchNormalization)
+    while type(producer(tensor)) in passed:
         if tensor is start:
             return None
         tensor = _input(tensor)
