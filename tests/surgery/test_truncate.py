@@ -8,7 +8,7 @@ import torch
 from contract import check, equal, run, shared, vgg
 from keras import layers as kl
 
-from vggtorch.surgery import replace, truncate
+from vggtorch.surgery import rename, replace, truncate
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -64,3 +64,18 @@ def test_one_input_that_is_left_stands_alone():
     assert truncate(model, "side").input.name == "c"
     x = torch.rand(3, 6)
     equal(run(truncate(model, "side"), x), model.get_layer("side")(x))
+
+
+def test_inputs_in_lists_inside_of_a_dict_go_and_get_other_names():
+    a, b, c = (keras.Input((6,), name=name) for name in "abc")
+    x, y, z = (kl.Dense(3, name=f"of_{t.name}")(t) for t in (a, b, c))
+    model = keras.Model({"pair": [a, b], "c": c}, kl.Add(name="sum")([x, y, z]))
+    result = truncate(model, ["of_b", "of_c"])
+    assert {key: keras.tree.flatten(part)[0].name for key, part in result.input.items()} == {
+        "pair": "b",
+        "c": "c",
+    }
+    x, y, z = torch.rand(3, 2, 6)
+    renamed = rename(model, "left_")
+    equal(run(renamed, {"pair": [x, y], "left_c": z}), run(model, {"pair": [x, y], "c": z}))
+    equal(run(result, {"pair": [y], "c": z})[0], model.get_layer("of_b")(y))

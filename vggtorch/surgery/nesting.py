@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import keras
+from keras import KerasTensor
 
 from vggtorch.keras_graph import Functional, functional, input_structure, producer
 from vggtorch.models import remember_, remembered
 from vggtorch.surgery.naming import flat_names, names_by_id
 from vggtorch.surgery.rebuild import Rebuild
-from vggtorch.surgery.wiring import Wiring
+from vggtorch.surgery.wiring import Wiring, owner
 
 
 def flatten(model: keras.Model) -> Functional:
@@ -89,7 +91,12 @@ def rename(model: keras.Model, names: Mapping[str, str] | str) -> Functional:
     inputs = input_structure(wiring.functional)
     if isinstance(inputs, dict):  # Keras wants its keys to be the names of the inputs
         inputs = {
-            wanted.get(id(producer(t)), key) if key == producer(t).name else key: t
-            for key, t in inputs.items()
+            wanted.get(id(producer(part)), key) if _is_named(part, key) else key: part
+            for key, part in inputs.items()
         }
     return Rebuild(wiring, names=wanted).model(wiring, inputs, wiring.functional.output)
+
+
+def _is_named(part: Any, key: str) -> bool:
+    """Whether a part of a model's inputs is one input, called by its key."""
+    return isinstance(part, KerasTensor) and owner(part) == key

@@ -199,7 +199,7 @@ class Wiring:
         if all(producing_call(t) in used for t in self.functional.inputs):
             return struct
         if isinstance(struct, dict):
-            return {name: t for name, t in struct.items() if producing_call(t) in used}
+            return _pruned(struct, lambda t: producing_call(t) in used)
         kept = [t for t in self.functional.inputs if producing_call(t) in used]
         return kept[0] if len(kept) == 1 else kept
 
@@ -275,6 +275,16 @@ class Wiring:
             edges = (f"{owner(t)!r} -> {reader}" for t, reader in ways_out)
             raise refusal("out", len(results), edges)
         return results[0], sources[0]
+
+
+def _pruned(structure: Any, stays: Callable[[Tensor], bool]) -> Any:
+    """A structure without the tensors that don't stay, and without what is empty then: None."""
+    if isinstance(structure, dict):
+        parts = {name: _pruned(part, stays) for name, part in structure.items()}
+        return {name: part for name, part in parts.items() if part is not None} or None
+    if isinstance(structure, list | tuple):
+        return [p for p in (_pruned(part, stays) for part in structure) if p is not None] or None
+    return structure if stays(structure) else None
 
 
 def _in_torchvision(network: str, name: str, known: Iterable[str]) -> str:
