@@ -1,14 +1,13 @@
 import dataclasses
 import re
 import shlex
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 import tiny
 import torch
 import typer
+from fresh import ROOT, run
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
@@ -217,8 +216,14 @@ def test_a_warning_is_one_line_too(tmp_path):
     (tmp_path / "images" / "blue" / "notes.txt").write_text("no image either")
     words = "finetune images --weights oxford --image-size 32 --epochs 1 --on-unreadable skip"
     words += " --head linear --cut block2_pool"
-    command = [sys.executable, "-m", "vggtorch", *words.split()]
-    found = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    code = f"""
+    import runpy
+    sys.path.insert(0, {str(ROOT)!r})
+    sys.argv = ["vggtorch", *{words.split()}]
+    runpy.run_module("vggtorch", run_name="__main__")
+    """
+    found = run(code, cwd=tmp_path)
+    assert found.returncode == 0, found.stderr
     lines = [line for line in found.stderr.splitlines() if line.startswith("vggtorch: ")]
     assert lines[0] == "vggtorch: Left out of images: 1 file (1 .txt)."
     assert "broken.jpg" in lines[1] and "left out" in lines[1]

@@ -8,12 +8,15 @@ from pathlib import Path
 
 import hatchling.build
 import lazy_loader
+import numpy as np
 import pytest
 import tiny
 from fresh import ROOT, run
 
 import vggtorch as vt
 from vggtorch.keras_graph import OxfordModel
+from vggtorch.models import remember_
+from vggtorch.weight_sets import DataConfig
 
 
 @pytest.fixture(scope="module")
@@ -43,18 +46,24 @@ def test_importing_selects_the_torch_backend_and_keras_alone_loads_our_models(sa
 
 
 @pytest.mark.slow
-def test_keras_alone_loads_our_models_where_our_own_code_imports_it_first(saved):
-    code = f"import vggtorch.keras_graph, keras; print(type(keras.saving.load_model({saved!r})))"
-    result = run(code, KERAS_BACKEND="torch")
-    assert "OxfordModel" in result.stdout, result.stderr
-
-
-@pytest.mark.slow
-def test_after_keras_our_models_load_and_our_names_import_none_of_what_only_some_users_need(saved):
+def test_keras_loads_what_remembers_and_our_names_import_none_of_what_only_some_users_need(
+    saved, tmp_path
+):
+    """In plain Keras a model loads that remembers what it expects; after that ours do."""
+    config = DataConfig("oxford", (3, 16, 16), crop_mode="border", label_names=("a", "b", "c"))
+    remembers = remember_(tiny.network(dropout=0.0), config)
+    remembers.save(tmp_path / "m.keras")
+    x = np.random.default_rng(0).uniform(0, 255, (2, 16, 16, 3)).astype(np.float32)
+    np.save(tmp_path / "x.npy", x)
     result = run(f"""
     import os
     os.environ["KERAS_BACKEND"] = "torch"
-    import sys, keras
+    import sys, keras, numpy as np
+    model = keras.saving.load_model({str(tmp_path / "m.keras")!r})
+    x = np.load({str(tmp_path / "x.npy")!r})
+    np.save({str(tmp_path / "y.npy")!r}, model.predict(x, verbose=0))
+    assert "vggtorch" not in sys.modules
+
     known = set(sys.modules)
     import vggtorch as vt
     print(type(keras.saving.load_model({saved!r})))
@@ -64,6 +73,8 @@ def test_after_keras_our_models_load_and_our_names_import_none_of_what_only_some
     print(new & {{"torchvision", "accelerate", "rich", "onnx", "sklearn", "tensorboard", "typer"}})
     """)
     assert re.fullmatch(".*OxfordModel'>\nset\\(\\)\n", result.stdout), result.stderr
+    predicted = remembers.predict(x, verbose=0)
+    np.testing.assert_allclose(np.load(tmp_path / "y.npy"), predicted, rtol=1e-5, atol=1e-5)
 
 
 def test_another_running_backend_is_a_clear_error():
@@ -139,6 +150,7 @@ def site(tmp_path_factory):
 
 @pytest.mark.slow
 def test_a_wheel_holds_every_room_and_runs_by_itself(site, saved, tmp_path):
+    """And Keras loads our models where our own code imports it first."""
     folder = site("wheel")
     package = Path(vt.__file__).parent
     found = {p.relative_to(folder).as_posix() for p in folder.glob("vggtorch/**/*.*")}
@@ -153,13 +165,18 @@ def test_a_wheel_holds_every_room_and_runs_by_itself(site, saved, tmp_path):
     assert f"\nVersion: {vt.__version__}\n" in metadata
     assert "\nLicense-Expression: MIT\n" in metadata
     result = run(
-        "import vggtorch; print(vggtorch.__file__); "
-        f"from vggtorch.cli import main; main(['inspect', {saved!r}])",
+        f"""
+        import vggtorch.keras_graph, keras
+        print(vggtorch.__file__, type(keras.saving.load_model({saved!r})))
+        from vggtorch.cli import main
+        main(['inspect', {saved!r}])
+        """,
         cwd=tmp_path,
+        KERAS_BACKEND="torch",
         PYTHONPATH=str(folder),
     )
     assert result.stdout.startswith(str(folder)), result.stderr
-    assert "block1_conv1" in result.stdout
+    assert "OxfordModel" in result.stdout and "block1_conv1" in result.stdout
 
 
 def test_an_editable_install_works_from_the_folder_that_holds_the_checkout(site, tmp_path):

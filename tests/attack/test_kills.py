@@ -5,11 +5,9 @@ from __future__ import annotations
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
+import killed
 import pytest
 import tiny
 import torch
@@ -20,7 +18,6 @@ from vggtorch.training import TrainConfig, finetune
 from vggtorch.weights import copies, sources
 
 TIMES = float(os.environ.get("VGGTORCH_ATTACK", "1"))
-TESTS = Path(__file__).parent.parent
 pytestmark = pytest.mark.slow
 
 
@@ -56,16 +53,7 @@ def test_kills_in_first_loads(tmp_path):
 
 
 def test_kills_in_training(tmp_path):
-    path = os.pathsep.join(map(str, (TESTS.parent, TESTS)))
-    script = TESTS / "training" / "killed.py"
-    done = subprocess.run(
-        [sys.executable, script, tmp_path, "--kills", str(round(3 * TIMES))],
-        env=os.environ | {"PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    print(done.stdout)
-    assert done.returncode == 0, done.stderr
-    assert "same weights" in done.stdout
+    killed.kill(tmp_path, round(3 * TIMES))
 
 
 def test_two_runs_in_one_folder(tmp_path):

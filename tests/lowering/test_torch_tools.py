@@ -9,12 +9,12 @@ import importlib
 import logging
 import warnings
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
+import two_processes_network
 from by_hand import KINDS
-from fresh import run_on_two
+from fresh import as_two
 from torch import nn
 from torch.nn.utils import parametrize, prune
 
@@ -354,8 +354,7 @@ def test_safetensors_saves_and_loads(kind, pair, x, tmp_path):
 
 
 def test_ddp_and_fsdp_on_two_processes_have_the_gradients_of_one():
-    printed = run_on_two(Path(__file__).with_name("two_processes_network.py"))
-    assert printed.count("is done") == 2
+    as_two(two_processes_network.compare_as_one_of_two)
 
 
 def batches(x):

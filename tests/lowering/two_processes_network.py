@@ -6,7 +6,6 @@ import vggtorch as vt  # isort: skip  (first: it selects Keras's torch backend)
 import keras
 import torch
 import torch.distributed as dist
-from fresh import as_two
 from small_vgg import images, on_keras, small_vgg
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -40,8 +39,7 @@ def on_the_models_own_parameters(rank: int) -> None:
         torch.testing.assert_close(found, grads[0], rtol=1e-4, atol=1e-6)
 
 
-def main() -> None:
-    torch.set_num_threads(1)
+def compare_as_one_of_two() -> None:
     dist.init_process_group("gloo")
     rank = dist.get_rank()
     on_the_models_own_parameters(rank)
@@ -70,9 +68,4 @@ def main() -> None:
     for name, p in sharded.named_parameters():
         assert isinstance(p, DTensor) and isinstance(p.grad, DTensor)
         torch.testing.assert_close(p.grad.full_tensor(), expected[name], rtol=1e-4, atol=1e-7)
-    print(f"process {rank} is done", flush=True)
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    as_two(main)

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import os
-import subprocess
-import sys
 
 import keras
 import numpy as np
@@ -163,23 +160,6 @@ def test_a_model_keeps_its_geometry_through_saving_cloning_copying_and_surgery(m
 )
 def test_labels_go_with_the_output_that_they_name(model, change):
     assert vt.data_config(change(model)) == dataclasses.replace(KEPT, label_names=())
-
-
-@pytest.mark.slow
-def test_plain_keras_loads_what_remembers(model, tmp_path):
-    model.save(tmp_path / "m.keras")
-    x = np.random.default_rng(0).uniform(0, 255, (2, 32, 32, 3)).astype(np.float32)
-    np.save(tmp_path / "x.npy", x)
-    code = (
-        "import sys, keras, numpy as np; sys.path = [p for p in sys.path if p]\n"
-        "model = keras.saving.load_model('m.keras')\n"
-        "np.save('y.npy', model.predict(np.load('x.npy'), verbose=0))\n"
-        "assert 'vggtorch' not in sys.modules"
-    )
-    environment = os.environ | {"KERAS_BACKEND": "torch", "PYTHONPATH": ""}
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path, env=environment)
-    expected = model.predict(x, verbose=0)
-    np.testing.assert_allclose(np.load(tmp_path / "y.npy"), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_preprocess_does_what_the_model_remembers(model):

@@ -1,23 +1,20 @@
 """Kill a training run at random moments, resume it, and compare its weights with an unharmed one's.
 
-    PYTHONPATH=tests python tests/training/killed.py FOLDER --kills 50
-
 It forks, so it doesn't run on Windows.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
 import random
 import shutil
 import signal
 import time
-import traceback
 from pathlib import Path
 
 import tiny
 import torch
+from fresh import fork
 
 from vggtorch.training.config import TrainConfig
 from vggtorch.training.loop import finetune
@@ -35,20 +32,13 @@ def train(folder: Path, data: Path) -> None:
 def in_child(folder: Path, data: Path, kill_after: float | None) -> tuple[bool, float]:
     """Whether the run ended by itself, and after how many seconds."""
     began = time.perf_counter()
-    child = os.fork()
-    if child == 0:
-        try:
-            train(folder, data)
-            os._exit(0)
-        except BaseException:
-            traceback.print_exc()
-            os._exit(1)
+    child = fork(train, folder, data)
     if kill_after is not None:
         time.sleep(kill_after)
         os.kill(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)
     if status not in (0, signal.SIGKILL):
-        raise SystemExit(f"the run failed with status {status}")
+        raise AssertionError(f"the run failed with status {status}")
     return status == 0, time.perf_counter() - began
 
 
@@ -62,34 +52,25 @@ def state(folder: Path) -> list[torch.Tensor]:
     return found
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--kills", type=int, default=50)
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)  # threads don't survive a fork
-    data = tiny.pictures(arguments.folder / "data")
-    _, seconds = in_child(arguments.folder / "alone", data, None)
-    expected = state(arguments.folder / "alone")
+def kill(place: Path, count: int) -> None:
+    """Kill runs so often, and see that they end with the weights of one that was left alone."""
+    data = tiny.pictures(place / "data")
+    _, seconds = in_child(place / "alone", data, None)
+    expected = state(place / "alone")
 
-    rng = random.Random(arguments.seed)
+    rng = random.Random(0)
     kills = runs = at_work = 0
-    while kills < arguments.kills:
-        folder = arguments.folder / f"killed{runs}"
+    while kills < count:
+        folder = place / f"killed{runs}"
         finished = False
         while not finished:
-            wait = rng.uniform(0, seconds) if kills < arguments.kills else None
+            wait = rng.uniform(0, seconds) if kills < count else None
             finished, _ = in_child(folder, data, wait)
             kills += not finished
             at_work += not finished and (folder / "last.pt").exists()
         found = state(folder)
         if len(found) != len(expected) or not all(map(torch.equal, found, expected)):
-            raise SystemExit(f"run {runs}, killed and resumed, ended with other weights")
+            raise AssertionError(f"run {runs}, killed and resumed, ended with other weights")
         shutil.rmtree(folder)
         runs += 1
     print(f"{kills} kills ({at_work} after a first checkpoint) in {runs} runs: same weights")
-
-
-if __name__ == "__main__":
-    main()

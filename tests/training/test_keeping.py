@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 import textwrap
 from typing import Any
 
@@ -14,6 +11,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from fresh import run
 from huggingface_hub import ModelCard
 
 from vggtorch.models import load_model, preprocess, weight_set
@@ -30,16 +28,12 @@ def test_plain_keras_takes_raw_images(history, tmp_path):
     images, _ = history.validation[[(0, 0), (1, 0)]]
     np.save(tmp_path / "images.npy", images.numpy().astype(np.float32))
     code = (
-        "import sys, numpy as np; sys.path = [p for p in sys.path if p]\n"
-        f"{textwrap.dedent(LOADING)}\n"
-        f"images = np.load({str(tmp_path / 'images.npy')!r})\n"
-        f"np.save({str(tmp_path / 'out.npy')!r}, model.predict(images, verbose=0))\n"
+        f"import numpy as np\n{textwrap.dedent(LOADING)}\n"
+        "np.save('out.npy', model.predict(np.load('images.npy'), verbose=0))\n"
         "assert 'vggtorch' not in sys.modules"
     )
-    subprocess.run(
-        [sys.executable, "-c", code], check=True, cwd=tmp_path,
-        env={k: v for k, v in os.environ.items() if k not in ("KERAS_BACKEND", "PYTHONPATH")},
-    )  # fmt: skip
+    done = run(code, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
     expected = history.evaluation.probabilities[:2]
     np.testing.assert_allclose(np.load(tmp_path / "out.npy"), expected, atol=1e-5)
     assert json.loads((tmp_path / "classes.json").read_text()) == list(history.classes)

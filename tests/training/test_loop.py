@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import tiny
 import two_processes
-from fresh import run_on_two
+from fresh import as_two
 from torch.utils.data import DataLoader
 
 from vggtorch.training import checkpoints, data
@@ -135,11 +135,11 @@ def test_the_evaluation_is_the_one_that_history_tells_of(images, config, precisi
 
 
 @pytest.mark.slow
-def test_two_processes_give_the_losses_of_one(images, tmp_path):
+def test_two_processes_give_the_losses_of_one(images, tmp_path, one_thread):
     (tmp_path / "one").mkdir()
     (tmp_path / "two").mkdir()
     two_processes.train(tmp_path / "one", images)
-    run_on_two(two_processes.__file__, tmp_path / "two", images)
+    as_two(two_processes.train_as_one_of_two, tmp_path / "two", images)
     # What was stopped by a signal to one process ends as what ran through.
     for first, second in (("mixed", "mixed"), ("cached", "cached"), ("cached", "stopped")):
         one, two = (

@@ -11,26 +11,27 @@ from pathlib import Path
 import pytest
 import tiny
 import two_processes_tracked
-from fresh import run_on_two
+from fresh import as_two
 from tracked import records
 
 from vggtorch.training import History
 from vggtorch.training.loop import finetune
 
-TRACKERS = [n for n in ("tensorboard", "wandb", "mlflow") if importlib.util.find_spec(n)]
+TRACKERS = tuple(n for n in ("tensorboard", "wandb", "mlflow") if importlib.util.find_spec(n))
 
 
 @pytest.fixture(scope="module")
-def two(images, tmp_path_factory):
+def two(images, tmp_path_factory, one_thread):
     """The folder of a run of two processes under all trackers that are installed."""
     folder = tmp_path_factory.mktemp("two")
+    for tracker in TRACKERS:  # once, before there are two processes
+        importlib.import_module(tracker)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("WANDB_MODE", "offline")
         patch.setenv("WANDB_DIR", str(folder))
         patch.setenv("WANDB_SILENT", "true")
         patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder / 'mlflow.db'}")
-        script = two_processes_tracked.__file__
-        run_on_two(script, folder, images, *TRACKERS)
+        as_two(two_processes_tracked.train_as_one_of_two, folder, images, TRACKERS)
     return folder
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,6 @@ from typing import Any
 import tiny  # isort: skip  (before keras: it selects Keras's torch backend)
 import keras
 from accelerate import PartialState
-from fresh import as_two
 
 from vggtorch.training.callbacks import Callback
 from vggtorch.training.config import TrainConfig
@@ -60,10 +58,6 @@ def network() -> keras.Model:
     return model
 
 
-def main() -> None:
-    train(*map(Path, sys.argv[1:]))
+def train_as_one_of_two(folder: Path, images: Path) -> None:
+    train(folder, images)
     PartialState().destroy_process_group()
-
-
-if __name__ == "__main__":
-    as_two(main)

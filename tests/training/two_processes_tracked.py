@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import tiny  # isort: skip  (before keras: it selects Keras's torch backend)
 from accelerate import PartialState
-from fresh import as_two
 from two_processes import Stopped
 
 from vggtorch.training.config import TrainConfig
@@ -22,9 +20,8 @@ def config_in(folder: Path) -> TrainConfig:
     )  # fmt: skip
 
 
-def main() -> None:
-    folder, images = map(Path, sys.argv[1:3])
-    config = replace(config_in(folder), log_with=tuple(sys.argv[3:]))
+def train_as_one_of_two(folder: Path, images: Path, trackers: tuple[str, ...]) -> None:
+    config = replace(config_in(folder), log_with=trackers)
     try:
         finetune(tiny.network(dropout=0.0), images, config=config, callbacks=[Stopped()])
         raise AssertionError("it wasn't stopped")
@@ -33,7 +30,3 @@ def main() -> None:
     for _ in range(2):  # a run that has ended already adds nothing
         finetune(tiny.network(dropout=0.0), images, config=replace(config, resume=True))
     PartialState().destroy_process_group()
-
-
-if __name__ == "__main__":
-    as_two(main)

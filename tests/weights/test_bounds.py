@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import struct
-import subprocess
 import sys
 import zlib
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 import h5py
 import numpy as np
 import pytest
+from fresh import run
 
 N = 200_000  # bytes of most files, about
 BOUND = 64 * 2**20  # bytes of memory more, for each of these files
@@ -20,10 +20,12 @@ SECONDS = 10.0  # of processor time
 
 # Reads each file, and prints how much memory more and which time the worst took.
 _BOUNDED = """
-import resource, sys, time
+import resource, time
 import vggtorch
 from vggtorch.models import read_image
 from vggtorch.weights import sources
+
+gc.enable()
 
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -161,10 +163,7 @@ def test_memory_and_time_are_in_proportion_to_the_file(tmp_path: Path) -> None:
     for name, content in OTHERS.items():
         paths.append(tmp_path / name)
         paths[-1].write_bytes(content)
-    done = subprocess.run(
-        [sys.executable, "-c", _BOUNDED, *map(str, paths)],
-        capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+    done = run(_BOUNDED, arguments=paths)
     assert done.returncode == 0, done.stderr
     rows = [line.split("|") for line in done.stdout.splitlines()]
     assert len(rows) == len(paths) - 1

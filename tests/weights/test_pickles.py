@@ -5,14 +5,13 @@ from __future__ import annotations
 import collections
 import pickle
 import struct
-import subprocess
-import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from fresh import run
 
 from vggtorch.weights import pickles
 
@@ -128,11 +127,12 @@ def test_hostile_pickles_are_refused(
 
 
 _BOUNDED = """
-import resource, sys, time
+import resource, time
 from pathlib import Path
 from vggtorch.training import checkpoints
 from vggtorch.weights import sources
 
+gc.enable()
 used = resource.getrusage(resource.RUSAGE_SELF)
 seconds = used.ru_utime + used.ru_stime
 space = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
@@ -167,10 +167,7 @@ def test_the_worst_files_cost_little_time_and_memory(tmp_path: Path) -> None:
         for write in (zipped, legacy)
     ]
     assert all(path.stat().st_size < 400_000 for path in (*refused, *allowed))
-    done = subprocess.run(
-        [sys.executable, "-c", _BOUNDED, *map(str, (*refused, *allowed))],
-        capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+    done = run(_BOUNDED, arguments=(*refused, *allowed))
     assert done.returncode == 0, done.stderr
     lengths = [int(line) for line in done.stdout.split()]
     assert len(lengths) == 2 * len(refused) + 2 * len(allowed)
