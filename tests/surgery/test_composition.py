@@ -41,7 +41,7 @@ def error(
     return float(difference.max() / np.abs(expected).max())
 
 
-class OfOnesOwn(L.Conv2D):
+class OfOnesOwn(keras.layers.Conv2D):
     """A convolution by another kernel than the one that it holds."""
 
     def convolution_op(self, inputs, kernel):

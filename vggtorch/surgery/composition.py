@@ -63,7 +63,7 @@ class _Linear:
     kernel: np.ndarray  # HWIO, float64, dilation already filled in with zeros
     bias: np.ndarray  # O
     strides: tuple[int, int] = (1, 1)
-    padding: str | tuple[tuple[int, int], tuple[int, int]] = "valid"
+    padding: str | Sequence[Sequence[int]] = "valid"  # or ((top, bottom), (left, right))
 
 
 def compose_(old_layers: Sequence[keras.Layer], new: keras.Layer) -> Composition:
@@ -239,7 +239,7 @@ def _product(
                     f"before it in the chain gives {kernel.shape[3]}: pass the layers in the order "
                     f"of their computation."
                 )
-            pads = np.array(_pad(linear, size))
+            pads = _pad(linear, size)
             steps = list(zip(size, pads, linear.kernel.shape[:2], linear.strides, strict=True))
             if linear.padding == "same" and any(n is None and s > 1 for n, _, _, s in steps):
                 reasons.append(
@@ -255,18 +255,17 @@ def _product(
             kernel = _then(kernel, strides, linear.kernel)
             padding = padding + np.array(strides)[:, None] * pads
             strides = (strides[0] * linear.strides[0], strides[1] * linear.strides[1])
-    return _Linear(kernel, bias, strides, padding), border
+    return _Linear(kernel, bias, strides, padding.tolist()), border
 
 
-def _pad(linear: _Linear, size: Sequence[int | None]) -> tuple[tuple[int, int], tuple[int, int]]:
+def _pad(linear: _Linear, size: Sequence[int | None]) -> np.ndarray:
     """Zeros before and after, by rows and columns; a size that is open divides by the stride."""
     if not isinstance(linear.padding, str):
-        return linear.padding
+        return np.array(linear.padding)
     if linear.padding != "same":
-        return (0, 0), (0, 0)
+        return np.zeros((2, 2), int)
     axes = zip(size, linear.kernel.shape[:2], linear.strides, strict=True)
-    rows, columns = (same_padding(n or stride, k, stride) for n, k, stride in axes)
-    return rows, columns
+    return np.array([same_padding(n or stride, k, stride) for n, k, stride in axes])
 
 
 def _then(first: np.ndarray, strides: Sequence[int], second: np.ndarray) -> np.ndarray:
@@ -314,7 +313,11 @@ def _linear_parts(layer: keras.Layer, channels: int) -> list[_Linear]:
         factors = (np.asarray(layer.scale, float), np.asarray(layer.offset, float))
         return [_scale(*(np.broadcast_to(factor, channels) for factor in factors))]
     if kind is keras.layers.ZeroPadding2D:
-        return [_Linear(np.eye(channels)[None, None], np.zeros(channels), (1, 1), layer.padding)]
+        return [
+            _Linear(
+                np.eye(channels)[None, None], np.zeros(channels), (1, 1), np.array(layer.padding)
+            )
+        ]
     if kind is keras.layers.AveragePooling2D and layer.padding == "valid":
         kernel = np.tile(np.eye(channels) / prod(layer.pool_size), (*layer.pool_size, 1, 1))
         return [_Linear(kernel, np.zeros(channels), layer.strides)]
@@ -414,15 +417,11 @@ def _laid_into(
             f"The chain takes {kernel.shape[2]} channels to {kernel.shape[3]}, {new.name!r} takes "
             f"{shape[2]} to {shape[3]}: give it {kernel.shape[3]} outputs."
         )
-    pads = _pad(
-        _Linear(np.zeros(shape), np.zeros(0), strides, getattr(new, "padding", "valid")), size
-    )
+    own = _Linear(np.zeros(shape), np.zeros(0), strides, getattr(new, "padding", "valid"))
+    first_taps = _pad(own, size)[:, 0] - _pad(product, size)[:, 0]  # where the product's are laid
     laid = np.zeros(shape)
     target, source = [], []
-    for axis in (0, 1):
-        offset = pads[axis][0] - int(
-            product.padding[axis][0]
-        )  # where the composed kernel's first tap goes
+    for axis, offset in enumerate(first_taps.tolist()):
         low, high = max(offset, 0), min(offset + kernel.shape[axis], shape[axis])
         target.append(slice(low, max(low, high)))
         source.append(slice(low - offset, max(low, high) - offset))
