@@ -313,11 +313,7 @@ def _linear_parts(layer: keras.Layer, channels: int) -> list[_Linear]:
         factors = (np.asarray(layer.scale, float), np.asarray(layer.offset, float))
         return [_scale(*(np.broadcast_to(factor, channels) for factor in factors))]
     if kind is keras.layers.ZeroPadding2D:
-        return [
-            _Linear(
-                np.eye(channels)[None, None], np.zeros(channels), (1, 1), np.array(layer.padding)
-            )
-        ]
+        return [_Linear(np.eye(channels)[None, None], np.zeros(channels), padding=layer.padding)]
     if kind is keras.layers.AveragePooling2D and layer.padding == "valid":
         kernel = np.tile(np.eye(channels) / prod(layer.pool_size), (*layer.pool_size, 1, 1))
         return [_Linear(kernel, np.zeros(channels), layer.strides)]
