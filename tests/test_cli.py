@@ -192,6 +192,18 @@ def test_a_mistake_is_one_line_in_the_words_of_the_command_line(
         ("finetune images -b 1.5", "Received -b '1.5'; expected a whole number. Try vggtorch fi"),
         ("finetune images --bs 16", "No such option: --bs. Perhaps --batch-size? Try vggtorch fi"),
         ("finetune images --output run2", "No such option: --output. Perhaps --output-dir? Try"),
+        (
+            "predict a.jpg --output b.csv",
+            "No such option: --output. Perhaps --out? Try vggtorch pred",
+        ),
+        ("finetune images --arch vgg11", "No such option: --arch. Perhaps --architecture? Try"),
+        (
+            "finetune images --valid-pct 0.3",
+            "No such option: --valid-pct. Perhaps --validation-split",
+        ),
+        ("bench vgg11 --batch-size 1", "No such option: --batch-size. Perhaps --batch? Try"),
+        ("evaluate a b --bs 1", "No such option: --bs. Perhaps --batch-size? Try vggtorch eval"),
+        ("train images", "No such command 'train'. Perhaps finetune? Try vggtorch --help."),
         ("bench vgg11 --size", "Option '--size' requires an argument. Try vggtorch"),
         (
             "finetune images --head big",

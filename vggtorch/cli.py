@@ -18,7 +18,7 @@ import typer
 import vggtorch as vt
 from vggtorch import commands, files, paths, training_commands
 from vggtorch.architectures import ARCHITECTURES
-from vggtorch.options import ArchitectureName, Weights, as_options, wrong_usage
+from vggtorch.options import ArchitectureName, Weights, as_options, is_given, wrong_usage
 from vggtorch.text import LONGEST_MESSAGE, table, terminal_width, visible, visible_lines
 from vggtorch.training import Interrupted, Terminated
 
@@ -174,17 +174,17 @@ def inspect(
     ] = None,
 ) -> None:
     """What each layer of a network costs."""
-    for name in filter(None, (model, before)):
+    for name in (model,) if before is None else (model, before):
         paths.check_model(name)
-    if draw:
+    if draw is not None:
         paths.check_out(draw, (".svg",), "draw")
     from vggtorch.models import model_from_name
 
     network = model_from_name(model)
-    original = model_from_name(before) if before else None
+    original = None if before is None else model_from_name(before)
     found = vt.inspect(network) if original is None else vt.compare(original, network)
     _show(found.as_text(terminal_width()))
-    if draw:
+    if draw is not None:
         with files.atomic(draw) as temporary:
             temporary.write_text(vt.draw(network, original), encoding="utf-8")
 
@@ -196,9 +196,10 @@ def inspect(
     )
 )
 def compress(
+    context: typer.Context,
     model: Model,
     folder: Annotated[
-        Path, typer.Argument(metavar="FOLDER", help="Images, in folders at any depth, no labels.")
+        str, typer.Argument(metavar="FOLDER", help="Images, in folders at any depth, no labels.")
     ],
     times: Annotated[float, typer.Option(help="How many times less it is to cost.")],
     out: Annotated[str, typer.Option(metavar="FILE", help="Where to write it; a .keras file.")],
@@ -219,6 +220,7 @@ def compress(
     top: Annotated[bool, typer.Option(help="An architecture with its classifier.")] = True,
 ) -> None:
     """A network that costs less and sees the same; writes it and a drawing, prints a table."""
+    commands.refuse_for_models(context, model, ("weights", "top"))
     paths.check_model(model)
     paths.check_weights(weights)
     paths.check_images([folder])
@@ -256,6 +258,7 @@ def compress(
 
 @app.command(epilog=_examples("bench vgg16", "bench run/model.keras --batch 1"))
 def bench(
+    context: typer.Context,
     model: Model,
     batch: Annotated[int, typer.Option(help="Images at a time.")] = 8,
     size: Annotated[int, typer.Option(help="Pixels, where MODEL leaves them open.")] = 224,
@@ -265,7 +268,13 @@ def bench(
     paths.check_model(model)
     from vggtorch.models import model_from_name
 
-    found = vt.bench(model_from_name(model), batch, size=size, repeats=repeats)
+    network = model_from_name(model)
+    shapes = [tuple(tensor.shape[1:]) for tensor in network.inputs]
+    if is_given(context, "size") and not any(None in shape for shape in shapes):
+        raise ValueError(
+            f"Received size={size} with {model}, which takes {shapes[0]}. Leave it out."
+        )
+    found = vt.bench(network, batch, size=size, repeats=repeats)
     _show(found.as_text(terminal_width()))
 
 
@@ -273,11 +282,13 @@ def bench(
     epilog=_examples("export run/model.keras model.onnx", "export vgg16 vgg16.pt2 --weights a.pth")
 )
 def export(
+    context: typer.Context,
     model: Model,
     path: Annotated[str, typer.Argument(metavar="PATH", help="Ends in .onnx or .pt2.")],
     weights: Weights = "imagenet",
 ) -> None:
     """Write a network as ONNX or as torch.export's .pt2, to run without Keras."""
+    commands.refuse_for_models(context, model, ("weights",))
     paths.check_model(model)
     paths.check_weights(weights)
     paths.check_out(path, paths.EXPORTED, "")
@@ -364,7 +375,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         context = getattr(error, "ctx", None)
         command = context.command_path if context else "vggtorch"
         reason = error.format_message().replace("Value error, ", "").rstrip(".")
-        reason = wrong_usage(reason, arguments)
+        known = [flag for p in context.command.params for flag in p.opts] if context else ()
+        reason = wrong_usage(reason, arguments, known)
         message = f"{reason}{'' if reason.endswith('?') else '.'} Try {command} --help."
         status = error.exit_code
     except typer.Abort as error:

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -14,7 +15,7 @@ import typer
 import vggtorch as vt
 from vggtorch import files, paths
 from vggtorch.architectures import ARCHITECTURES
-from vggtorch.options import Architecture, Weights
+from vggtorch.options import Architecture, Weights, is_given
 from vggtorch.text import figure_text, table, terminal_width, visible, visible_lines
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ OF_MODELS = {".pt", ".pth", ".pt2", ".onnx", ".safetensors", ".h5", ".bin", ".js
 
 
 def predict(
+    context: typer.Context,
     images: Annotated[
         list[str],
         typer.Argument(
@@ -70,14 +72,17 @@ def predict(
         )
     elif model is None and len(images) > 1 and not _is_there(images[0]):
         raise ValueError(f"{paths.missing_network(images[0])} Or an image.")
-    paths.check_model(model or architecture)
+    refuse_for_models(context, model, ("architecture", "weights"))
+    model = architecture if model is None else model
+    paths.check_model(model)
     paths.check_weights(weights)
+    _check_order(images)
     paths.check_images(images)
-    if out:
+    if out is not None:
         paths.check_out(out, paths.PREDICTIONS)
-    network = _network(model or architecture, weights)
+    network = _network(model, weights)
     found = vt.predict_files(network, images, top=top, batch_size=batch_size)
-    if out:
+    if out is not None:
         problems = vt.write_predictions(found, out)
         print(f"Wrote {visible(out)}.")
     else:
@@ -118,8 +123,8 @@ def evaluate(
 ) -> None:
     """How well a trained model does on labelled images that nothing was chosen by."""
     paths.check_model(model)
-    paths.check_data(Path(data))
-    if out:
+    paths.check_data(data)
+    if out is not None:
         paths.check_out(out, (".json", ".html"))
     network = _network(model, "imagenet")
     found, source = vt.evaluate_folder(
@@ -140,10 +145,10 @@ def evaluate(
         figures_of = (f"{share:.3f}" for share in (row.precision, row.recall, row.f1))
         cells.append([f"  {visible(row.name)}", str(row.images), *figures_of])
     print(table(cells, 1, terminal_width()))
-    if out and out.endswith(".html"):
+    if out is not None and out.endswith(".html"):
         vt.write_test_report(network, source, found, out)
         print(f"Wrote {visible(out)}.")
-    elif out:
+    elif out is not None:
         # JSON has no NaN, which the AUROC of one class alone is.
         numbers = {name: value if math.isfinite(value) else None for name, value in figures.items()}
         content: dict[str, Any] = {"images": len(found.labels), **numbers}
@@ -155,6 +160,7 @@ def evaluate(
 
 
 def extract_features(
+    context: typer.Context,
     model: Trained,
     images: Images,
     layer: Annotated[str, typer.Option(help="Whose output is taken.")] = "block5_pool",
@@ -169,8 +175,10 @@ def extract_features(
     shard_size: Annotated[int, typer.Option(help="Images in one file of the data set.")] = 1024,
 ) -> None:
     """A layer's output for any number of images; goes on where it was, also under torchrun."""
+    refuse_for_models(context, model, ("weights",))
     paths.check_model(model)
     paths.check_weights(weights)
+    _check_order(images)
     paths.check_images(images)
     network = _network(model, weights, include_top=False)
     process, processes = (int(os.environ.get(n, d)) for n, d in (("RANK", 0), ("WORLD_SIZE", 1)))
@@ -215,12 +223,56 @@ def _on_hub(repository: str, revision: str | None) -> str:
     return f"hf://{repository.removeprefix('hf://')}" + (f"@{revision}" if revision else "")
 
 
+def refuse_for_models(context: typer.Context, model: str | None, names: Sequence[str]) -> None:
+    """Refuse options that say which network to build, where a model is there or its name says it.
+
+    Args:
+        context: of the command.
+        model: what the user gives as the model; None where the options alone say it.
+        names: of the options. With a network's name its weights are still to be chosen.
+
+    Raises:
+        ValueError: one of them is given.
+    """
+    if model is None:
+        return
+    refused = ("architecture",) if model in ARCHITECTURES else names
+    for name in names:
+        if name in refused and is_given(context, name):
+            value = context.params[name]
+            received = f"{name}={value}" if isinstance(value, bool) else f"{name}={value!r}"
+            raise ValueError(
+                f"Received {received} with the model {model}, which says that itself. Leave one of "
+                f"them out."
+            )
+
+
+def _check_order(images: Sequence[str]) -> None:
+    """See that no model stands among the images."""
+    for place, name in enumerate(images):
+        if name not in ARCHITECTURES and _is_model(name) and not _has_images(name):
+            raise ValueError(
+                f"Received the model {name} among the images, in place {place + 1}. Expected one "
+                f"model, before all images."
+            )
+
+
+def _has_images(folder: str) -> bool:
+    """Whether images stand beside a model in its folder."""
+    from vggtorch.models import SUFFIXES
+
+    path = Path(folder)
+    return path.is_dir() and any(p.suffix.lower() in SUFFIXES for p in path.iterdir())
+
+
 def _is_there(name: str) -> bool:
     """Whether a name is that of a file or a folder, or can stand for many or for an address."""
     return Path(name).exists() or any(character in name for character in "*?[") or "://" in name
 
 
 def _is_model(name: str) -> bool:
+    if not name:  # which would be the folder that one is in
+        return False
     known = name in ARCHITECTURES or name.endswith(".keras") or paths.is_on_hub(name)
     return known or any(Path(name, kept).is_file() for kept in ("model.keras", "last.pt"))
 

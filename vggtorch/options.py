@@ -25,6 +25,12 @@ Weights = Annotated[
 ]
 
 
+def is_given(context: typer.Context, name: str) -> bool:
+    """Whether the user has given an option."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name != "DEFAULT"
+
+
 def _stages(values: list[str] | None) -> list[tuple[int, str]]:
     """EPOCH:LAYER as it stands on the command line as pairs of both."""
     stages = []
@@ -106,21 +112,44 @@ _ARGUMENT = re.compile(rf"\b({_NAMES})=('[^']*'|\((?:{_STAGE},? ?)+\)|{_NUMBERS}
 _LONG_NAME = re.compile(rf"(?<![-\w/.])({_FIELDS})(?![-\w/.=])")
 
 
-def wrong_usage(reason: str, arguments: Sequence[str]) -> str:
+# What commands and their options are called elsewhere, beside the fields of TrainConfig.
+_COMMANDS_ELSEWHERE = {
+    "train": "finetune", "fit": "finetune", "fine_tune": "finetune", "tune": "finetune",
+    "eval": "evaluate", "test": "evaluate", "validate": "evaluate", "val": "evaluate",
+    "score": "evaluate", "infer": "predict", "inference": "predict", "classify": "predict",
+    "embed": "features", "extract": "features", "summary": "inspect", "benchmark": "bench",
+    "upload": "push", "help": "--help", "surgery": "inspect",
+}  # fmt: skip
+_OPTIONS_ELSEWHERE = {
+    "model": "architecture", "arch": "architecture", "backbone": "architecture",
+    "network": "architecture", "pretrained": "weights", "output": "out", "output_dir": "out",
+    "topk": "top", "top_k": "top", "num_steps": "steps", "start_lr": "lowest", "end_lr": "highest",
+    "bs": "batch", "batch_size": "batch", "size": "image_size", "img_size": "size",
+    "image_size": "size", "val": "validation_split",
+}  # fmt: skip
+
+
+def wrong_usage(reason: str, arguments: Sequence[str], known: Sequence[str]) -> str:
     """What is wrong with a command line, with what was received and what may be meant.
 
-    >>> wrong_usage("No such option: --bs", ["finetune", "photos", "--bs", "16"])
+    The command knows certain options.
+
+    >>> wrong_usage("No such option: --bs", ["finetune", "photos", "--bs", "16"], ["--batch-size"])
     'No such option: --bs. Perhaps --batch-size?'
     >>> wrong_usage(
     ...     "Invalid value for '--epochs': Input should be a valid integer, unable to parse string "
-    ...     "as an integer", ["finetune", "photos", "--epochs=few"],
+    ...     "as an integer", ["finetune", "photos", "--epochs=few"], ["--epochs"],
     ... )
     "Received --epochs 'few'; expected a whole number"
     """
     if found := re.match(r"No such option: --([\w-]+)", reason):
-        known = ELSEWHERE.get(found[1].replace("-", "_"))
-        if known in _FIELDS.split("|"):
-            return f"{found[0]}. Perhaps --{known.replace('_', '-')}?"
+        name = found[1].replace("-", "_")
+        for elsewhere in (ELSEWHERE, _OPTIONS_ELSEWHERE):
+            if (option := f"--{elsewhere.get(name, '')}".replace("_", "-")) in known:
+                return f"{found[0]}. Perhaps {option}?"
+    found = re.match(r"No such command '([\w-]+)'", reason)
+    if found and (meant := _COMMANDS_ELSEWHERE.get(found[1].replace("-", "_"))):
+        return f"{found[0]}. Perhaps {meant}?"
     if found := re.search(
         r"Invalid value for (.+): Input should be a valid (integer|number)", reason
     ):

@@ -32,6 +32,25 @@ PREDICTIONS = (".csv", ".jsonl")
 _NAMED = 5  # files that a message lists
 
 
+def as_path(value: object, option: str = "") -> Path:
+    """What a user gives as a path.
+
+    Args:
+        value: the name of a file or a folder.
+        option: how the argument is called; empty for one that has no name.
+
+    Raises:
+        ValueError: no path, or an empty one, which would be the folder that one is in.
+    """
+    if not isinstance(value, str | Path | os.PathLike) or isinstance(os.fspath(value), bytes):
+        received = f"{option}={value!r}" if option else f"a {type(value).__name__}"
+        raise ValueError(f"Received {received}; expected a path.")
+    if not os.fspath(value):
+        received = f"{option}=''" if option else "an empty name"
+        raise ValueError(f"Received {received}; expected a path. This folder's is '.'.")
+    return Path(value)
+
+
 def is_on_hub(source: object) -> bool:
     """Whether a source is an address on the hub.
 
@@ -68,6 +87,7 @@ def check_model(name: str) -> None:
     Raises:
         ValueError: there is nothing of this name.
     """
+    as_path(name)
     if not (name in ARCHITECTURES or is_on_hub(name) or Path(name).exists()):
         raise ValueError(missing_network(name))
 
@@ -82,6 +102,7 @@ def check_weights(source: str | os.PathLike, option: str = "weights") -> None:
     Raises:
         ValueError: there is nothing of this name.
     """
+    as_path(source, option)
     if source in WEIGHT_SETS or is_on_hub(source) or Path(source).exists():
         return
     last = str(source).rpartition(".")[2]  # of VGG16_Weights.IMAGENET1K_V1, vgg16.tv_in1k
@@ -97,12 +118,13 @@ def check_weights(source: str | os.PathLike, option: str = "weights") -> None:
     )
 
 
-def check_data(path: Path) -> None:
+def check_data(path: str | os.PathLike) -> None:
     """See that there is a folder or a table of labelled images.
 
     Raises:
         ValueError: there is nothing of this name, or a file that is no table.
     """
+    path = as_path(path)
     tables = ", ".join(sorted(TABLES))
     if path.is_dir() or (path.is_file() and path.suffix.lower() in TABLES):
         return
@@ -131,6 +153,7 @@ def check_images(given: Iterable[str | os.PathLike]) -> None:
                 f"Received a {type(one).__name__}; expected the path of an image. (Arrays and PIL "
                 f"images go through vt.preprocess into model.predict.)"
             )
+        as_path(one)
         one = os.fspath(one)
         if re.match(r"[a-z]+://", one):
             raise ValueError(f"{one} is an address, not a file. Download it first.")
@@ -157,6 +180,7 @@ def check_out(name: str | os.PathLike, endings: Sequence[str], option: str = "ou
         ValueError: another ending, no such folder, or a folder of this name.
         OSError: the folder can't be written to.
     """
+    as_path(name, option)
     received = _named(name, option)
     if endings and not str(name).endswith(tuple(endings)):
         listed = " or ".join(filter(None, [", ".join(endings[:-1]), endings[-1]]))

@@ -11,7 +11,7 @@ import typer
 
 import vggtorch as vt
 from vggtorch import files, paths
-from vggtorch.options import Architecture, with_options_of_train_config
+from vggtorch.options import Architecture, is_given, with_options_of_train_config
 from vggtorch.text import terminal_width, visible_lines, wrapped
 from vggtorch.training import Interrupted, TrainConfig
 
@@ -160,13 +160,13 @@ def _model_and_config(
     given: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value
         for name, value in options.items()
-        if _is_given(context, name)
+        if is_given(context, name)
     }
     # Some settings need the plan's.
     TrainConfig(**{k: v for k, v in given.items() if advise == "none" or k not in _TOGETHER})
     train = given_data[0]
     for data in given_data:
-        paths.check_data(Path(data))
+        paths.check_data(data)
     if weights is not None:
         paths.check_weights(weights)
     if context.info_name == "finetune":
@@ -174,7 +174,7 @@ def _model_and_config(
     from vggtorch.models import best_weight_set, constructor
     from vggtorch.training import find_splits, images_by_class, settle_config
 
-    images_by_class(find_splits(Path(train)).train, given.get("label_pattern"))
+    images_by_class(find_splits(paths.as_path(train)).train, given.get("label_pattern"))
     size = given.get("image_size", 224)
     if size < SMALLEST:
         raise ValueError(
@@ -195,14 +195,8 @@ def _model_and_config(
 
 def _tell_unused(context: typer.Context, unused: Sequence[str], on: str) -> None:
     """Say which of the options that the user has given have no effect."""
-    if given := [f"--{n.replace('_', '-')}" for n in unused if _is_given(context, n)]:
+    if given := [f"--{n.replace('_', '-')}" for n in unused if is_given(context, n)]:
         _show(f"Without effect on {on}: {', '.join(given)}.")
-
-
-def _is_given(context: typer.Context, name: str) -> bool:
-    """Whether the user has given an option."""
-    source = context.get_parameter_source(name)
-    return source is not None and source.name != "DEFAULT"
 
 
 def _show(text: object) -> None:

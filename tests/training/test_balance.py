@@ -13,7 +13,7 @@ import pytest
 import tiny
 import torch
 from sklearn.utils.class_weight import compute_class_weight
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader, Subset, SubsetRandomSampler
 
 from vggtorch.cli import main
 from vggtorch.training import balance, data
@@ -25,21 +25,33 @@ NAMES = ("blue", "green", "red")
 LABELS = np.array([0] * 12 + [1] * 6 + [2] * 2)
 
 
-def source(labels=LABELS):
+def weights_of(given, labels=LABELS):
     dataset: Any = [(torch.zeros(2, 2, 3), int(label)) for label in labels]
-    return data.as_source(dataset, 0, 4)[0]
+    source, plan = data.as_source(dataset, 0, 4)
+    return balance.class_weights(TrainConfig(class_weight=given), source, plan, NAMES)
 
 
 def test_balanced_weights_are_those_of_scikit_learn():
-    found = balance.class_weights(TrainConfig(class_weight="balanced"), source(), NAMES)
+    found = weights_of("balanced")
     assert found is not None
     expected = compute_class_weight("balanced", classes=np.arange(3), y=LABELS)
     np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
+def test_balanced_weights_are_of_the_images_that_a_sampler_gives():
+    dataset: Any = [(torch.zeros(2, 2, 3), int(label)) for label in LABELS]
+    chosen = [*range(8), *range(12, 20)]  # 8, 6 and 2 of the classes
+    loader = DataLoader(dataset, batch_size=4, sampler=SubsetRandomSampler(chosen))
+    source, plan = data.as_source(loader, 0, 4)
+    found = balance.class_weights(TrainConfig(class_weight="balanced"), source, plan, NAMES)
+    assert found is not None
+    expected = compute_class_weight("balanced", classes=np.arange(3), y=LABELS[chosen])
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
 @pytest.mark.parametrize("given", [(1.0, 2.0, 0.5), {"green": 2, "red": 0.5}, {1: 2, 2: 0.5}])
 def test_weights_come_in_order_by_name_or_by_index(given):
-    found = balance.class_weights(TrainConfig(class_weight=given), source(), NAMES)
+    found = weights_of(given)
     assert found is not None and found.tolist() == [1.0, 2.0, 0.5]
 
 
@@ -74,7 +86,8 @@ def test_balanced_batches_draw_every_class_equally_often():
 
 
 def test_an_image_that_is_drawn_again_is_augmented_otherwise():
-    stage = Stage(torch.nn.Identity(), source(), None, is_cached=False)
+    source = data.as_source(tiny.dataset(), 0, 4)[0]
+    stage = Stage(torch.nn.Identity(), source, None, is_cached=False)
     ((first, second, third),) = stage.keys(lambda epoch: [[5, 2, 5]], 3)
     assert first[0] == third[0] == 5 and first[1] != third[1]
     assert first[1] % 2 != third[1] % 2  # one of them is mirrored
@@ -102,14 +115,16 @@ def test_what_can_t_be_balanced_is_refused(config, capsys):
     for given in wrong:
         with pytest.raises(ValueError, match="expected 'balanced', or a number from 0"):
             TrainConfig(class_weight=given)
+    with pytest.raises(ValueError, match="would balance the classes twice"):
+        TrainConfig(class_weight="balanced", sampling="balanced")
     with pytest.raises(ValueError, match=r"2 numbers for 3 classes\. .* order blue, green, red"):
-        balance.class_weights(TrainConfig(class_weight=(1.0, 2.0)), source(), NAMES)
+        weights_of((1.0, 2.0))
     with pytest.raises(ValueError, match="there is no class 'pink', only blue, green, red"):
-        balance.class_weights(TrainConfig(class_weight={"pink": 1.0}), source(), NAMES)
+        weights_of({"pink": 1.0})
     with pytest.raises(ValueError, match="has the class blue twice"):
-        balance.class_weights(TrainConfig(class_weight={0: 1.0, "blue": 2.0}), source(), NAMES)
+        weights_of({0: 1.0, "blue": 2.0})
     with pytest.raises(ValueError, match="need an image of each of the 3; .* none of red"):
-        balance.class_weights(TrainConfig(class_weight="balanced"), source([0, 1]), NAMES)
+        weights_of("balanced", [0, 1])
     loader = DataLoader(Subset(tiny.dataset(), range(8)), batch_size=2)
     with pytest.raises(ValueError, match="with a DataLoader, whose own sampler decides"):
         finetune(tiny.network(), loader, config=config, sampling="balanced")

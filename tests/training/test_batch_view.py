@@ -75,9 +75,9 @@ def test_features_that_are_kept_show_the_copies_that_they_are_of(images, config)
 
 
 def test_no_images_and_an_epoch_before_the_first_are_refused(images, config):
-    with pytest.raises(ValueError, match="Received count=0; expected 1 or more"):
+    with pytest.raises(ValueError, match="Received count=0; expected a whole number from 1"):
         show_batch(tiny.network(), images, config, count=0)
-    with pytest.raises(ValueError, match="Received epoch=-1; expected 0, the first one, or more"):
+    with pytest.raises(ValueError, match="Received epoch=-1; expected a whole number from 0"):
         show_batch(tiny.network(), images, config, epoch=-1)
 
 

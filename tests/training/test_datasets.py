@@ -109,7 +109,7 @@ def test_labels_of_a_data_set_that_is_not_read_before_are_refused_too(config):
         (PIXELS[0, :12], "12, 16, 3); tiny takes 16x16x3. Give PIL images, which are brought to"),
         (PIXELS[0, ..., 0], "shape (16, 16); tiny takes 16x16x3. Give PIL"),
         (PIXELS[0, None, ..., 0], "(1, 16, 16); tiny takes 16x16x3. Give PIL"),
-        (PIXELS[:4], "(4, 16, 16, 3); tiny takes 16x16x3. An item is one image, not a batch."),
+        (PIXELS[:4], "(4, 16, 16, 3) as the shape of an image; expected one of three axes."),
     ],
 )
 def test_images_of_another_shape_are_refused(config, image, hint):

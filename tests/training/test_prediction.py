@@ -131,8 +131,11 @@ def test_images_none_of_which_can_be_read(run, tmp_path, capsys):
         ("predict --model . {photos}", ". has no model.keras. Expected the folder of a run"),
         ("predict {run} nothing.png", "There is no file nothing.png."),
         ("predict {run} https://a.org/b.png", "https://a.org/b.png is an address, not a file."),
-        ("predict {run} {photos} -b 0", "Received --batch-size 0; expected 1 or more."),
-        ("evaluate {run} {photos} -b 0", "Received --batch-size 0; expected 1 or more."),
+        ("predict {run} {photos} -b 0", "Received --batch-size 0; expected a whole number from 1."),
+        (
+            "evaluate {run} {photos} -b 0",
+            "Received --batch-size 0; expected a whole number from 1.",
+        ),
         ("predict {run} {photos} --top 0", "Received --top 0; expected a whole number from 1."),
         ("predict nowhere {photos}", "There is no nowhere."),  # before weights are fetched
         ("features {run} {photos} --layer features.2 --out f", "no layer 'features.2'"),

@@ -51,9 +51,9 @@ def test_the_search_leaves_what_was_frozen_and_no_gradients(config, images, free
 
 
 def test_a_search_over_no_range_is_refused(config, images):
-    with pytest.raises(ValueError, match="lowest=1.0, highest=0.1, steps=100; expected rates"):
+    with pytest.raises(ValueError, match="lowest=1.0, highest=0.1; expected rates"):
         find_learning_rate(tiny.network(), images, config, lowest=1.0, highest=0.1)
-    with pytest.raises(ValueError, match="steps=1; expected rates .* in 2 steps or more"):
+    with pytest.raises(ValueError, match="steps=1; expected a whole number from 2"):
         find_learning_rate(tiny.network(), images, config, steps=1)
 
 

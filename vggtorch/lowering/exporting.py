@@ -67,8 +67,8 @@ def export(model: keras.Model, path: str | PathLike, *, data_format: str | None 
         ...     torch.export.load(path).module()(torch.zeros(3, 4)).shape
         torch.Size([3, 2])
     """
-    path = Path(path)
     check_out(path, EXPORTED, "")
+    path = Path(path)
     if path.suffix == ".onnx" and not all(map(importlib.util.find_spec, ("onnx", "onnxscript"))):
         raise ImportError(
             "Writing ONNX needs the packages onnx and onnxscript. "

@@ -330,7 +330,7 @@ def load_model(source: str | PathLike) -> keras.Model:
         ValueError: no model there, a damaged one, or layers that Keras doesn't find; names it.
         OSError: the hub can't be reached, or doesn't have it.
     """
-    path = Path(source)
+    path = paths.as_path(source)
     if paths.is_on_hub(source):
         path = weights.folder_from_hub(str(source), ["model.keras", *KEPT])
     if path.is_dir():

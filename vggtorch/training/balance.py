@@ -16,12 +16,21 @@ def labels_of(source: Folder | DatasetSource) -> list[int]:
     return list(source.labels) if isinstance(source, Folder) else source.plain[1]
 
 
+def _drawn_labels(source: Folder | DatasetSource, plan: BatchPlan, epochs: int) -> list[int]:
+    """The labels of all images that train; of a Dataset as often as its sampler gives them."""
+    labels = labels_of(source)
+    if isinstance(source, Folder):
+        return labels
+    return [labels[index] for epoch in range(epochs) for batch in plan(epoch) for index in batch]
+
+
 def class_weights(
-    config: TrainConfig, source: Folder | DatasetSource, names: Sequence[str]
+    config: TrainConfig, source: Folder | DatasetSource, plan: BatchPlan, names: Sequence[str]
 ) -> torch.Tensor | None:
     """What each class's loss is multiplied by, (classes,); None where it is 1 for all.
 
-    `balanced` is scikit-learn's: images / (classes * images of the class).
+    `balanced` is scikit-learn's: images / (classes * images of the class). Of a DataLoader
+    those images count that its sampler gives, as often as it does.
 
     Raises:
         ValueError: weights of other classes than there are, or labels beyond them.
@@ -30,7 +39,8 @@ def class_weights(
     if given is None:
         return None
     if isinstance(given, str):
-        return torch.from_numpy(len(source) / len(names) / _counts(source, names)).float()
+        counts = _counts(_drawn_labels(source, plan, config.epochs), names)
+        return torch.from_numpy(counts.sum() / len(names) / counts).float()
     if isinstance(given, Mapping):
         found: dict[int, float] = {}
         for key, weight in given.items():
@@ -55,9 +65,9 @@ def class_weights(
     return torch.tensor(given, dtype=torch.float32)
 
 
-def _counts(source: Folder | DatasetSource, names: Sequence[str]) -> np.ndarray:
+def _counts(labels: Sequence[int], names: Sequence[str]) -> np.ndarray:
     """How many images each class has."""
-    counts = np.bincount(labels_of(source), minlength=len(names))
+    counts = np.bincount(labels, minlength=len(names))
     if not counts.all() or len(counts) > len(names):
         empty = [name for name, count in zip(names, counts, strict=False) if not count]
         raise ValueError(

@@ -11,6 +11,7 @@ import keras
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
+from vggtorch.checks import whole
 from vggtorch.keras_graph import graph_of
 from vggtorch.text import visible
 from vggtorch.training.config import TrainConfig
@@ -69,10 +70,7 @@ def show_batch(
     Raises:
         ValueError: what `finetune` raises of its data and settings.
     """
-    if count < 1:
-        raise ValueError(f"Received count={count}; expected 1 or more.")
-    if epoch < 0:
-        raise ValueError(f"Received epoch={epoch}; expected 0, the first one, or more.")
+    count, epoch = whole("count", count), whole("epoch", epoch, least=0)
     graph_of(model, "show_batch")
     config = settle_config(model, train, config, settings)
     read = read_data(train, None, config, images_for(model, config))

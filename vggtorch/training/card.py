@@ -43,6 +43,15 @@ LOADING = """    import os
 """
 
 
+def check_history(history: object) -> None:
+    """See that it is what `finetune` returns, and no model, say."""
+    if not isinstance(history, History):
+        raise ValueError(
+            f"Received a {type(history).__name__}; expected the History that finetune returns. (A "
+            f"model alone is kept by model.save.)"
+        )
+
+
 def evaluations(history: History) -> Iterator[tuple[str, Any, Evaluation]]:
     """The name of each split that was scored, its images, and what came out."""
     for name, images, found in (

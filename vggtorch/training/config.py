@@ -26,6 +26,24 @@ ELSEWHERE = {
     "scheduler": "schedule", "lr_scheduler": "schedule", "sched": "schedule",
     "tensorboard": "log_with", "report_to": "log_with", "eval_metric": "monitor",
     "num_train_epochs": "epochs", "validation_data": "validation", "wd": "weight_decay",
+    "n_epochs": "epochs", "num_epochs": "epochs", "max_epochs": "epochs", "imgsz": "image_size",
+    "input_size": "image_size", "resize": "image_size", "per_device_train_batch_size": "batch_size",
+    "val_split": "validation_split", "valid_pct": "validation_split", "test_size":
+    "validation_split", "early_stopping": "patience", "early_stop": "patience", "amp": "precision",
+    "fp16": "precision", "bf16": "precision", "mixed_precision": "precision", "dtype": "precision",
+    "save_dir": "output_dir", "out_dir": "output_dir", "out": "output_dir", "project": "output_dir",
+    "augmentation": "augment", "aa": "augment", "data_augmentation": "augment",
+    "random_state": "seed", "random_seed": "seed", "clipnorm": "max_grad_norm",
+    "clip_norm": "max_grad_norm", "gradient_clip_val": "max_grad_norm",
+    "accumulate_grad_batches": "gradient_accumulation_steps", "grad_accum_steps":
+    "gradient_accumulation_steps", "ema": "ema_decay", "model_ema": "ema_decay",
+    "model_ema_decay": "ema_decay", "warmup_ratio": "warmup", "warmup_epochs": "warmup",
+    "warmup_steps": "warmup", "pct_start": "warmup", "wandb": "log_with", "mlflow": "log_with",
+    "logger": "log_with", "resume_from_checkpoint": "resume", "layerwise_lr_decay": "layer_decay",
+    "freeze_layers": "freeze", "freeze_until": "freeze", "freeze_epochs": "unfreeze",
+    "metric": "metrics", "load_best_model_at_end": "restore_best_weights",
+    "save_best_only": "restore_best_weights", "interp": "interpolation", "balanced": "sampling",
+    "weighted_sampler": "sampling", "momentum": "optimizer", "scheduler_type": "schedule",
 }  # fmt: skip
 
 
@@ -251,6 +269,11 @@ def _check_together(config: TrainConfig) -> None:
             f"Received monitor={config.monitor!r} with restore_best_weights=False and no "
             f"patience, so that nothing would be chosen by it. Set restore_best_weights=True, "
             f"or leave monitor out."
+        )
+    if config.class_weight == "balanced" == config.sampling:
+        raise ValueError(
+            "Received class_weight='balanced' with sampling='balanced', which would balance the "
+            "classes twice, so that the rarest counts most. Leave one of them out."
         )
     if config.head is None and config.cut is not None:
         raise ValueError(

@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import itertools
 import os
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,7 +23,7 @@ from typing import Any, Literal, Protocol, cast
 import keras
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 
 from vggtorch.models import data_config, fitted, preprocess, read_image
 from vggtorch.training.config import Augment, TrainConfig
@@ -348,6 +349,7 @@ def as_source(
     sampler = data.batch_sampler
     if sampler is None:
         raise ValueError("Received a DataLoader with batch_size=None. Expected one with batches.")
+    most = 100 * (len(dataset) + 1)
     generators = [getattr(owner, "generator", None) for owner in (data, data.sampler)]
 
     def plan(epoch: int) -> list[list[int]]:
@@ -355,7 +357,12 @@ def as_source(
             if generator is not None:
                 generator.manual_seed(seed + epoch)
         with seeded(seed, epoch):
-            batches = [list(batch) for batch in sampler]
+            batches = [list(batch) for batch in itertools.islice(sampler, most + 1)]
+        if len(batches) > most:
+            raise ValueError(
+                f"The DataLoader's sampler gives more than {most} batches of {len(dataset)} "
+                f"images, or has no end. Expected the batches of one epoch."
+            )
         if not batches:
             raise ValueError(
                 f"The DataLoader gives no batch of its {len(dataset)} images. Expected one at "
@@ -364,6 +371,17 @@ def as_source(
         return batches
 
     return DatasetSource(dataset, data.collate_fn, seed, images), plan
+
+
+def drawn(source: DatasetSource, plan: BatchPlan) -> DatasetSource:
+    """Those images of a DataLoader's Dataset that its sampler gives in its first epoch.
+
+    A `SubsetRandomSampler` over a part of the images that train, say, judges by that part alone.
+    """
+    chosen = [int(index) for batch in plan(0) for index in batch]
+    if sorted(chosen) == list(range(len(source))):
+        return source
+    return dataclasses.replace(source, dataset=Subset(source.dataset, chosen))
 
 
 def check_fits(source: Folder | DatasetSource | None, model: keras.Model) -> None:

@@ -19,7 +19,9 @@ import keras
 import numpy as np
 
 from vggtorch import files, surgery
+from vggtorch.checks import whole
 from vggtorch.models import data_config
+from vggtorch.paths import as_path
 from vggtorch.training.identity import network_digest
 from vggtorch.training.prediction import batches, image_files
 
@@ -81,16 +83,16 @@ def write_features(
     arrow, parquet = _pyarrow()
     if pooling not in ("avg", "max", "none"):
         raise ValueError(f"Received pooling={pooling!r}; expected 'avg', 'max' or 'none'.")
-    if shard_size < 1 or batch_size < 1:
-        raise ValueError(
-            f"Received shard_size={shard_size}, batch_size={batch_size}; expected 1 or more."
-        )
-    if Path(path).suffix.lower() in OTHERS:
+    shard_size, batch_size = whole("shard_size", shard_size), whole("batch_size", batch_size)
+    process, processes = whole("process", process, least=0), whole("processes", processes)
+    if process >= processes:
+        raise ValueError(f"Received process={process} of {processes}; expected a number below.")
+    folder = as_path(path)
+    if folder.suffix.lower() in OTHERS:
         raise ValueError(
             f"Received {str(path)!r}; expected the name of a folder for Parquet files, such as "
             f"features.parquet."
         )
-    folder = Path(path)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"Received {str(path)!r}, which is a file; expected a folder's name.")
     paths = image_files(images)
@@ -238,8 +240,7 @@ class FeatureTable:
             )
         if not np.isfinite(queries).all():
             raise ValueError("Received queries with NaN or infinite values; expected numbers.")
-        if k < 1:
-            raise ValueError(f"Received k={k}; expected 1 or more.")
+        k = whole("k", k)
         cosine = _unit(queries) @ _unit(self.values).T
         k = min(k, len(self.paths))
         best = np.argsort(-cosine, axis=1, kind="stable")[:, :k]
@@ -270,7 +271,7 @@ def read_features(path: str | Path) -> FeatureTable:
         ImportError: pyarrow isn't installed.
     """
     _, parquet = _pyarrow()
-    shards = sorted(Path(path).glob("part-*.parquet"))
+    shards = sorted(as_path(path).glob("part-*.parquet"))
     if not shards:
         raise ValueError(f"{path} has no features. Expected a folder that write_features wrote.")
     paths: list[str] = []

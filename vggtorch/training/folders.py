@@ -17,7 +17,7 @@ from typing import Literal, NamedTuple
 
 from vggtorch import files
 from vggtorch.models import SEVERAL_FRAMES, SUFFIXES, PixelGate, read_image
-from vggtorch.paths import check_data
+from vggtorch.paths import as_path, check_data
 from vggtorch.training.tables import SPLITS, TablePart, is_table, ordered, read_rows
 
 PIXELS_AT_ONCE = 2**26  # decoded at the same time while a folder is checked; about half a GB
@@ -74,9 +74,11 @@ def check_apart(data: object, output_dir: str) -> None:
     Raises:
         ValueError: it would.
     """
-    if not isinstance(data, str | Path) or not Path(output_dir).is_dir():
+    if not isinstance(data, str | Path):
         return
-    root, output = Path(data).resolve(), Path(output_dir).resolve()
+    root, output = as_path(data).resolve(), Path(output_dir).resolve()
+    if not output.is_dir():
+        return
     inside = output == root or root in output.parents
     if inside and not _holds_results(output) and images_under(output)[0]:
         raise ValueError(

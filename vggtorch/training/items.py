@@ -72,6 +72,11 @@ def checked(item: tuple[Any, Any]) -> tuple[Any, Any]:
             f"(Of Hugging Face's, `dataset.cast_column('image', datasets.Image())` gives such; of "
             f"WebDataset's, `.decode('pil')`.)"
         )
+    if not isinstance(image, Image.Image) and len(shape := tuple(np.shape(image))) > 3:
+        raise ValueError(
+            f"The Dataset gives {shape} as the shape of an image; expected one of three axes. "
+            f"An item is one image, not a batch: a DataLoader makes batches."
+        )
     if label is None:
         raise ValueError("The Dataset gives None as a label; expected a number from 0.")
     return item

@@ -18,8 +18,9 @@ from vggtorch.models import (
     remember_,
     remembered,
 )
+from vggtorch.paths import as_path
 from vggtorch.text import as_command
-from vggtorch.training.card import card_of
+from vggtorch.training.card import card_of, check_history
 from vggtorch.training.checkpoints import version_text
 from vggtorch.training.loop import History
 
@@ -48,7 +49,8 @@ def save_trained(history: History, folder: str | Path, command: str | None = Non
     Returns:
         That model.
     """
-    folder = Path(folder)
+    check_history(history)
+    folder = as_path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     model = with_preprocessing(history.model)
     with files.atomic(folder / "model.keras") as temporary:

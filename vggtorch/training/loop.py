@@ -140,8 +140,8 @@ def finetune(
             the model. A Dataset is read once at the start, so that a run that resumes is known to
             have the same images; not so if its attribute `content_name`, a text of yours, says what
             stands for them. A stream (IterableDataset) is kept in memory.
-        validation: the same. Without it, `config.validation_split` of a training folder is held
-            out.
+        validation: the same; of a DataLoader what its sampler gives first, in an epoch. Without it,
+            `config.validation_split` of a training folder is held out.
         config: a TrainConfig, or a Plan that `advise` made. Without it, a model that ends in
             feature maps is trained by advice, with a new head; its first lines say how and why.
         callbacks: what is called in between, objects with methods of `Callback`.
@@ -196,7 +196,7 @@ def _finetune(
     read = read._replace(classes=classes if read.classes else ())
     images = dataclasses.replace(images, label_names=read.classes)
     remember_(model, images)
-    weight = class_weights(config, read.training, classes)
+    weight = class_weights(config, read.training, read.plan, classes)
     state = first_state(model, config, accelerator.device, weight)
     identity = identity_of(config, read, model, accelerator.mixed_precision)
     for part in parts:

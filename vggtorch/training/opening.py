@@ -11,6 +11,7 @@ from typing import Any
 import keras
 import torch
 
+from vggtorch.paths import as_path
 from vggtorch.text import visible
 from vggtorch.training.advice import Plan, Similarity, planned
 from vggtorch.training.config import ELSEWHERE, TrainConfig
@@ -68,7 +69,7 @@ def _training(train: Images) -> Any:
     """What trains of the data: a part of a dictionary, the training part of a folder or a table."""
     if isinstance(train, Mapping):
         return next((part for name, part in train.items() if SPLITS.get(str(name)) == "train"), {})
-    return find_splits(Path(train)).train if isinstance(train, str | Path) else train
+    return find_splits(as_path(train)).train if isinstance(train, str | Path) else train
 
 
 def _are_files(train: Images) -> bool:
@@ -92,6 +93,11 @@ def _changed(config: TrainConfig) -> set[str]:
     return {f.name for f in fields if getattr(config, f.name) != f.default}
 
 
+def _called(given: Any) -> str:
+    """An optimizer or a loss of Keras by its name."""
+    return visible(getattr(given, "name", getattr(given, "__name__", given)), 60)
+
+
 def first_lines(
     model: keras.Model, read: RunData, config: TrainConfig, images: DataConfig, device: torch.device
 ) -> str:
@@ -103,7 +109,9 @@ def first_lines(
         more = f", and {len(read.classes) - NAMED} more" if len(read.classes) > NAMED else ""
         named = ", ".join(map(visible, read.classes[:NAMED]))
         lines.append(f"{len(read.classes)} classes: {named}{more}")
-    parts = [f"{len(read.training)} train"]
+    each = sum(map(len, read.plan(0)))
+    drawn = f" ({each} in an epoch, by the DataLoader)" if each != len(read.training) else ""
+    parts = [f"{len(read.training)} train{drawn}"]
     if read.validation is not None:
         of = (
             "folder"
@@ -127,6 +135,14 @@ def first_lines(
     unused = [n for n in ("cache_copies", "cache_dtype", "cache_dir") if n in _changed(config)]
     if unused and not config.cache:
         lines.append(f"Cached: nothing, so that nothing follows from {', '.join(unused)}")
+    if getattr(model, "compiled", False):
+        used = [
+            f"{n} {_called(v)}" for n in ("optimizer", "loss") if (v := getattr(model, n, None))
+        ]
+        lines.append(
+            f"Not used: what {model.name} was compiled with ({', '.join(used)}); a run has its own "
+            f"optimizer, and cross-entropy as the loss"
+        )
     trained = sum(v.value.numel() for v in model.trainable_variables)
     names = [layer.name for layer in model.layers if layer.trainable_variables]
     shown = names if len(names) <= 4 else [names[0], "...", names[-1]]

@@ -21,9 +21,10 @@ import numpy as np
 import torch
 
 from vggtorch import files
+from vggtorch.checks import whole
 from vggtorch.lowering import between
 from vggtorch.models import SUFFIXES, data_config, decode_predictions, preprocess
-from vggtorch.paths import PREDICTIONS, check_images, check_out
+from vggtorch.paths import PREDICTIONS, as_path, check_images, check_out
 from vggtorch.training import data
 from vggtorch.training.evaluation import Evaluation, evaluate
 from vggtorch.training.folders import images_by_class, images_under, tell_left_out
@@ -85,8 +86,7 @@ def image_files(given: str | Path | Iterable[str | Path]) -> list[Path]:
 
 def batches(model: keras.Model, paths: Sequence[Path], batch_size: int) -> Iterator[Batch]:
     """The images of files in batches, as the model takes them; the next are read meanwhile."""
-    if batch_size < 1:
-        raise ValueError(f"Received batch_size={batch_size}; expected 1 or more.")
+    batch_size = whole("batch_size", batch_size)
     read = _reader(model)
     with ThreadPoolExecutor() as pool:
         chunks = [paths[i : i + batch_size] for i in range(0, len(paths), batch_size)]
@@ -190,8 +190,8 @@ def write_predictions(found: Iterable[Prediction], path: str | Path) -> list[Pre
         ValueError: another ending, or no such folder.
         OSError: the file can't be written; one that stood there before is then still whole.
     """
-    path = Path(path)
     check_out(path, PREDICTIONS, "")
+    path = Path(path)
     problems: list[Prediction] = []
     is_csv = path.suffix == ".csv"
     # Bytes of a file's name that aren't UTF-8 stand as they are in CSV, and as \udc.. in JSON: who
@@ -284,10 +284,8 @@ def evaluate_folder(
         >>> found.accuracy, found.labels.tolist()
         (1.0, [2, 0])
     """
-    if batch_size < 1:
-        raise ValueError(f"Received batch_size={batch_size}; expected 1 or more.")
-    if num_workers < 0:
-        raise ValueError(f"Received num_workers={num_workers}; expected a whole number from 0.")
+    batch_size = whole("batch_size", batch_size)
+    num_workers = whole("num_workers", num_workers, least=0)
     if on_unreadable not in ("skip", "stop"):
         raise ValueError(f"Received on_unreadable={on_unreadable!r}; expected 'skip' or 'stop'.")
     _check_model(model)
@@ -296,7 +294,7 @@ def evaluate_folder(
             f"Received a {type(folder).__name__}; expected the path of a folder or a table. (What "
             f"is in memory goes through vt.preprocess into model.evaluate.)"
         )
-    part = test_part(Path(folder))
+    part = test_part(as_path(folder))
     config = data_config(model)
     _check_known(model, config, tuple(images_by_class(part, label_pattern)), part)
     size = config.size or (data.DEFAULT_SIZE, data.DEFAULT_SIZE)

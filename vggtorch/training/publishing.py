@@ -12,6 +12,7 @@ from typing import Any
 import keras
 
 from vggtorch import files
+from vggtorch.paths import as_path
 from vggtorch.training.card import LOADING
 from vggtorch.weights import check_archive, folder_to_hub
 
@@ -66,7 +67,7 @@ def push_to_hub(
             f"(vt.save_trained(history, folder) writes one). Keras pushes a bare model: "
             f"model.save('hf://{repository}')."
         )
-    folder = Path(folder)
+    folder = as_path(folder)
     if missing := [name for name in NEEDED if not (folder / name).is_file()]:
         raise ValueError(
             f"{folder} has no {' and no '.join(missing)}. Expected the folder of a run that has "

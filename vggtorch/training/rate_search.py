@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import keras
 
+from vggtorch.checks import whole
 from vggtorch.keras_graph import graph_of
 from vggtorch.models import held_tensors
 from vggtorch.training.balance import class_weights
@@ -81,10 +84,13 @@ def find_learning_rate(
     Source: Smith, "Cyclical Learning Rates for Training Neural Networks", 2017; the smoothing and
     the suggestion are fastai's.
     """
-    if not (0 < lowest < highest and steps > 1):
+    steps = whole("steps", steps, least=2)
+    for name, rate in (("lowest", lowest), ("highest", highest)):
+        if not isinstance(rate, Real) or isinstance(rate, bool) or not math.isfinite(rate):
+            raise ValueError(f"Received {name}={rate!r}; expected a number above 0.")
+    if not 0 < lowest < highest:
         raise ValueError(
-            f"Received lowest={lowest}, highest={highest}, steps={steps}; expected rates above 0 "
-            f"that rise, in 2 steps or more."
+            f"Received lowest={lowest}, highest={highest}; expected rates above 0 that rise."
         )
     graph_of(model, "find_learning_rate")
     config = settle_config(model, train, config, settings)
@@ -101,7 +107,7 @@ def find_learning_rate(
     average = 0.0
     with frozen_layers_kept(model):
         try:
-            weight = class_weights(config, read.training, classes)
+            weight = class_weights(config, read.training, read.plan, classes)
             state = first_state(model, config, accelerator.device, weight)
             freeze_for_(model, config, 0)
             with open_display(accelerator.is_main_process) as show:

@@ -14,6 +14,7 @@ from pathlib import Path
 import keras
 
 from vggtorch import files
+from vggtorch.paths import check_out
 from vggtorch.text import (
     LONGEST_MESSAGE,
     as_command,
@@ -23,7 +24,7 @@ from vggtorch.text import (
     visible,
     without_folders,
 )
-from vggtorch.training.card import evaluations
+from vggtorch.training.card import check_history, evaluations
 from vggtorch.training.charts import chart, curves_svg
 from vggtorch.training.checkpoints import version_text
 from vggtorch.training.config import TrainConfig
@@ -71,6 +72,8 @@ def write_report(
     Raises:
         OSError: the file couldn't be written.
     """
+    check_history(history)
+    check_out(path, (), "path")
     scored = list(evaluations(history))
     sections = [_headline(history), _curves(history)]
     for place, (name, images, found) in enumerate(scored):

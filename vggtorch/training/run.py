@@ -19,12 +19,13 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from vggtorch import files
 from vggtorch.keras_graph import all_layers
 from vggtorch.models import held_tensors, settle_
+from vggtorch.paths import as_path
 from vggtorch.training import checkpoints, data
 from vggtorch.training.balance import balanced, labels_of
 from vggtorch.training.config import Augment, TrainConfig
 from vggtorch.training.data import BatchPlan, DatasetSource, Folder
 from vggtorch.training.folders import NAMED, images_by_class
-from vggtorch.training.items import label_names
+from vggtorch.training.items import is_stream, label_names
 from vggtorch.training.optimization import Parameters, make_optimizer, trained_parameters
 from vggtorch.training.splits import as_part, find_splits, tell_beside
 from vggtorch.training.tables import SPLITS, TablePart
@@ -82,6 +83,10 @@ def read_data(
             )
         return data.as_source(given, config.seed, config.batch_size, images)
 
+    def judging(given: Images | TablePart) -> Any:
+        source, plan = read(given, "none")
+        return data.drawn(source, plan) if isinstance(given, DataLoader) else source
+
     for given in (train, validation):
         if isinstance(given, TrainConfig):
             raise ValueError(
@@ -105,14 +110,14 @@ def read_data(
             f"Received cache_copies={config.cache_copies} with augment='none': the copies would be "
             f"equal. Choose an augmentation, or one copy."
         )
-    held = read(validating, "none")[0] if validating is not None else None
+    held = judging(validating) if validating is not None else None
     held_out = held is None and isinstance(training, Folder)
     if held_out:
         training, held = data.hold_out(training, config.validation_split)
         plan = data.shuffled(len(training), config.batch_size, config.seed)
     if config.sampling == "balanced":
         plan = balanced(labels_of(training), config.batch_size, config.seed)
-    test = read(splits.test, "none")[0] if splits.test is not None else None
+    test = judging(splits.test) if splits.test is not None else None
     held = _with_classes_of(training, held, "validation")
     test = _with_classes_of(training, test, "test")
     for part, name in ((held, "validation"), (test, "test")):
@@ -144,6 +149,7 @@ def _tell_unused(training: Any, validation: Any, test: Any, config: TrainConfig)
     names = [] if are_files[0] else ["augment"]
     names += [] if any(are_files) else ["label_pattern", "on_unreadable"]
     names += [] if are_files[0] or validation is not None else ["validation_split"]
+    _tell_of_loaders(training, validation, test, config)
     given = [n for n in names if getattr(config, n) != getattr(TrainConfig, n)]
     if given:
         warnings.warn(
@@ -153,6 +159,22 @@ def _tell_unused(training: Any, validation: Any, test: Any, config: TrainConfig)
             f"torch.utils.data.random_split.",
             stacklevel=5,
         )
+
+
+def _tell_of_loaders(training: Any, validation: Any, test: Any, config: TrainConfig) -> None:
+    """Warn of what a DataLoader says and what isn't followed, or what it doesn't let follow."""
+    loaders = [part for part in (training, validation, test) if isinstance(part, DataLoader)]
+    said = []
+    workers = max((loader.num_workers for loader in loaders), default=0)
+    if workers and not config.num_workers:
+        said.append(f"the DataLoader's num_workers={workers} (pass it beside the data)")
+    if any(loader.worker_init_fn is not None for loader in loaders):
+        said.append("its worker_init_fn (what a Dataset draws is seeded by image and epoch)")
+    is_own = isinstance(training, DataLoader) and not is_stream(training)
+    if is_own and config.batch_size not in (TrainConfig.batch_size, training.batch_size):
+        said.append(f"batch_size={config.batch_size} (the DataLoader's own batches train)")
+    if said:
+        warnings.warn(f"Not followed: {'; '.join(said)}.", stacklevel=6)
 
 
 def _tell_of_repeats(training: Any, other: Any, name: str) -> None:
@@ -190,7 +212,7 @@ def _splits(given: Images) -> _Given:
             )
         )
     if isinstance(given, str | Path):
-        splits = find_splits(Path(given))
+        splits = find_splits(as_path(given))
         tell_beside(Path(given), stacklevel=6)
         return _Given(*splits)
     if not isinstance(given, Mapping):
@@ -398,7 +420,7 @@ def load_checkpoint_(model: keras.Model, path: str | Path) -> keras.Model:
     Raises:
         ValueError: no checkpoint, a damaged one, or one of another network.
     """
-    load_weights_(model, checkpoints.read(Path(path)), path)
+    load_weights_(model, checkpoints.read(as_path(path)), path)
     return model
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from vggtorch.paths import TABLES
+from vggtorch.paths import TABLES, as_path
 from vggtorch.training.folders import NAMED, has_images, subfolders
 from vggtorch.training.tables import SPLITS, TablePart, is_table, read_rows
 
@@ -175,4 +175,5 @@ def as_part(given: str | Path | TablePart) -> Path | TablePart:
     """What a user names as one part of the data: a folder, or a whole table."""
     if isinstance(given, TablePart):
         return given
-    return TablePart(Path(given)) if is_table(Path(given)) else Path(given)
+    path = as_path(given)
+    return TablePart(path) if is_table(path) else path
