@@ -47,6 +47,31 @@ def shared() -> keras.Model:
     return keras.Model(inputs, conv(48, name="last", padding="valid")(x))
 
 
+def shared_pool() -> keras.Model:
+    pool, x = L.MaxPooling2D(name="pool"), keras.Input((24, 24, 3))
+    inputs = x
+    for width in (32, 48):
+        x = pool(conv(width)(x))
+    return keras.Model(inputs, conv(48)(x))
+
+
+def shared_head() -> keras.Model:
+    inputs, head = keras.Input((24, 24, 3)), conv(16, 1, name="head")
+    x = conv()(inputs)
+    return keras.Model(inputs, [head(conv(48)(x)), head(conv(48)(x))])
+
+
+def own_activation(x):
+    return x * keras.ops.sigmoid(x)
+
+
+def of_own_activations() -> keras.Model:
+    x = inputs = keras.Input((24, 24, 3))
+    for width in (32, 48, 48):
+        x = conv(width, activation=own_activation)(x)
+    return keras.Model(inputs, x)
+
+
 def channels_first() -> keras.Model:
     inputs, first = keras.Input((3, 24, 24)), {"data_format": "channels_first"}
     x = conv(**first)(conv(**first)(inputs))
@@ -81,6 +106,9 @@ KINDS: dict[str, tuple[Callable[[], keras.Model], float]] = {
     **{p: (partial(of_policy, p), 2.0) for p in ("mixed_bfloat16", "bfloat16", "float64")},
     "several outputs": (several_outputs, 2.0),
     "shared layer": (shared, 1.2),
+    "shared pool": (shared_pool, 1.5),
+    "shared outputs": (shared_head, 1.2),
+    "own activations": (of_own_activations, 1.5),
     "channels first": (channels_first, 2.0),
     "odd strides": (odd_strides, 1.5),
     "regularisers and constraints": (restrained, 1.5),
@@ -119,6 +147,11 @@ def test_every_kind(kind, tmp_path):
     for a, b in zip(before, after, strict=True):
         a, b = (np.asarray(y, "float32").ravel() for y in (a, b))
         assert a @ b / np.linalg.norm(a) / np.linalg.norm(b) > 0.9
+
+
+def test_channels_that_an_activation_of_ones_own_may_mix_are_not_deleted():
+    with pytest.raises(ValueError, match=r"this network can cost 1.00 times less at most"):
+        vt.compress(of_own_activations(), 1.2, images(), methods="channels")
 
 
 @pytest.mark.gpu

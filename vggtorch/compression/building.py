@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import keras
 from torch import nn
 
-from vggtorch.compression.factors import Factors
+from vggtorch.compression.factors import Factors, geometry
 from vggtorch.compression.sites import Site
-from vggtorch.surgery import delete_channels, replace_where
+from vggtorch.surgery import delete_channels, remade, replace_where
 
 
 def built(
@@ -65,18 +66,14 @@ def _layers(old: keras.Layer, site: Site, factors: Factors) -> list[keras.Layer]
     layers = []
     for part in factors.parts:
         last = part is factors.parts[-1]
-        config = old.get_config()
-        config["name"] = old.name + part.suffix
+        settings: dict[str, Any] = {"use_bias": last and factors.bias is not None}
         if site.is_dense:
-            config["units"] = part.weight.shape[0]
+            settings["units"] = part.weight.shape[0]
         else:
-            config["filters"] = part.weight.shape[0]
-            config["kernel_size"] = tuple(part.weight.shape[2:])
-            strides = config["strides"]
-            config["strides"] = tuple(s if i in part.axes else 1 for i, s in enumerate(strides))
-        config["use_bias"] = last and factors.bias is not None
+            settings["filters"] = part.weight.shape[0]
+            settings["kernel_size"] = tuple(part.weight.shape[2:])
+            settings["strides"] = geometry(site, part.axes)[0]
         if not last:
-            config["activation"] = "linear"
-            config["activity_regularizer"] = None
-        layers.append(type(old).from_config(config))
+            settings |= {"activation": "linear", "activity_regularizer": None}
+        layers.append(remade(old, old.name + part.suffix, **settings))
     return layers

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from math import prod
+from typing import Any
 
 import keras
 
 from vggtorch.compression.sites import Site
 from vggtorch.keras_graph import calls, graph_of, producer
-from vggtorch.surgery import compose_, replace
+from vggtorch.surgery import compose_, remade, replace
 
 
 def composed(
@@ -51,26 +52,24 @@ def _first_pair(
             continue
         new, cost = _one_for(sites[first.name], sites[second.name], first, second)
         whole = sites[first.name].multiply_adds + sites[second.name].multiply_adds
-        if cost < whole and _is_exact(model, first, second, new):
-            return first.name, second.name, type(new).from_config(new.get_config()), cost
+        if cost < whole and _is_exact(first, second, new):
+            return first.name, second.name, new, cost
     return None
 
 
 def _one_for(a: Site, b: Site, first: keras.Layer, second: keras.Layer) -> tuple[keras.Layer, int]:
     """A layer, unbuilt, that can compute what two do, and its multiply-adds."""
-    config = second.get_config() | {"use_bias": first.use_bias or second.use_bias}
+    settings: dict[str, Any] = {"use_bias": first.use_bias or second.use_bias}
     size = [m + (n - 1) * s for m, n, s in zip(a.kernel, b.kernel, a.stride, strict=True)]
     if not a.is_dense:
         strides = tuple(m * n for m, n in zip(a.stride, b.stride, strict=True))
-        config |= {"kernel_size": tuple(size), "strides": strides}
-    return type(second).from_config(config), b.positions * b.outputs * a.inputs * prod(size)
+        settings |= {"kernel_size": tuple(size), "strides": strides}
+    return remade(second, **settings), b.positions * b.outputs * a.inputs * prod(size)
 
 
-def _is_exact(
-    model: keras.Model, first: keras.Layer, second: keras.Layer, new: keras.Layer
-) -> bool:
+def _is_exact(first: keras.Layer, second: keras.Layer, new: keras.Layer) -> bool:
     """Whether a layer, once composed, computes the same everywhere, the edges too."""
-    trial = type(new).from_config(new.get_config())
+    trial = remade(new)
     trial.build(first.input.shape)
     try:
         found = compose_([first, second], trial)

@@ -151,7 +151,7 @@ def compress(
         state = work.train_(replaced, steps, seconds)
     modules = {site.name: getattr(networks.work, site.child) for site in replaced}
     result = built(start, sites, factors, modules)
-    tapped = tapped_result(result, networks.taps)
+    tapped = tapped_result(result, networks)
     after = likeness(networks, tapped, photographs.held_out)
     if by == "seconds":
         left = total / ratio_of(whole.original, tapped, networks.entering, networks.device)

@@ -17,6 +17,7 @@ from vggtorch.compression.factors import Factors, Part, whole_vectors
 from vggtorch.compression.rows import Rows
 from vggtorch.compression.sites import Site
 from vggtorch.keras_graph import Node, calls, graph_of
+from vggtorch.surgery import deletable_channels
 
 # Layers through which a channel goes by itself.
 THROUGH = (
@@ -32,7 +33,6 @@ THROUGH = (
     keras.layers.Dropout,
     keras.layers.SpatialDropout2D,
 )
-MIXING = ("softmax", "log_softmax", "glu", "sparsemax")  # activations that are not by channel
 KEPT = (0.85, 0.7, 0.55, 0.4, 0.28)  # shares of the channels, which are tried
 
 
@@ -87,6 +87,8 @@ def pairs_of(
     readers: dict[int, list[Node]] = {}
     nodes: dict[str, Node] = {}
     times: Counter[str] = Counter()
+    units = (unit for unit in deletable_channels(model) if len(unit) == 1)
+    alone = Counter(name for unit in units for name in unit)  # channels that can go by themselves
     for node in calls(graph_of(model, "compress")):
         times[node.operation.name] += 1
         nodes[node.operation.name] = node
@@ -95,19 +97,21 @@ def pairs_of(
     outputs = {id(tensor) for tensor in model.outputs}
     pairs: list[Pair] = []
 
-    def stays(layer: keras.Operation) -> bool:
+    def passes(layer: keras.Operation) -> bool:
+        """Whether a layer may lose channels, and has them in the order in which they enter it."""
         if isinstance(layer, keras.layers.DepthwiseConv2D) and layer.name not in narrowed:
-            return True
+            return False
         has_weights = bool(getattr(layer, "variables", ()))
-        return has_weights and (layer.name in keep or times[layer.name] > 1)
+        stays = has_weights and (layer.name in keep or times[layer.name] > 1)
+        return isinstance(layer, THROUGH) and not stays
 
     taken: set[str] = set()
     for first in by_name.values():
-        if first.name in taken:
+        if first.name in taken or alone[first.name] < first.outputs:
             continue
         node = nodes[first.name]
         between: list[Site] = []
-        while _goes_through(node, first.name) and node.operation.name not in taps:
+        while node.operation.name not in taps:
             following = readers.get(id(node.outputs[0]), [])
             if len(following) != 1 or id(node.outputs[0]) in outputs:
                 break
@@ -116,18 +120,11 @@ def pairs_of(
             if second is not None and second.name not in taken:
                 pairs.append(Pair(first, second, tuple(between)))
                 taken |= {first.name, second.name}
-            if second is not None or stays(node.operation):
+            if second is not None or not passes(node.operation):
                 break
             if node.operation.name in narrowed:
                 between.append(narrowed[node.operation.name])
     return pairs
-
-
-def _goes_through(node: Node, first: str) -> bool:
-    """Whether each channel that a call puts out comes of one channel, or of the first layer."""
-    layer = node.operation
-    name = getattr(getattr(layer, "activation", None), "__name__", "linear")
-    return name not in MIXING and (layer.name == first or isinstance(layer, THROUGH))
 
 
 def order_of(rows: Rows) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -18,6 +19,7 @@ from vggtorch.compression.sites import Site, find_depthwise, find_sites
 from vggtorch.files import first_line
 from vggtorch.keras_graph import calls, graph_of, producer, producing_call
 from vggtorch.lowering import network_of
+from vggtorch.surgery import remade
 
 COMPARED = 16  # whole images for the cosines that are returned
 BATCH = 8  # of crops
@@ -86,7 +88,7 @@ def networks_of(model: keras.Model, images: Photographs, keep: Sequence[str]) ->
     return Networks(
         original,
         work,
-        tuple(str(producer(tensor).name) for tensor in taps),
+        _names(taps),
         len(model.outputs),
         tuple(find_sites(model, original, example, keep)),
         tuple(find_depthwise(model, original, example, keep)),
@@ -105,14 +107,14 @@ def _in_float32(model: keras.Model) -> keras.Model:
         return model
 
     def wide(layer: keras.Layer) -> keras.Layer:
-        config = layer.get_config()
-        if not isinstance(layer, keras.layers.InputLayer):
-            config["dtype"] = "float32"
-        return type(layer).from_config(config)
+        is_input = isinstance(layer, keras.layers.InputLayer)
+        return remade(layer, **({} if is_input else {"dtype": "float32"}))
 
     try:
         clone = keras.models.clone_model(model, clone_function=wide)
         clone.set_weights([np.asarray(weights, "float32") for weights in model.get_weights()])
+        if others := [v.path for v in clone.variables if v.dtype in ("float16", "bfloat16")]:
+            raise TypeError(f"{others[0]} has a dtype of its own")
     except (TypeError, ValueError, NotImplementedError) as error:
         raise ValueError(
             f"compress works in float32, and {model.name!r}, with layers of "
@@ -126,25 +128,42 @@ def _taps(model: keras.Model) -> list[KerasTensor]:
     """The maps of a model that are compared.
 
     These are what pools put out, what enters a convolution with strides, and the outputs. Of a
-    depthwise one, whose channels may go, what enters the layer that makes them.
+    depthwise one, whose channels may go, what enters the layer that makes them. Of layers that are
+    called several times, whose name stands for all of these maps, none but the outputs; what enters
+    such a pool stands for what it puts out.
     """
     outputs = list(model.outputs)
     ends = {id(t) for t in outputs}
+    nodes = calls(graph_of(model, "compress"))
+    times = Counter(node.operation.name for node in nodes)
     found: dict[int, KerasTensor] = {}
-    for node in calls(graph_of(model, "compress")):
+    for node in nodes:
         layer = node.operation
         if node.is_input or np.max(getattr(layer, "strides", None) or 1) == 1:
             continue
-        tensor = node.outputs[0] if hasattr(layer, "pool_size") else node.input_tensors[0]
+        pools = hasattr(layer, "pool_size") and times[layer.name] == 1
+        tensor = node.outputs[0] if pools else node.input_tensors[0]
         depthwise = isinstance(layer, keras.layers.DepthwiseConv2D)
         passed = THROUGH if depthwise else keras.layers.ZeroPadding2D
         while isinstance(producer(tensor), passed):
             tensor = producing_call(tensor).input_tensors[0]
         if depthwise and isinstance(producer(tensor), keras.layers.Conv2D):
             tensor = producing_call(tensor).input_tensors[0]
-        if id(tensor) not in ends and not isinstance(producer(tensor), keras.layers.InputLayer):
+        maker = producer(tensor)
+        named = not isinstance(maker, keras.layers.InputLayer) and times[maker.name] == 1
+        if named and id(tensor) not in ends:
             found[id(tensor)] = tensor
     return [*found.values(), *outputs]
+
+
+def _names(taps: Sequence[KerasTensor]) -> tuple[str, ...]:
+    """The layers that make maps, numbered where one layer makes several."""
+    names: list[str] = []
+    for tensor in taps:
+        name = str(producer(tensor).name)
+        same = sum(producer(t).name == name for t in taps[: len(names)])
+        names.append(f"{name} {same + 1}" if same else name)
+    return tuple(names)
 
 
 def likeness(networks: Networks, other: nn.Module, images: Tensor) -> dict[str, float]:
@@ -166,10 +185,11 @@ def _cosines(a: Tensor, b: Tensor) -> Tensor:
     return torch.where(torch.cat(sizes, 1).amax(1) == 0, 1.0, (units[0] * units[1]).sum(1))
 
 
-def tapped_result(model: keras.Model, taps: Sequence[str]) -> nn.Module:
+def tapped_result(model: keras.Model, networks: Networks) -> nn.Module:
     """A result as a torch network that returns the same maps."""
     made = {node.operation.name: node.outputs[0] for node in calls(graph_of(model, "compress"))}
-    return _lowered(model, [made[name] for name in taps])
+    inner = networks.taps[: -networks.ends]
+    return _lowered(model, [*(made[name] for name in inner), *model.outputs])
 
 
 def _lowered(model: keras.Model, taps: list[KerasTensor]) -> torch.fx.GraphModule:

@@ -19,8 +19,6 @@ from torch import Tensor, nn
 
 from vggtorch.compression.sites import Site
 
-Maps = Callable[[Tensor], list[Tensor]]  # a network that returns its maps as a list
-
 
 class _ReachedError(Exception):
     """Ends a forward pass once it has come as far as is needed."""

@@ -21,6 +21,7 @@ from vggtorch.surgery.freezing import freeze_, unfreeze_
 from vggtorch.surgery.inputs import with_input
 from vggtorch.surgery.nesting import flatten, names_when_flat, rename
 from vggtorch.surgery.operations import insert, remove, replace, replace_where, stack, truncate
+from vggtorch.surgery.remaking import remade
 
 __all__ = [
     "Composition",
@@ -37,6 +38,7 @@ __all__ = [
     "insert",
     "names_when_flat",
     "relative_error",
+    "remade",
     "remove",
     "rename",
     "replace",

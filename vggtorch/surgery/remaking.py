@@ -61,7 +61,7 @@ def changed_copy(
 
 
 def _from_config(old: Layer, settings: Mapping[str, Any]) -> Layer:
-    base = {"name": settings["name"], "trainable": old.trainable, "dtype": old.dtype_policy}
+    base = {"trainable": old.trainable, "dtype": old.dtype_policy, **settings}
     # Two kinds of layers hold what a config can't carry: torch modules and code.
     if isinstance(old, TorchModuleWrapper):
         return type(old)(copy.deepcopy(old.module), output_shape=old.output_shape, **base)
