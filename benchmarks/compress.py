@@ -152,7 +152,7 @@ def peers(args: argparse.Namespace, model: keras.Model, shown: Any, unseen: Any)
             with open_progress() as progress:
                 pairs = pairs_of(model, networks.sites, networks.depthwise, networks.taps)
                 notes = Notebook(None, model, images.shown, {})
-                work = Work(networks, images, args.seed, notes, progress, pairs)
+                work = Work(networks, networks, images, args.seed, notes, progress, pairs=pairs)
                 begun = time.monotonic()
                 result = way(work, times)
                 cost = multiply_adds_of(result, pixels[:1])
@@ -196,8 +196,7 @@ def last_cosine(original: nn.Module, result: nn.Module, images: torch.Tensor) ->
 
 def as_compress(work: Work, times: float) -> nn.Module:
     """As `compress` does it."""
-    options = work.options("multiply-adds", list(METHODS))
-    chosen, _ = work.choice(options, times, "multiply-adds", work.networks)
+    chosen, _ = work.choice(work.options(list(METHODS)), times)
     work.closed_forms_(chosen)
     return work.networks.work
 

@@ -12,7 +12,6 @@ import keras
 
 from vggtorch.compression.building import built
 from vggtorch.compression.choice import Option
-from vggtorch.compression.clocks import ratio_of
 from vggtorch.compression.composing import composed
 from vggtorch.compression.deletion import pairs_of
 from vggtorch.compression.factors import METHODS
@@ -126,10 +125,9 @@ def compress(
         "how": [seconds, steps, seed],
     }
     notes = Notebook(folder, model, photographs.shown, settings)
-    whole = networks = networks_of(model, photographs, keep)
-    start, merged = composed(model, networks.sites) if "composition" in methods else (model, {})
-    if merged:
-        networks = networks_of(start, photographs, keep)
+    whole = networks_of(model, photographs, keep)
+    start, merged = composed(model, whole.sites) if "composition" in methods else (model, {})
+    networks = networks_of(start, photographs, keep) if merged else whole
     sites = {site.name: site for site in networks.sites}
     if not sites:
         raise ValueError(
@@ -137,14 +135,11 @@ def compress(
             f"layers of its own, called once, without groups or dilation, that aren't in keep."
         )
     with open_progress() as progress:
-        pairs = (
-            pairs_of(start, networks.sites, networks.depthwise, networks.taps, keep)
-            if "channels" in methods
-            else []
-        )
-        work = Work(networks, photographs, seed, notes, progress, pairs)
-        options = work.options(by, [method for method in methods if method in METHODS])
-        chosen, total = work.choice(options, times, by, whole)
+        read = (networks.sites, networks.depthwise, networks.taps)
+        pairs = pairs_of(start, *read, keep) if "channels" in methods else []
+        work = Work(networks, whole, photographs, seed, notes, progress, by, pairs)
+        options = work.options([method for method in methods if method in METHODS])
+        chosen, total = work.choice(options, times)
         factors = work.closed_forms_(chosen)
         replaced = [sites[name] for name in factors]
         before = likeness(networks, networks.work, photographs.held_out)
@@ -153,13 +148,8 @@ def compress(
     result = built(start, sites, factors, modules)
     tapped = tapped_result(result, networks)
     after = likeness(networks, tapped, photographs.held_out)
-    if by == "seconds":
-        left = total / ratio_of(whole.original, tapped, networks.entering, networks.device)
-    else:
-        counted = [*networks.sites, *work.between]
-        fixed = networks.total - sum(site.multiply_adds for site in counted)
-        left = fixed + sum(option.cost for option in chosen.values())
-    first = {site.name: work.cost(site, whole, by) for site in whole.sites if site.name in merged}
+    left = total / work.speed(tapped) if by == "seconds" else work.left(chosen)
+    first = {site.name: work.cost(site, whole) for site in whole.sites if site.name in merged}
     first = {name: option[0].cost for name, option in options.items()} | first
     between = {pair.first.name: pair.between for pair in pairs}
     rows = tuple(

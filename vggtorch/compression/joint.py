@@ -34,7 +34,6 @@ class State:
 
     step: int = 0
     seconds: float = 0.0
-    first: float = float("inf")
     best: float = float("inf")
     kept: list[Tensor] = field(default_factory=list)
     weights: list[Tensor] = field(default_factory=list)
@@ -91,9 +90,7 @@ def descend_(
         return [p.detach().clone() for p in trained]
 
     if state is None:
-        state = State()
-        state.first = state.best = error()
-        state.kept = copies()
+        state = State(best=error(), kept=copies())
     else:
         with torch.no_grad():
             for p, value in zip(trained, state.weights, strict=True):

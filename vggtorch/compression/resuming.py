@@ -17,7 +17,7 @@ from vggtorch import files
 from vggtorch.keras_graph import calls, graph_of, raw_value
 
 FILE = "compress.pt"
-FORMAT = 2
+FORMAT = 3
 
 
 def _fingerprint(model: keras.Model, images: torch.Tensor, settings: Mapping[str, Any]) -> str:

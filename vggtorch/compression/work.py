@@ -88,19 +88,23 @@ class Work:
     """What the steps of a compression have in common.
 
     Attributes:
-        networks: the original and the network in work.
+        networks: the original, with layers composed that can be, and the network in work.
+        whole: the same of the original as it came.
         images: those that layers are fitted to, and those held out.
         seed: decides the crops and positions.
         notes: what an interrupted run has left.
         progress: what is shown.
+        by: what costs are, "multiply-adds" or "seconds".
         pairs: convolutions whose channels only the other one of the pair reads.
     """
 
     networks: Networks
+    whole: Networks
     images: Photographs
     seed: int
     notes: Notebook
     progress: Progress
+    by: str = "multiply-adds"
     pairs: Sequence[Pair] = ()
 
     def __post_init__(self) -> None:
@@ -112,9 +116,9 @@ class Work:
         self.checked = self.images.crops(CHECKED, generator, held_out=True).split(BATCH)
 
     @property
-    def between(self) -> list[Site]:
-        """Layers that may become narrower with those around them."""
-        return [site for pair in self.pairs for site in pair.between]
+    def sites(self) -> list[Site]:
+        """What may change: what can be replaced, and what gets narrower with the layers around."""
+        return [*self.networks.sites, *(site for pair in self.pairs for site in pair.between)]
 
     @cached_property
     def seen(self) -> dict[str, Seen]:
@@ -145,7 +149,7 @@ class Work:
 
     # What could be done
 
-    def options(self, by: str, methods: Sequence[str]) -> Options:
+    def options(self, methods: Sequence[str]) -> Options:
         """What each layer could become, and what each option costs; the first is to stay."""
         if (known := self.notes["options"]) is not None:
             return _options(known)
@@ -160,7 +164,7 @@ class Work:
                 for share in SHARES
                 for ranks in ranks_for(site, method, share)
             ]
-            costs = [self._cost(site, by, *one) for one in tried]
+            costs = [self._cost(site, *one) for one in tried]
             errors = self._errors(site, tried)
             options[site.name] = [
                 Option(method, ranks, cost, error)
@@ -169,13 +173,12 @@ class Work:
             self.progress.advance()
         for pair in self.pairs:
             for site in pair.between:
-                cost = self.cost(site, self.networks, by)
-                options[site.name] = [Option(None, (), cost, 0.0)]
-            options[pair.name] = self._deletions(pair, by)
+                options[site.name] = [Option(None, (), self.cost(site, self.networks), 0.0)]
+            options[pair.name] = self._deletions(pair)
         self.notes["options"] = _plain(options)
         return options
 
-    def _deletions(self, pair: Pair, by: str) -> list[Option]:
+    def _deletions(self, pair: Pair) -> list[Option]:
         """What it costs and changes if channels between two layers go, by how many stay."""
         networks, first, second = self.networks, pair.first, pair.second
         rows = self.rows(second, torch.cat(self.seen[second.name].patches))
@@ -186,10 +189,9 @@ class Work:
             gives, reads = self._giving(first, kept), reading(rows, kept)
             modules = {first.child: gives.module(first), second.child: reads.module(second)}
             share = number / first.outputs
-            cost = share * sum(self.cost(site, networks, by) for site in pair.between)
-            if by == "seconds":
-                for site in (first, second):
-                    cost += seconds_of(modules[site.child], site.entering, self.networks.device)
+            cost = share * sum(self.cost(site, networks) for site in pair.between)
+            if self.by == "seconds":
+                cost += sum(self._seconds(site, modules[site.child]) for site in (first, second))
             else:
                 cost += share * (first.multiply_adds + second.multiply_adds)
             costs.append(cost)
@@ -210,22 +212,21 @@ class Work:
         bias = None if layer.bias is None else layer.bias.detach().cpu()
         return giving(layer.weight.detach().cpu(), bias, kept)
 
-    def cost(self, site: Site, networks: Networks, by: str) -> float:
+    def cost(self, site: Site, networks: Networks) -> float:
         """What a layer of these networks costs as it is."""
-        if by == "seconds":
-            return seconds_of(
-                getattr(networks.original, site.child), site.entering, self.networks.device
-            )
+        if self.by == "seconds":
+            return self._seconds(site, getattr(networks.original, site.child))
         return float(site.multiply_adds)
 
-    def _cost(self, site: Site, by: str, method: str | None, ranks: Sequence[int]) -> float:
+    def _cost(self, site: Site, method: str | None, ranks: Sequence[int]) -> float:
         if method is None:
-            return self.cost(site, self.networks, by)
-        if by == "seconds":
-            return seconds_of(
-                self._module(site, method, ranks), site.entering, self.networks.device
-            )
+            return self.cost(site, self.networks)
+        if self.by == "seconds":
+            return self._seconds(site, self._module(site, method, ranks))
         return float(multiply_adds(site, method, ranks))
+
+    def _seconds(self, site: Site, module: nn.Module) -> float:
+        return seconds_of(module, site.entering, self.networks.device)
 
     def _module(self, site: Site, method: str, ranks: Sequence[int]) -> nn.Module:
         """Layers of these ranks in a site's place, with random weights."""
@@ -270,10 +271,8 @@ class Work:
 
     # What is done
 
-    def choice(
-        self, options: Options, times: float, by: str, whole: Networks
-    ) -> tuple[dict[str, Option], float]:
-        """What each layer becomes, and what `whole` costs, which 1/times of is to be left.
+    def choice(self, options: Options, times: float) -> tuple[dict[str, Option], float]:
+        """What each layer becomes, and what the whole costs, of which 1/times is to be left.
 
         It is written down, because what was measured won't be the same again.
 
@@ -283,37 +282,34 @@ class Work:
         if (known := self.notes["choice"]) is not None:
             chosen, total = known
             return {name: option for name, (option,) in _options(chosen).items()}, total
-        chosen, total = self._choice(options, times, by, whole)
-        if by == "multiply-adds":
+        chosen, total = self._choice(options, times)
+        if self.by == "multiply-adds":
             self._fill_(chosen, total / times)
         self.notes["choice"] = [_plain({name: [one] for name, one in chosen.items()}), total]
         return chosen, total
 
-    def _choice(
-        self, options: Options, times: float, by: str, whole: Networks
-    ) -> tuple[dict[str, Option], float]:
-        if by == "multiply-adds":
-            total, now = float(whole.total), float(self.networks.total)
+    def _choice(self, options: Options, times: float) -> tuple[dict[str, Option], float]:
+        if self.by == "multiply-adds":
+            total, now = float(self.whole.total), float(self.networks.total)
         else:
             total, now = (
                 seconds_of(networks.original, networks.entering, self.networks.device)
-                for networks in (whole, self.networks)
+                for networks in (self.whole, self.networks)
             )
-        sites = [site.name for site in (*self.networks.sites, *self.between)]
-        fixed = max(0.0, now - sum(options[name][0].cost for name in sites))
+        fixed = max(0.0, now - sum(options[site.name][0].cost for site in self.sites))
         grouped = self._grouped(options)
         least = fixed + sum(min(o.cost for o in choices) for choices in grouped.values())
         if total < times * least:
             raise ValueError(
                 f"Received times={times:g}; this network can cost {total / least:.2f} times less "
-                f"at most, in {by}, with these methods: {fixed / total:.0%} of what it costs is in "
-                f"layers that stay as they are."
+                f"at most, in {self.by}, with these methods: {fixed / total:.0%} of what it costs "
+                f"is in layers that stay as they are."
             )
         chosen = self._single(options, choose(grouped, total / times - fixed))
-        if by == "seconds":
+        if self.by == "seconds":
             wanted = times
             for _ in range(ROUNDS):
-                ratio = self._measured(chosen, whole)
+                ratio = self._measured(chosen)
                 if ratio >= times:
                     break
                 wanted *= 1.02 * times / ratio
@@ -331,19 +327,17 @@ class Work:
 
         Where few layers have few channels, the next of the ranks that were tried may be far away.
         """
-        counted = [*self.networks.sites, *self.between]
-        left = budget - self.networks.total + sum(site.multiply_adds for site in counted)
-        left -= sum(option.cost for option in chosen.values())
+        room = budget - self.left(chosen)
         order = sorted(self.networks.sites, key=lambda site: -chosen[site.name].error)
         for lanes, site in product((LANES, 1), order):
             method, ranks, cost, error = vars(chosen[site.name]).values()
-            if left < SPARE * budget or method not in METHODS:
+            if room < SPARE * budget or method not in METHODS:
                 continue
-            most = (cost + left) / site.multiply_adds
+            most = (cost + room) / site.multiply_adds
             for more in ranks_for(site, method, most, lanes):
                 if len(more) == len(ranks) and (now := multiply_adds(site, method, more)) > cost:
                     chosen[site.name] = Option(method, more, float(now), error)
-                    left -= now - cost
+                    room -= now - cost
 
     def _grouped(self, options: Options) -> Options:
         """Options of pairs, each of which is either one for each of both or a deletion."""
@@ -372,9 +366,14 @@ class Work:
             for site, cost in zip(pair.sites, costs, strict=True):
                 share = both.cost * cost / sum(costs)
                 found[site.name] = Option("channels", both.ranks, share, both.error / len(costs))
-        return {site.name: found[site.name] for site in (*self.networks.sites, *self.between)}
+        return {site.name: found[site.name] for site in self.sites}
 
-    def _measured(self, chosen: Mapping[str, Option], whole: Networks) -> float:
+    def left(self, chosen: Mapping[str, Option]) -> float:
+        """Multiply-adds of the whole network with these layers."""
+        fixed = self.networks.total - sum(site.multiply_adds for site in self.sites)
+        return fixed + sum(option.cost for option in chosen.values())
+
+    def _measured(self, chosen: Mapping[str, Option]) -> float:
         """How many times as fast the network is with these layers."""
         sites = {site.name: site for site in self.networks.sites}
         new = {name: option for name, option in chosen.items() if option.method and name in sites}
@@ -383,12 +382,15 @@ class Work:
             for name, option in new.items()
         }
         self.networks.install_(modules)
-        ratio = ratio_of(
-            whole.original, self.networks.work, self.networks.entering, self.networks.device
-        )
+        ratio = self.speed(self.networks.work)
         for name in new:
             self.networks.remove_(sites[name])
         return ratio
+
+    def speed(self, network: nn.Module) -> float:
+        """How many times as fast a network is as the whole one."""
+        networks = self.networks
+        return ratio_of(self.whole.original, network, networks.entering, networks.device)
 
     def closed_forms_(self, chosen: Mapping[str, Option]) -> dict[str, Factors]:
         """Fit layers one after the other, each on what those before it give, and install them."""
