@@ -107,6 +107,13 @@ def test_shapes_that_differ_are_named():
         conversion.torchvision_to_keras(state)
 
 
+def test_tensors_of_another_rank_are_named_and_never_left_out():
+    state = {k: v for k, v in reference("vgg11").items() if k.startswith("features.")}
+    state["features.0.weight"] = state["features.0.weight"].flatten(1)
+    with pytest.raises(ValueError, match=r"features.0.weight has \(64, 27\), expected \(64, 3, 3"):
+        conversion.to_keras(state, "torchvision")
+
+
 def test_unexpected_keys_are_named():
     with pytest.raises(ValueError, match=r"nearest is vgg\d+.*Unexpected: layer1.0.conv1.weight"):
         conversion.torchvision_to_keras({"layer1.0.conv1.weight": torch.zeros(64, 64, 3, 3)})

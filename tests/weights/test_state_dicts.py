@@ -151,6 +151,9 @@ def test_networks_side_by_side_keep_their_names_and_averages_are_left(
     expected = {f"left.{key}": tensor for key, tensor in small.state_dict().items()}
     expected |= {f"right.{key}": tensor for key, tensor in other.state_dict().items()}
     assert_same(checkpoint.tensors, expected)
+    with_parts_of_other_words = Wrapped(semantic=small, swapped=other)
+    checkpoint = read(tmp_path / "b.pth", with_parts_of_other_words.state_dict())
+    assert checkpoint.note is None and "semantic.features.0.weight" in checkpoint.tensors
     mean_teacher = Wrapped(student=small, teacher=other)
     checkpoint = read(tmp_path / "b.pth", mean_teacher.state_dict())
     assert_same(checkpoint.tensors, dict(small.state_dict()))

@@ -10,8 +10,6 @@ import keras
 import torch
 from torch import Tensor, nn
 
-from vggtorch.keras_graph import calls, graph_of
-
 SMALL = 16  # layers with fewer inputs to an output, or fewer outputs, aren't worth a replacement
 
 
@@ -21,7 +19,7 @@ class Site:
 
     Attributes:
         name: of the Keras layer.
-        child: of the torch network, whose name the layer's is, as far as torch allows it.
+        child: of the torch network; the layer's own name, as far as torch allows it.
         outputs, inputs: channels that leave and enter.
         kernel: height and width; (1, 1) of a Dense layer.
         stride: of the convolution.
@@ -55,7 +53,7 @@ class Site:
 
 
 def find_sites(
-    model: keras.Model, network: nn.Module, example: Tensor, keep: Collection[str] = ()
+    model: keras.Model, network: torch.fx.GraphModule, example: Tensor, keep: Collection[str] = ()
 ) -> list[Site]:
     """The sites of a model in the order of its computation, those of the layers `keep` left out.
 
@@ -78,7 +76,7 @@ def find_sites(
 
 
 def find_depthwise(
-    model: keras.Model, network: nn.Module, example: Tensor, keep: Collection[str] = ()
+    model: keras.Model, network: torch.fx.GraphModule, example: Tensor, keep: Collection[str] = ()
 ) -> list[Site]:
     """Depthwise convolutions, through which a channel goes by itself, as sites of one input."""
 
@@ -90,20 +88,22 @@ def find_depthwise(
 
 def _found(
     model: keras.Model,
-    network: nn.Module,
+    network: torch.fx.GraphModule,
     example: Tensor,
     keep: Collection[str],
     wanted: Callable[[keras.Layer, nn.Module], bool],
 ) -> list[Site]:
-    times = Counter(node.operation.name for node in calls(graph_of(model, "compress")))
+    layers = {layer.name: layer for layer in model.layers}
+    nodes = [node for node in network.graph.nodes if node.op == "call_module"]
+    times = Counter(node.target for node in nodes)
     found: dict[str, Site] = {}
     hooks = []
-    for layer in model.layers:
-        child = layer.name.replace(".", "_").replace("/", "_")
-        module = getattr(network, child, None)
-        if not isinstance(module, nn.Conv2d | nn.Linear) or layer.name in keep:
+    for node in nodes:
+        child, layer = str(node.target), layers.get(node.meta.get("layer"))
+        module = network.get_submodule(child)
+        if layer is None or layer.name in keep or not isinstance(module, nn.Conv2d | nn.Linear):
             continue
-        if times[layer.name] == 1 and wanted(layer, module):
+        if times[child] == 1 and wanted(layer, module):
             hooks.append(module.register_forward_hook(_noting(layer.name, child, found)))
     try:
         with torch.no_grad():

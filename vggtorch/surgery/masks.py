@@ -10,6 +10,7 @@ import inspect
 from typing import Any
 
 import keras
+import numpy as np
 from keras import KerasTensor
 
 from vggtorch.keras_graph import Node, keras_mask, producing_call
@@ -53,7 +54,7 @@ def same_computation(a: Any, b: Any) -> bool:
     if isinstance(a, list | tuple) and isinstance(b, list | tuple):
         return len(a) == len(b) and all(map(same_computation, a, b))
     if not (isinstance(a, KerasTensor) and isinstance(b, KerasTensor)):
-        return type(a) is type(b) and bool(a == b)
+        return type(a) is type(b) and bool(np.all(a == b))
     first, second = producing_call(a), producing_call(b)
     if type(first.operation) is not type(second.operation) or isinstance(
         first.operation, keras.Layer

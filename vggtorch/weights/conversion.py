@@ -337,16 +337,17 @@ def _converted(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return _views(tensors)
     shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
     nearest = min(_candidates(shapes, "torch"), key=lambda c: c.misfits - len(c.differing))
+    present = {key: rule for key, rule in nearest.table.items() if key in tensors}
     if (
         nearest.unexpected
         or nearest.missing
         or any(key.startswith("classifier") for key in tensors)
+        or any(len(shapes[key]) != len(rule.split) for key, rule in present.items())
     ):
         return _views(tensors)  # which raises
     return {
         rule.keras_key: replace(rule, split=shapes[key]).to_view(tensors[key])
-        for key, rule in nearest.table.items()
-        if key in tensors and len(shapes[key]) == len(rule.split)
+        for key, rule in present.items()
     }
 
 

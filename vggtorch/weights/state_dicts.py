@@ -29,7 +29,8 @@ _USUAL = (
     "state_dict", "model_state_dict", "model_state", "model", "net", "network", "module", "weights",
     "params", "backbone",
 )  # fmt: skip
-_AVERAGED = re.compile(r"ema|swa|averag|teacher", re.IGNORECASE)
+# What averages of a network are called: model_ema, netEMA, swa_model; not "schema" or "swap".
+_AVERAGED = re.compile(r"(?i:(?<![a-z])(?:ema|swa)(?![a-z])|averag|teacher)|EMA|SWA")
 _DEEPEST = 4  # dicts inside of dicts that are looked into
 
 
