@@ -154,6 +154,14 @@ def test_channels_that_an_activation_of_ones_own_may_mix_are_not_deleted():
         vt.compress(of_own_activations(), 1.2, images(), methods="channels")
 
 
+def test_layers_whose_names_torch_modules_have_taken_are_replaced_too():
+    x = inputs = keras.Input((24, 24, 3))
+    for name in ("forward", "training", "a"):
+        x = conv(name=name)(x)
+    _, found = vt.compress(keras.Model(inputs, x), 1.5, images(), steps=0)
+    assert [row.name for row in found.layers] == ["forward", "training", "a"]
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("by", ["multiply-adds", "seconds"])
 def test_on_a_gpu(by, tmp_path):
