@@ -5,12 +5,14 @@
     python benchmarks/engines.py --networks oxford --dtypes int8    fewer bits, and likeness
     python benchmarks/engines.py --batches 8 --profile            OpenVINO's own times by layer
     python benchmarks/engines.py --sizes 64 128 512 --batches 1     VGG without its classifier
-    python benchmarks/engines.py --bind --batches 1               OpenMP's threads bound to cores
+    python benchmarks/engines.py --warm 0 --batches 1             the first call after a pause
+    python benchmarks/engines.py --warm 0 --batches 1 --bind      OpenMP's threads bound to cores
 
 Ours, torchvision (channels-last; compiled), ONNX Runtime and OpenVINO on what `vt.export` writes,
 and Keras on JAX and on torch. All have the same weights, and must give the same outputs before they
 are timed. The processes run in turn with a rest between them, because threads that one engine
-leaves spinning slow the next.
+leaves spinning slow the next. What is timed is a call among others in a row, as a busy process
+makes them, unless `--warm 0` asks for the first one after the rest.
 """
 
 from __future__ import annotations
@@ -263,7 +265,10 @@ def _keras(keras: Any, place: Path, dtype: str) -> Any:
 
 
 def serve(name: str, place: Path, dtype: str) -> None:
-    """The life of an engine's process: set up, show an output, then time one call for each line."""
+    """The life of an engine's process: set up, show an output, then time one call for each line.
+
+    A line says for how many seconds it shall have been called again and again.
+    """
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what libraries print goes to the error stream
     x = np.load(place / "x.npy")
@@ -275,10 +280,15 @@ def serve(name: str, place: Path, dtype: str) -> None:
         print(json.dumps({"error": str(error).strip().splitlines()[0][:120]}), file=answers)
         return
     print(json.dumps({"output": str(place / f"{os.getpid()}.npy")}), file=answers)
-    for _ in sys.stdin:
-        begun = time.perf_counter()
-        call()
-        print(json.dumps({"seconds": time.perf_counter() - begun}), file=answers)
+    for line in sys.stdin:
+        enough = time.perf_counter() + float(line)
+        while True:
+            begun = time.perf_counter()
+            call()
+            ended = time.perf_counter()
+            if ended >= enough:
+                break
+        print(json.dumps({"seconds": ended - begun}), file=answers)
 
 
 # The process that asks them
@@ -330,7 +340,9 @@ def images_of(name: str, count: int, size: int, *, test: bool) -> np.ndarray:
 
 
 @contextmanager
-def engine(name: str, place: Path, dtype: str, threads: int) -> Iterator[Callable[[], dict]]:
+def engine(
+    name: str, place: Path, dtype: str, threads: int, warm: float
+) -> Iterator[Callable[[], dict]]:
     """A function that asks an engine's process for its next line."""
     environment = os.environ | {
         "KERAS_BACKEND": ENGINES[name][0],
@@ -352,7 +364,7 @@ def engine(name: str, place: Path, dtype: str, threads: int) -> Iterator[Callabl
     def ask() -> dict:
         nonlocal first
         if not first:
-            stdin.write("\n")
+            stdin.write(f"{warm}\n")
             stdin.flush()
         first = False
         return json.loads(stdout.readline() or '{"error": "its process ended"}')
@@ -365,7 +377,14 @@ def engine(name: str, place: Path, dtype: str, threads: int) -> Iterator[Callabl
 
 
 def compare(
-    names: list[str], place: Path, dtype: str, threads: int, repeats: int, rest: float
+    names: list[str],
+    place: Path,
+    dtype: str,
+    threads: int,
+    *,
+    repeats: int,
+    rest: float,
+    warm: float,
 ) -> dict[str, list[float]]:
     """Seconds of each engine in each turn, of those that can and agree with ours."""
     with ExitStack() as stack:
@@ -373,11 +392,8 @@ def compare(
         asking: dict[str, Callable[[], dict]] = {}
         expected = None
         for name in names:
-            ask = stack.enter_context(
-                engine(
-                    name, place, "float32" if (dtype, name) == ("int8", OURS) else dtype, threads
-                )
-            )
+            its = "float32" if (dtype, name) == ("int8", OURS) else dtype
+            ask = stack.enter_context(engine(name, place, its, threads, warm))
             answer = ask()
             if "error" in answer:
                 print(f"{name} is left out: {answer['error']}", flush=True)
@@ -410,7 +426,13 @@ def main() -> None:
     parser.add_argument("--sizes", type=int, nargs="+", default=[224], help="pixels")
     parser.add_argument("--threads", type=int, nargs="+", default=[os.cpu_count() or 1])
     parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--rest", type=float, default=0.15, help="seconds before each call")
+    parser.add_argument("--rest", type=float, default=0.15, help="seconds before each turn")
+    parser.add_argument(
+        "--warm",
+        type=float,
+        default=0.3,
+        help="seconds of calls in a row; the last counts",
+    )
     parser.add_argument("--out", type=Path, help="JSON lines of what was measured are added here")
     parser.add_argument(
         "--bind", action="store_true", help="OMP_PROC_BIND=true in the engines' processes"
@@ -429,6 +451,7 @@ def main() -> None:
     if args.bind:
         os.environ["ENGINES_BIND"] = "1"
 
+    turns = {"repeats": args.repeats, "rest": args.rest, "warm": args.warm}
     import harness
     import torch
 
@@ -446,7 +469,7 @@ def main() -> None:
                     for batch in args.batches:
                         np.save(place / "x.npy", images_of(network, batch, size, test=True))
                         for threads in args.threads:
-                            found = compare(names, place, dtype, threads, args.repeats, args.rest)
+                            found = compare(names, place, dtype, threads, **turns)
                             title = f"{network}, {size} pixels, batch {batch}, {dtype}"
                             print(f"\n**{title}, {threads} threads**\n\n{HEADER}")
                             print("\n".join(harness.table(found, OURS)), "\n", flush=True)
