@@ -155,7 +155,7 @@ def wrong_usage(reason: str, arguments: Sequence[str], known: Sequence[str]) -> 
     ):
         number = "a whole number" if found[2] == "integer" else "a number"
         for flag in re.findall(r"'(-[\w-]+)'", found[1]):
-            for place, argument in enumerate(arguments):
+            for place, argument in reversed([*enumerate(arguments)]):  # the last one counts
                 value = argument.partition("=")[2]
                 if argument == flag:
                     value = "".join(arguments[place + 1 : place + 2])

@@ -39,6 +39,19 @@ def test_writing_last_again_leaves_best(tmp_path):
 
 
 @pytest.mark.slow
+def test_a_drive_without_second_names_has_the_best_one_as_a_copy(tmp_path, monkeypatch):
+    """As FAT and some network drives are."""
+
+    def refused(*_):
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refused)
+    last, best = tmp_path / "last.pt", tmp_path / "best.pt"
+    checkpoints.write(last, CONTENT, also=best)
+    assert last.read_bytes() == best.read_bytes() and not last.samefile(best)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["best.pt", "last.pt"]
+
+
 def test_any_flipped_byte_is_noticed_or_harmless(tmp_path):
     path = tmp_path / "last.pt"
     checkpoints.write(path, CONTENT)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import re
 from typing import Any
 
 import keras
@@ -92,7 +93,7 @@ def test_what_a_model_was_compiled_with_is_said_not_to_count(dataset, config, ca
     model.compile(keras.optimizers.SGD(0.5), keras.losses.CategoricalFocalCrossentropy())
     finetune(model, dataset, config=config)
     words = " ".join(capsys.readouterr().err.split())
-    assert "was compiled with (optimizer sgd, loss categorical_focal_crossentropy)" in words
+    assert re.search(r"compiled with \(optimizer sgd\w*, loss categorical_focal_crossent", words)
     capsys.readouterr()
     finetune(network(), dataset, config=config, output_dir=f"{config.output_dir}2")
     assert "Not used" not in capsys.readouterr().err

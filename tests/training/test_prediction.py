@@ -18,7 +18,7 @@ from PIL import Image
 import vggtorch as vt
 from vggtorch.cli import main
 from vggtorch.models import remember_
-from vggtorch.training import folders, keeping
+from vggtorch.training import checkpoints, folders, keeping
 from vggtorch.training.prediction import image_files
 from vggtorch.weight_sets import DataConfig
 
@@ -261,6 +261,30 @@ def test_features_are_written_read_and_resumed(run, photos, tmp_path, capsys, mo
     assert "features of another run, with other shard_size." in capsys.readouterr().err
 
 
+def test_features_of_an_image_that_was_written_anew_are_made_again(run, tmp_path):
+    pytest.importorskip("pyarrow")
+    folder, out = tiny.pictures(tmp_path / "data", each=2), tmp_path / "features"
+    model = vt.load_model(run)
+    options: dict[str, Any] = {"layer": "block2_pool", "shard_size": 2}
+    vt.write_features(model, [folder], out, **options)
+    before = vt.read_features(out)
+    shards = {path: path.read_bytes() for path in out.glob("part-*")}
+    changed = folder / "green" / "1.png"
+    changed.write_bytes(b"no image")
+    (problem,) = vt.write_features(model, [folder], out, **options)
+    assert problem[0] == changed
+    Image.new("RGB", (20, 24), "white").save(changed)
+    assert vt.write_features(model, [folder], out, **options) == []
+    after = vt.read_features(out)
+    assert after.paths == before.paths
+    same = (after.values == before.values).all(1)
+    assert same.tolist() == [path != str(changed) for path in before.paths]
+    # Only the shard of that image was made again.
+    assert [p.name for p in sorted(shards) if p.read_bytes() != shards[p]] == [
+        "part-000001.parquet"
+    ]
+
+
 @pytest.mark.slow
 def test_processes_share_the_shards(run, photos, tmp_path):
     pytest.importorskip("pyarrow")
@@ -385,6 +409,17 @@ def test_files_of_a_run_are_no_model_and_a_file_is_no_folder(run, photos, tmp_pa
         assert (
             "which is neither a model nor an image. Expected the folder" in capsys.readouterr().err
         )
+    checkpoints.write(tmp_path / "last.pt", {"variables": [torch.zeros(3)]})
+    assert main(["convert", str(tmp_path / "last.pt"), str(tmp_path / "a.pth")]) == 1
+    assert "it is the checkpoint of a run. Take the run's model.keras" in capsys.readouterr().err
+    (tmp_path / "model.keras").touch()
+    assert main(["evaluate", str(tmp_path / "last.pt"), str(photos)]) == 1
+    error = capsys.readouterr().err
+    assert "is no model of Keras by its ending. Expected the folder of a run" in error
+    assert f"It belongs to a run: pass {tmp_path}." in error
+    (tmp_path / "model.onnx").touch()
+    assert main(["inspect", str(tmp_path / "model.onnx")]) == 1
+    assert "What was exported isn't read back: pass the model" in capsys.readouterr().err
     (tmp_path / "taken").touch()
     words = ["features", str(run), str(photos), "--layer", "block2_pool"]
     assert main([*words, "--out", str(tmp_path / "taken")]) == 1
@@ -416,7 +451,7 @@ def test_damaged_features_are_named(run, photos, tmp_path):
     (out / "part-000000.parquet").unlink()
     vt.write_features(model, [photos / "red" / "0.png"], out, layer="block2_pool")
     found = vt.read_features(out)
-    with pytest.raises(ValueError, match="Received k=0; expected 1 or more"):
+    with pytest.raises(ValueError, match="Received k=0; expected a whole number from 1"):
         found.nearest(found.values, k=0)
     (out / "_manifest.json").write_text("{")
     with pytest.raises(ValueError, match="_manifest.json is damaged"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import warnings
 
 import pytest
 import tiny
@@ -32,6 +33,8 @@ def folders_in(folder, *names):
         ("trainA", "testA", "trainB", "testB"),
         ("train", "eval"),
         ("train", "holdout", "bus"),
+        ("1_train", "2_test"),
+        ("01-training", "02 validation"),
     ],
 )
 def test_parts_of_unknown_names_are_not_taken_for_classes(tmp_path, names):
@@ -79,6 +82,21 @@ def test_parts_inside_of_the_classes_are_refused(tmp_path):
         tiny.pictures(tmp_path / name / "Test", each=1)
     with pytest.raises(ValueError, match=r"Each class in .* the folders Test, train. .*train/cat."):
         vt.finetune(tiny.network(), tmp_path)
+
+
+def test_folds_that_count_as_classes_are_said(tmp_path, config):
+    images = images_for(tiny.network(), config)
+    for number in (1, 2):
+        tiny.pictures(tmp_path / "folds" / f"fold{number}", each=3, seed=number)
+        tiny.pictures(tmp_path / "days" / f"day{number}", each=3, seed=number)
+    (tmp_path / "days" / "day2" / "red").rename(tmp_path / "days" / "day2" / "purple")
+    with pytest.warns(
+        UserWarning, match=r"fold1 and fold2 .* the same folders: blue, green, red\."
+    ):
+        assert read_data(tmp_path / "folds", None, config, images).classes == ("fold1", "fold2")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert read_data(tmp_path / "days", None, config, images).classes == ("day1", "day2")
 
 
 def test_a_train_folder_with_folders_that_counts_as_a_class_is_said(tmp_path, config):

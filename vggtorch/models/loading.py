@@ -37,6 +37,7 @@ from vggtorch.weight_sets import WEIGHT_SETS, DataConfig
 Source = str | PathLike | Mapping[str, Any]
 
 
+MODELS = (".keras", ".h5", ".hdf5")  # which Keras reads
 ENDINGS = (".safetensors", ".weights.h5", ".pth", ".bin")
 
 
@@ -349,6 +350,11 @@ def load_model(source: str | PathLike) -> keras.Model:
             f"{source} is a file of weights, which has no model in it. Weights go into a model "
             f"that is there (vt.load_weights(model, path))."
         )
+    elif path.suffix not in MODELS:
+        raise ValueError(
+            f"{source} is no model of Keras by its ending. Expected the folder of a run that has "
+            f"ended, or a file that ends in {', '.join(MODELS)}.{_made_of(path)}"
+        )
     try:
         if path.suffix == ".keras":
             weights.check_archive(path)
@@ -378,6 +384,14 @@ def _remembering(model: keras.Model, path: Path) -> keras.Model:
     labelled = network is model and len(model.outputs) == 1
     remember_checkpoint_(network, checkpoint, shape[-1] or 0 if labelled else 0)
     return model
+
+
+def _made_of(path: Path) -> str:
+    """Where the model is that a file was made of."""
+    if path.suffix in paths.EXPORTED:
+        return " What was exported isn't read back: pass the model that it was exported from."
+    run = path.parent
+    return f" It belongs to a run: pass {run}." if (run / "model.keras").is_file() else ""
 
 
 def _check_size(path: Path) -> None:

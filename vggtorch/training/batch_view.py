@@ -85,7 +85,7 @@ def show_batch(
         keys = [(index, copy % config.cache_copies) for index, copy in keys]
     accelerator = make_accelerator(config.precision)
     (batch,) = shared_batches(read.training, [keys], 0, accelerator, in_pairs=mixes(config))
-    step = sum(len(read.plan(earlier)) for earlier in range(epoch))
+    step = read.steps(epoch)
     classes = read.classes or tuple(map(str, range(model.output_shape[1])))
     images, texts = _seen(batch, classes, config, step)
     return _sheet([pixels(image) for image in images[:count]], texts[:count])

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,8 @@ import vggtorch
 from vggtorch import files, weights
 
 FORMAT = 2  # 1 knew less of what makes a run
+# By which a drive says that its files have one name each, as memory cards and some networks do.
+_NO_LINKS = {errno.EPERM, errno.EACCES, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EMLINK}
 
 
 def write(path: Path, content: dict[str, Any], also: Path | None = None) -> None:
@@ -34,7 +38,12 @@ def write(path: Path, content: dict[str, Any], also: Path | None = None) -> None
             torch.save(content | {"sha256": digest(content)}, file)
         if also is not None:
             with files.atomic(also) as second:
-                os.link(temporary, second)
+                try:
+                    os.link(temporary, second)
+                except OSError as error:
+                    if error.errno not in _NO_LINKS:
+                        raise
+                    shutil.copyfile(temporary, second)
 
 
 def versions() -> dict[str, str]:

@@ -1,7 +1,8 @@
 """The features of any number of images as a Parquet data set, and the nearest images by them.
 
 The data set is a folder of shards, which pandas, pyarrow, polars and DuckDB read as one table. Each
-shard is written whole or not at all, so that a run that was stopped goes on where it was.
+shard is written whole or not at all, so that a run that was stopped goes on where it was; a shard
+of images that have been written anew since is made again.
 """
 
 from __future__ import annotations
@@ -103,14 +104,15 @@ def write_features(
     unreadable: list[tuple[Path, str]] = []
     for number in range(process, -(-len(paths) // shard_size), processes):
         chunk = paths[number * shard_size : (number + 1) * shard_size]
-        target = folder / f"part-{number:06d}.parquet"
+        target, looks = folder / f"part-{number:06d}.parquet", _looks(chunk)
         if target.exists():
             with _whole(target):
                 kept = parquet.read_metadata(target).metadata or {}
-            problems = json.loads(kept.get(b"unreadable", b"[]"))
-            unreadable += [(Path(name), reason) for name, reason in problems]
-            advance(len(chunk))
-            continue
+            if kept.get(b"files") == looks:
+                problems = json.loads(kept.get(b"unreadable", b"[]"))
+                unreadable += [(Path(name), reason) for name, reason in problems]
+                advance(len(chunk))
+                continue
         names: list[str] = []
         values: list[np.ndarray] = []
         problems = []
@@ -121,12 +123,24 @@ def write_features(
                 values += list(found.reshape(len(found), -1).astype(np.float32))
             problems += [(str(bad), reason) for bad, reason in batch.problems]
             advance(len(batch.paths) + len(batch.problems))
-        described = schema.with_metadata({b"unreadable": json.dumps(problems).encode()})
+        about = {b"unreadable": json.dumps(problems).encode(), b"files": looks}
+        described = schema.with_metadata(about)
         table = arrow.table({"path": names, "features": values}, schema=described)
         with files.atomic(target) as temporary:
             parquet.write_table(table, temporary)
         unreadable += [(Path(name), reason) for name, reason in problems]
     return unreadable
+
+
+def _looks(paths: Sequence[Path]) -> bytes:
+    """What changes where one of the files is written anew: a hash of their sizes and times."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with contextlib.suppress(OSError):
+            found = path.stat()
+            digest.update(f"{found.st_size} {found.st_mtime_ns}".encode())
+        digest.update(b"\n")
+    return digest.hexdigest().encode()
 
 
 def _as_text(path: Path) -> str:

@@ -230,6 +230,8 @@ def read_classes(
     tell_left_out(part, left_out)
     _check_filled(part, classes, {label for _, label in images})
     _tell_alike(part, classes)
+    if isinstance(part, Path) and label_pattern is None:
+        _tell_nested(part, classes)
     checked = _checked([path for path, _ in images])
     bad = [check.problem for check in checked if check.problem]
     if bad:
@@ -298,6 +300,21 @@ def _tell_alike(part: Path | TablePart, classes: Sequence[str]) -> None:
             f"{part} has classes whose names differ in capitals or in how letters are coded alone: "
             f"{first} and {second}{', say' if len(several) > 1 else ''}. They are taken for "
             f"different classes; rename one if they are the same.",
+            stacklevel=4,
+        )
+
+
+def _tell_nested(folder: Path, classes: Sequence[str]) -> None:
+    """Warn where all classes have the same folders and no images beside them: folds, say."""
+    inside = {tuple(path.name for path in subfolders(folder / name)) for name in classes}
+    if len(inside) > 1 or any(has_images(folder / name) for name in classes):
+        return
+    (same,) = inside
+    if len(same) > 1:
+        warnings.warn(
+            f"{classes[0]} and {classes[1]} in {folder} are taken for classes, and have the same "
+            f"folders: {', '.join(same[:NAMED])}. If these are the classes, pass one of the outer "
+            f"folders, {folder / classes[0]}, say.",
             stacklevel=4,
         )
 

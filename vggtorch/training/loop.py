@@ -202,7 +202,7 @@ def _finetune(
     for part in parts:
         if isinstance(part, DatasetSource) and part.content_name is None:
             check_labels(torch.tensor(part.plain[1]), model)
-    steps = sum(len(read.plan(epoch)) for epoch in range(config.epochs))
+    steps = read.steps(config.epochs)
     state = dataclasses.replace(state, scheduler=make_scheduler(config, state.optimizer, steps))
     run = _Run(
         model,

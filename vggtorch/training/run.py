@@ -51,6 +51,13 @@ class RunData(NamedTuple):
     classes: tuple[str, ...]
     test: Folder | DatasetSource | None = None
     held_out: bool = False  # the validation images are a part of the training images
+    by_loader: bool = False  # a DataLoader decides on the batches, in each epoch anew
+
+    def steps(self, epochs: int) -> int:
+        """How many batches so many epochs have."""
+        if self.by_loader:
+            return sum(len(self.plan(epoch)) for epoch in range(epochs))
+        return epochs * len(self.plan(0))
 
     @property
     def is_part(self) -> bool:
@@ -123,7 +130,8 @@ def read_data(
     for part, name in ((held, "validation"), (test, "test")):
         _tell_of_repeats(training, part, name)
     names = [source.classes for source in (training, held) if source is not None and source.classes]
-    return RunData(training, held, plan, names[0] if names else (), test, held_out)
+    by_loader = isinstance(splits.train, DataLoader) and not is_stream(splits.train)
+    return RunData(training, held, plan, names[0] if names else (), test, held_out, by_loader)
 
 
 def _check_names(training: Any, validation: Any, test: Any, config: TrainConfig) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -57,8 +58,8 @@ def find_splits(data: Path) -> Splits:
 def _check_classes(data: Path, found: Mapping[str, Path], others: Sequence[str]) -> None:
     """Refuse folders that would be classes, and are parts of the data by their names.
 
-    They are if of two names one says train, the other what it doesn't train, and the rest is the
-    same: training_set and test_set, seg_train and seg_test. train_station and test_tube are not.
+    They are if of two names one says train, the other what it doesn't train, and the other letters
+    are the same: training_set and test_set, 1_train and 2_test. train_station and test_tube aren't.
     """
     names = [*(path.name for path in found.values()), *others]
     parts: dict[str, dict[str, str]] = {}  # rest of a name -> the part -> the name
@@ -66,7 +67,7 @@ def _check_classes(data: Path, found: Mapping[str, Path], others: Sequence[str])
         for word in sorted((*SPLITS, *_OTHERS), key=len, reverse=True):
             if word in name.lower():
                 part = "train" if SPLITS.get(word) == "train" else "other"
-                rest = name.lower().replace(word, "", 1)
+                rest = re.sub(r"[\W\d_]+", "", name.lower().replace(word, "", 1))
                 parts.setdefault(rest, {}).setdefault(part, name)
                 break
     for alike in parts.values():

@@ -118,6 +118,11 @@ def _subscript(way: Way) -> str:
 def _checked(state: Mapping[Any, Any]) -> Tensors:
     """The tensors of a state_dict without what isn't a weight; ValueError for other values."""
     tensors = {}
+    if {"format", "versions", "variables"} <= state.keys():
+        raise UnsupportedError(
+            "it is the checkpoint of a run. Take the run's model.keras, which has the weights by "
+            "name (vt.load_checkpoint_(model, path) gives them to the model that trained)"
+        )
     for key, value in state.items():
         if not isinstance(key, str):
             raise ValueError(f"{key!r} is the name of a tensor, expected a text")
