@@ -173,6 +173,18 @@ def test_on_a_gpu(by, tmp_path):
     assert min(found.likeness.values()) > 0.95
 
 
+def test_images_of_which_nothing_is_left_decide_nothing():
+    """Whose last map is zero, relative to which any change is without end."""
+    model, x = vgg(), images()  # no layer of which adds a bias
+    model.get_layer("block3_conv2").activation = keras.activations.linear
+    x[::3] = 0
+    result, found = vt.compress(model, 2, x, steps=3)
+    assert found.times >= 2
+    seen = x[1::3]
+    before, after = (m.predict(seen, verbose=0).ravel() for m in (model, result))
+    assert before @ after / np.linalg.norm(before) / np.linalg.norm(after) > 0.9
+
+
 def test_layers_that_give_nothing_are_alike():
     model = vgg()
     dead = model.get_layer("block2_conv1")

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vggtorch.compression.statistics import to_unit_size
+
 LEARNING_RATE = 1e-3  # of the size of a weight; larger steps diverged
 BATCH = 8
 CHECK = 20  # steps from one look at the held-out images to the next
@@ -22,8 +24,7 @@ def distance(outputs: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
     """Squared error of each map relative to its size, by image; deeper maps count more."""
     errors = []
     for y, t in zip(outputs, targets, strict=True):
-        size = t.flatten(1).norm(dim=1, keepdim=True).clamp_min(1e-30)
-        errors.append(((y - t).flatten(1) / size).square().sum(1).mean())
+        errors.append(((y - t).flatten(1) * to_unit_size(t)).square().sum(1).mean())
     weights = DEEPER ** torch.arange(len(errors), device=errors[0].device)
     return torch.stack(errors) @ weights / weights.sum()
 

@@ -132,9 +132,8 @@ def look(
             total = torch.zeros((), device=x.device)
             for y in network(x)[-ends:]:
                 flat = y.flatten(1)
-                size = flat.detach().norm(dim=1, keepdim=True).clamp_min(1e-30)
                 drawn = torch.randn(flat.shape, generator=noise).to(x.device)
-                total = total + (flat / size * drawn).sum()
+                total = total + (flat * to_unit_size(y.detach()) * drawn).sum()
             total.backward()
             tick()
     return seen
@@ -165,7 +164,17 @@ def change(network: nn.Module, batches: Sequence[Tensor], base: Sequence[list[Te
     errors = []
     for batch, before in zip(batches, base, strict=True):
         for y, t in zip(network(batch)[-len(before) :], before, strict=True):
-            y, t = y.flatten(1), t.flatten(1)
-            size = t.norm(dim=1).clamp_min(1e-30)  # squares of small maps would be zero
-            errors.append(((y - t).norm(dim=1) / size).square())
+            # Scaled before they are squared: squares of small numbers would be zero.
+            errors.append(((y - t).flatten(1) * to_unit_size(t)).norm(dim=1).square())
     return float(torch.cat(errors).mean())
+
+
+def to_unit_size(maps: Tensor) -> Tensor:
+    """The factor, (N, 1), by which the map of each image has length 1; 0 where all are zero.
+
+    A map that is less than a tenth as long as the mean of all, such as one of zeros, gets the
+    factor of such a tenth: what is seen of its image isn't worth more than that of all the others.
+    """
+    size = maps.flatten(1).norm(dim=1, keepdim=True)
+    least = size.mean() / 10
+    return torch.where(least > 1e-30, size.clamp_min(least).reciprocal(), 0.0)
