@@ -215,6 +215,10 @@ OTHER_MEANINGS = {
         kl.TimeDistributed(kl.Conv1D(4, 3, **FREE)),
         kl.TimeDistributed(kl.Conv1DTranspose(4, 3, **FREE)),
     ),
+    "a matrix and its transpose": (
+        kl.EinsumDense("abcd,de->abce", (None, None, 4)),
+        kl.EinsumDense("abcd,ed->abce", (None, None, 4)),
+    ),
     "rows of a table": (
         kl.TimeDistributed(kl.Dense(4)),
         kl.TimeDistributed(kl.EinsumDense("abc,cd->abd", (None, 4), bias_axes="d")),

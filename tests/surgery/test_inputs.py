@@ -277,6 +277,12 @@ def test_operations_that_leave_channels_in_their_places_stay():
     assert with_input(model, SIZES).output_shape == (None, 8, 8, 2)
 
 
+def quantized() -> keras.Model:
+    model = keras.Sequential([keras.Input((8,)), kl.Dense(4, name="whole")])
+    model.get_layer("whole").quantize("int8")
+    return model
+
+
 DEPTHWISE = [keras.Input((4, 4, 3)), kl.DepthwiseConv2D(3, name="deep")]
 NORM = [keras.Input((4, 4, 3)), kl.BatchNormalization(name="norm"), kl.Conv2D(2, 1, name="conv")]
 MAX: Any = "max"
@@ -318,6 +324,10 @@ REFUSED = {
     "a batch norm first": (
         lambda: with_input(keras.Sequential(NORM), channels=4),
         r"'norm' \(BatchNormalization\) expects \(None, 4, 4, 3\).*vt.insert",
+    ),
+    "a quantized kernel": (
+        lambda: with_input(quantized(), channels=9, rule="sum"),
+        r"'whole' \(Dense\) expects \(None, 8\).*alone, in floating point",
     ),
     "a depthwise convolution": (
         lambda: with_input(keras.Sequential(DEPTHWISE), channels=4),

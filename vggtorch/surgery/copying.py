@@ -107,7 +107,11 @@ def _alike(old: keras.Layer, new: keras.Layer) -> bool:
     return (
         len(all_layers(old)) == len(all_layers(new))
         and all(isinstance(b, type(a)) or isinstance(a, type(b)) for a, b in pairs)
-        and all(getattr(a, "groups", 1) == getattr(b, "groups", 1) for a, b in pairs)
+        and all(
+            getattr(a, name, None) == getattr(b, name, None)
+            for a, b in pairs
+            for name in ("groups", "equation")
+        )
         and all(a == b for a, b in zip(_meanings(old), _meanings(new), strict=False))
     )
 

@@ -218,9 +218,10 @@ def _adapted(
         for i, (a, b) in enumerate(zip(before.shape, after.shape, strict=True))
     ):
         return None
-    if (before.shape[place], after.shape[place]) not in counts:
-        return None
     value = raw_value(before)
+    # A quantized kernel has steps that a rule's sums and means don't fall on.
+    if (before.shape[place], after.shape[place]) not in counts or not value.is_floating_point():
+        return None
     made = _kernel(value.detach().double().cpu().numpy(), after.shape[place], rule)
     return {id(before): torch.as_tensor(made).to(value)}
 
@@ -285,8 +286,9 @@ def _advice(wiring: Wiring, layer: Any, channels: bool) -> str:
     if channels and not isinstance(layer, keras.layers.Flatten) and _weighs(layer):
         return (
             "With other channels, kernels are made for convolutions (without groups) and Dense "
-            "layers alone. Put one before it, vt.insert(model, input name, keras.layers.Conv2D(3, "
-            "1)), or another layer in its place, vt.replace, and change the input then."
+            "layers alone, in floating point. Put one before it, vt.insert(model, input name, "
+            "keras.layers.Conv2D(3, 1)), or another layer in its place, vt.replace, and change the "
+            "input then."
         )
     if channels and not _known(layer):
         return f"It takes the channels one by one. {_OUTSIDE}"
