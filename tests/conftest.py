@@ -2,6 +2,7 @@
 
 import vggtorch  # noqa: F401 - before any test imports Keras: it selects the torch backend
 
+import functools  # isort: skip
 import gc  # isort: skip
 
 import psutil  # isort: skip
@@ -75,6 +76,17 @@ def narrow_throughout():
     """The same for a whole file and its fixtures."""
     with pytest.MonkeyPatch.context() as patch:
         _narrow_(patch)
+        yield
+
+
+@pytest.fixture(scope="session")
+def onnx_operators():
+    """torch.onnx reads the source of each of its operators for every file; from here on, once."""
+    from torch.onnx._internal.exporter import _registration
+
+    with pytest.MonkeyPatch.context() as patch:
+        read = functools.cache(_registration.ONNXRegistry.from_torchlib)
+        patch.setattr(_registration.ONNXRegistry, "from_torchlib", staticmethod(read))
         yield
 
 

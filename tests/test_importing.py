@@ -50,7 +50,9 @@ def test_keras_loads_what_remembers_and_our_names_import_none_of_what_only_some_
     saved, tmp_path
 ):
     """In plain Keras a model loads that remembers what it expects; after that ours do."""
-    config = DataConfig("oxford", (3, 16, 16), crop_mode="border", label_names=("a", "b", "c"))
+    config = DataConfig(
+        "oxford", input_size=(3, 16, 16), crop_mode="border", label_names=("a", "b", "c")
+    )
     remembers = remember_(tiny.network(dropout=0.0), config)
     remembers.save(tmp_path / "m.keras")
     x = np.random.default_rng(0).uniform(0, 255, (2, 16, 16, 3)).astype(np.float32)

@@ -1,4 +1,7 @@
-"""Networks as Keras has them, and the same networks written by hand in torch.nn."""
+"""Networks as Keras has them, and the same networks written by hand in torch.nn.
+
+The VGG is as narrow as the fixture `narrow_throughout`, which it needs, makes it.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +57,7 @@ def vgg11_bn() -> keras.Model:
 def vgg11_bn_by_hand(model: keras.Model) -> nn.Module:
     """torchvision's `features`, an average pool and an nn.Linear on the same weights."""
     with torch.device("meta"):
-        features = by_torchvision.features("vgg11", batch_norm=True)
+        features = by_torchvision.features("vgg11", batch_norm=True, narrow=True)
     tensors = {
         key: v.value.detach()
         for key, v in vt.named_variables(model).items()
@@ -63,8 +66,8 @@ def vgg11_bn_by_hand(model: keras.Model) -> nn.Module:
     state = keras_to_torchvision(tensors, "vgg11_bn")
     values = {k.removeprefix("features."): v.clone() for k, v in state.items()}
     features.load_state_dict(values, assign=True)
-    linear = nn.Linear(512, 10)
     dense = model.get_layer("logits")
+    linear = nn.Linear(*dense.kernel.shape)
     with torch.no_grad():
         linear.weight.copy_(dense.kernel.value.T)
         linear.bias.copy_(dense.bias.value)
