@@ -20,11 +20,12 @@ def name(page):
 
 @pytest.mark.network
 @pytest.mark.slow
+@pytest.mark.usefixtures("onnx_operators")
 @pytest.mark.parametrize("page", [p for p in PAGES if BLOCK.search(p.read_text())], ids=name)
 def test_every_block_runs_in_order(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("MOMENTS", "HELD_OUT"):  # crops that every distillation looks at
-        monkeypatch.setattr(distillation, name, 8)
+        monkeypatch.setattr(distillation, name, 4)
     assert run_blocks(page)
 
 

@@ -12,6 +12,7 @@ README = Path(__file__).parent.parent / "README.md"
 
 @pytest.mark.network
 @pytest.mark.slow
+@pytest.mark.usefixtures("onnx_operators")
 def test_every_block_runs_in_order(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert run_blocks(README) == {"python", "bash"}
