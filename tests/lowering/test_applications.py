@@ -53,7 +53,7 @@ def built(name: str) -> keras.Model:
         make = getattr(keras.applications, name)
         model = make(weights=None, include_top=False, input_shape=(size, size, 3))
     else:
-        model = applications.beginning(name)
+        model = applications.cloned_beginning(name)
     pooled = keras.layers.GlobalAveragePooling2D()(model.output)
     model = randomise(keras.Model(model.input, pooled))
     for layer in model.layers:

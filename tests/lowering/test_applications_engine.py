@@ -24,7 +24,7 @@ pytestmark = [
 
 def built(name: str) -> keras.Model:
     keras.utils.set_random_seed(0)
-    return randomise(applications.beginning(name))
+    return randomise(applications.cloned_beginning(name))
 
 
 @pytest.mark.parametrize("name", applications.NETWORKS)
