@@ -32,9 +32,14 @@ def killed_at(where, patch):
     patch.setattr(work.Notebook, "__setitem__", killed)
 
 
+@pytest.fixture(scope="module")
+def whole(one_thread):
+    """What a run that nothing interrupts ends with."""
+    return vt.compress(vgg(), 2, images(), steps=41)[0]
+
+
 @pytest.mark.parametrize("where", ["options", "choice", "factors", "state"])
-def test_a_run_killed_at_any_step_goes_on_there(where, tmp_path, monkeypatch):
-    whole, _ = vt.compress(vgg(), 2, images(), steps=41)
+def test_a_run_killed_at_any_step_goes_on_there(where, whole, tmp_path, monkeypatch):
     with monkeypatch.context() as m:
         killed_at(where, m)
         with pytest.raises(KilledError):

@@ -36,10 +36,17 @@ def build(name, **arguments):
 def torchvision_network(name, size):
     """torchvision's network with random weights, and batch norm statistics that matter."""
     torch.manual_seed(0)
-    reference = torchvision.models.get_model(name, init_weights=size == 224).eval()
-    if size != 224:
-        reference.avgpool = torch.nn.Identity()
-        reference.classifier[0] = torch.nn.Linear(512 * (size // 32) ** 2, 4096)
+    if size == 224:
+        reference = torchvision.models.get_model(name).eval()
+    else:  # no random numbers for the largest layer, which gives way to another
+        with torch.device("meta"):
+            reference = torchvision.models.get_model(name, init_weights=False).eval()
+            reference.avgpool = torch.nn.Identity()
+            reference.classifier[0] = torch.nn.Linear(512 * (size // 32) ** 2, 4096)
+        reference.to_empty(device="cpu")
+        for module in reference.modules():
+            if hasattr(module, "reset_parameters"):
+                module.reset_parameters()
     for module in reference.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             assert module.running_mean is not None and module.running_var is not None
@@ -149,8 +156,9 @@ def test_without_top_and_truncated_models_survive_a_round_trip(oxford, cut, endi
 def test_a_saved_pth_is_what_torchvision_loads(oxford, tmp_path):
     path = tmp_path / "oxford.pth"
     vt.save_weights(oxford, path)
-    reference = torchvision.models.vgg16(init_weights=False)
-    missing, unexpected = reference.load_state_dict(torch.load(path), strict=False)
+    with torch.device("meta"):
+        reference = torchvision.models.vgg16(init_weights=False)
+    missing, unexpected = reference.load_state_dict(torch.load(path), strict=False, assign=True)
     assert not unexpected and all(key.startswith("classifier.") for key in missing)
     images = torch.from_numpy(vt.preprocess(PHOTOS, "oxford", size=224))
     with torch.no_grad():

@@ -13,7 +13,7 @@ from poison import check_deletion
 import vggtorch as vt
 from vggtorch.keras_graph import functional, graph_of, raw_value
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread", "narrow")]
 
 
 @pytest.fixture(autouse=True)
