@@ -196,6 +196,7 @@ def test_a_mistake_is_one_line_in_the_words_of_the_command_line(
             "predict a.jpg --output b.csv",
             "No such option: --output. Perhaps --out? Try vggtorch pred",
         ),
+        ("finetune images --loss mse", "--loss. The loss is cross-entropy, which --label-smo"),
         ("finetune images --arch vgg11", "No such option: --arch. Perhaps --architecture? Try"),
         (
             "finetune images --valid-pct 0.3",

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from vggtorch.architectures import ARCHITECTURES
-from vggtorch.training import ELSEWHERE, TrainConfig
+from vggtorch.training import ELSEWHERE, NO_SETTINGS, TrainConfig
 
 if TYPE_CHECKING:  # a type checker can't read choices that are made while the program runs
     ArchitectureName = str
@@ -144,6 +144,8 @@ def wrong_usage(reason: str, arguments: Sequence[str], known: Sequence[str]) -> 
     """
     if found := re.match(r"No such option: --([\w-]+)", reason):
         name = found[1].replace("-", "_")
+        if name in NO_SETTINGS and "--epochs" in known:
+            return as_options(f"{found[0]}. {NO_SETTINGS[name]}")
         for elsewhere in (ELSEWHERE, _OPTIONS_ELSEWHERE):
             if (option := f"--{elsewhere.get(name, '')}".replace("_", "-")) in known:
                 return f"{found[0]}. Perhaps {option}?"

@@ -36,6 +36,21 @@ class Recorder(Callback):
         self.calls.append(("end", history))
 
 
+class Unfreezer(Callback):
+    def __init__(self, model):
+        self.model = model
+
+    def on_epoch_end(self, epoch, figures, evaluation):
+        self.model.get_layer("block2_conv1").trainable = True
+
+
+def test_what_a_callback_unfreezes_too_late_is_refused(config):
+    model = tiny.network()
+    model.get_layer("block2_conv1").trainable = False
+    with pytest.raises(ValueError, match=r"block2_conv1/kernel, .* was unfrozen while the run tra"):
+        finetune(model, tiny.dataset(), config=config, callbacks=[Unfreezer(model)])
+
+
 @pytest.mark.slow
 def test_callbacks_are_called_in_between_and_may_add_figures(config):
     seen = Recorder()

@@ -4,6 +4,7 @@ import dataclasses
 import re
 from typing import Any
 
+import keras
 import numpy as np
 import pytest
 import torch
@@ -28,6 +29,11 @@ from vggtorch.training.config import TrainConfig
         ({"augment": "all"}, "expected one of 'none', 'flip', 'crop', 'trivial'."),
         ({"augment": None}, "Received augment=None; expected one of 'none', 'flip', "),
         ({"monitor": "val_loss"}, "'calibration_error', 'loss'. Perhaps 'loss'?"),
+        ({"precision": "mixed_bfloat16"}, "expected one of 'fp32', 'bf16'. Perhaps 'bf16'?"),
+        ({"crop_mode": "squish"}, "Perhaps 'squash'?"),
+        ({"metrics": "f1"}, "calibration_error, loss. Perhaps 'macro_f1'?"),
+        ({"optimizer": keras.optimizers.SGD}, "Received optimizer=SGD, which is Keras's; expected"),
+        ({"optimizer": keras.optimizers.SGD(0.1)}, "optimizer=SGD, which is Keras's; expected one"),
         ({"restore_best_weights": "False"}, "='False'; expected True or False."),
         ({"resume": "run/last.pt"}, "Received resume='run/last.pt'; expected True or False."),
         ({"patience": True}, "Received patience=True; expected a whole number from 1, or None."),

@@ -88,6 +88,18 @@ def test_rates_fall_with_depth_and_biases_do_not_decay():
     assert len(found) == len(model.trainable_variables)
 
 
+def test_blocks_inside_a_nested_network_have_their_own_rates(config):
+    config = dataclasses.replace(config, layer_decay=0.5, weight_decay=0.1)
+    inner = tiny.network(classes=None)
+    layers = keras.layers
+    model = keras.Sequential([inner, layers.Flatten(), layers.Dense(3, name="predictions")])
+    trained = trained_parameters(model, config)
+    optimizer = make_optimizer(model, trained, config, torch.device("cpu"))
+    scales = {id(p): g["scale"] for g in optimizer.param_groups for p in g["params"]}
+    found = {v.path.split("/")[-2]: scales[id(v.value)] for v in model.trainable_variables}
+    assert found == {"block1_conv1": 0.25, "block2_conv1": 0.5, "predictions": 1.0}
+
+
 def test_an_unknown_layer_to_freeze(images, config):
     config = dataclasses.replace(config, freeze="block2_pol")
     with pytest.raises(ValueError, match="block2_pool"):

@@ -109,6 +109,14 @@ def test_a_function_may_make_the_optimizer():
         ({"schedule": "cosin"}, r"schedule='cosin'.* there is none; .* Perhaps cosine\?"),
         ({"schedule": "StepLR"}, r"it needs step_size\. Pass what makes it, .* step_size=\.\.\."),
         ({"schedule": lambda optimizer: 5}, "which makes a int; expected a torch.optim.lr_sched"),
+        (
+            {"optimizer": lambda groups: torch.optim.SGD(groups, lr=0.5)},
+            "which sets lr=0.5, and that would not count: .* Pass learning_rate=0.5 instead",
+        ),
+        (
+            {"optimizer": lambda groups: torch.optim.AdamW(groups, weight_decay=0.3)},
+            "which sets weight_decay=0.3, and that would not count",
+        ),
         ({"optimizer": lambda groups: 5}, "which makes a int; expected a torch.optim.Optimizer"),
         (
             {"optimizer": functools.partial(torch.optim.SGD, lr=0.5)},

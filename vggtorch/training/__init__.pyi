@@ -3,6 +3,7 @@ from .advice import advise as advise
 from .batch_view import show_batch as show_batch
 from .callbacks import Callback as Callback
 from .config import ELSEWHERE as ELSEWHERE
+from .config import NO_SETTINGS as NO_SETTINGS
 from .config import TrainConfig as TrainConfig
 from .data import read_folder as read_folder
 from .evaluation import Evaluation as Evaluation

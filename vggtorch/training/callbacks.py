@@ -90,6 +90,25 @@ def check_callbacks(callbacks: Sequence[Any]) -> None:
             )
 
 
+def check_unfrozen(model: keras.Model, trained: Collection[int]) -> None:
+    """See that no callback has unfrozen what the optimizer doesn't have.
+
+    Args:
+        model: which trains.
+        trained: the indices in its `variables` of all that trains in some epoch.
+
+    Raises:
+        ValueError: there is such a weight, which would stay as it is.
+    """
+    known = {id(model.variables[i]) for i in trained}
+    if others := [v.path for v in model.trainable_variables if id(v) not in known]:
+        raise ValueError(
+            f"{', '.join(others[:4])}{', ...' if len(others) > 4 else ''} was unfrozen while the "
+            f"run trained, and its optimizer doesn't have it. Say it beforehand: "
+            f"freeze='block5_pool', unfreeze=((2, 'block5_conv1'),), say."
+        )
+
+
 def call(callbacks: Sequence[Any], name: str, *arguments: Any) -> bool:
     """Call a method of all callbacks that have it; whether one of them said yes."""
     answers = [getattr(c, name)(*arguments) for c in callbacks if hasattr(c, name)]

@@ -164,9 +164,10 @@ metadata (`data_config`) of a model that is exported to ONNX.
 
 - Classes: {", ".join(map(in_markdown, history.classes))}
 - Pretrained weights: {images.weight_set or "not known"}
-- Cut at {in_markdown(config.cut or "the end")}, head {config.head or "its own"}, frozen up to
-  {in_markdown(config.freeze)}
-- Training: {len(history.epochs)} epochs of batches of {config.batch_size},
+- Cut at {in_markdown(config.cut or "the end")}, head {config.head or "its own"},
+  {f"frozen up to {in_markdown(config.freeze)}" if config.freeze else "nothing frozen by the run"}
+- Training: {len(history.epochs)} {"epoch" if len(history.epochs) == 1 else "epochs"} of batches of
+  {config.batch_size},
   {in_markdown(name_of(config.optimizer))}, learning rate {config.learning_rate:g},
   augmentation {config.augment}, seed {config.seed}
 - Made by {as_code(command)} with {version_text()}

@@ -9,7 +9,7 @@ import math
 import os
 import re
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -42,9 +42,35 @@ ELSEWHERE = {
     "logger": "log_with", "resume_from_checkpoint": "resume", "layerwise_lr_decay": "layer_decay",
     "freeze_layers": "freeze", "freeze_until": "freeze", "freeze_epochs": "unfreeze",
     "metric": "metrics", "load_best_model_at_end": "restore_best_weights",
+    "max_lr": "learning_rate", "lr_max": "learning_rate", "base_lr": "learning_rate",
+    "lr0": "learning_rate", "sample_weight": "class_weight",
     "save_best_only": "restore_best_weights", "interp": "interpolation", "balanced": "sampling",
     "weighted_sampler": "sampling", "momentum": "optimizer", "scheduler_type": "schedule",
 }  # fmt: skip
+# Values that they type, and what these are called here.
+_VALUES_ELSEWHERE = {
+    "bfloat16": "bf16", "mixed_bfloat16": "bf16", "bf16-mixed": "bf16", "float32": "fp32",
+    "32": "fp32", "no": "fp32", "fp16": "bf16", "float16": "bf16", "mixed_float16": "bf16",
+    "16": "bf16", "amp": "bf16", "half": "float16", "pad": "border", "squish": "squash",
+    "stretch": "squash", "resize": "squash", "centercrop": "center", "cubic": "bicubic",
+    "linear": "bilinear", "weighted": "balanced", "random": "shuffled", "ignore": "skip",
+    "raise": "stop", "error": "stop", "trivialaugment": "trivial", "randaugment": "trivial",
+    "horizontal_flip": "flip", "randomresizedcrop": "crop", "acc": "accuracy", "f1": "macro_f1",
+    "f1_score": "macro_f1", "top5": "top5_accuracy", "auc": "auroc", "roc_auc": "auroc",
+    "ece": "calibration_error", "dense": "linear", "fc": "linear", "crop": "center",
+}  # fmt: skip
+# What elsewhere are settings and here are none, and why.
+NO_SETTINGS = {
+    "loss": "The loss is cross-entropy, which label_smoothing and class_weight change."
+    " (vt.to_torch(model) trains with another one in a loop of torch's, and so does Keras's fit.)",
+    "criterion": "The loss is cross-entropy, which label_smoothing and class_weight change.",
+    "device": "Accelerate chooses it: CUDA_VISIBLE_DEVICES and ACCELERATE_USE_CPU say which.",
+    "num_classes": "The data says how many classes there are.",
+    "shuffle": "Images are shuffled, or come as a DataLoader's sampler has them.",
+    "steps_per_epoch": "An epoch is every image once, or what a DataLoader's sampler gives.",
+    "verbose": "What a run prints goes to stderr.",
+    "dropout": "A head brings its own.",
+}
 
 
 def _option(default: Any, text: str) -> Any:
@@ -190,8 +216,8 @@ class TrainConfig:
         for metric in self.metrics:
             if metric not in METRICS:
                 raise ValueError(
-                    f"Received metrics={metric!r}; expected some of {', '.join(METRICS)}. "
-                    f"(vt.Callback adds figures of your own.)"
+                    f"Received metrics={metric!r}; expected some of {', '.join(METRICS)}."
+                    f"{_meant(metric, METRICS)} (vt.Callback adds figures of your own.)"
                 )
         for name in ("optimizer", "schedule"):
             _check_made(name, getattr(self, name))
@@ -207,14 +233,20 @@ def _check_kind(name: str, value: Any, hint: Any) -> None:
         return
     if choices := [choice for kind in kinds for choice in _choices(kind)]:
         if value not in choices:
-            plain = str(value).lower().removeprefix("val_")
-            meant = f" Perhaps {plain!r}?" if plain in choices else ""
+            meant = _meant(value, choices)
             listed = ", ".join(map(repr, choices))
             raise ValueError(f"Received {name}={value!r}; expected one of {listed}.{meant}")
     elif hint is bool and not (isinstance(value, int) and value in (0, 1)):
         raise ValueError(f"Received {name}={value!r}; expected True or False.")
     elif hint in (str, str | None) and not (isinstance(value, str | os.PathLike) and str(value)):
         raise ValueError(f"Received {name}={value!r}; expected a name.")
+
+
+def _meant(value: Any, choices: Collection[str]) -> str:
+    """` Perhaps ...?` with the choice that is meant, where it is known elsewhere by that value."""
+    plain = str(value).lower().removeprefix("val_")
+    plain = plain if plain in choices else _VALUES_ELSEWHERE.get(plain, "")
+    return f" Perhaps {plain!r}?" if plain in choices else ""
 
 
 def _plain(given: Any) -> Any:
@@ -248,6 +280,13 @@ def _check_made(name: str, given: Any) -> None:
     """See that an optimizer or a schedule is a name, or makes one."""
     if given is None or isinstance(given, int | float):
         raise ValueError(f"Received {name}={given!r}; expected a name, or what makes one.")
+    made_by = str(getattr(given, "__module__", "")).partition(".")[0]
+    if not isinstance(given, str) and made_by in ("keras", "tf_keras"):
+        called = getattr(given, "__name__", type(given).__name__)
+        raise ValueError(
+            f"Received {name}={called}, which is Keras's; expected one of torch's, by its name or "
+            f"its class."
+        )
     if not isinstance(given, str) and not callable(given):
         kind = type(given).__name__
         raise ValueError(

@@ -28,6 +28,7 @@ from vggtorch.training.callbacks import (
     call,
     check_callbacks,
     check_figures,
+    check_unfrozen,
 )
 from vggtorch.training.config import TrainConfig
 from vggtorch.training.data import (
@@ -301,6 +302,7 @@ class _Run:
                         self.model, self.read, config, progress.epoch, self.accelerator, show
                     )
                     module = self.accelerator.prepare_model(stage.module)
+                check_unfrozen(self.model, self.state.trained)
                 began = time.perf_counter() - progress.seconds
                 self._train_epoch(stage, module, began, stop, show)
                 self._end_epoch(stage, began, stop, show)

@@ -14,7 +14,7 @@ import torch
 from vggtorch.paths import as_path
 from vggtorch.text import visible
 from vggtorch.training.advice import Plan, Similarity, planned
-from vggtorch.training.config import ELSEWHERE, TrainConfig
+from vggtorch.training.config import ELSEWHERE, NO_SETTINGS, TrainConfig
 from vggtorch.training.data import Folder
 from vggtorch.training.features import frozen_end
 from vggtorch.training.folders import images_by_class
@@ -43,6 +43,10 @@ def settle_config(
     known = {field.name for field in dataclasses.fields(TrainConfig)}
     for name in settings:
         if name not in known:
+            if name in NO_SETTINGS:
+                raise ValueError(
+                    f"Received {name}={settings[name]!r}, which is no setting. {NO_SETTINGS[name]}"
+                )
             near = (
                 [ELSEWHERE[name]] if name in ELSEWHERE else difflib.get_close_matches(name, known)
             )

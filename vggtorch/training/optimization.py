@@ -66,6 +66,16 @@ def trained_parameters(model: keras.Model, config: TrainConfig) -> Parameters:
     return {i: v.value for i, v in enumerate(model.variables) if id(v) in chosen}
 
 
+def _layers(model: keras.Model) -> Iterator[keras.Layer]:
+    """A model's layers, and in the place of a nested model those inside of it."""
+    for layer in model.layers:
+        if isinstance(layer, keras.Model):
+            yield layer  # which may have weights of its own
+            yield from _layers(layer)
+        else:
+            yield layer
+
+
 def make_optimizer(
     model: keras.Model, trained: Parameters, config: TrainConfig, device: torch.device
 ) -> torch.optim.Optimizer:
@@ -80,7 +90,7 @@ def make_optimizer(
     Sources: Howard and Ruder, "Universal Language Model Fine-tuning for Text Classification", 2018
     (rates that fall with depth); Loshchilov and Hutter, "Decoupled Weight Decay", 2019.
     """
-    owner = {id(v): layer.name.split("_")[0] for layer in model.layers for v in layer.variables}
+    owner = {id(v): layer.name.split("_")[0] for layer in _layers(model) for v in layer.variables}
     groups: dict[tuple[str, bool], list[torch.nn.Parameter]] = {}
     for i, parameter in trained.items():
         block = owner[id(model.variables[i])]
@@ -128,7 +138,22 @@ def make_optimizer(
             f"Received optimizer={name_of(given)!r}, which makes a {type(made).__name__}; expected "
             f"a torch.optim.Optimizer of the groups that it is called with."
         )
+    _check_counts(made, config)
     return made
+
+
+def _check_counts(made: torch.optim.Optimizer, config: TrainConfig) -> None:
+    """See that a function hasn't set what every group and step sets again."""
+    parameters = inspect.signature(type(made)).parameters
+    for bound, setting in (("lr", "learning_rate"), ("weight_decay", "weight_decay")):
+        value = made.defaults.get(bound)
+        usual = parameters[bound].default if bound in parameters else value
+        if isinstance(value, int | float) and value not in (usual, getattr(config, setting)):
+            raise ValueError(
+                f"Received optimizer={name_of(config.optimizer)!r}, which sets {bound}={value!r}, "
+                f"and that would not count: it changes by group and step. Pass "
+                f"{setting}={value!r} instead."
+            )
 
 
 def _takes_no_rate(kind: Callable[..., Any]) -> bool:
