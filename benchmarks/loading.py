@@ -119,7 +119,7 @@ def prepare(folder: Path) -> None:
     state = torchvision.models.vgg16().state_dict()
     torch.save(state, folder / "vgg16.pth")
     models.convert(folder / "vgg16.pth", folder / "vgg16.weights.h5")
-    expected = weights.torchvision_to_keras(state)
+    expected = weights.to_keras(state, "torchvision")
     for way in ("vggtorch", "vggtorch", "keras.applications"):
         tensors = loader(way, folder)()
         assert tensors.keys() == expected.keys()

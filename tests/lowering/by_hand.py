@@ -63,7 +63,7 @@ def vgg11_bn_by_hand(model: keras.Model) -> nn.Module:
         for key, v in vt.named_variables(model).items()
         if not key.startswith("logits")
     }
-    state = keras_to_torchvision(tensors, "vgg11_bn")
+    state = keras_to_torchvision(tensors)
     values = {k.removeprefix("features."): v.clone() for k, v in state.items()}
     features.load_state_dict(values, assign=True)
     dense = model.get_layer("logits")

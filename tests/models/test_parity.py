@@ -78,7 +78,7 @@ def test_logits_and_every_blocks_output_equal_torchvisions(name, size):
 
     state = reference.state_dict()
     model = build(name, classifier_activation=None, input_shape=(size, size, 3))
-    tensors = conversion.torchvision_to_keras(state)
+    tensors = conversion.to_keras(state, "torchvision")
     models.fill_(model, tensors)
     inside = keras.Model(model.input, [model.get_layer(b).output for b in BLOCKS] + model.outputs)
     with torch.no_grad():

@@ -19,7 +19,7 @@ from vggtorch.weights import conversion, copies, sources
 from vggtorch.weights.copies import converted
 from vggtorch.weights.published import PUBLISHED
 
-EXPECTED = conversion.torchvision_to_keras(first_block())
+EXPECTED = conversion.to_keras(first_block(), "torchvision")
 
 
 @pytest.fixture
@@ -66,7 +66,7 @@ def test_a_copy_follows_its_source(path: Path) -> None:
     changed = {key: tensor + 1 for key, tensor in first_block().items()}
     sources.write(path, changed)
     new = converted(path)
-    assert_same(new.tensors, conversion.torchvision_to_keras(changed))
+    assert_same(new.tensors, conversion.to_keras(changed, "torchvision"))
     assert all_copies() == [new.path] != [old.path]
 
 
@@ -76,7 +76,7 @@ def test_a_source_with_its_old_time_and_size_is_known_to_be_another(path: Path) 
     changed = {key: tensor + 1 for key, tensor in first_block().items()}
     sources.write(path, changed)
     os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
-    assert_same(converted(path).tensors, conversion.torchvision_to_keras(changed))
+    assert_same(converted(path).tensors, conversion.to_keras(changed, "torchvision"))
 
 
 def test_copies_of_sources_that_are_no_more_are_deleted(path: Path) -> None:
@@ -150,7 +150,7 @@ def test_flattening_fc1_of_a_copy_costs_no_memory(tmp_path: Path) -> None:
     sources.write(path, state)
     for _ in range(2):
         copy = converted(path)
-        assert_same(copy.tensors, conversion.torchvision_to_keras(state))
+        assert_same(copy.tensors, conversion.to_keras(state, "torchvision"))
         assert copy.tensors["fc1/kernel"].T.is_contiguous()
         assert is_mapped(copy.tensors["fc1/kernel"], copy.path)
 

@@ -20,7 +20,6 @@ from vggtorch.weights.conversion import (
     rules,
     shortened,
     to_keras,
-    torchvision_to_keras,
     traced,
     unmoved,
 )
@@ -55,7 +54,6 @@ __all__ = [
     "rules",
     "shortened",
     "to_keras",
-    "torchvision_to_keras",
     "traced",
     "unmoved",
     "unpickled",

@@ -170,7 +170,7 @@ def identify(shapes: Mapping[str, Shape]) -> list[Architecture]:
 
 
 def _choose(
-    shapes: Mapping[str, Shape], side: Literal["torch", "keras"], architecture: str | None
+    shapes: Mapping[str, Shape], side: Literal["torch", "keras"], architecture: str | None = None
 ) -> _Candidate:
     """The network that the tensors belong to; ValueError with both lists where they fit none."""
     if architecture is not None:
@@ -191,45 +191,21 @@ def _choose(
     return chosen
 
 
-def torchvision_to_keras(
-    tensors: Mapping[str, torch.Tensor], architecture: str | None = None
-) -> dict[str, torch.Tensor]:
-    """Torchvision's named tensors as Keras's, whole networks or parts of one.
+def keras_to_torchvision(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Keras's named tensors as torchvision's, whole networks or parts of one.
+
+    `num_batches_tracked`, which Keras does not have, comes back as 0.
 
     Args:
-        tensors: a state_dict ("features.0.weight", (O, I, 3, 3)); `num_batches_tracked`, which
-            Keras does not have, is left out.
-        architecture: an ARCHITECTURES name; recognised from names and shapes where it isn't given.
+        tensors: `layer/variable` -> tensor.
 
     Returns:
-        `layer/variable` -> tensor, views where possible: convolutions (3, 3, I, O), dense
-        kernels (in, out), in network order.
+        A state_dict, views where possible: convolutions (O, I, 3, 3), matrices (out, in).
 
     Raises:
         ValueError: tensors that have no place in the network, or other shapes, with both lists.
     """
-    return flattened(_views(tensors, architecture))
-
-
-def _views(
-    tensors: Mapping[str, torch.Tensor], architecture: str | None = None
-) -> dict[str, torch.Tensor]:
-    """Torchvision's named tensors as Keras's, fc1's kernel not flattened yet."""
-    kept = {k: v for k, v in tensors.items() if not k.endswith(".num_batches_tracked")}
-    table = _choose({k: tuple(v.shape) for k, v in kept.items()}, "torch", architecture).table
-    return {r.keras_key: r.to_view(kept[key]) for key, r in table.items() if key in kept}
-
-
-def keras_to_torchvision(
-    tensors: Mapping[str, torch.Tensor], architecture: str | None = None
-) -> dict[str, torch.Tensor]:
-    """Keras's named tensors as torchvision's; the inverse of `torchvision_to_keras`.
-
-    `num_batches_tracked`, which Keras does not have, comes back as 0. Raises ValueError as
-    `torchvision_to_keras` does.
-    """
-    shapes = {k: tuple(v.shape) for k, v in tensors.items()}
-    table = _choose(shapes, "keras", architecture).table
+    table = _choose(_shapes(tensors), "keras").table
     converted = {}
     for key, rule in table.items():
         if key in tensors:
@@ -240,12 +216,15 @@ def keras_to_torchvision(
     return converted
 
 
+def _shapes(tensors: Mapping[str, torch.Tensor]) -> dict[str, Shape]:
+    return {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+
+
 def architecture_of(
     tensors: Mapping[str, torch.Tensor], architecture: str | None = None
 ) -> Architecture:
     """The network that Keras-named tensors belong to; ValueError where they fit none, or not it."""
-    shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
-    return _choose(shapes, "keras", architecture).architecture
+    return _choose(_shapes(tensors), "keras", architecture).architecture
 
 
 def to_keras(tensors: Mapping[str, torch.Tensor], form: str) -> dict[str, torch.Tensor]:
@@ -289,7 +268,7 @@ def to_views(tensors: Mapping[str, torch.Tensor], form: str) -> dict[str, torch.
     vgg = {key for key in kept if TORCHVISION.match(key)}
     if not _fits({key: kept[key] for key in vgg}):  # a classifier of the user's own
         vgg = {key for key in vgg if key.startswith("features.")}
-        vgg -= _appended({key: tuple(kept[key].shape) for key in vgg})
+        vgg -= _appended(_shapes({key: kept[key] for key in vgg}))
     converted = _converted({key: kept[key] for key in vgg}) if vgg else {}
     return converted | {key: tensor for key, tensor in kept.items() if key not in vgg}
 
@@ -324,8 +303,16 @@ def _number(key: str) -> int:
 
 def _fits(tensors: Mapping[str, torch.Tensor]) -> bool:
     """Whether torchvision's names and shapes are all those of one network."""
-    shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
-    return bool(shapes) and not _candidates(shapes, "torch")[0].misfits
+    return bool(tensors) and not _candidates(_shapes(tensors), "torch")[0].misfits
+
+
+def _views(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Torchvision's named tensors as Keras's, fc1's kernel not flattened yet.
+
+    Raises ValueError, with both lists, where they are not those of a network.
+    """
+    table = _choose(_shapes(tensors), "torch").table
+    return {r.keras_key: r.to_view(tensors[key]) for key, r in table.items() if key in tensors}
 
 
 def _converted(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -335,7 +322,7 @@ def _converted(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """
     if _fits(tensors):
         return _views(tensors)
-    shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+    shapes = _shapes(tensors)
     nearest = min(_candidates(shapes, "torch"), key=lambda c: c.misfits - len(c.differing))
     present = {key: rule for key, rule in nearest.table.items() if key in tensors}
     if (
@@ -388,7 +375,7 @@ def _timm_to_torchvision(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch
 def keras_to_timm(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Keras's named tensors as timm's, whose fc1 and fc2 are convolutions.
 
-    Raises ValueError as `torchvision_to_keras` does.
+    Raises ValueError as `keras_to_torchvision` does.
     """
     renamed = {}
     for key, tensor in keras_to_torchvision(tensors).items():

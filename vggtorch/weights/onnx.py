@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import math
 import mmap
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import cast
 
 import torch
+
+Node = tuple[str, list[str], list[str], dict[str, list[int]]]
 
 
 def read(path: Path) -> tuple[dict[str, torch.Tensor], Mapping[str, str]]:
@@ -38,14 +41,14 @@ def read(path: Path) -> tuple[dict[str, torch.Tensor], Mapping[str, str]]:
             initializers[name] = _bytes(value)
         elif field == 1:
             nodes.append(_node(_bytes(value)))
+    return _weights(nodes, initializers), metadata
 
-    known: dict[str, torch.Tensor] = {}  # initializers, each read once, whoever shares it
 
-    def constant(name: str) -> torch.Tensor:
-        if name not in known:
-            known[name] = _tensor(initializers[name])
-        return known[name]
-
+def _weights(
+    nodes: Iterable[Node], initializers: Mapping[str, memoryview]
+) -> dict[str, torch.Tensor]:
+    """The weights of a graph, by what the nodes do with them."""
+    constant = lru_cache(None)(lambda name: _tensor(initializers[name]))  # whoever shares it
     tensors: dict[str, torch.Tensor] = {}
     convolutions = dense = channels = 0
     channels_last = False
@@ -68,9 +71,8 @@ def read(path: Path) -> tuple[dict[str, torch.Tensor], Mapping[str, str]]:
         elif kind == "Transpose":
             channels_last = channels_last or attributes.get("perm") == [0, 2, 3, 1]
         elif kind in ("Gemm", "MatMul") and weights:
-            weight = weights[0]
-            if kind == "MatMul" or attributes.get("transB") != [1]:
-                weight = weight.t()  # (in, out) -> (out, in)
+            transposed = kind == "Gemm" and attributes.get("transB") == [1]
+            weight = weights[0] if transposed else weights[0].t()  # (in, out) -> (out, in)
             if channels_last and dense == 0 and channels:
                 # The graph flattens H, W, C, as TensorFlow does; torch flattens C, H, W.
                 grid = math.isqrt(weight.shape[1] // channels)
@@ -84,7 +86,7 @@ def read(path: Path) -> tuple[dict[str, torch.Tensor], Mapping[str, str]]:
         elif kind == "Add" and weights:
             tensors[f"dense{dense - 1}.bias"] = weights[0]
             previous = None
-    return tensors, metadata
+    return tensors
 
 
 def _fields(buffer: memoryview) -> Iterator[tuple[int, int | memoryview]]:
@@ -148,9 +150,7 @@ def _integers(buffer: memoryview, field: int) -> list[int]:
     return numbers
 
 
-def _node(
-    buffer: memoryview,
-) -> tuple[str, list[str], list[str], dict[str, list[int]]]:
+def _node(buffer: memoryview) -> Node:
     """A NodeProto's op_type, inputs, outputs, and those of its attributes that are integers."""
     kind, inputs, outputs, attributes = "", [], [], {}
     for field, value in _fields(buffer):

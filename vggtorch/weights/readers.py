@@ -72,17 +72,12 @@ def read_zip(path: Path) -> tuple[Tensors, Mapping[str, str]]:
             return tensors, {**said, **_remembered(config), "whole": "yes"}
     if not any(name.endswith("data.pkl") for name in names):
         raise UnsupportedError("the archive holds neither PyTorch's nor Keras's weights")
-    return _unwrapped(pickles.unpickled(path, mmap=True))
+    return state_dicts.state_dict_in(pickles.unpickled(path, mmap=True))
 
 
 def read_pickle(path: Path) -> tuple[Tensors, Mapping[str, str]]:
     """PyTorch's form before 1.6, a run of pickles; what isn't a tensor is refused unread."""
-    return _unwrapped(pickles.unpickled(path))
-
-
-def _unwrapped(loaded: object) -> tuple[Tensors, Mapping[str, str]]:
-    """The state_dict in what torch.load gave, and what is said beside it."""
-    return state_dicts.state_dict_in(loaded)
+    return state_dicts.state_dict_in(pickles.unpickled(path))
 
 
 # HDF5

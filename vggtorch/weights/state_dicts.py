@@ -165,8 +165,8 @@ def plain_names(tensors: Tensors, *, counters: bool = False) -> tuple[Tensors, s
     """
     plain: Tensors = {}
     for key, tensor in tensors.items():
-        counter = tensor.ndim == 0 and not tensor.is_floating_point() and not _counts_batches(key)
-        if counter and not counters:
+        counts = tensor.ndim == 0 and not tensor.is_floating_point()
+        if counts and not (counters or key.endswith("num_batches_tracked")):
             continue
         parts = [part for part in key.split(".") if part not in _WRAPPERS]
         name = ".".join(parts) or key
@@ -205,10 +205,6 @@ def _alone(prefix: str) -> str:
         f"vt.load_weights(model, {{k.removeprefix('{prefix}.'): t for k, t in state_dict.items() "
         f"if k.startswith('{prefix}.')}})"
     )
-
-
-def _counts_batches(key: str) -> bool:
-    return key.endswith("num_batches_tracked")
 
 
 def _begins(tensors: Tensors, match: re.Match[str]) -> bool:
