@@ -5,18 +5,17 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from math import cos, pi
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from vggtorch.compression.statistics import to_unit_size
+from vggtorch.surgery import progress_of, rate_at
 
 LEARNING_RATE = 1e-3  # of the size of a weight; larger steps diverged
 BATCH = 8
 CHECK = 20  # steps from one look at the held-out images to the next
-WARM_UP = 10  # steps
 DEEPER = 2.0  # how many times as much as the map before it each map counts
 
 
@@ -103,12 +102,9 @@ def descend_(
         spent = (time.monotonic() - begun) / max(seconds, 1e-9)
         if spent >= 1:
             break
-        # The clock decides the learning rate only once it is clear that the steps won't fit in the
-        # time, because a result that depends on the clock can't be had again.
-        progress = state.step / steps if spent < 0.2 else max(state.step / steps, spent)
+        progress = progress_of(state.step, steps, spent)
         for group in optimizer.param_groups:
-            warm = min(1.0, (state.step + 1) / WARM_UP)
-            group["lr"] = LEARNING_RATE * group["size"] * warm * (1 + cos(pi * progress)) / 2
+            group["lr"] = LEARNING_RATE * group["size"] * rate_at(state.step, progress)
         x = draw(BATCH, generator)
         wanted = reference(x)
         optimizer.zero_grad()

@@ -9,8 +9,8 @@ channels), `built_in` (preprocessing inside a model) and `freezing`. `channels` 
 which `channel_flow` follows through the graph by the `channel_rules` of the layers. How new layers
 get weights with which the network goes on working: `copying` (the same under other settings),
 `composition` (exact algebra of linear layers) and `distillation` (training on images without
-labels), with `region` (where the new layers sit), `coordinates` (in which they are trained) and
-`arguments` (images and effort, checked).
+labels), with `region` (where the new layers sit), `coordinates` (in which they are trained),
+`schedule` (how fast) and `arguments` (images and effort, checked).
 """
 
 from vggtorch.surgery.arguments import checked_effort, checked_images
@@ -22,6 +22,7 @@ from vggtorch.surgery.inputs import with_input
 from vggtorch.surgery.nesting import flatten, names_when_flat, rename
 from vggtorch.surgery.operations import insert, remove, replace, replace_where, stack, truncate
 from vggtorch.surgery.remaking import remade
+from vggtorch.surgery.schedule import progress_of, rate_at
 
 __all__ = [
     "Composition",
@@ -37,6 +38,8 @@ __all__ = [
     "freeze_",
     "insert",
     "names_when_flat",
+    "progress_of",
+    "rate_at",
     "relative_error",
     "remade",
     "remove",

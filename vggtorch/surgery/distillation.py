@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from math import cos, pi
 from typing import Any
 
 import keras
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -39,6 +39,7 @@ from vggtorch.surgery.region import (
     last_product,
     next_smaller,
 )
+from vggtorch.surgery.schedule import progress_of, rate_at
 from vggtorch.surgery.views import flat_view, viewed
 from vggtorch.surgery.wiring import Wiring, layer_names
 
@@ -51,7 +52,6 @@ BATCH = 16
 MOMENTS = 4 * BATCH  # of the crops, for least squares and for the coordinates of the training
 CHECK = 25  # steps from one look at the held-out crops to the next
 PATIENCE = 10  # looks without a better one before the training stops
-WARM_UP = 10  # steps
 LEARNING_RATE = 0.2  # relative to the size of the weights, in coordinates where inputs are white
 DEEPER = 3.0  # how many times as much as the map before it each matched map counts
 
@@ -222,58 +222,31 @@ def distill_(
     paths = list(Wiring(result, "distill_").layers_by_path())
     if any("/" in path for path in paths):  # nested models are seen as one graph
         new_layers = _viewed(new_layers, result)
-        match = (
-            None if match is None else _viewed([match] if isinstance(match, str) else match, result)
-        )
+        match = [match] if isinstance(match, str) else match
+        match = None if match is None else _viewed(match, result)
     original, result = flat_view(original, "distill_"), flat_view(result, "distill_")
-    full_names = {viewed(path): path for path in paths}
-    pixels = torch.from_numpy(checked_images(images, original))
+    array = checked_images(images, original)
     region = find_region(original, result, new_layers)
     names = _matched(region, match)
     layers = [result.get_layer(name) for name in new_layers]
     trained = [v.value for layer in layers for v in layer.trainable_variables]
     if not trained:
         raise ValueError(f"The new layers {new_layers} have no trainable weights to distill into.")
-
-    old, new = zip(*(region.behind[name] for name in names), strict=True)
-    prefix = keras.Function(original.inputs, list(old))
-    pixels = pixels.to(trained[0].device)
-    if data_format(prefix) == "channels_last":
-        pixels = pixels.permute(0, 3, 1, 2)  # NHWC -> NCHW view
     generator = torch.Generator().manual_seed(seed)
-    pixels = pixels[torch.randperm(len(pixels), generator=generator).to(pixels.device)]
-    held_out, shown = pixels[: len(pixels) // 10], pixels[len(pixels) // 10 :]
-
-    reference, tail = part(region.old[0], old), part(region.new[0], new)
+    prefix = keras.Function(original.inputs, [region.behind[name][0] for name in names])
+    held_out, shown = _parts(array, data_format(prefix), trained[0].device, generator)
     # Layers that know the size of the map they get can't take crops, only whole images.
     sized = keras.layers.Flatten | keras.layers.Reshape
     whole = any(isinstance(operation, sized) for operation in prefix.operations)
-    size = max(pixels.shape[2:]) if whole else CROP
-
-    enter: nn.Module | None = None
-    if region.old[0] is not original.inputs[0]:
-        enter = part(original.inputs[0], [region.old[0]])
-
-    def examples(source: Tensor, number: int) -> _Examples:
-        x = _crops(source, number, size, generator)
-        x = x if enter is None else _in_batches(enter, x)[0]
-        return _Examples(x, _in_batches(reference, x))
-
+    size = max(shown.shape[2:]) if whole else CROP
+    examples = _examples_of(original, region, names, size, generator)
     compared = list(dict.fromkeys([*names, list(region.behind)[-1]]))
-    deep = [
-        part(model.inputs[0], [region.behind[name][i] for name in compared])
-        for i, model in enumerate((original, result))
-    ]
+    compare = _comparison(original, result, region, compared)
+    full_names = {viewed(path): path for path in paths}
 
     def cosines() -> dict[str, float]:
-        maps = (_in_batches(graph, held_out[:COMPARED]) for graph in deep)
-        pairs = zip(compared, *maps, strict=True)
-        return {
-            full_names.get(name, name): float(
-                F.cosine_similarity(a.flatten(1), b.flatten(1)).mean()
-            )
-            for name, a, b in pairs
-        }
+        found = compare(held_out[:COMPARED])
+        return {full_names.get(name, name): value for name, value in found.items()}
 
     with _only_trainable(trained, original, result):
         one = examples(shown, 1)
@@ -281,14 +254,13 @@ def distill_(
         wanted = max(MOMENTS, min(CROPS, steps * BATCH))  # no more than the steps will see
         train = examples(shown, max(BATCH, min(wanted, MEMORY // each)))
         check = examples(held_out, min(HELD_OUT, len(train.x)))
+        tail = part(region.new[0], [region.behind[name][1] for name in names])
         task = _Task(tail, trained, loss, train, check)
-
-        target = part(region.old[0], [before_activation(region)])
         moments = measure_moments(
             tail,
             trained,
             last_product(region),
-            target,
+            part(region.old[0], [before_activation(region)]),
             train.x[:MOMENTS].split(BATCH),
             generator,
         )
@@ -297,6 +269,60 @@ def distill_(
         taken = _descend_(task, coordinates_of(moments, trained), steps, begun + seconds, generator)
         after = cosines()
     return Distillation(start, before, after, taken, time.monotonic() - begun)
+
+
+def _parts(
+    images: np.ndarray, layout: str, device: torch.device, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """A tenth of the images, drawn at random, and the others; (N, C, H, W)."""
+    pixels = torch.from_numpy(images).to(device)
+    if layout == "channels_last":
+        pixels = pixels.permute(0, 3, 1, 2)  # NHWC -> NCHW view
+    pixels = pixels[torch.randperm(len(pixels), generator=generator).to(device)]
+    return pixels[: len(pixels) // 10], pixels[len(pixels) // 10 :]
+
+
+def _examples_of(
+    original: keras.Model,
+    region: Region,
+    names: Sequence[str],
+    size: int,
+    generator: torch.Generator,
+) -> Callable[[Tensor, int], _Examples]:
+    """A function that makes so many examples of crops of images."""
+    reference = part(region.old[0], [region.behind[name][0] for name in names])
+    enter: nn.Module | None = None
+    if region.old[0] is not original.inputs[0]:
+        enter = part(original.inputs[0], [region.old[0]])
+
+    def examples(images: Tensor, number: int) -> _Examples:
+        x = _crops(images, number, size, generator)
+        x = x if enter is None else _in_batches(enter, x)[0]
+        return _Examples(x, _in_batches(reference, x))
+
+    return examples
+
+
+def _comparison(
+    original: keras.Model,
+    result: keras.Model,
+    region: Region,
+    names: Sequence[str],
+) -> Callable[[Tensor], dict[str, float]]:
+    """A function that gives the cosines of both networks' maps by layer, the mean over images."""
+    deep = [
+        part(model.inputs[0], [region.behind[name][i] for name in names])
+        for i, model in enumerate((original, result))
+    ]
+
+    def cosines(images: Tensor) -> dict[str, float]:
+        pairs = zip(names, *(_in_batches(graph, images) for graph in deep), strict=True)
+        return {
+            name: float(F.cosine_similarity(a.flatten(1), b.flatten(1)).mean())
+            for name, a, b in pairs
+        }
+
+    return cosines
 
 
 def _viewed(names: Sequence[str], model: keras.Model) -> list[str]:
@@ -375,12 +401,9 @@ def _descend_(
             spent = (time.monotonic() - begun) / max(deadline - begun, 1e-9)
             if spent >= 1:
                 break
-            # The clock decides the learning rate only once it is clear that the steps won't fit
-            # in the time, because a result that depends on the clock can't be had again.
-            progress = step / steps if spent < 0.2 else max(step / steps, spent)
-            for group in optimizer.param_groups:  # warm up, then down a cosine to nothing
-                warm = min(1.0, (step + 1) / WARM_UP)
-                group["lr"] = LEARNING_RATE * warm * (1 + cos(pi * progress)) / 2
+            progress = progress_of(step, steps, spent)
+            for group in optimizer.param_groups:
+                group["lr"] = LEARNING_RATE * rate_at(step, progress)
             x, targets = task.train.batch(generator)
             gradients = torch.autograd.grad(task.loss(task.tail(x), targets), task.trained)
             with torch.no_grad():
