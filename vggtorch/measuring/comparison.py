@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import keras
 
-from vggtorch.measuring.costs import Report, Row, cells, check_measured, inspect
+from vggtorch.measuring.costs import Report, Row, check_measured, inspect
 from vggtorch.text import table
 
 
@@ -31,11 +31,13 @@ class Comparison:
         ]
         for name, old, new in [*pairs, ("total", self.before.total, self.after.total)]:
             if old is not None:
-                lines.append((name, "before", *cells(old)))
+                lines.append((name, "before", *old.cells))
             if new is not None:
-                lines.append(("" if old else name, "after", *cells(new)))
+                lines.append(("" if old else name, "after", *new.cells))
             if old is not None and new is not None and name == "total":
-                lines.append(("", "after/before", *_ratios(old, new)))
+                both = zip(old.costs, new.costs, strict=True)
+                ratios = (f"{b / a:.3f}" if a else "" for a, b in both)
+                lines.append(("", "after/before", *ratios))
         return table(lines, 2, width)
 
 
@@ -65,13 +67,3 @@ def compare(
         check_measured(model, "compare", size, repeats)  # either, before the first is measured
     first, second = (inspect(model, size=size, repeats=repeats) for model in (before, after))
     return Comparison(first, second)
-
-
-def _ratios(old: Row, new: Row) -> tuple[str, ...]:
-    pairs = [
-        (old.parameters, new.parameters),
-        (old.multiply_adds, new.multiply_adds),
-        (old.activation, new.activation),
-        (old.seconds, new.seconds),
-    ]
-    return tuple(f"{b / a:.3f}" if a else "" for a, b in pairs)

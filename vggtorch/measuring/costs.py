@@ -42,6 +42,21 @@ class Row:
     activation: int
     seconds: float
 
+    @property
+    def costs(self) -> tuple[float, ...]:
+        """Parameters, multiply-adds, bytes of activation and seconds."""
+        return self.parameters, self.multiply_adds, self.activation, self.seconds
+
+    @property
+    def cells(self) -> tuple[str, ...]:
+        """The same as text."""
+        return (
+            f"{self.parameters:,}",
+            f"{self.multiply_adds:,}",
+            f"{self.activation / 2**20:.2f} MiB",
+            f"{1000 * self.seconds:.2f} ms",
+        )
+
 
 @dataclass(frozen=True)
 class Report:
@@ -65,7 +80,7 @@ class Report:
         """A table that is at most so many characters wide, if need be with two lines a row."""
         header = ("layer", "kind", "output", "parameters", "multiply-adds", "activation", "time")
         lines = [
-            (row.name, row.kind, "x".join(map(str, row.shape)), *cells(row))
+            (row.name, row.kind, "x".join(map(str, row.shape)), *row.cells)
             for row in (*self.layers, self.total)
         ]
         return table([header, *lines], 3, width)
@@ -219,22 +234,5 @@ def _time_layers(network: TorchNetwork, inputs: list[Tensor], repeats: int) -> d
 
 
 def _sum(name: str, rows: list[Row]) -> Row:
-    return Row(
-        name,
-        "",
-        rows[-1].shape,
-        sum(row.parameters for row in rows),
-        sum(row.multiply_adds for row in rows),
-        sum(row.activation for row in rows),
-        sum(row.seconds for row in rows),
-    )
-
-
-def cells(row: Row) -> tuple[str, ...]:
-    """What a row costs, as text."""
-    return (
-        f"{row.parameters:,}",
-        f"{row.multiply_adds:,}",
-        f"{row.activation / 2**20:.2f} MiB",
-        f"{1000 * row.seconds:.2f} ms",
-    )
+    sums: Any = map(sum, zip(*(row.costs for row in rows), strict=True))
+    return Row(name, "", rows[-1].shape, *sums)

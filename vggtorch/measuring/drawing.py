@@ -27,13 +27,19 @@ class _Box:
     """One call of one layer in the drawing."""
 
     name: str
-    label: str
+    kind: str  # the layer's class
+    shape: str  # of what it puts out, "?" where a size is open
     state: str  # a key of COLOURS
     above: list[int]  # the boxes that it reads from
     parameters: int = 0
     training: str = ""  # `frozen`, `partly frozen`, or nothing
     row: int = 0
     column: float = 0.0
+
+    @property
+    def identity(self) -> tuple[str, str, str]:
+        """What makes it the same layer as one of another network: name, class and last axis."""
+        return self.name, self.kind, self.shape.split("x")[-1]
 
 
 @dataclass
@@ -102,7 +108,7 @@ def _drawn(box: _Box, x: float, y: float) -> str:
     middle, top = x + WIDTH / 2, y + (17 if box.parameters else 24)
     lines = [
         f'<text x="{middle:g}" y="{top:g}" font-weight="bold">{_fitting(box.name)}',
-        f'<text x="{middle:g}" y="{top + 15:g}">{_fitting(box.label)}',
+        f'<text x="{middle:g}" y="{top + 15:g}">{_fitting(f"{box.kind}  {box.shape}")}',
     ]
     bar = ""
     if box.parameters:
@@ -165,9 +171,8 @@ def _boxes(model: keras.Model) -> list[_Box]:
         shape = "x".join("?" if n is None else str(n) for n in node.outputs[0].shape[1:])
         above = list(dict.fromkeys(made[id(tensor)] for tensor in node.input_tensors))
         operation = node.operation
-        label = f"{type(operation).__name__}  {shape}"
         made.update((id(tensor), len(boxes)) for tensor in node.outputs)
-        boxes.append(_Box(operation.name, label, "kept", above))
+        boxes.append(_Box(operation.name, type(operation).__name__, shape, "kept", above))
         if isinstance(operation, keras.Layer) and operation.weights:
             boxes[-1].parameters = operation.count_params()
             boxes[-1].training = _training(operation)
@@ -210,7 +215,7 @@ def _repeated(boxes: Sequence[_Box], start: int) -> tuple[int, int]:
     def signature(i: int) -> tuple:
         box = boxes[i]
         reads = tuple(above - i for above in box.above)
-        return box.label, box.state, box.parameters, box.training, reads
+        return box.kind, box.shape, box.state, box.parameters, box.training, reads
 
     found, saved = (1, 1), HIDDEN - 1
     for period in range(1, min(LONGEST, (len(boxes) - start) // 2) + 1):
@@ -226,21 +231,16 @@ def _repeated(boxes: Sequence[_Box], start: int) -> tuple[int, int]:
     return found
 
 
-def _identity(box: _Box) -> tuple[str, str]:
-    kind, shape = box.label.split("  ")
-    return box.name, f"{kind} {shape.split('x')[-1]}"
-
-
 def _mark(boxes: list[_Box], before: list[_Box]) -> None:
     """Mark what is new, and add what is gone, each under what it stood under."""
-    known = {_identity(box) for box in before}
+    known = {box.identity for box in before}
     for box in boxes:
-        box.state = "kept" if _identity(box) in known else "new"
-    now = {_identity(box): i for i, box in enumerate(boxes)}
+        box.state = "kept" if box.identity in known else "new"
+    now = {box.identity: i for i, box in enumerate(boxes)}
     for box in before:
-        if _identity(box) not in now:
-            above = [now[_identity(before[i])] for i in box.above]
-            now[_identity(box)] = len(boxes)
+        if box.identity not in now:
+            above = [now[before[i].identity] for i in box.above]
+            now[box.identity] = len(boxes)
             boxes.append(replace(box, state="removed", above=above))
 
 
