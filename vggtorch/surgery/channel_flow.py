@@ -91,6 +91,13 @@ class Call:
         return self.node.operation
 
     @property
+    def channels(self) -> Channels:
+        """The channels of the first tensor that enters, where it is known to have some."""
+        (channels, *_) = self.entering
+        assert channels is not None
+        return channels
+
+    @property
     def shape(self) -> tuple[int | None, ...]:
         """The shape of the first tensor that enters."""
         return tuple(self.tensors[0].shape)
@@ -107,10 +114,12 @@ class Rule:
 
     Attributes:
         apply: notes it in the flow, and gives the channels of what the layer puts out.
+        makes: it makes channels, whatever enters; others are asked only where channels do.
         joins: takes several tensors; where others do, all that enters has to stay.
     """
 
     apply: Callable[[Flow, Call], Channels | list[Channels | None] | None]
+    makes: bool = False
     joins: bool = False
 
 
@@ -183,6 +192,8 @@ class Flow:
             return nothing
         if not rule.joins and len(call.entering) != 1:
             self.hold(call, f"joins {len(call.entering)} tensors in a way of its own")
+            return nothing
+        if not rule.makes and all(channels is None for channels in call.entering):
             return nothing
         result = rule.apply(self, call)
         return result if isinstance(result, list) else [result, *nothing[1:]]

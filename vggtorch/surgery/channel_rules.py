@@ -94,20 +94,16 @@ def _recurrent(flow: Flow, call: Call) -> list[Channels | None]:
     return [Channels(len(t.shape) - 1, made) for t in call.node.outputs]
 
 
-def _batch_norm(flow: Flow, call: Call) -> Channels | None:
+def _batch_norm(flow: Flow, call: Call) -> Channels:
     axis = call.layer.axis % len(call.shape)
-    if call.entering[0] is None:
-        return None
     ids = flow.read(call, axis)
     per_channel = {name: {0: ids} for name in ("gamma", "beta", "moving_mean", "moving_variance")}
     flow.weigh(call, per_channel, Channels(axis, ids))
     return Channels(axis, ids)
 
 
-def _prelu(flow: Flow, call: Call) -> Channels | None:
-    channels = call.entering[0]
-    if channels is None:
-        return None
+def _prelu(flow: Flow, call: Call) -> Channels:
+    channels = call.channels
     axis, alpha = channels.axis - 1, raw_value(call.layer.alpha)
     shared = alpha.shape[axis] == 1 and len(channels.ids) > 1
     flow.weigh(call, {"alpha": {} if shared else {axis: channels.ids}}, channels)
@@ -130,46 +126,42 @@ def _one_by_one(activation: Any) -> bool:
     return activation is None or activation in _ELEMENTWISE
 
 
-def _activation(flow: Flow, call: Call) -> Channels | None:
-    channels = call.entering[0]
-    if channels is not None:
-        _activate(flow, call, channels.ids)
-    return channels
+def _activation(flow: Flow, call: Call) -> Channels:
+    _activate(flow, call, call.channels.ids)
+    return call.channels
 
 
-def _softmax(flow: Flow, call: Call) -> Channels | None:
-    channels, rank = call.entering[0], len(call.shape)
-    axes = np.atleast_1d(call.layer.axis) % rank
-    if channels is not None and channels.axis in axes:
+def _softmax(flow: Flow, call: Call) -> Channels:
+    if call.channels.axis in np.atleast_1d(call.layer.axis) % len(call.shape):
         flow.hold(call, "divides each by a sum over all of them")
-    return channels
+    return call.channels
 
 
-def _passing(flow: Flow, call: Call) -> Channels | None:
-    return call.entering[0]
+def _passing(flow: Flow, call: Call) -> Channels:
+    return call.channels
 
 
 def _dropout(flow: Flow, call: Call) -> Channels | None:
-    channels, shape = call.entering[0], getattr(call.layer, "noise_shape", None)
-    if channels is not None and shape is not None and shape[channels.axis] not in (None, 1):
+    shape = getattr(call.layer, "noise_shape", None)
+    if shape is not None and shape[call.channels.axis] not in (None, 1):
         flow.hold(call, f"its noise_shape {tuple(shape)} counts them")
         return None
-    return channels
+    return call.channels
 
 
 def _rescaling(flow: Flow, call: Call) -> Channels | None:
     if np.ndim(call.layer.scale) or np.ndim(call.layer.offset):
         flow.hold(call, "has a factor of its own for each")
         return None
-    return call.entering[0]
+    return call.channels
 
 
 def _spatial(flow: Flow, call: Call) -> Channels | None:
-    channels, axis = call.entering[0], _channel_axis(call)
-    if channels is not None and channels.axis != axis:
+    axis = _channel_axis(call)
+    if call.channels.axis != axis:
         flow.hold(call, f"takes axis {axis} for that of the channels, which isn't theirs")
         return None
-    return channels
+    return call.channels
 
 
 def _global_pool(flow: Flow, call: Call) -> Channels | None:
@@ -181,9 +173,7 @@ def _global_pool(flow: Flow, call: Call) -> Channels | None:
 
 def _reduced(flow: Flow, call: Call) -> Channels | None:
     """A mean, sum or maximum over other axes than theirs: `keras.ops.mean(x, axis=(1, 2))`."""
-    channels, rank = call.entering[0], len(call.shape)
-    if channels is None:
-        return None
+    channels, rank = call.channels, len(call.shape)
     given = call.layer.axis
     axes = {a % rank for a in np.atleast_1d(range(rank) if given is None else given).tolist()}
     if channels.axis in axes:
@@ -193,9 +183,9 @@ def _reduced(flow: Flow, call: Call) -> Channels | None:
     return Channels(channels.axis - before, channels.ids)
 
 
-def _spread(call: Call, channels: Channels) -> Ids | None:
+def _spread(call: Call) -> Ids | None:
     """The id of every value of one image; None where a size is open."""
-    sizes = call.shape[1:]
+    channels, sizes = call.channels, call.shape[1:]
     if None in sizes:
         return None
     shape = [1] * len(sizes)
@@ -204,10 +194,7 @@ def _spread(call: Call, channels: Channels) -> Ids | None:
 
 
 def _flatten(flow: Flow, call: Call) -> Channels | None:
-    channels = call.entering[0]
-    if channels is None:
-        return None
-    spread = _spread(call, channels)
+    spread = _spread(call)
     if spread is None:
         flow.hold(call, "the size of their maps is open")
         return None
@@ -217,14 +204,12 @@ def _flatten(flow: Flow, call: Call) -> Channels | None:
 
 
 def _reshape(flow: Flow, call: Call) -> Channels | None:
-    channels, target = call.entering[0], tuple(call.node.outputs[0].shape)
-    if channels is None:
-        return None
+    channels, target = call.channels, tuple(call.node.outputs[0].shape)
     found = None
     innermost = channels.axis == len(call.shape) - 1
     if innermost and target[-1] == len(channels.ids):
         found = Channels(len(target) - 1, channels.ids)
-    elif (spread := _spread(call, channels)) is not None and None not in target[1:]:
+    elif (spread := _spread(call)) is not None and None not in target[1:]:
         values = spread.reshape(target[1:])  # type: ignore[arg-type]
         for axis, size in enumerate(values.shape):
             rows = np.moveaxis(values, axis, 0).reshape(size, -1)
@@ -242,14 +227,12 @@ def _reshape(flow: Flow, call: Call) -> Channels | None:
     return found
 
 
-def _permute(flow: Flow, call: Call) -> Channels | None:
-    channels = call.entering[0]
-    return channels and Channels(call.layer.dims.index(channels.axis) + 1, channels.ids)
+def _permute(flow: Flow, call: Call) -> Channels:
+    return Channels(call.layer.dims.index(call.channels.axis) + 1, call.channels.ids)
 
 
-def _repeat_vector(flow: Flow, call: Call) -> Channels | None:
-    channels = call.entering[0]
-    return channels and Channels(2, channels.ids)
+def _repeat_vector(flow: Flow, call: Call) -> Channels:
+    return Channels(2, call.channels.ids)
 
 
 def _common_axis(flow: Flow, call: Call) -> int | None:
@@ -315,12 +298,12 @@ _SPATIAL = (
 )  # fmt: skip
 
 _LAYERS = {
-    **dict.fromkeys(all_ranks("Conv"), Rule(_convolution)),
-    **dict.fromkeys((kl.Conv1DTranspose, kl.Conv2DTranspose), Rule(_convolution)),
-    kl.Conv3DTranspose: Rule(_convolution),
-    **dict.fromkeys(all_ranks("DepthwiseConv"), Rule(_depthwise)),
-    **dict.fromkeys(all_ranks("SeparableConv"), Rule(_separable)),
-    **dict.fromkeys((kl.SimpleRNN, kl.GRU, kl.LSTM), Rule(_recurrent)),
+    **dict.fromkeys(all_ranks("Conv"), Rule(_convolution, makes=True)),
+    **dict.fromkeys((kl.Conv1DTranspose, kl.Conv2DTranspose), Rule(_convolution, makes=True)),
+    kl.Conv3DTranspose: Rule(_convolution, makes=True),
+    **dict.fromkeys(all_ranks("DepthwiseConv"), Rule(_depthwise, makes=True)),
+    **dict.fromkeys(all_ranks("SeparableConv"), Rule(_separable, makes=True)),
+    **dict.fromkeys((kl.SimpleRNN, kl.GRU, kl.LSTM), Rule(_recurrent, makes=True)),
     **dict.fromkeys((kl.Add, kl.Subtract, kl.Multiply), Rule(_merge, joins=True)),
     **dict.fromkeys((kl.Average, kl.Maximum, kl.Minimum), Rule(_merge, joins=True)),
     **dict.fromkeys((kl.ReLU, kl.LeakyReLU, kl.ELU, kl.Identity), Rule(_passing)),
@@ -330,8 +313,8 @@ _LAYERS = {
     **dict.fromkeys((kl.CenterCrop, kl.RandomFlip, kl.Resizing), Rule(_spatial)),
     **dict.fromkeys(all_ranks("GlobalMaxPooling"), Rule(_global_pool)),
     **dict.fromkeys(all_ranks("GlobalAveragePooling"), Rule(_global_pool)),
-    kl.Dense: Rule(_dense),
-    kl.Embedding: Rule(_embedding),
+    kl.Dense: Rule(_dense, makes=True),
+    kl.Embedding: Rule(_embedding, makes=True),
     kl.BatchNormalization: Rule(_batch_norm),
     kl.PReLU: Rule(_prelu),
     kl.Activation: Rule(_activation),
