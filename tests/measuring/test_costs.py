@@ -10,21 +10,10 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from vggtorch import measuring, surgery
+from vggtorch import measuring
 from vggtorch.keras_graph import calls_of
 
 L = keras.layers
-
-
-@pytest.fixture(scope="module")
-def vgg() -> keras.Model:
-    return keras.applications.VGG16(weights=None, input_shape=(32, 32, 3), include_top=False)
-
-
-@pytest.fixture(scope="module")
-def replaced(vgg) -> keras.Model:
-    new = L.Conv2D(64, 5, padding="same", activation="relu", name="block1_conv")
-    return surgery.replace(vgg, ["block1_conv1", "block1_conv2"], new)
 
 
 def branched() -> keras.Model:

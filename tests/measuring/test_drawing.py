@@ -14,17 +14,6 @@ from vggtorch.measuring import draw, drawing
 SVG = "{http://www.w3.org/2000/svg}"
 
 
-@pytest.fixture(scope="module")
-def vgg() -> keras.Model:
-    return keras.applications.VGG16(weights=None, input_shape=(32, 32, 3), include_top=False)
-
-
-@pytest.fixture(scope="module")
-def replaced(vgg) -> keras.Model:
-    new = keras.layers.Conv2D(64, 5, padding="same", activation="relu", name="block1_conv")
-    return surgery.replace(vgg, ["block1_conv1", "block1_conv2"], new)
-
-
 def boxes(svg: str) -> dict[str, str]:
     """Name -> state of each box in a drawing, which must be XML."""
     return {

@@ -114,7 +114,7 @@ def test_layers_of_nested_and_shared_models():
 @pytest.mark.parametrize(
     ("where", "make", "message"),
     [
-        (kl.LSTM, average, "finds no LSTM layer in .*: nothing to replace. Its layers are"),
+        (kl.LSTM, average, "finds no LSTM layer in .*: nothing to replace. Its layers: "),
         ((kl.LSTM, kl.GRU), average, "finds no LSTM or GRU layer"),
         (lambda layer: False, average, "finds no layer that .* is true of"),
         ("block1_pool", average, "expects a class of layers.* received 'block1_pool'.*vt.replace"),

@@ -89,33 +89,25 @@ def with_input(
         )
     wiring = Wiring(model, "with_input")
     shapes = _shapes(wiring, shape, channels)
-    counts = {
-        (t.shape[_axis(t)], shapes[id(t)][_axis(t)])
-        for t in wiring.functional.inputs
-        if id(t) in shapes
-    }
+    resized = [t for t in wiring.functional.inputs if id(t) in shapes]
+    counts = {(t.shape[_axis(t)], shapes[id(t)][_axis(t)]) for t in resized}
     other = {(old, new) for old, new in counts if old != new}
     known, kept = weight_set(model), remembered(model)
     built_in = _built_in(wiring) if other else []
     if built_in:
-        named = {owner(t): shapes[id(t)] for t in wiring.functional.inputs if id(t) in shapes}
+        named = {owner(t): shapes[id(t)] for t in resized}
         wiring = Wiring(remove(model, built_in), "with_input")
         shapes = {id(t): named[owner(t)] for t in wiring.functional.inputs if owner(t) in named}
-    rebuild = Rebuild(
-        wiring,
-        shapes=shapes,
-        adapt=lambda old, new: _adapted(old, new, other, rule),
-    )
+    rebuild = Rebuild(wiring, shapes=shapes, adapt=lambda old, new: _adapted(old, new, other, rule))
     inputs = input_structure(wiring.functional)
     try:
         result = rebuild.model(wiring, inputs, wiring.functional.output)
     except MisfitError as error:
         raise ValueError(f"{error.found} {_advice(wiring, error.layer, bool(other))}") from error
-    if other:
-        _check_constants(result)
-        _check_places(result, {new for _, new in other})
     if not other:
         return remember_(result, kept) if known else result
+    _check_constants(result)
+    _check_places(result, {new for _, new in other})
     for graph in Wiring(result, "with_input").all_graphs():
         remember_(graph.model, None)
     if known is not None:
@@ -158,34 +150,34 @@ def _shapes(
             f"{wiring.model.name!r} has no inputs {unknown}; its inputs are "
             f"{', '.join(map(repr, inputs))}."
         )
-    found = {}
-    for name, given in shape.items():
-        old = inputs[name].shape
-        numbers = list(given) if isinstance(given, Iterable) else []
-        new = [old[0], *map(_size, numbers)]
-        axis = _axis(inputs[name])
-        if len(new) != len(old) or any(
-            n is not None and (now is None or now < 1)
-            for n, now in zip(numbers, new[1:], strict=True)
-        ):
+    return {id(inputs[name]): _shape(inputs[name], one, channels) for name, one in shape.items()}
+
+
+def _shape(tensor: KerasTensor, given: Shape, channels: int | None) -> tuple[int | None, ...]:
+    """The new shape of an input, batch included, checked."""
+    old, axis = tensor.shape, _axis(tensor)
+    numbers = list(given) if isinstance(given, Iterable) else []
+    new = [old[0], *map(_size, numbers)]
+    if len(new) != len(old) or any(
+        n is not None and (now is None or now < 1) for n, now in zip(numbers, new[1:], strict=True)
+    ):
+        raise ValueError(
+            f"with_input received the shape {given!r}; expected {len(old) - 1} numbers from 1, or "
+            f"None where it is open, as in {tuple(old[1:])}."
+        )
+    if channels is not None:
+        if new[axis] not in (old[axis], channels):
             raise ValueError(
-                f"with_input received the shape {given!r}; expected {len(old) - 1} numbers "
-                f"from 1, or None where it is open, as in {tuple(old[1:])}."
+                f"with_input received channels={channels} and the shape {tuple(given)}, which "
+                f"has {new[axis]}."
             )
-        if channels is not None:
-            if new[axis] not in (old[axis], channels):
-                raise ValueError(
-                    f"with_input received channels={channels} and the shape {tuple(given)}, which "
-                    f"has {new[axis]}."
-                )
-            new[axis] = int(channels)
-        if new[axis] is None and old[axis] is not None:
-            raise ValueError(
-                f"with_input received the shape {tuple(given)}, whose channels are open; they "
-                f"decide how many weights the first layer has."
-            )
-        found[id(inputs[name])] = tuple(new)
-    return found
+        new[axis] = int(channels)
+    if new[axis] is None and old[axis] is not None:
+        raise ValueError(
+            f"with_input received the shape {tuple(given)}, whose channels are open; they decide "
+            f"how many weights the first layer has."
+        )
+    return tuple(new)
 
 
 def _size(number: Any) -> int | None:
@@ -196,7 +188,7 @@ def _size(number: Any) -> int | None:
 def _built_in(wiring: Wiring) -> list[str]:
     """The full names of the layers that preprocess inside a model."""
     found = wiring.layers_by_path().items()
-    return [path for path, layer in found if str(layer.name).endswith(PREPROCESSING_SUFFIX)]
+    return [path for path, layer in found if layer.name.endswith(PREPROCESSING_SUFFIX)]
 
 
 def _adapted(

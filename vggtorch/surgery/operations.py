@@ -332,11 +332,9 @@ def replace_where(
         changes.append((place, [place.way_through(group) for group in groups], added))
         replaced[path] = layer
     if not changes:
-        names = list(wiring.operations)
-        listed = ", ".join(names if len(names) <= 40 else [*names[:40], "..."])
         raise ValueError(
-            f"replace_where finds no {what} in {model.name!r}: nothing to replace. Its layers are "
-            f"{listed}."
+            f"replace_where finds no {what} in {model.name!r}: nothing to replace. "
+            f"{wiring.listed()}"
         )
     result = splice_all(wiring, changes)
     for (place, _, new), old in zip(changes, replaced.values(), strict=True):

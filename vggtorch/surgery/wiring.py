@@ -138,11 +138,13 @@ class Wiring:
         if rest and operation is not None and functional(operation) is None:
             hint += f" {head!r} ({type(operation).__name__}) is no graph of layers with names."
         hint += _in_torchvision(self.model.name, name, self.operations)
-        known = list(self.operations)
-        listed = known if len(known) <= 40 else [*known[:20], "...", *known[-20:]]
-        return ValueError(
-            f"{self.model.name!r} has no layer {name!r}.{hint} Its layers: {', '.join(listed)}."
-        )
+        return ValueError(f"{self.model.name!r} has no layer {name!r}.{hint} {self.listed()}")
+
+    def listed(self) -> str:
+        """The names of the layers, as the end of a message."""
+        names = list(self.operations)
+        shown = names if len(names) <= 40 else [*names[:20], "...", *names[-20:]]
+        return f"Its layers: {', '.join(shown)}."
 
     def nodes_named(self, name: str) -> list[Node]:
         """The nodes of one layer of this very graph: one for each call."""
