@@ -319,7 +319,7 @@ class Rebuild:
         if not self._copied_by_graph(old):
             return remade(old, name)
         inner = Wiring(old, wiring.verb, f"{wiring.prefix}{old.name}/")
-        plain = type(old) is keras.Sequential and not self._follows(old)
+        plain = type(old) is keras.Sequential and id(old) not in self._followers
         if plain and not self._changed(functional(old)):
             return self._sequential(old, inner, name)
         return self.model(inner, inner.functional.input, inner.functional.output)
@@ -345,7 +345,7 @@ class Rebuild:
             return False
         if is_plain_functional(layer) or type(layer) is keras.Sequential:
             return True
-        return self._follows(layer) or self._changed(graph, deep=True)
+        return id(layer) in self._followers or self._changed(graph, deep=True)
 
     def _changed(self, graph: Functional, deep: bool = False) -> bool:
         """Whether something is to be other in a graph itself, or deep inside of it."""
@@ -406,9 +406,6 @@ class Rebuild:
             if not settled and reading(outer).shape != outer.shape:
                 self._shapes[id(inner)] = reading(outer).shape
                 self._followers.add(id(node.operation))
-
-    def _follows(self, layer: Any) -> bool:
-        return id(layer) in self._followers
 
     def _name_mask_(self, old: Any, new: Any) -> None:
         """Give the operations that compute a mask the names of those that computed it before."""

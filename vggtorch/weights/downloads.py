@@ -81,16 +81,6 @@ def download(url: str, target: Path, sha256_prefix: str) -> None:
 
 def _receive(url: str, part: Path, resumed: int) -> None:
     """Receive a file, or what is missing of it from byte `resumed` on; OSError if it breaks off."""
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-        TransferSpeedColumn,
-    )
-
     request = urllib.request.Request(url, headers={"User-Agent": "vggtorch"})
     if resumed:
         request.add_header("Range", f"bytes={resumed}-")
@@ -113,16 +103,7 @@ def _receive(url: str, part: Path, resumed: int) -> None:
         free = shutil.disk_usage(part.parent).free
         if size is not None and size - resumed > free:
             raise OSError(errno.ENOSPC, f"{size - resumed} bytes are missing, {free} are free")
-        console = Console(stderr=True)
-        columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
-        progress = Progress(
-            *columns,
-            TransferSpeedColumn(),
-            TimeRemainingColumn(),
-            console=console,
-            disable=not console.is_terminal,
-        )
-        with progress, part.open("ab" if resumed else "wb") as file:
+        with _progress() as progress, part.open("ab" if resumed else "wb") as file:
             task = progress.add_task(part.stem, total=size, completed=resumed)
             began, arrived = time.monotonic(), 0
             while block := response.read1(1 << 16):
@@ -138,6 +119,23 @@ def _receive(url: str, part: Path, resumed: int) -> None:
             received = file.tell()
     if size is not None and received != size:
         raise OSError(f"broke off after {received} of {size} bytes")
+
+
+def _progress() -> Any:
+    """A bar on stderr, where that is a terminal."""
+    from rich import progress
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    return progress.Progress(
+        progress.TextColumn("{task.description}"),
+        progress.BarColumn(),
+        progress.DownloadColumn(),
+        progress.TransferSpeedColumn(),
+        progress.TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+    )
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
