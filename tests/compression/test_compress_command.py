@@ -27,6 +27,7 @@ def folder(tmp_path):
 def test_it_writes_the_model_and_a_drawing_and_prints_the_table(folder, capsys):
     model, out = folder / "model.keras", folder / "small.keras"
     command = ["compress", str(model), str(folder / "photos"), "--times", "2", "--out", str(out)]
+    command += ["--seconds", "0"]
     assert main([*command, "--keep", "block1_conv1", "--keep", "block1_conv2"]) == 0
     captured = capsys.readouterr()
     assert "block3_conv2" in captured.out and "1/2.0" in captured.out
