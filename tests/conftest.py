@@ -79,6 +79,16 @@ def narrow_throughout():
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _command_line():
+    """typer makes all commands of their functions for every call; here, once."""
+    import typer.main
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(typer.main, "get_command", functools.cache(typer.main.get_command))
+        yield
+
+
 @pytest.fixture(scope="session")
 def onnx_operators():
     """torch.onnx reads the source of each of its operators for every file; from here on, once."""

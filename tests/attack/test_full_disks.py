@@ -32,7 +32,7 @@ from vggtorch.training import (
 from vggtorch.weights import copies, sources
 
 resource = pytest.importorskip("resource", reason="needs limits on a process, as on POSIX")
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("onnx_operators")]
 
 
 @contextmanager

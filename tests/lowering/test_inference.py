@@ -40,10 +40,18 @@ def vgg(batch_norm: bool, size: int = 32) -> keras.Model:
     return randomise(vt.VGG11(weights=None, input_shape=(size, size, 3), batch_norm=batch_norm))
 
 
+def test_it_answers_as_the_torch_network_does_bit_for_bit() -> None:
+    answers_as_the_torch_network(small_vgg())
+
+
+@pytest.mark.once
 @pytest.mark.slow
-@pytest.mark.parametrize("make", [small_vgg, lambda: vgg(False), lambda: vgg(True)])
-def test_it_answers_as_the_torch_network_does_bit_for_bit(make: Callable[[], keras.Model]) -> None:
-    model = make()
+@pytest.mark.parametrize("batch_norm", [False, True])
+def test_at_real_width_it_answers_so_too(batch_norm: bool) -> None:
+    answers_as_the_torch_network(vgg(batch_norm))
+
+
+def answers_as_the_torch_network(model: keras.Model) -> None:
     x = torch.rand(3, *model.input_shape[1:])
     with torch.no_grad():
         expected = vt.to_torch(model).eval()(x)

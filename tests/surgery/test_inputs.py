@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from typing import Any
 
+import by_torchvision
 import keras
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ import torch
 from contract import equal, images, operations, run, same_snapshot, shake_, snapshot, vgg
 from keras import layers as kl
 from test_nested import layers, outer, siamese
+from torch import nn
 
 from vggtorch.models import VGG11, as_layers, data_config, preprocess, remember_, weight_set
 from vggtorch.surgery import insert, truncate, with_input
@@ -193,12 +196,18 @@ def test_a_published_classifier_of_another_size_is_told_how():
             VGG11(weights="imagenet", input_shape=shape)
 
 
-@pytest.mark.slow
-def test_vgg_with_its_classifier_is_torchvisions_at_another_size(tmp_path):
-    from torchvision.models import vgg11
-
+def test_vgg_with_its_classifier_is_torchvisions_at_another_size(tmp_path, narrow):
     torch.manual_seed(0)
-    reference = vgg11(num_classes=10).eval()
+    parts = {
+        "features": by_torchvision.features("vgg11", narrow=True),
+        "avgpool": nn.AdaptiveAvgPool2d(7),
+        "flatten": nn.Flatten(),
+        "classifier": nn.Sequential(
+            *(nn.Linear(64 * 7 * 7, 64), nn.ReLU(), nn.Dropout()),
+            *(nn.Linear(64, 64), nn.ReLU(), nn.Dropout(), nn.Linear(64, 10)),
+        ),
+    }
+    reference = nn.Sequential(OrderedDict(parts)).eval()
     torch.save(reference.state_dict(), tmp_path / "vgg11.pth")
     model = VGG11(weights=tmp_path / "vgg11.pth", classes=10, classifier_activation=None)
     pooled = insert(model, "block5_pool", kl.AdaptiveAveragePooling2D(7, name="avgpool"))

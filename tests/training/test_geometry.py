@@ -37,6 +37,7 @@ def pictures(tmp_path_factory):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("onnx_operators")
 @pytest.mark.parametrize(
     "options",
     [

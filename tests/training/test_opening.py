@@ -81,6 +81,7 @@ def test_the_multilevel_head_stands_on_the_last_three_pools():
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("onnx_operators")
 def test_the_multilevel_head_fits_any_size_and_its_files_the_size_that_they_are_for(tmp_path):
     import onnxruntime
 

@@ -45,10 +45,9 @@ def test_kernels_are_views_not_copies():
     assert kernel.data_ptr() == state["features.0.weight"].data_ptr()
 
 
-@pytest.mark.slow
-def test_fc1_turns_chw_into_hwc():
-    state = {"classifier.0.weight": torch.randn(4096, 25088)}
-    features = torch.randn(2, 512, 7, 7)
+def test_fc1_turns_chw_into_hwc(narrow):
+    state = {"classifier.0.weight": torch.randn(64, 64 * 7 * 7)}
+    features = torch.randn(2, 64, 7, 7)
     expected = features.flatten(1) @ state["classifier.0.weight"].T
     kernel = conversion.to_keras(state, "torchvision")["fc1/kernel"]
     received = features.permute(0, 2, 3, 1).flatten(1) @ kernel
@@ -57,8 +56,7 @@ def test_fc1_turns_chw_into_hwc():
 
 @pytest.mark.slow
 def test_other_numbers_of_classes_and_image_sizes():
-    state = reference("vgg11", classes=10)
-    state["classifier.0.weight"] = torch.randn(4096, 512 * 5 * 5)
+    state = reference("vgg11", classes=10, side=5)
     converted = conversion.to_keras(state, "torchvision")
     assert converted["predictions/kernel"].shape == (4096, 10)
     assert converted["fc1/kernel"].shape == (12800, 4096)
