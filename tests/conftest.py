@@ -26,6 +26,12 @@ def pytest_collection():
         gc.enable()
 
 
+def pytest_sessionfinish():
+    """pytest looks five times for cycles that are left; after the first there are none."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
 def pytest_collection_modifyitems(items):
     import torch

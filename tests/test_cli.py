@@ -73,7 +73,7 @@ def test_predict_prints_the_most_probable_classes(tmp_path, capsys):
     assert [line.split("%  ")[1] for line in printed[1:]] == [name for _, name, _ in best]
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("narrow")
 def test_predict_refuses_weights_whose_preprocessing_is_not_known(tmp_path, capsys):
     weights, image = tmp_path / "random.pth", tmp_path / "image.png"
     Image.new("RGB", (8, 8)).save(image)
@@ -162,12 +162,13 @@ def mistakes():
 
 @pytest.mark.parametrize(("command", "message"), list(mistakes()))
 def test_a_mistake_is_one_line_in_the_words_of_the_command_line(
-    command, message, tmp_path, monkeypatch, capsys
+    command, message, tmp_path, monkeypatch, capsys, request
 ):
     monkeypatch.chdir(tmp_path)
     tiny.pictures(tmp_path / "images")
     tiny.pictures(tmp_path / "unreadable")
     if "features.pth" in command:
+        request.getfixturevalue("narrow")
         vt.save_weights(vt.VGG11(weights=None, include_top=False), "features.pth")
     (tmp_path / "unreadable" / "blue" / "broken.jpg").write_bytes(b"no image")
     assert main(shlex.split(command)) == 1

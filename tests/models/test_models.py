@@ -76,8 +76,8 @@ def test_same_arrays_same_outputs_as_keras_applications(name):
         assert torch.equal(ours(images), theirs(images))
 
 
-@pytest.fixture(scope="module")
-def small():
+@pytest.fixture
+def small(narrow):
     """VGG16's convolutions with random weights."""
     return vt.VGG16(weights=None, include_top=False, input_shape=(32, 32, 3))
 
@@ -251,7 +251,7 @@ def test_arguments_that_cannot_work_are_refused(arguments, message):
         vt.VGG16(**arguments)
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("narrow")
 def test_another_networks_file_is_refused_with_both_lists(tmp_path):
     path = tmp_path / "vgg19.pth"
     vt.save_weights(vt.VGG19(weights=None, include_top=False, input_shape=(32, 32, 3)), path)
@@ -281,7 +281,7 @@ def test_a_nested_network_is_pointed_out(small, tmp_path):
 def test_what_a_file_cannot_hold_is_refused(small, tmp_path):
     for name in ("module", "_orig_mod", "0", "head"):
         inner = keras.layers.Dense(3, name="fc")
-        layer = keras.Sequential([keras.Input((1, 1, 512)), inner], name=name)
+        layer = keras.Sequential([keras.Input(small.output_shape[1:]), inner], name=name)
         image = keras.Input((32, 32, 3))
         x = image
         for each in small.layers[1:]:

@@ -12,7 +12,7 @@ from keras import layers as kl
 from vggtorch.models import VGG11, as_layers, preprocess, remember_, weight_set
 from vggtorch.surgery import insert, remove, replace, stack, truncate
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "narrow")
 
 PHOTOGRAPH = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3)).astype("uint8")
 
@@ -96,7 +96,8 @@ def test_replaced_preprocessing_gives_the_weight_set_up():
 
 def test_preprocessing_is_composed_into_the_first_convolution():
     model = built_in()
-    new = kl.Conv2D(64, 3, padding="same", activation="relu", name="new")
+    filters = model.get_layer("block1_conv1").filters
+    new = kl.Conv2D(filters, 3, padding="same", activation="relu", name="new")
     with pytest.warns(UserWarning, match="no longer remembers"):
         result = replace(model, ["oxford_preprocessing", "block1_conv1"], new, init="compose")
     x = torch.from_numpy(PHOTOGRAPH).float()

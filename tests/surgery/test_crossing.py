@@ -195,7 +195,7 @@ def test_what_starts_behind_a_layer_forgets_the_weight_set(make):
 
 
 @pytest.mark.slow
-def test_what_starts_with_the_image_remembers():
+def test_what_starts_with_the_image_remembers(narrow):
     model = short()
     assert weight_set(truncate(model, "block2_pool", start=model.layers[0].name)) == "oxford"
     for start in ("photograph", "crop", "border"):
@@ -203,7 +203,7 @@ def test_what_starts_with_the_image_remembers():
 
 
 @pytest.mark.slow
-def test_new_layers_before_all_others_give_the_weight_set_up():
+def test_new_layers_before_all_others_give_the_weight_set_up(narrow):
     model = short()
     first = model.layers[0].name
     with pytest.warns(UserWarning, match="'scale' before all that reads .* set 'oxford': if it"):
