@@ -56,7 +56,7 @@ class Pair:
 
     @property
     def name(self) -> str:
-        """Of both."""
+        """The names of both."""
         return f"{self.first.name}+{self.second.name}"
 
 

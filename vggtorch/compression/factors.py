@@ -193,7 +193,7 @@ LANES = 16  # numbers that a processor multiplies at once; tensor cores take 8 o
 
 
 def whole_vectors(channels: int, lanes: int = LANES) -> int:
-    """As many channels, or the fewer that fill whole vectors; a part of one takes as long as all.
+    """The most channels, up to so many, that fill whole vectors: a part takes as long as all.
 
     In VGG16 compressed four times, ranks such as 19, 23, 38 and 83 would cost seven in a hundred
     multiply-adds more on AVX512 than are counted, most of them in block 1.

@@ -92,7 +92,7 @@ def look(
 
     The metric is the sum of g g^T over positions, where g is the gradient of a random combination
     of the last maps: the expectation of what the error at each position does to these, as if errors
-    at different positions never met. They do; `measured` says how much more there is.
+    at different positions never met. They do: `change` measures what both do together.
 
     Args:
         network: returns its maps as a list.

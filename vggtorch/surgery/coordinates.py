@@ -87,8 +87,9 @@ class Moments:
 
     Attributes:
         product: the layer.
-        patches: patch by patch, (D + 1, D + 1); the last row and column are the one's.
-        targets: patch by wanted output, (D + 1, O); None where nothing is wanted.
+        patches: of each patch by itself, (D + 1, D + 1): D inputs, and the constant one that the
+            bias is multiplied by.
+        targets: of each patch by the output that is wanted of it, (D + 1, O); None where none is.
         count: positions counted in.
     """
 
@@ -112,7 +113,7 @@ class Moments:
 
     @property
     def second(self) -> Tensor:
-        """E[patch patch^T], without the one's row and column if the layer has no bias."""
+        """E[patch patch^T], without the row and column of the constant if there is no bias."""
         size = len(self.patches) - (self.product.bias is None)
         return self.patches[:size, :size] / self.count
 

@@ -6,11 +6,10 @@ file as a script, with a time limit, and maps the values itself:
     python -P hdf5.py FILE
 
 prints as JSON, in `spans`, each weight's name -> [byte where its values begin, shape, dtype], and
-beside it what the file says of the model: `config`, `weight_set`, `data_config`, `unnamed`, where
-layers have their place in the model instead of a name, and `ordered`, what it is whose weights
-stand in the order of Keras: `layers`, or `models` with all that is in them. What is wrong with the
-file is one line on standard error; the exit status 3 says that it is whole, but nothing that is
-read here. FILE may be a .keras archive.
+beside it what the file says of the model: `config`, `weight_set`, `data_config`, and `unnamed` and
+`ordered` as `sources.Checkpoint` has them. What is wrong with the file is one line on standard
+error; the exit status 3 says that it is whole, but nothing that is read here. FILE may be a .keras
+archive.
 
 Names are `layer/variable`, with the nested model's name before them. Keras's own form has no names
 of variables: they are `kernel` and `bias`, or batch norm's, where there is no doubt, and numbers.

@@ -201,7 +201,7 @@ def _client(wanted: Repository, doing: str = "get") -> Iterator[None]:
     except errors.GatedRepoError as error:
         raise OSError(
             f"{start}: access is given on its page; ask for it there, and {log_in}."
-        ) from (error)
+        ) from error
     except errors.RepositoryNotFoundError as error:
         raise OSError(
             f"{start}: {constants.ENDPOINT} has no such repository, or a private one that this "

@@ -53,10 +53,11 @@ class Checkpoint:
             "dense0.weight" in graph order, laid out as torch does, (O, I, H, W) and (out, in).
         weight_set: whose preprocessing they expect, where the file or its hash tells.
         path: the file; of tensors in memory, what messages call them.
-        origin: the form that the tensors had before they were converted.
-        ordered: what it is whose weights stand in Keras's order, whatever they are called: each of
-            the `layers`, or nested `models` too; None where names are all that counts.
-        unnamed: its layers have the places that they had in their model for names, as Keras 2 wrote
+        origin: the form that the file has; `form` is another one once they are converted.
+        ordered: how far weights whose names differ may be told apart by their order, which is
+            Keras's: within each layer (`layers`), or in whole nested models too (`models`); None
+            where the order means nothing.
+        unnamed: its layers are called by their class and their place in the model, as Keras 2 wrote
             them: "conv2d_1/kernel".
         note: what a user should hear of the file, such as which part of it was not taken.
         data_config: all that the model whose weights they are expected of an image, as the JSON of
