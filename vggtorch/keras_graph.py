@@ -331,13 +331,16 @@ def override_call_(model: keras.Model, call: Callable[..., Any] | None) -> None:
         model.__dict__["call"] = call
 
 
-def data_format(graph: keras.Function) -> str:
-    """The layout that a graph's spatial layers have; Flatten has an option of the same name."""
+def data_format(graph: keras.Function, otherwise: str | None = None) -> str:
+    """The layout that a graph's spatial layers have; Flatten has an option of the same name.
+
+    Where there are none it is `otherwise`, or Keras's own.
+    """
     for operation in graph.operations:
         for layer in all_layers(operation) if isinstance(operation, keras.Layer) else ():
             if hasattr(layer, "data_format") and not isinstance(layer, keras.layers.Flatten):
                 return str(layer.data_format)
-    return str(keras.config.image_data_format())
+    return otherwise or str(keras.config.image_data_format())
 
 
 # Layers

@@ -286,6 +286,24 @@ def test_operations_that_leave_channels_in_their_places_stay():
     assert with_input(model, SIZES).output_shape == (None, 8, 8, 2)
 
 
+def channels_first(*layers: keras.Layer) -> keras.Model:
+    """Where Keras's own layout is the other one."""
+    conv = kl.Conv2D(2, 3, name="conv", data_format="channels_first")
+    pool = kl.GlobalAveragePooling2D(data_format="channels_first", name="pool")
+    return shake_(keras.Sequential([keras.Input((3, 8, 8)), *layers, conv, pool]))
+
+
+def test_channels_stand_where_the_layers_have_them():
+    model = channels_first()
+    wide = with_input(model, channels=5, rule="zero")
+    assert wide.input_shape == (None, 5, 8, 8)
+    x = torch.rand(2, 5, 8, 8)
+    torch.testing.assert_close(run(wide, x), run(model, x[:, :3]))
+    assert with_input(model, (3, 6, 7)).input_shape == (None, 3, 6, 7)
+    sequences = [keras.Input((3, 9)), kl.Conv1D(2, 3, name="conv", data_format="channels_first")]
+    assert with_input(keras.Sequential(sequences), channels=4).input_shape == (None, 4, 9)
+
+
 def quantized() -> keras.Model:
     model = keras.Sequential([keras.Input((8,)), kl.Dense(4, name="whole")])
     model.get_layer("whole").quantize("int8")
@@ -333,6 +351,12 @@ REFUSED = {
     "a batch norm first": (
         lambda: with_input(keras.Sequential(NORM), channels=4),
         r"'norm' \(BatchNormalization\) expects \(None, 4, 4, 3\).*vt.insert",
+    ),
+    "numbers of channels that stand first": (
+        lambda: with_input(
+            channels_first(kl.Rescaling([[[1.0]], [[2.0]], [[3.0]]], name="scale")), channels=1
+        ),
+        r"can't give 'scale' \(Rescaling\) 1 channels: it has numbers of its own for each of 3",
     ),
     "a quantized kernel": (
         lambda: with_input(quantized(), channels=9, rule="sum"),

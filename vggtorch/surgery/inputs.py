@@ -16,6 +16,7 @@ from vggtorch.checks import is_whole
 from vggtorch.keras_graph import (
     Functional,
     Node,
+    data_format,
     device,
     filled,
     input_structure,
@@ -90,7 +91,8 @@ def with_input(
     wiring = Wiring(model, "with_input")
     shapes = _shapes(wiring, shape, channels)
     resized = [t for t in wiring.functional.inputs if id(t) in shapes]
-    counts = {(t.shape[_axis(t)], shapes[id(t)][_axis(t)]) for t in resized}
+    axes = [_channel_axis(wiring.functional, t) for t in resized]
+    counts = {(t.shape[a], shapes[id(t)][a]) for t, a in zip(resized, axes, strict=True)}
     other = {(old, new) for old, new in counts if old != new}
     known, kept = weight_set(model), remembered(model)
     built_in = _built_in(wiring) if other else []
@@ -121,9 +123,11 @@ def with_input(
     return result
 
 
-def _axis(tensor: KerasTensor) -> int:
-    first = keras.config.image_data_format() == "channels_first" and len(tensor.shape) == 4
-    return 1 if first else len(tensor.shape) - 1
+def _channel_axis(graph: Functional, tensor: KerasTensor) -> int:
+    """The axis of an input's channels, as the graph's layers have it, or else Keras for images."""
+    rank = len(tensor.shape)
+    usual = keras.config.image_data_format() if rank == 4 else "channels_last"
+    return 1 if rank > 2 and data_format(graph, usual) == "channels_first" else rank - 1
 
 
 def _shapes(
@@ -150,12 +154,17 @@ def _shapes(
             f"{wiring.model.name!r} has no inputs {unknown}; its inputs are "
             f"{', '.join(map(repr, inputs))}."
         )
-    return {id(inputs[name]): _shape(inputs[name], one, channels) for name, one in shape.items()}
+    return {
+        id(inputs[name]): _shape(wiring.functional, inputs[name], one, channels)
+        for name, one in shape.items()
+    }
 
 
-def _shape(tensor: KerasTensor, given: Shape, channels: int | None) -> tuple[int | None, ...]:
+def _shape(
+    graph: Functional, tensor: KerasTensor, given: Shape, channels: int | None
+) -> tuple[int | None, ...]:
     """The new shape of an input, batch included, checked."""
-    old, axis = tensor.shape, _axis(tensor)
+    old, axis = tensor.shape, _channel_axis(graph, tensor)
     numbers = list(given) if isinstance(given, Iterable) else []
     new = [old[0], *map(_size, numbers)]
     if len(new) != len(old) or any(
@@ -226,13 +235,17 @@ def _check_constants(result: keras.Model) -> None:
     for graph in Wiring(result, "with_input").all_graphs():
         for node in graph.nodes:
             layer = node.operation
+            if node.is_input:
+                continue
+            shape = node.input_tensors[0].shape
             if isinstance(layer, keras.layers.Rescaling):
-                constants, axes = [layer.scale, layer.offset], [-1]
+                axis = _channel_axis(graph.functional, node.input_tensors[0]) - len(shape)
+                constants = [c for c in (layer.scale, layer.offset) if np.ndim(c) >= -axis]
+                axes = [axis]
             elif isinstance(layer, keras.layers.Normalization):
                 constants, axes = [layer.mean, layer.variance], [a for a in layer.axis if a]
             else:
                 continue
-            shape = node.input_tensors[0].shape
             for constant in (c for c in constants if np.ndim(c)):
                 for axis in axes:
                     now, numbers = shape[axis], np.shape(constant)[axis]
@@ -288,7 +301,7 @@ def _advice(wiring: Wiring, layer: Any, channels: bool) -> str:
         for node in graph.nodes:
             if isinstance(node.operation, keras.layers.Flatten):
                 tensor = node.input_tensors[0]
-                axis = _axis(tensor)
+                axis = _channel_axis(graph.functional, tensor)
                 sizes = tuple(n for i, n in enumerate(tensor.shape) if i not in (0, axis))
                 if _weighs(layer) and len(sizes) == 2 and None not in sizes:
                     return (
@@ -315,12 +328,14 @@ def _check_places(result: keras.Model, counts: Collection[int | None]) -> None:
     BGR would put an added channel before them, and one that picks three would leave it out.
     """
     for graph in Wiring(result, "with_input").all_graphs():
-        images = {id(t) for t in graph.functional.inputs if t.shape[_axis(t)] in counts}
+        inner = graph.functional
+        images = {id(t) for t in inner.inputs if t.shape[_channel_axis(inner, t)] in counts}
         for node in graph.nodes:
             read = [t for t in node.input_tensors if id(t) in images]
             if node.is_input or not read or _weighs(node.operation):
                 continue
-            if not _known(node.operation) and not _in_place(node, read):
+            axis = _channel_axis(inner, read[0])
+            if not _known(node.operation) and not _in_place(node, read, axis):
                 raise ValueError(
                     f"with_input can't give {graph.prefix + node.operation.name!r} "
                     f"({type(node.operation).__name__}) other channels: it puts them in another "
@@ -336,7 +351,7 @@ def _known(operation: Any) -> bool:
     return plain and not own
 
 
-def _in_place(node: Node, images: Sequence[KerasTensor]) -> bool:
+def _in_place(node: Node, images: Sequence[KerasTensor], axis: int) -> bool:
     """Whether channel i of what is read is seen in channel i of what is made, and there alone."""
     generator = torch.Generator().manual_seed(0)
 
@@ -350,7 +365,7 @@ def _in_place(node: Node, images: Sequence[KerasTensor]) -> bool:
         with torch.no_grad():
             return keras.tree.flatten(node.operation(*args, **kwargs))[0]
 
-    axis, count = _axis(images[0]), images[0].shape[_axis(images[0])]
+    count = images[0].shape[axis]
     before = {id(t): made_up(t) for t in node.input_tensors}
     first = run(before)
     if first.ndim != len(images[0].shape) or first.shape[axis] != count:
