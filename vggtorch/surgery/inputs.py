@@ -239,15 +239,14 @@ def _check_constants(result: keras.Model) -> None:
                 continue
             shape = node.input_tensors[0].shape
             if isinstance(layer, keras.layers.Rescaling):
-                axis = _channel_axis(graph.functional, node.input_tensors[0]) - len(shape)
-                constants = [c for c in (layer.scale, layer.offset) if np.ndim(c) >= -axis]
-                axes = [axis]
+                constants = [layer.scale, layer.offset]
+                axes = [_channel_axis(graph.functional, node.input_tensors[0]) - len(shape)]
             elif isinstance(layer, keras.layers.Normalization):
                 constants, axes = [layer.mean, layer.variance], [a for a in layer.axis if a]
             else:
                 continue
-            for constant in (c for c in constants if np.ndim(c)):
-                for axis in axes:
+            for constant in constants:
+                for axis in (a for a in axes if -np.ndim(constant) <= a < np.ndim(constant)):
                     now, numbers = shape[axis], np.shape(constant)[axis]
                     if numbers not in (1, now):
                         raise ValueError(
