@@ -16,7 +16,7 @@ from sklearn.utils.class_weight import compute_class_weight
 from torch.utils.data import DataLoader, Subset, SubsetRandomSampler
 
 from vggtorch.cli import main
-from vggtorch.training import balance, data
+from vggtorch.training import balance, data, loaders
 from vggtorch.training.config import TrainConfig
 from vggtorch.training.loop import finetune
 from vggtorch.training.stages import Stage
@@ -27,7 +27,7 @@ LABELS = np.array([0] * 12 + [1] * 6 + [2] * 2)
 
 def weights_of(given, labels=LABELS):
     dataset: Any = [(torch.zeros(2, 2, 3), int(label)) for label in labels]
-    source, plan = data.as_source(dataset, 0, 4)
+    source, plan = loaders.as_source(dataset, 0, 4)
     return balance.class_weights(TrainConfig(class_weight=given), source, plan, NAMES)
 
 
@@ -42,7 +42,7 @@ def test_balanced_weights_are_of_the_images_that_a_sampler_gives():
     dataset: Any = [(torch.zeros(2, 2, 3), int(label)) for label in LABELS]
     chosen = [*range(8), *range(12, 20)]  # 8, 6 and 2 of the classes
     loader = DataLoader(dataset, batch_size=4, sampler=SubsetRandomSampler(chosen))
-    source, plan = data.as_source(loader, 0, 4)
+    source, plan = loaders.as_source(loader, 0, 4)
     found = balance.class_weights(TrainConfig(class_weight="balanced"), source, plan, NAMES)
     assert found is not None
     expected = compute_class_weight("balanced", classes=np.arange(3), y=LABELS[chosen])
@@ -86,7 +86,7 @@ def test_balanced_batches_draw_every_class_equally_often():
 
 
 def test_an_image_that_is_drawn_again_is_augmented_otherwise():
-    source = data.as_source(tiny.dataset(), 0, 4)[0]
+    source = loaders.as_source(tiny.dataset(), 0, 4)[0]
     stage = Stage(torch.nn.Identity(), source, None, is_cached=False)
     ((first, second, third),) = stage.keys(lambda epoch: [[5, 2, 5]], 3)
     assert first[0] == third[0] == 5 and first[1] != third[1]

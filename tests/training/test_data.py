@@ -13,7 +13,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset, WeightedRandomSampler
 
 from vggtorch.models import preprocess
-from vggtorch.training import data, reading
+from vggtorch.training import data, loaders, reading
 
 
 def test_folder_reads_what_torchvisions_image_folder_lists(tmp_path):
@@ -147,7 +147,7 @@ class Noisy(Dataset):
 
 
 def test_a_dataset_gives_the_same_for_the_same_augmentation_and_leaves_random_numbers_alone():
-    source, _ = data.as_source(Noisy(), seed=1, batch_size=4)
+    source, _ = loaders.as_source(Noisy(), seed=1, batch_size=4)
     states = random.random(), np.random.rand(), torch.rand(())
     random.seed(0)
     np.random.seed(0)
@@ -166,7 +166,7 @@ def test_a_dataset_gives_the_same_for_the_same_augmentation_and_leaves_random_nu
 
 def test_a_dataset_may_hold_pil_images():
     dataset: Any = [(Image.new("L", (5, 4), 100), 1)] * 3
-    source, _ = data.as_source(dataset, seed=0, batch_size=2)
+    source, _ = loaders.as_source(dataset, seed=0, batch_size=2)
     images, _ = source[[(0, 0)]]
     assert images.shape == (1, 4, 5, 3)
     assert images.dtype == torch.uint8
@@ -183,7 +183,7 @@ def test_shuffled_is_a_new_permutation_each_epoch():
 def test_a_loaders_own_sampler_decides_and_repeats_itself():
     sampler = WeightedRandomSampler([0.0, 1.0, 1.0] + [0.0] * 7, 8, generator=torch.Generator())
     loader = DataLoader(Noisy(), batch_size=3, sampler=sampler)
-    _, plan = data.as_source(loader, seed=2, batch_size=99)
+    _, plan = loaders.as_source(loader, seed=2, batch_size=99)
     first = plan(0)
     assert [len(batch) for batch in first] == [3, 3, 2]
     assert set(sum(first, [])) <= {1, 2}
@@ -193,10 +193,10 @@ def test_a_loaders_own_sampler_decides_and_repeats_itself():
 
 def test_loaders_without_batches_and_datasets_without_length_are_refused():
     with pytest.raises(ValueError, match="Received a DataLoader with batch_size=None"):
-        data.as_source(DataLoader(Noisy(), batch_size=None), 0, 1)
+        loaders.as_source(DataLoader(Noisy(), batch_size=None), 0, 1)
     endless: Any = type("Endless", (Dataset,), {"__getitem__": lambda self, i: i})()
     with pytest.raises(ValueError, match="Received Endless, which has no length"):
-        data.as_source(endless, 0, 1)
+        loaders.as_source(endless, 0, 1)
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ import tiny
 from PIL import Image
 
 from vggtorch.models import SUFFIXES, images
-from vggtorch.training import data, find_splits, folders
+from vggtorch.training import data, find_splits, folders, loaders
 
 
 def folders_in(tmp_path, *names):
@@ -387,5 +387,5 @@ def test_a_folder_is_checked_with_few_large_images_at_once(tmp_path, monkeypatch
 def test_a_dataset_of_pil_images_is_read_as_files_are():
     image = Image.new("RGBA", (4, 4), (0, 0, 0, 0))
     dataset: Any = [(image, 0), (image, 1)]
-    source, _ = data.as_source(dataset, seed=0, batch_size=2)
+    source, _ = loaders.as_source(dataset, seed=0, batch_size=2)
     assert source[[(0, 0)]][0].min() == 255

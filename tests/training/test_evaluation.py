@@ -11,9 +11,9 @@ from accelerate import Accelerator
 from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 from torch.utils.data import TensorDataset
 
-from vggtorch.training.data import as_source
 from vggtorch.training.evaluation import Evaluation, activation_maps, evaluate
 from vggtorch.training.heads import logits_network
+from vggtorch.training.loaders import as_source
 
 
 def test_figures_are_those_of_scikit_learn(history):

@@ -11,7 +11,7 @@ import tiny
 import torch
 from accelerate import Accelerator
 
-from vggtorch.training import data, features
+from vggtorch.training import data, features, loaders
 from vggtorch.training.identity import network_digest
 from vggtorch.training.loop import finetune
 
@@ -208,7 +208,7 @@ def test_a_datasets_content_makes_the_key(tmp_path, monkeypatch):
     images = torch.randint(0, 256, (9, 16, 16, 3), dtype=torch.uint8)
     for x in (images, images, images.flip(0)):
         dataset = torch.utils.data.TensorDataset(x, torch.arange(9) % 3)
-        cached(frozen(), data.as_source(dataset, 0, 4)[0], tmp_path / "f")
+        cached(frozen(), loaders.as_source(dataset, 0, 4)[0], tmp_path / "f")
     assert len(runs) == 2
 
 

@@ -15,7 +15,7 @@ import torch
 from filelock import FileLock
 from test_features import cached, count_runs, frozen
 
-from vggtorch.training import data
+from vggtorch.training import data, loaders
 
 
 @pytest.fixture
@@ -81,7 +81,7 @@ def test_what_the_images_raise_is_not_taken_for_a_full_disk(tmp_path, error):
             return torch.zeros(16, 16, 3), 0
 
     made: list[int] = []
-    source = data.as_source(Broken(), 0, 4)[0]
+    source = loaders.as_source(Broken(), 0, 4)[0]
     source.plain  # noqa: B018 - which reads all of them
     made.append(1)
     with pytest.raises(type(error)) as caught:

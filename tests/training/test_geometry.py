@@ -17,7 +17,7 @@ from sklearn.datasets import load_sample_images
 import vggtorch as vt
 from vggtorch.cli import main
 from vggtorch.models import remember_
-from vggtorch.training import data, keeping
+from vggtorch.training import data, keeping, loaders
 from vggtorch.weight_sets import DataConfig
 
 
@@ -151,7 +151,7 @@ def test_pil_images_of_a_dataset_are_brought_to_the_models_size(pictures, tmp_pa
 
     model = remember_(tiny.network(2), "oxford")
     config = vt.TrainConfig(epochs=1, output_dir=str(tmp_path / "run"))
-    source, _ = data.as_source(ImageFolder(pictures), 0, 4, data.images_for(model, config))
+    source, _ = loaders.as_source(ImageFolder(pictures), 0, 4, data.images_for(model, config))
     images, labels = source[[(0, 0), (9, 0)]]
     paths = sorted(pictures.rglob("*.png"))
     expected = vt.preprocess([paths[0], paths[9]], DataConfig(preprocessing_inside=True), size=16)

@@ -16,7 +16,7 @@ import webdataset
 from PIL import Image
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from vggtorch.training import data, items
+from vggtorch.training import data, items, loaders
 from vggtorch.training.config import TrainConfig
 from vggtorch.training.loop import finetune
 from vggtorch.training.run import read_data
@@ -93,7 +93,7 @@ def test_a_loader_with_a_function_of_its_own_may_give_a_dictionary(hugging_face,
         return {"pixel_values": torch.stack(pixels), "labels": [row["label"] for row in rows]}
 
     loader = DataLoader(hugging_face, batch_size=6, collate_fn=collate)
-    source, plan = data.as_source(loader, 0, 99)
+    source, plan = loaders.as_source(loader, 0, 99)
     images, labels = source[[(3, 0), (20, 0)]]
     assert images.shape == (2, 16, 16, 3) and images.dtype == torch.uint8
     assert labels.tolist() == hugging_face[[3, 20]]["label"]
@@ -128,7 +128,7 @@ def test_a_stream_of_batches_is_taken_apart():
             yield from ((torch.full((4, 4, 3), i, dtype=torch.uint8), i % 3) for i in range(10))
 
     with pytest.warns(UserWarning, match="Read 10 images"):
-        source, plan = data.as_source(DataLoader(Stream(), batch_size=4), 0, 99)
+        source, plan = loaders.as_source(DataLoader(Stream(), batch_size=4), 0, 99)
     images, labels = source[[(i, 0) for i in range(10)]]
     assert images[:, 0, 0, 0].tolist() == list(range(10))
     assert labels.tolist() == [i % 3 for i in range(10)]
@@ -143,7 +143,7 @@ def test_a_stream_without_an_end_is_refused(monkeypatch):
 
     monkeypatch.setattr(items, "MOST", 2**20)
     with pytest.raises(ValueError, match=r"stream of more than .* images \(21 so far\), or one wi"):
-        data.as_source(Endless(), 0, 1)
+        loaders.as_source(Endless(), 0, 1)
 
 
 @pytest.mark.parametrize(
@@ -161,7 +161,7 @@ def test_items_that_are_neither_are_refused(item, message):
 
 
 def test_labels_that_are_text_are_refused():
-    source, _ = data.as_source([(torch.zeros(4, 4, 3), "cat")], 0, 1)  # type: ignore[arg-type]
+    source, _ = loaders.as_source([(torch.zeros(4, 4, 3), "cat")], 0, 1)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"labels are text \('cat'\); expected numbers from 0"):
         source[[(0, 0)]]
     assert items.label_names(TensorDataset(torch.zeros(1))) == ()

@@ -12,7 +12,7 @@ import tiny
 import torch
 from torchvision.transforms import v2
 
-from vggtorch.training import data, mixing, reading
+from vggtorch.training import data, loaders, mixing, reading
 from vggtorch.training.config import TrainConfig
 from vggtorch.training.loop import finetune
 from vggtorch.training.mixing import mixed
@@ -46,7 +46,7 @@ def test_with_both_each_batch_has_one_of_them():
 @pytest.mark.parametrize("count", [1, 2, 7])
 def test_processes_share_out_the_pairs_of_the_whole_batch(count):
     dataset = tiny.dataset()
-    source, _ = data.as_source(dataset, 0, 4)
+    source, _ = loaders.as_source(dataset, 0, 4)
     keys = [[(i, 0) for i in range(count)], [(9, 0), (3, 0), (5, 0)]]
     for processes in (1, 2, 4):
         parts = []

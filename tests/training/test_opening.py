@@ -16,7 +16,7 @@ from torch.utils.data import TensorDataset
 import vggtorch as vt
 from vggtorch.cli import main
 from vggtorch.models import best_weight_set, remember_
-from vggtorch.training import data, opening
+from vggtorch.training import loaders, opening
 from vggtorch.training.advice import Plan
 from vggtorch.training.evaluation import evaluate
 from vggtorch.training.optimization import optimizer_class
@@ -217,5 +217,5 @@ def test_images_of_0_to_1_are_not_taken_for_ready_ones(tmp_path):
     model = remember_(tiny.network(), "imagenet")
     with pytest.raises(ValueError, match="values from .* to .*, which look scaled to 0 to 1"):
         vt.finetune(model, pixels, output_dir=str(tmp_path / "run"))
-    source, _ = data.as_source(pixels, 0, 4, vt.data_config(tiny.network()))
+    source, _ = loaders.as_source(pixels, 0, 4, vt.data_config(tiny.network()))
     assert source[[(0, 0)]][0].max() < 1  # nothing is known of what this network expects

@@ -35,7 +35,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         ),
     },
     "mixed": {
-        "mixup": 0.4, "cutmix": 1.0, "sampling": "balanced", "class_weight": "balanced",
+        "mixup": 0.4, "cutmix": 1.0, "sampling": "balanced", "class_weight": (1.0, 2.0, 0.5),
         "augment": "crop", "label_smoothing": 0.1,
     },
     "head": {"head": "mlp", "freeze": "block2_pool", "schedule": "constant"},

@@ -34,6 +34,7 @@ from vggtorch.models.memory import (
     remember_,
     remembered,
     weight_set,
+    written_on,
 )
 from vggtorch.models.preprocessing import (
     as_layers,
@@ -79,4 +80,5 @@ __all__ = [
     "settle_",
     "to_rgb",
     "weight_set",
+    "written_on",
 ]

@@ -29,6 +29,8 @@ from vggtorch.weights import Checkpoint
 
 PREPROCESSING_SUFFIX = "_preprocessing"  # of the name of the layer that preprocesses inside a model
 
+_WRITTEN = "vggtorch_remembered"  # of a Sequential model, and what that stood on
+
 PASSING = (  # layers behind which an image is an image of the same colours
     keras.layers.InputLayer,
     keras.layers.Identity,
@@ -67,18 +69,38 @@ def weight_set(model: keras.Model) -> str | None:
 def remembered(model: keras.Model) -> DataConfig:
     """What a model remembers as it stands; the defaults where it remembers nothing.
 
-    A model of no class that remembers goes by the one network that reads its images; its classes
-    aren't that network's.
+    A model of no class that remembers goes by what `remember_` wrote on it, as long as it is made
+    of the same layers, or else by the one network that reads its images; its classes aren't that
+    network's.
     """
     found = getattr(type(model), "data_config", None)
     if isinstance(found, DataConfig):
         return found
+    written = written_on(model)
+    return _of_its_network(model) if written is None else written
+
+
+def written_on(model: keras.Model) -> DataConfig | None:
+    """What `remember_` wrote on a Sequential model, if that is still made of the same layers."""
+    written = getattr(model, _WRITTEN, None)
+    if written is None or written[1:] != (_of_its_network(model), _layer_names(model)):
+        return None
+    found: DataConfig = written[0]
+    return found
+
+
+def _of_its_network(model: keras.Model) -> DataConfig:
+    """What the one network remembers that reads a model's images."""
     if functional(model) is None or not _reads_rgb(model):
         return DataConfig()
     readers = image_readers(model)
     configs = {marked(x) if functional(x) is None else remembered(x) for x in readers}
     expected = configs.pop() if len(configs) == 1 else DataConfig()
     return dataclasses.replace(expected, label_names=())
+
+
+def _layer_names(model: keras.Model) -> tuple[str, ...]:
+    return tuple(layer.name for layer in model.layers)
 
 
 def _reads_rgb(model: keras.Model) -> bool:
@@ -188,18 +210,23 @@ def remember_checkpoint_(model: keras.Model, checkpoint: Checkpoint, classes: in
 
 
 def remember_(model: keras.Model, config: str | DataConfig | None) -> keras.Model:
-    """Let a Functional model remember what it expects of an image, in place; returns the model.
+    """Let a model remember what it expects of an image, in place; returns the model.
+
+    A Functional model remembers it by its class, in files too; a Sequential one as long as it is
+    there and has the same layers. A subclass of the user's stays as it is.
 
     Args:
-        model: a model of another class (Sequential, a subclass of the user's) stays as it is.
+        model: Functional or Sequential.
         config: all of it; or a weight set alone, None for none, which leaves the rest as it was.
     """
+    if not isinstance(config, DataConfig):
+        config = dataclasses.replace(
+            remembered(model), weight_set=config, preprocessing_inside=False
+        )
     if remembers(model):
-        if not isinstance(config, DataConfig):
-            config = dataclasses.replace(
-                remembered(model), weight_set=config, preprocessing_inside=False
-            )
         model.__class__ = model_class(config)
         for layer in model.layers:
             mark_(layer, config)
+    elif functional(model) is not None:
+        setattr(model, _WRITTEN, (config, _of_its_network(model), _layer_names(model)))
     return model

@@ -35,7 +35,7 @@ from vggtorch.keras_graph import (
     reads_training,
     track_variables_,
 )
-from vggtorch.models import remember_, remembered
+from vggtorch.models import remember_, remembered, written_on
 from vggtorch.surgery.masks import automatic_masks, carried_masks, reads
 from vggtorch.surgery.remaking import (
     carry_,
@@ -127,6 +127,8 @@ class Rebuild:
             trainable=model.trainable,
         )
         result.dtype_policy = model.dtype_policy
+        if (written := written_on(model)) is not None:
+            remember_(result, written)
         self._tell_lost(wiring)
         kept = [id(t) for t in keras.tree.flatten(outputs) if id(t) not in self.instead]
         if kept != [id(t) for t in wiring.functional.outputs]:

@@ -4,8 +4,9 @@ Read `config` first, which says what can be asked for, and `loop`, which does it
 What the loop calls, in the order in which it calls: `opening` (the configuration by advice, and the
 first lines that a run says), `run` (the data, the device, and the state that a checkpoint holds),
 `tables`, `folders` and `splits` (which images there are, their classes, and what they are for),
-`items` (what data sets of others give), `data` (images by index and augmentation), `reading`
-(batches of them), `balance` (classes of unequal size), `heads` (new layers on top), `identity`
+`items` (what data sets of others give), `data` (images by index and augmentation), `loaders`
+(torch's as such, with their own batches), `reading` (batches of all), `balance` (classes of unequal
+size), `heads` (new layers on top), `identity`
 (what makes a run the run that it is), `optimization` (what trains, how fast), `schedules` (learning
 rates over time), `callbacks` (what users call in between), `trackers` (Accelerate's, which keep the
 figures), `features` (frozen layers run once), `stages` (what trains between two changes of what is

@@ -15,7 +15,7 @@ from vggtorch.checks import whole
 from vggtorch.keras_graph import graph_of
 from vggtorch.text import visible
 from vggtorch.training.config import TrainConfig
-from vggtorch.training.data import check_fits, images_for
+from vggtorch.training.data import check_fits, check_labels, images_for
 from vggtorch.training.features import frozen_end
 from vggtorch.training.heads import with_head
 from vggtorch.training.mixing import mixed, mixes
@@ -86,6 +86,7 @@ def show_batch(
     accelerator = make_accelerator(config.precision)
     (batch,) = shared_batches(read.training, [keys], 0, accelerator, in_pairs=mixes(config))
     step = read.steps(epoch)
+    check_labels(batch.labels, model)
     classes = read.classes or tuple(map(str, range(model.output_shape[1])))
     images, texts = _seen(batch, classes, config, step)
     return _sheet([pixels(image) for image in images[:count]], texts[:count])

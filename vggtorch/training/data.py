@@ -12,7 +12,6 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
-import itertools
 import os
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,20 +22,18 @@ from typing import Any, Literal, Protocol, cast
 import keras
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Subset, default_collate
+from torch.utils.data import default_collate
 
 from vggtorch.models import data_config, fitted, preprocess, read_image
 from vggtorch.training.config import Augment, TrainConfig
 from vggtorch.training.folders import read_classes
 from vggtorch.training.items import (
-    Kept,
     as_array,
     as_images,
     as_labels,
     check_alike,
     checked,
     image_and_label,
-    is_stream,
     label_names,
 )
 from vggtorch.training.splits import as_part
@@ -293,7 +290,14 @@ class DatasetSource:
         if self.collate is default_collate:
             check_alike([image for image, _ in map(checked, items)])
         images, labels = image_and_label(self.collate(items))
-        return as_images(images, self.data_config), as_labels(labels)
+        images, labels = as_images(images, self.data_config), as_labels(labels)
+        if not len(images) == len(labels) == len(keys):
+            raise ValueError(
+                f"The DataLoader's collate_fn makes {len(images)} images and {len(labels)} labels "
+                f"of {len(keys)} items; expected as many. Leave images out, or repeat them, in the "
+                f"Dataset or by its sampler."
+            )
+        return images, labels
 
     @functools.cached_property
     def plain(self) -> tuple[str, list[int]]:
@@ -310,78 +314,6 @@ class DatasetSource:
             return as_array(image, self.data_config), label
         except ValueError as error:
             raise ValueError(f"Image {index} of the Dataset can't be taken: {error}") from error
-
-
-def as_source(
-    data: Dataset[Any] | DataLoader[Any],
-    seed: int,
-    batch_size: int,
-    data_config: DataConfig | None = None,
-) -> tuple[DatasetSource, BatchPlan]:
-    """A torch Dataset or DataLoader as a source, and the batches of each epoch.
-
-    A DataLoader's own sampler decides on the batches, drawing its random numbers from
-    (seed, epoch); a Dataset is shuffled into batches of `batch_size`. A stream is read once.
-    """
-    images = data_config or DataConfig()
-    if is_stream(data):
-        batch_size = getattr(data, "batch_size", None) or batch_size
-        with seeded(seed):
-            data = Kept(data, images)
-    dataset = data.dataset if isinstance(data, DataLoader) else data
-    if hasattr(dataset, "iloc"):
-        raise ValueError(
-            f"Received a {type(dataset).__name__}; expected a folder, a table's path or a Dataset. "
-            f"Write it with `.to_csv('labels.csv', index=False)`, with columns path and label, and "
-            f"pass 'labels.csv'."
-        )
-    if not hasattr(dataset, "__len__"):
-        raise ValueError(
-            f"Received {type(dataset).__name__}, which has no length. Expected a folder, a table, "
-            f"or a Dataset with __len__ and __getitem__: a run that resumes inside an epoch has to "
-            f"know what it has seen."
-        )
-    if not len(dataset):
-        raise ValueError(f"Received an empty {type(dataset).__name__}; expected images.")
-    if not isinstance(data, DataLoader):
-        source = DatasetSource(dataset, default_collate, seed, images)
-        return source, shuffled(len(dataset), batch_size, seed)
-    sampler = data.batch_sampler
-    if sampler is None:
-        raise ValueError("Received a DataLoader with batch_size=None. Expected one with batches.")
-    most = 100 * (len(dataset) + 1)
-    generators = [getattr(owner, "generator", None) for owner in (data, data.sampler)]
-
-    def plan(epoch: int) -> list[list[int]]:
-        for generator in generators:
-            if generator is not None:
-                generator.manual_seed(seed + epoch)
-        with seeded(seed, epoch):
-            batches = [list(batch) for batch in itertools.islice(sampler, most + 1)]
-        if len(batches) > most:
-            raise ValueError(
-                f"The DataLoader's sampler gives more than {most} batches of {len(dataset)} "
-                f"images, or has no end. Expected the batches of one epoch."
-            )
-        if not batches:
-            raise ValueError(
-                f"The DataLoader gives no batch of its {len(dataset)} images. Expected one at "
-                f"least: a smaller batch_size, or drop_last=False."
-            )
-        return batches
-
-    return DatasetSource(dataset, data.collate_fn, seed, images), plan
-
-
-def drawn(source: DatasetSource, plan: BatchPlan) -> DatasetSource:
-    """Those images of a DataLoader's Dataset that its sampler gives in its first epoch.
-
-    A `SubsetRandomSampler` over a part of the images that train, say, judges by that part alone.
-    """
-    chosen = [int(index) for batch in plan(0) for index in batch]
-    if sorted(chosen) == list(range(len(source))):
-        return source
-    return dataclasses.replace(source, dataset=Subset(source.dataset, chosen))
 
 
 def check_fits(source: Folder | DatasetSource | None, model: keras.Model) -> None:

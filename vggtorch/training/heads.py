@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import keras
 from keras import layers
 
@@ -9,6 +11,7 @@ from vggtorch import surgery
 from vggtorch.keras_graph import calls, graph_of, producer, without_activation
 from vggtorch.lowering import OnKeras, between
 from vggtorch.models import remember_, remembered
+from vggtorch.text import visible
 from vggtorch.training.config import TrainConfig
 from vggtorch.training.data import seeded
 
@@ -138,11 +141,16 @@ def _batch_norm(name: str) -> keras.Layer:
 
 
 def class_names(
-    model: keras.Model, classes: tuple[str, ...], *, is_part: bool = False
+    model: keras.Model,
+    classes: tuple[str, ...],
+    *,
+    is_part: bool = False,
+    before: tuple[str, ...] = (),
 ) -> tuple[str, ...]:
     """The names of the model's outputs; numbers where the data has no names.
 
-    Data that is a part of a larger Dataset may have but the first of that one's classes.
+    Data that is a part of a larger Dataset may have but the first of that one's classes. Warns
+    where outputs that had a name `before` get another.
 
     Raises:
         ValueError: the model doesn't put out one value for each class, or isn't a graph of layers.
@@ -161,6 +169,15 @@ def class_names(
             f"The data has {len(classes)} classes ({', '.join(classes)}), and {model.name} "
             f"puts out {shape[1]}. Stack a head of {len(classes)} on it, or name one: "
             f"TrainConfig(head='multilevel')."
+        )
+    renamed = [f"{old} is {new}" for old, new in zip(before, classes, strict=False) if old != new]
+    if renamed:
+        shown = f"{', '.join(map(visible, renamed[:4]))}{', ...' if len(renamed) > 4 else ''}"
+        warnings.warn(
+            f"The classes of {model.name} were others: {shown} from now on. What its head has "
+            f"learned of them is unlearned first; a new one has nothing to unlearn (head='linear', "
+            f"cut='block5_pool', say).",
+            stacklevel=5,
         )
     return classes or tuple(map(str, range(shape[1])))
 

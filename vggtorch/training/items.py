@@ -5,6 +5,7 @@ Hugging Face's `datasets` and WebDataset give dictionaries.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from os import PathLike
@@ -127,6 +128,8 @@ def _check_ready(images: torch.Tensor, images_as: DataConfig) -> None:
             f"uint8 by `.to(torch.uint8)`."
         )
     low, high = (value.item() for value in images.aminmax())
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise ValueError("The Dataset gives images with NaN or infinite values; expected numbers.")
     ready = [
         (value - mean) / std
         for mean, std in zip(images_as.mean, images_as.std, strict=True)
@@ -205,7 +208,12 @@ def label_names(dataset: Any) -> tuple[str, ...]:
 
 
 def as_array(image: Any, images: DataConfig) -> Any:
-    """A PIL image as uint8 (H, W, 3) of the model's size; all else as it is."""
+    """A PIL image as uint8 (H, W, 3) of the model's size; all else as it is.
+
+    Of an array whose memory torch can't take, a mirrored one say, it's a copy.
+    """
+    if isinstance(image, np.ndarray) and image.dtype.kind in "biuf":
+        return np.require(image, requirements=["C", "W"])
     if not isinstance(image, Image.Image):
         return image
     image = to_rgb(image)

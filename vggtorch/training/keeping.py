@@ -68,10 +68,12 @@ def save_trained(history: History, folder: str | Path, command: str | None = Non
 
 def with_preprocessing(model: keras.Model) -> keras.Model:
     """A new model that takes RGB of 0 to 255 and preprocesses it itself; it remembers the rest."""
-    config = data_config(model)
+    config, known = data_config(model), remembered(model)
+    if isinstance(model, keras.Sequential):  # whose first layer is none of inputs
+        model = remember_(surgery.truncate(model, model.layers[-1].name), known)
     if config.arithmetic is None:
         plain = surgery.truncate(model, model.layers[-1].name)
-        inside = remembered(plain) if config.weight_set else config
+        inside = known if config.weight_set else config
         return remember_(plain, dataclasses.replace(inside, preprocessing_inside=True))
     name = config.arithmetic.name
     image = keras.Input(model.inputs[0].shape[1:], name="image")

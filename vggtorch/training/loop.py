@@ -188,12 +188,12 @@ def _finetune(
     if read.validation is None:
         _check_unvalidated(config)
     if config.head is not None:
-        before = model
-        model = with_head(model, config, len(read.classes))
-        check_frozen(before, model, config)
+        whole, model = model, with_head(model, config, len(read.classes))
+        check_frozen(whole, model, config)
     if config.temperature_scaling:
         check_temperature(model)
-    classes = class_names(model, read.classes, is_part=read.is_part)
+    before = () if config.head else images.label_names
+    classes = class_names(model, read.classes, is_part=read.is_part, before=before)
     read = read._replace(classes=classes if read.classes else ())
     images = dataclasses.replace(images, label_names=read.classes)
     remember_(model, images)

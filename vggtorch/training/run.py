@@ -26,6 +26,7 @@ from vggtorch.training.config import Augment, TrainConfig
 from vggtorch.training.data import BatchPlan, DatasetSource, Folder
 from vggtorch.training.folders import NAMED, images_by_class
 from vggtorch.training.items import is_stream, label_names
+from vggtorch.training.loaders import as_source, drawn
 from vggtorch.training.optimization import Parameters, make_optimizer, trained_parameters
 from vggtorch.training.splits import as_part, find_splits, tell_beside
 from vggtorch.training.tables import SPLITS, TablePart
@@ -88,11 +89,11 @@ def read_data(
                 "Received sampling='balanced' with a DataLoader, whose own sampler decides. Pass "
                 "its Dataset, or a DataLoader with a WeightedRandomSampler."
             )
-        return data.as_source(given, config.seed, config.batch_size, images)
+        return as_source(given, config.seed, config.batch_size, images)
 
     def judging(given: Images | TablePart) -> Any:
         source, plan = read(given, "none")
-        return data.drawn(source, plan) if isinstance(given, DataLoader) else source
+        return drawn(source, plan) if isinstance(given, DataLoader) else source
 
     for given in (train, validation):
         if isinstance(given, TrainConfig):
