@@ -63,7 +63,7 @@ class FixedConv2d(FusedConv2d):
     def _dtype(self, x: Tensor) -> torch.dtype:
         return super()._dtype(x) if self.dtype is None else self.dtype
 
-    def _made(self, tensors: list[Tensor], settings: Any, *args: Any) -> tuple[Any, float, float]:
+    def _made(self, settings: Any, *args: Any) -> tuple[Any, float, float]:
         dtype, options = args
         if dtype not in self.prepared:
             self.prepared[dtype] = self.prepared_in(dtype, options)

@@ -9,7 +9,7 @@ gets, or follows the max pool behind it instead of going before it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, cast
 
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from vggtorch.keras_graph import scale_and_shift
 from vggtorch.lowering import kernels
 from vggtorch.lowering.batch_norm import BatchNorm2d
+from vggtorch.lowering.constants import ParameterCache
 from vggtorch.lowering.kernels import Convolution, MaxPoolReLU, Product, ReusedMemory
 from vggtorch.lowering.winograd import (
     GROWTH,
@@ -33,8 +34,6 @@ from vggtorch.lowering.winograd import (
 # No sum of a convolution may come near the largest float32 (3.4e38), or its products could add up
 # to infinities of both signs, which make NaN.
 SAFE = 1e37
-# Random numbers that the rows of a kernel are multiplied by to see whether it has changed.
-PROBE = torch.randn(4096, generator=torch.Generator().manual_seed(0))
 # Integers with as many bits as a floating-point number.
 INTEGERS = {torch.float32: torch.int32, torch.bfloat16: torch.int16}
 # On a CPU a product of mixed precision is in its weight's own dtype with fewer rows than this:
@@ -58,77 +57,6 @@ def _is_rows(x: Tensor, linear: nn.Linear, mixed: bool) -> bool:
 def _fits(x: Tensor, module: nn.Conv2d | nn.Linear, mixed: bool) -> bool:
     """Whether torch takes the dtype of x: that of the weight, unless something casts."""
     return mixed or x.dtype == module.weight.dtype or torch.is_autocast_enabled(x.device.type)
-
-
-def parameter_versions(tensors: Iterable[Tensor]) -> list[tuple[int, int]]:
-    """Of each tensor its version, which writing to it counts up, and its address."""
-    return [(0 if p.is_inference() else p._version, p.data_ptr()) for p in tensors]
-
-
-class ParameterCache:
-    """Tensors made from the parameters and buffers of modules, made anew when one of them changes.
-
-    A version says that a tensor was written to, an address that its storage was replaced, and
-    torch.func.functional_call puts another tensor in its place for one call. Writing through
-    `.data` shows in none of them, so the values themselves are compared with what was kept of them,
-    once for each call of the network, which sets `is_checked` to False.
-    """
-
-    def __init__(self, make: Callable[..., Any]) -> None:
-        self.make = make
-        self.key: Any = None
-        self.kept: list[Tensor] = []
-        self.made: Any = None
-        self.is_checked = False
-
-    @torch.no_grad()
-    def __call__(self, tensors: list[Tensor], settings: Any, *args: Any) -> Any:
-        """What was made with these settings of the tensors as they are now."""
-        if self.is_checked and self.key is not None and self.key[0] == settings:
-            return self.made
-        tensors = [tensor.detach() for tensor in tensors]
-        key = (settings, parameter_versions(tensors))
-        with torch.autocast("cpu", enabled=False):  # whose bfloat16 would round small changes away
-            same = key == self.key and all(map(_is_same, tensors, self.kept))
-            if not same:
-                self.made = self.make(*args)
-                self.key, self.kept = key, [_kept(tensor) for tensor in tensors]
-        self.is_checked = True
-        return self.made
-
-
-def _flat(tensor: Tensor) -> Tensor:
-    """All numbers in the order of their memory, where it has no gaps."""
-    if torch.ops.aten.is_non_overlapping_and_dense(tensor):
-        return tensor.as_strided((tensor.numel(),), (1,)).resolve_neg()
-    return tensor.resolve_neg().contiguous().view(-1)
-
-
-def _kept(tensor: Tensor) -> Tensor:
-    """What differs when the values do: a copy, or of a large kernel its rows times a probe.
-
-    The product reads the kernel once, which a comparison with a copy would have to do twice. A
-    change so small that it is lost in the product's rounding is lost in that of the convolution
-    too. A kernel with a NaN is never equal, and so is prepared at each call.
-    """
-    flat = _flat(tensor)
-    if tensor.dtype != torch.float32 or len(flat) < 16 * len(PROBE):
-        return flat.clone()
-    rows = len(flat) // len(PROBE)
-    products = flat[: rows * len(PROBE)].view(rows, len(PROBE)) @ PROBE
-    return torch.cat([products, flat[rows * len(PROBE) :]])
-
-
-def _is_same(tensor: Tensor, kept: Tensor) -> bool:
-    """Whether a tensor still has the values that `_kept` was made of."""
-    flat = _flat(tensor)
-    if len(kept) != len(flat):
-        return torch.equal(_kept(tensor), kept)
-    # As integers, among which NaN is equal to itself; of eight bytes if it can be, because torch
-    # takes as long for each, whatever its size.
-    fits = flat.nbytes % 8 == 0 and flat.storage_offset() * flat.itemsize % 8 == 0
-    bits = torch.int64 if fits else torch.int8
-    return torch.equal(flat.view(bits), kept.view(bits))
 
 
 class PreparedConv2d:
@@ -202,7 +130,7 @@ class FusedConv2d(Bounded):
     ) -> None:
         self.conv, self.norm, self.activation, self.mixed = conv, norm, activation, mixed
         self.adds, self.workspace = adds, workspace
-        self.constants = ParameterCache(self._constants)
+        self.constants = ParameterCache(self._constants, self.parameters)
         self.kind = {nn.ReLU: "relu", nn.ReLU6: "relu6", type(None): "none"}[type(activation)]
 
     def __call__(
@@ -214,13 +142,8 @@ class FusedConv2d(Bounded):
         conv, norm, dtype = self.conv, self.norm, self._dtype(inputs[0])
         options: tuple[Any, ...] = conv.stride, conv.padding, conv.dilation, conv.groups
         x, *others = (t.to(dtype).contiguous(memory_format=torch.channels_last) for t in inputs)
-        tensors = [conv.weight] if conv.bias is None else [conv.weight, conv.bias]
-        eps = None
-        if norm is not None:
-            eps = norm.eps
-            state = norm.running_mean, norm.running_var, norm.weight, norm.bias
-            tensors += [t for t in state if t is not None]
-        prepared, gain, offset = self._made(tensors, (dtype, options, eps), dtype, options)
+        eps = None if norm is None else norm.eps
+        prepared, gain, offset = self._made((dtype, options, eps), dtype, options)
         known = None not in bounds
         # The bounds of many layers multiply up, so numbers are looked at before they are too large.
         out = sum_bound(bounds, gain, offset) if known else math.inf
@@ -230,6 +153,14 @@ class FusedConv2d(Bounded):
             return self._one_by_one(*inputs), None
         y = self._convolved(x, others, prepared, options, out)
         return y, min(out, 6.0) if self.kind == "relu6" else out
+
+    def parameters(self) -> list[Tensor]:
+        """What its constants are made from."""
+        conv, norm = self.conv, self.norm
+        tensors = [conv.weight, conv.bias]
+        if norm is not None:
+            tensors += [norm.running_mean, norm.running_var, norm.weight, norm.bias]
+        return [tensor for tensor in tensors if tensor is not None]
 
     def takes(self, x: Tensor, *others: Tensor) -> bool:
         """Whether these inputs are such as the fused step computes, whatever their numbers."""
@@ -245,9 +176,9 @@ class FusedConv2d(Bounded):
         """What it computes in."""
         return product_dtype(x, x.dtype if self.mixed else self.conv.weight.dtype)
 
-    def _made(self, tensors: list[Tensor], settings: Any, *args: Any) -> tuple[Any, float, float]:
-        """What `_constants` makes of these tensors as they are now."""
-        made: tuple[Any, float, float] = self.constants(tensors, settings, *args)
+    def _made(self, settings: Any, *args: Any) -> tuple[Any, float, float]:
+        """What `_constants` makes of the parameters as they are now."""
+        made: tuple[Any, float, float] = self.constants(settings, *args)
         return made
 
     def _convolved(

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from torch.utils._pytree import tree_leaves
 
+from vggtorch.lowering.constants import AllParameters
 from vggtorch.lowering.fused import FusedConv2d, TrainedLinear
 from vggtorch.lowering.kernels import is_intercepted
 from vggtorch.lowering.layer_modules import KerasLayer, Place, SharedDropout
@@ -30,6 +31,7 @@ from vggtorch.lowering.steps import (
     Plans,
     Step,
     in_plain_order,
+    is_foreign,
     permutes,
     steps_of,
 )
@@ -74,6 +76,7 @@ class Plan:
         outputs = tuple(x.index for x in tree_leaves(self.structure) if isinstance(x, Place))
         workspace = Workspace() if winograd else None
         self.plans = Plans(steps, tuple(range(len(inputs))), outputs, checkpoint, workspace)
+        self.parameters = AllParameters(at_once=not any(map(is_foreign, steps)))
         # Whether the maps that go in have their channels on axis 1, and so do those that come out.
         self.is_first = not any(permutes(step) and step.inputs[0] < len(inputs) for step in steps)
 
@@ -122,13 +125,13 @@ class Plan:
 
     def __call__(self, inputs: Sequence[Tensor]) -> Any:
         """Run the network."""
-        settled = self._settled(inputs)
-        for run in self.plans.fused.values():
-            if isinstance(run, FusedConv2d):
-                run.constants.is_checked = False
         values: dict[int, Any] = dict(enumerate(inputs))
         plain = self.is_plain(inputs)
-        run_segments(self.plans.fast(settled, plain), values)
+        segments = self.plans.fast(self._settled(inputs), plain)
+        fused = self.plans.fused.values()
+        caches = [run.constants for run in fused if isinstance(run, FusedConv2d)]
+        with self.parameters.looked_at(caches):
+            run_segments(segments, values)
         if plain:
             for number in self.plans.outputs:
                 values[number] = in_plain_order(values[number])

@@ -224,7 +224,7 @@ def repeats(step: Step) -> bool:
     return not isinstance(run, nn.Module) or type(run) in (*BY_IMAGE_IN_INFERENCE, *STATELESS)
 
 
-def _is_foreign(step: Step) -> bool:
+def is_foreign(step: Step) -> bool:
     """Whether a step may write to what it takes, or ask how that lies in memory.
 
     Modules and functions that aren't known may, the user's and Keras's layers among them.
@@ -250,7 +250,7 @@ def _exposed(steps: list[Step], outputs: tuple[int, ...] = ()) -> set[int]:
     """Values that foreign steps take, or are views of; and those of outputs."""
     found = set(outputs)
     for step in reversed(steps):
-        if _is_foreign(step) or (_is_view(step) and step.output in found):
+        if is_foreign(step) or (_is_view(step) and step.output in found):
             found.update(step.inputs)
     return found
 
