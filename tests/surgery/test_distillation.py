@@ -358,6 +358,37 @@ def test_new_layers_with_two_ways_in_cannot_be_distilled():
         surgery.distill_(model, model, ["join", "side"], images())
 
 
+def of_policy(policy: str) -> tuple[keras.Model, keras.Model]:
+    """A network, and the same with a batch norm and a convolution in place of two layers."""
+    dtype: Any = {"dtype": policy}
+    x = inputs = keras.Input((16, 16, 3))
+    for name in ("one", "two"):
+        x = L.Conv2D(8, 3, padding="same", activation="relu", name=name, **dtype)(x)
+    model = keras.Model(inputs, L.MaxPooling2D(name="pool", **dtype)(x))
+    new = [L.BatchNormalization(name="norm", **dtype)]
+    new.append(L.Conv2D(8, 5, padding="same", activation="relu", name="new", **dtype))
+    result = surgery.replace(model, ["one", "two"], new)
+    rng = np.random.default_rng(0)
+    for layer in (*model.layers, new[1]):
+        if isinstance(layer, L.Conv2D):  # the same in every dtype
+            layer.kernel.assign(rng.normal(0, 0.2, layer.kernel.shape))
+    return model, result
+
+
+@pytest.mark.parametrize("policy", ["float64", "bfloat16", "mixed_bfloat16"])
+def test_other_dtypes_are_distilled_as_float32_is(policy):
+    after = [
+        surgery.distill_(*of_policy(p), ["norm", "new"], images(), steps=75).after["pool"]
+        for p in ("float32", policy)
+    ]
+    assert after[1] == pytest.approx(after[0], abs=0.01)
+
+
+def test_float16_is_refused():
+    with pytest.raises(ValueError, match="computes in float16, in which the gradients"):
+        surgery.distill_(*of_policy("mixed_float16"), ["norm", "new"], images())
+
+
 def test_networks_of_other_numbers_of_outputs_cannot_be_distilled(original):
     result, names = replaced(original, conv())
     both = keras.Model(original.inputs, [original.get_layer("block1_pool").output, original.output])

@@ -102,9 +102,9 @@ class Moments:
         """Count in the maps (N, C, H, W) that enter the layer, and those that it should give."""
         wanted = len(_matrix(self.product, self.product.kernel)) // 4 + 512
         for i in range(len(x)):  # patches overlap, so those of a whole batch take much memory
-            rows = _patches(self.product, x[i : i + 1])
+            rows = _patches(self.product, x[i : i + 1].double())
             kept = torch.randperm(len(rows), generator=generator)[:wanted].to(rows.device)
-            rows = rows[kept].double()
+            rows = rows[kept]
             self.count += len(rows)
             self.patches = self.patches + rows.T @ rows
             if target is not None:
@@ -188,7 +188,8 @@ class Coordinates:
         self.theta = theta / self.scale
 
     def _stack(self, values: Sequence[Tensor]) -> Tensor:
-        return torch.cat([_matrix(self.product, values[0]), *(bias[None] for bias in values[1:])])
+        parts = [_matrix(self.product, values[0]), *(bias[None] for bias in values[1:])]
+        return torch.cat(parts).float()
 
     def take_(self, gradients: Sequence[Tensor]) -> None:
         """Turn the parameters' gradients into theta's."""
@@ -204,12 +205,13 @@ class Scaled:
 
     def __init__(self, parameter: Tensor) -> None:
         self.parameters = [parameter]
-        self.scale = 0.1 * parameter.detach().square().mean().sqrt().clamp_min(0.1)
-        self.theta = parameter.detach() / self.scale
+        value = parameter.detach().float()
+        self.scale = 0.1 * value.square().mean().sqrt().clamp_min(0.1)
+        self.theta = value / self.scale
 
     def take_(self, gradients: Sequence[Tensor]) -> None:
         """Turn the parameter's gradient into theta's."""
-        self.theta.grad = gradients[0] * self.scale
+        self.theta.grad = gradients[0].float() * self.scale
 
     def write_(self) -> None:
         """Give the parameter the value that theta stands for."""

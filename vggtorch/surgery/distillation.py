@@ -108,6 +108,10 @@ class _Task:
     train: _Examples
     check: _Examples
 
+    def maps(self, x: Tensor) -> list[Tensor]:
+        """What the tail makes of what enters it."""
+        return _wide(self.tail(x))
+
     def error(self) -> float:
         """The loss over all held-out examples."""
         return float(self.loss(_in_batches(self.tail, self.check.x), self.check.targets))
@@ -127,14 +131,20 @@ def relative_error(outputs: Sequence[Tensor], targets: Sequence[Tensor]) -> Tens
     """Absolute error of each map relative to its size; a mean in which deeper maps count more."""
     pairs = zip(outputs, targets, strict=True)
     errors = torch.stack([(y - t).abs().sum() / t.abs().sum() for y, t in pairs])
-    weights = DEEPER ** torch.arange(len(errors), device=errors.device)
+    weights = DEEPER ** torch.arange(len(errors), device=errors.device, dtype=errors.dtype)
     return errors @ weights / weights.sum()
 
 
 def _in_batches(graph: nn.Module, x: Tensor) -> list[Tensor]:
     """Run a graph without gradients, a batch at a time; one tensor for each of its outputs."""
     with torch.no_grad():
-        return [torch.cat(parts) for parts in zip(*map(graph, x.split(BATCH)), strict=True)]
+        made = [_wide(graph(batch)) for batch in x.split(BATCH)]
+        return [torch.cat(parts) for parts in zip(*made, strict=True)]
+
+
+def _wide(maps: Sequence[Tensor]) -> list[Tensor]:
+    """Maps in float32 at least, because sums over those of a bfloat16 have three digits."""
+    return [y.to(torch.promote_types(y.dtype, torch.float32)) for y in maps]
 
 
 def _crops(images: Tensor, number: int, size: int, generator: torch.Generator) -> Tensor:
@@ -213,8 +223,9 @@ def distill_(
 
     Raises:
         ValueError: a model isn't a graph of layers; the new layers have more than one way in or
-            out, are shared or have nothing to train; or the images are too few or of another shape
-            than the network takes; or numbers of steps, seconds or a seed that can't be meant.
+            out, are shared or have nothing to train; a model computes in float16; the images are
+            too few or of another shape than the network takes; or numbers of steps, seconds or a
+            seed that can't be meant.
     """
     begun = time.monotonic()
     checked_effort(steps, seconds, seed)
@@ -232,6 +243,11 @@ def distill_(
     trained = [v.value for layer in layers for v in layer.trainable_variables]
     if not trained:
         raise ValueError(f"The new layers {new_layers} have no trainable weights to distill into.")
+    if any(layer.compute_dtype == "float16" for layer in (*original.layers, *result.layers)):
+        raise ValueError(
+            "Received a model that computes in float16, in which the gradients of a training are "
+            "lost; expected float32 or bfloat16, also mixed: distill in those."
+        )
     generator = torch.Generator().manual_seed(seed)
     prefix = keras.Function(original.inputs, [region.behind[name][0] for name in names])
     held_out, shown = _parts(array, data_format(prefix), trained[0].device, generator)
@@ -405,7 +421,7 @@ def _descend_(
             for group in optimizer.param_groups:
                 group["lr"] = LEARNING_RATE * rate_at(step, progress)
             x, targets = task.train.batch(generator)
-            gradients = torch.autograd.grad(task.loss(task.tail(x), targets), task.trained)
+            gradients = torch.autograd.grad(task.loss(task.maps(x), targets), task.trained)
             with torch.no_grad():
                 by_parameter = {id(p): g for p, g in zip(task.trained, gradients, strict=True)}
                 for c in coordinates:
