@@ -332,10 +332,7 @@ def override_call_(model: keras.Model, call: Callable[..., Any] | None) -> None:
 
 
 def data_format(graph: keras.Function, otherwise: str | None = None) -> str:
-    """The layout that a graph's spatial layers have; Flatten has an option of the same name.
-
-    Where there are none it is `otherwise`, or Keras's own.
-    """
+    """The layout of a graph's spatial layers, Flatten aside; without any `otherwise` or Keras's."""
     for operation in graph.operations:
         for layer in all_layers(operation) if isinstance(operation, keras.Layer) else ():
             if hasattr(layer, "data_format") and not isinstance(layer, keras.layers.Flatten):
