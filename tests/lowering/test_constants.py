@@ -91,21 +91,36 @@ def test_a_snapshot_is_of_these_very_tensors() -> None:
     assert not snapshot.is_same([tensor])
 
 
-def test_only_what_a_call_made_sure_of_is_taken_for_granted_at_the_next() -> None:
+def test_only_what_was_looked_at_since_the_last_change_is_taken_for_granted() -> None:
     a, b = torch.zeros(1), torch.zeros(1)
-    caches = [ParameterCache(lambda t=t: float(t), lambda t=t: [t]) for t in (a, b)]  # type: ignore[misc]
+    made = []
+
+    def cache_of(tensor: Tensor) -> ParameterCache:
+        def make() -> float:
+            made.append(float(tensor))
+            return made[-1]
+
+        return ParameterCache(make, lambda: [tensor])
+
+    caches = [cache_of(a), cache_of(b)]
+    assert [cache(None) for cache in caches] == [0, 0]
+    a.data.fill_(-1)
+    assert [cache(None) for cache in caches] == [-1, 0]
+    made.clear()
+    a.data.fill_(0)
     together = AllParameters(at_once=True)
-    with together.looked_at(caches):
-        assert [cache(None) for cache in caches] == [0, 0]
+    together.look(caches)
+    assert [cache(None) for cache in caches] == [0, 0]
     a.data.fill_(1)
     b.data.fill_(1)
-    with together.looked_at(caches):
-        assert caches[0](None) == 1
-    with together.looked_at(caches):
-        assert [cache(None) for cache in caches] == [1, 1]
-    with together.looked_at(caches):
-        assert all(cache.is_checked for cache in caches)
-        assert caches[0]("other settings") == 1
+    together.look(caches)
+    assert caches[0](None) == 1
+    together.look(caches)  # nothing has changed, but the second cache hasn't looked
+    assert [cache(None) for cache in caches] == [1, 1]
+    together.look(caches)
+    assert [cache(None) for cache in caches] == [1, 1]
+    assert caches[0]("other settings") == 1
+    assert made == [0, 1, 1, 1]
 
 
 class Writes(nn.Module):

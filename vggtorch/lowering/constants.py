@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -77,11 +76,13 @@ def _is_dense(tensor: Tensor) -> bool:
 class ParameterCache:
     """What is made from the parameters and buffers of modules, made anew when one of them changes.
 
-    They are looked at once for each call of a network, which sets `is_checked` to False before.
-
     Args:
         make: makes it, of whatever the cache is called with besides the settings.
         parameters: what it is made from.
+
+    Attributes:
+        call: what stands for the present call of a network, in which the parameters are looked at
+            once; None where they are at every use.
     """
 
     def __init__(self, make: Callable[..., Any], parameters: Callable[[], list[Tensor]]) -> None:
@@ -89,12 +90,14 @@ class ParameterCache:
         self.settings: Any = None
         self.snapshot: Snapshot | None = None
         self.made: Any = None
-        self.is_checked = False
+        self.call: object = None
+        self.looked_at_in: object = None
 
     def __call__(self, settings: Any, *args: Any) -> Any:
         """What is made with these settings of the parameters as they are now."""
+        call = self.call  # which another thread may begin meanwhile
         snapshot = self.snapshot if self.settings == settings else None
-        if snapshot is not None and self.is_checked:
+        if snapshot is not None and self.looked_at_in is call is not None:
             return self.made
         tensors = self.parameters()
         if snapshot is None or not snapshot.is_same(tensors):
@@ -102,38 +105,33 @@ class ParameterCache:
             self.settings, self.snapshot = settings, Snapshot(tensors)
             with torch.no_grad(), torch.autocast("cpu", enabled=False):
                 self.made = self.make(*args)
-        self.is_checked = True
+        self.looked_at_in = call
         return self.made
 
 
 class AllParameters:
     """A look at the parameters of many caches at once, in place of each cache's own.
 
-    Where they are as they were before the last call, so is what that call made sure of.
-
     Args:
         at_once: False where something that isn't known runs between, and may write to parameters:
-            then each cache looks at its own when it is asked.
+            then each cache looks at its own.
     """
 
     def __init__(self, at_once: bool) -> None:
         self.at_once = at_once
         self.snapshot: Snapshot | None = None
-        self.sure: list[ParameterCache] = []
 
-    @contextmanager
-    def looked_at(self, caches: Sequence[ParameterCache]) -> Iterator[None]:
-        """For one call of the network that they belong to."""
+    def look(self, caches: Sequence[ParameterCache]) -> None:
+        """Begin a call of the network that they belong to.
+
+        As long as all are what they were, it counts as the same call, in which each cache looks
+        at its own parameters once.
+        """
+        call: object = object()
         if self.at_once:
             tensors = [tensor for cache in caches for tensor in cache.parameters()]
             if self.snapshot is None or not self.snapshot.is_same(tensors):
-                self.snapshot, self.sure = Snapshot(tensors), []
+                self.snapshot = Snapshot(tensors)
+            call = self.snapshot
         for cache in caches:
-            cache.is_checked = False
-        for cache in self.sure:
-            cache.is_checked = True
-        try:
-            yield
-        finally:
-            if self.at_once:
-                self.sure = [cache for cache in caches if cache.is_checked]
+            cache.call = call

@@ -129,9 +129,8 @@ class Plan:
         plain = self.is_plain(inputs)
         segments = self.plans.fast(self._settled(inputs), plain)
         fused = self.plans.fused.values()
-        caches = [run.constants for run in fused if isinstance(run, FusedConv2d)]
-        with self.parameters.looked_at(caches):
-            run_segments(segments, values)
+        self.parameters.look([run.constants for run in fused if isinstance(run, FusedConv2d)])
+        run_segments(segments, values)
         if plain:
             for number in self.plans.outputs:
                 values[number] = in_plain_order(values[number])
