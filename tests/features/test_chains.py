@@ -257,7 +257,7 @@ def test_what_is_not_finite_is_torchs_by_winograd_too(runs, by_winograd):
     extractor = vt.FeatureExtractor(network(), ["c_relu"], normalization=None, winograd=True)
     images = torch.rand(2, 3, 30, 30, generator=torch.Generator().manual_seed(0))
     for number in (1.0, torch.nan, torch.inf, 3e38):
-        gradients = []
+        gradients: list[torch.Tensor] = []
         for run in (extractor, lambda x: plain_network(extractor, x)):
             x = images.clone().requires_grad_()
             value = run(x)["c_relu"]
