@@ -270,3 +270,21 @@ def test_what_is_not_finite_is_torchs_by_winograd_too(runs, by_winograd):
         usual = theirs.isfinite()
         assert off(mine[usual], theirs[usual]) < 1e-5
     assert len(by_winograd) == 8
+
+
+def test_many_gradients_at_once(runs):
+    extractor = vt.FeatureExtractor(network(), ["a", "e_relu", "g"], normalization=None)
+    images = torch.rand(2, 3, 30, 30, generator=torch.Generator().manual_seed(0))
+    found = []
+    for run in (extractor, lambda x: plain_network(extractor, x)):
+        x = images.clone().requires_grad_()
+        for value in run(x).values():
+            many = torch.randn(3, *value.shape, generator=torch.Generator().manual_seed(1))
+            options = {"is_grads_batched": True, "retain_graph": True}
+            found += [torch.autograd.grad(value, x, many, **options)[0]]
+            found += [
+                torch.vmap(lambda v, y=value, x=x: torch.autograd.grad(y, x, v, True)[0])(many)
+            ]
+    assert runs
+    for mine, theirs in zip(found[:6], found[6:], strict=True):
+        assert off(mine, theirs) < 1e-5

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.multiprocessing
 from keras import layers
-from small_vgg import assert_close, dropout_vgg, images, on_keras, step
+from small_vgg import assert_close, dropout_vgg, images, on_keras, small_vgg, step
 from torch import nn
 
 from vggtorch.lowering import to_torch
@@ -80,3 +80,23 @@ def test_checkpointing_leaves_keras_layers_alone(draw: Callable[[Any], Any]) -> 
         found.append([output, *grads])
     for actual, expected in zip(*found, strict=True):
         assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_what_stands_in_for_one_call_is_there_again_in_backward(train: bool) -> None:
+    model = small_vgg()
+    results = []
+    for checkpoint in (False, True):
+        network = to_torch(model, share=False, checkpoint=checkpoint).train(train)
+        tensors = {
+            name: (1.1 * tensor.detach()).requires_grad_(name in dict(network.named_parameters()))
+            for name, tensor in network.state_dict().items()
+            if tensor.is_floating_point()
+        }
+        y = torch.func.functional_call(network, tensors, (images(model),))
+        learn = [tensor for tensor in tensors.values() if tensor.requires_grad]
+        results.append([*torch.autograd.grad(y.square().sum(), learn), *tensors.values()])
+        assert not any(p.grad is not None for p in network.parameters())
+        assert all(p.is_leaf for p in network.parameters())
+    for plain, again in zip(*results, strict=True):
+        assert_close(again.detach(), plain.detach(), 1e-5)

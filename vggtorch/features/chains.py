@@ -26,6 +26,7 @@ from vggtorch.lowering import (
     finite,
     has_fused_ops,
     prepared_weight,
+    stands_for_many,
 )
 
 # What can be in a chain, in the order of a unit; a batch norm only behind a convolution.
@@ -222,10 +223,11 @@ class Chain(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
         x, *kept = ctx.saved_tensors
         if torch.is_grad_enabled():  # create_graph=True: this gradient is to have one
-            y = x
-            for child in ctx.children:
-                y = child(y)
+            y = _one_by_one(ctx.children, x)
             (of_x,) = torch.autograd.grad(y, x, grad, create_graph=True)
+            return of_x, None, None
+        if stands_for_many(grad):
+            (of_x,) = torch.func.vjp(partial(_one_by_one, ctx.children), x.detach())[1](grad)
             return of_x, None, None
         pairs = zip(reversed(ctx.units), reversed(ctx.gradients), strict=True)
         for unit, (shape, weight, flipped, pooled) in pairs:
@@ -241,6 +243,12 @@ class Chain(torch.autograd.Function):
             if unit.conv is not None:
                 grad = unit.conv.gradient(grad, weight, flipped, shape)
         return grad, None, None
+
+
+def _one_by_one(children: Sequence[nn.Module], x: Tensor) -> Tensor:
+    for child in children:
+        x = child(x)
+    return x
 
 
 def _stop_(grad: Tensor, stopped: Tensor) -> None:

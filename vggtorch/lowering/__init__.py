@@ -19,7 +19,7 @@ from vggtorch.lowering.batch_norm import BatchNorm2d, synchronize_
 from vggtorch.lowering.exporting import export
 from vggtorch.lowering.fused import FusedConv2d, PreparedConv2d
 from vggtorch.lowering.inference import optimize_for_inference
-from vggtorch.lowering.kernels import conv2d, has_fused_ops, prepared_weight
+from vggtorch.lowering.kernels import conv2d, has_fused_ops, prepared_weight, stands_for_many
 from vggtorch.lowering.network import TorchNetwork
 from vggtorch.lowering.on_keras import OnKeras, Product, between
 from vggtorch.lowering.sites import all_ranks
@@ -44,6 +44,7 @@ __all__ = [
     "network_of",
     "optimize_for_inference",
     "prepared_weight",
+    "stands_for_many",
     "synchronize_",
     "to_torch",
 ]

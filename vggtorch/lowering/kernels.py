@@ -38,6 +38,12 @@ def is_intercepted() -> bool:
     )
 
 
+def stands_for_many(x: Tensor) -> bool:
+    """Whether vmap, or autograd's is_grads_batched, has put one tensor in the place of many."""
+    functorch = torch._C._functorch
+    return functorch.is_batchedtensor(x) or functorch.is_legacy_batchedtensor(x)
+
+
 @functools.cache
 def _onednn() -> bool:
     """Whether this torch has oneDNN's fused convolution and product."""

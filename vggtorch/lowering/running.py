@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from vggtorch.lowering.batch_norm import KerasBatchNorm
 from vggtorch.lowering.fused import Bounded, product_dtype
 from vggtorch.lowering.layer_modules import SamePad
-from vggtorch.lowering.steps import Segment, Step, kind_of
+from vggtorch.lowering.steps import Call, Segment, Step, kind_of
 
 # While images run through the convolutions in groups, a group's largest activation has about this
 # many bytes for each thread, so that the next layer still finds it in the cache.
@@ -141,21 +141,42 @@ def _run_segment(segment: Segment, values: dict[int, Any]) -> None:
 
 
 class _Again(AbstractContextManager[None]):
-    """Let batch norm leave its moving statistics alone, which have counted this batch.
+    """What steps need to run again as they did when this was made.
 
-    It is entered once for each backward through the same forward.
+    Batch norm leaves its moving statistics alone, which have counted this batch, and modules have
+    the tensors that they had, which functional_call lends for one call. It is entered once for each
+    backward through the same forward.
     """
 
     def __init__(self, steps: list[Step]) -> None:
         self.norms = [step.run for step in steps if isinstance(step.run, KerasBatchNorm)]
+        modules = [m for step in steps for part in _modules_of(step) for m in part.modules()]
+        self.places = [place for m in modules for place in (m._parameters, m._buffers)]
+        self.then = [dict(place) for place in self.places]
+        self.now: list[dict[str, Any]] = []
 
     def __enter__(self) -> None:
+        self.now = [dict(place) for place in self.places]
+        self._put(self.then)
         for norm in self.norms:
             norm.counted = True
 
     def __exit__(self, *_: object) -> None:
+        self._put(self.now)
         for norm in self.norms:
             norm.counted = False
+
+    def _put(self, tensors: list[dict[str, Any]]) -> None:
+        for place, those in zip(self.places, tensors, strict=True):
+            place.clear()
+            place.update(those)
+
+
+def _modules_of(step: Step) -> list[nn.Module]:
+    """The module that a step runs, or those whose work it does."""
+    run = step.run.target if isinstance(step.run, Call) else step.run
+    parts = [run] if isinstance(run, nn.Module) else getattr(run, "__dict__", {}).values()
+    return [part for part in parts if isinstance(part, nn.Module)]
 
 
 def run_steps(
