@@ -131,6 +131,22 @@ def test_every_change_of_a_weight_is_noticed(runs):
     assert runs
 
 
+@pytest.mark.parametrize("by_one", [False, True])
+def test_a_convolution_that_is_set_to_something_else(by_one, runs):
+    extractor = copy.deepcopy(vt.FeatureExtractor(network(), ["d_relu"], normalization=None))
+    conv = extractor.network.a
+    if by_one:
+        conv.stride, conv.padding, conv.dilation = 1, 2, 2
+    else:
+        conv.weight = torch.nn.Parameter(torch.rand(8, 3, 5, 5) - 0.5, requires_grad=False)
+        conv.padding = (2, 2)
+    images = torch.rand(2, 3, 30, 30, generator=torch.Generator().manual_seed(0))
+    expected = values_and_gradient(lambda x: plain_network(extractor, x), images)
+    for mine, theirs in zip(values_and_gradient(extractor, images), expected, strict=True):
+        assert off(mine, theirs) < 1e-5
+    assert bool(runs) is not by_one
+
+
 def test_backward_belongs_to_its_forward(runs):
     """It may come twice, and later than a change of the weights, with the ones that forward had."""
     extractor = copy.deepcopy(vt.FeatureExtractor(network(), ["d_relu"], normalization=None))

@@ -97,6 +97,19 @@ def biases(name: str, values: Callable[[int], torch.Tensor]) -> Callable[[Any], 
     return edit
 
 
+def larger_kernel(network: Any) -> None:
+    """`kernel_size` stays what it was, as torch never looks at it."""
+    conv = network.block2_conv1
+    conv.weight = nn.Parameter(nn.functional.pad(conv.weight.detach(), (1, 1, 1, 1), value=0.1))
+    conv.padding = (2, 2)
+
+
+def limited() -> nn.Module:
+    activation = nn.ReLU6()
+    activation.min_val, activation.max_val = -0.5, 0.5
+    return activation
+
+
 EDITS: dict[str, Callable[[Any], Any]] = {
     "nothing": lambda network: None,
     "another classifier": swap("predictions", lambda: nn.Linear(32, 4)),
@@ -104,6 +117,11 @@ EDITS: dict[str, Callable[[Any], Any]] = {
     "another convolution": swap("block2_conv1", lambda: nn.Conv2d(8, 16, 5, padding="same")),
     "circular padding": setting("block2_conv1", "padding_mode", "circular"),
     "padding by name": setting("block2_conv1", "padding", "same"),
+    "one number for both axes": lambda network: vars(network.block2_conv1).update(
+        stride=1, padding=2, dilation=2
+    ),
+    "a larger kernel": larger_kernel,
+    "other limits": swap("block2_relu1", limited),
     "another activation": swap("block1_conv1_relu", nn.GELU),
     "an activation in place": swap("block2_relu1", lambda: nn.ReLU(inplace=True)),
     "torch's own batch norm": swap("block2_bn1", lambda: nn.BatchNorm2d(16)),

@@ -212,3 +212,13 @@ def test_at_real_size_a_step_is_the_same(monkeypatch: pytest.MonkeyPatch) -> Non
         assert counts.weight_gradient >= 7 and counts.convolve >= 8
     for name, value in gradients(vt.to_torch(model, share=False), x).items():
         assert (found[name] - value).norm() <= 2e-3 * value.norm()
+
+
+def test_a_kernel_of_another_size_is_no_longer_winograds(counts: Counts) -> None:
+    network: Any = vt.to_torch(small_vgg(), share=False, winograd=True)
+    for conv in (network.block1_conv1, network.block2_conv1):
+        conv.weight = torch.nn.Parameter(torch.nn.functional.pad(conv.weight, (1, 1, 1, 1)))
+        conv.padding = (2, 2)
+    found = gradients(network, images(small_vgg()))
+    assert counts.convolve == counts.weight_gradient == 0
+    assert found["block2_conv1.weight"].shape[2:] == (5, 5)

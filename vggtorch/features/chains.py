@@ -40,10 +40,10 @@ def pair(value: Any) -> tuple[int, int]:
 
 
 def can_freeze(conv: nn.Conv2d) -> bool:
-    """Whether a convolution has nothing to learn, and zeros around its input."""
+    """Whether a convolution has nothing to learn, zeros around its input, and usual settings."""
     bias = conv.bias is not None and conv.bias.requires_grad
-    zeros = conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
-    return zeros and not (bias or conv.weight.requires_grad)
+    pairs = type(conv.stride) is type(conv.padding) is type(conv.dilation) is tuple
+    return conv.padding_mode == "zeros" and pairs and not (bias or conv.weight.requires_grad)
 
 
 def has_disjoint_windows(pool: nn.MaxPool2d) -> bool:
@@ -119,7 +119,7 @@ class FrozenConv2d:
     def _padding(self) -> tuple[int, int]:
         """Around the gradient, so that the flipped kernel gives one of the input's size."""
         conv = self.conv
-        sides = zip(conv.dilation, conv.kernel_size, pair(conv.padding), strict=True)
+        sides = zip(conv.dilation, conv.weight.shape[2:], pair(conv.padding), strict=True)
         down, across = (d * (k - 1) - p for d, k, p in sides)
         return down, across
 

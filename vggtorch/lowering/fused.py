@@ -170,6 +170,7 @@ class FusedConv2d(Bounded):
             and kernels.has_fused_ops(x, dtype)
             and all(_is_like_output(other, x, conv, dtype) for other in others)
             and (norm is None or not (norm.running_mean is None or norm.running_var is None))
+            and (self.kind != "relu6" or _is_relu6(self.activation))
         )
 
     def _dtype(self, x: Tensor) -> torch.dtype:
@@ -250,14 +251,21 @@ def _is_usual(x: Tensor, conv: nn.Conv2d, mixed: bool) -> bool:
         and len(x) > 0
         and x.shape[1] == conv.weight.shape[1] * conv.groups
         and conv.padding_mode == "zeros"
-        and not isinstance(conv.padding, str)
+        # Else one number stands for both axes, or a word for a padding.
+        and type(conv.stride) is type(conv.padding) is type(conv.dilation) is tuple
         and _fits(x, conv, mixed)
     )
 
 
+def _is_relu6(activation: Any) -> bool:
+    """Whether an nn.ReLU6 still has its limits."""
+    return (activation.min_val, activation.max_val) == (0, 6)
+
+
 def _is_like_output(other: Tensor, x: Tensor, conv: nn.Conv2d, dtype: torch.dtype) -> bool:
     """Whether what is to be added has the shape and dtype of a convolution's output for x."""
-    sides: Any = (x.shape[2:], conv.kernel_size, conv.stride, conv.padding, conv.dilation)
+    kernel = conv.weight.shape[2:]  # conv.kernel_size is only what it was made with
+    sides: Any = (x.shape[2:], kernel, conv.stride, conv.padding, conv.dilation)
     size = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in zip(*sides, strict=True)]
     return other.dtype == dtype and list(other.shape) == [len(x), len(conv.weight), *size]
 

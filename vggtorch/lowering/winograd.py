@@ -114,7 +114,7 @@ def gradient_pays(conv: nn.Conv2d, x: Tensor) -> bool:
 
 def _pays(conv: nn.Conv2d, x: Tensor, min_channels: dict[torch.dtype, int]) -> bool:
     if x.dtype not in TRANSFORMS or not (
-        conv.kernel_size == (3, 3)
+        conv.weight.shape[2:] == (3, 3)
         and conv.stride == (1, 1)
         and conv.dilation == (1, 1)
         and conv.groups == 1
