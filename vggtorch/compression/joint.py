@@ -92,9 +92,7 @@ def descend_(
     if state is None:
         state = State(best=error(), kept=copies())
     else:
-        with torch.no_grad():
-            for p, value in zip(trained, state.weights, strict=True):
-                p.copy_(value)
+        _write_(trained, state.weights)
         optimizer.load_state_dict(state.optimizer or {})
         generator.set_state(state.generator)  # type: ignore[arg-type]
     show(state.step / max(steps, 1), state.best)
@@ -122,8 +120,12 @@ def descend_(
             show(max(progress, state.step / steps), state.best)
     if state.step % CHECK and state.step < steps and (now := error()) < state.best:
         state.best, state.kept = now, copies()
-    with torch.no_grad():
-        for p, value in zip(trained, state.kept, strict=True):
-            p.copy_(value)
+    _write_(trained, state.kept)
     state.seconds = time.monotonic() - begun
     return state
+
+
+@torch.no_grad()
+def _write_(parameters: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    for parameter, value in zip(parameters, values, strict=True):
+        parameter.copy_(value)
