@@ -75,9 +75,11 @@ def dropout_vgg() -> keras.Model:
     return randomise(keras.Model(image, layers.Dense(10)(x)))
 
 
-def images(model: keras.Model, n: int = 4) -> torch.Tensor:
+def images(model: keras.Model | None = None, n: int = 4) -> torch.Tensor:
+    """Random images for a model; without one, for `small_vgg`, which need not be built for them."""
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(n, *model.input_shape[1:], generator=generator)
+    shape = (16, 16, 3) if model is None else model.input_shape[1:]
+    return torch.randn(n, *shape, generator=generator)
 
 
 def assert_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-5) -> None:

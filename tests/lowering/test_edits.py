@@ -164,11 +164,11 @@ EDITS: dict[str, Callable[[Any], Any]] = {
 @pytest.mark.parametrize("edit", EDITS.values(), ids=EDITS)
 def test_edits_take_effect(edit: Callable[[Any], Any], training: bool) -> None:
     """In what comes out, in gradients and in what stays behind; before the edit and after it."""
-    found = []
+    found, model = [], small_vgg()
     for fast in (True, False):
         torch.manual_seed(0)
-        network = to_torch(small_vgg(), share=False).train(training)
-        x = images(small_vgg()).permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
+        network = to_torch(model, share=False).train(training)
+        x = images().permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
         run = network if fast else lambda x, network=network: one_by_one(network, x)
         with torch.no_grad():
             run(x)  # leaves prepared weights
@@ -188,7 +188,7 @@ def test_edits_take_effect(edit: Callable[[Any], Any], training: bool) -> None:
 def test_a_replaced_child_leaves_the_rest_fast() -> None:
     network: Any = to_torch(small_vgg()).eval()
     network.predictions = nn.Linear(32, 4)
-    x = images(small_vgg())
+    x = images()
     with torch.no_grad():
         assert network(x).shape == (4, 4)
         assert (FUSED in operations(network, x)) == kernels.has_fused_ops(x, x.dtype)
@@ -199,7 +199,7 @@ def test_other_dtypes_are_refused_as_torch_refuses_them(dtype: torch.dtype) -> N
     network = to_torch(small_vgg(), share=False).eval()
     if dtype == torch.bfloat16:
         network = network.bfloat16()
-    x = images(small_vgg()).double()
+    x = images().double()
     with torch.no_grad(), pytest.raises(RuntimeError) as plain:
         one_by_one(network, x)
     with torch.no_grad(), pytest.raises(RuntimeError) as fast:
@@ -235,12 +235,12 @@ def test_what_a_hook_keeps_stays_what_it_is(name: str, training: bool) -> None:
     kept: list[torch.Tensor] = []
     getattr(network, name).register_forward_hook(lambda _, __, y: kept.extend((y, y.clone())))
     with torch.set_grad_enabled(training):
-        network(images(small_vgg()))
+        network(images())
     assert torch.equal(*kept)
 
 
 def test_global_hooks_see_every_module() -> None:
-    network, x = to_torch(small_vgg()).eval(), images(small_vgg())
+    network, x = to_torch(small_vgg()).eval(), images()
     seen: list[nn.Module] = []
     hook = nn.modules.module.register_module_forward_hook(lambda m, _, __: seen.append(m))
     try:
@@ -263,7 +263,7 @@ def test_what_a_library_changed_for_all(place: Any, name: str, training: bool) -
     if training and name == "batch_norm":
         pytest.skip("Keras's batch norm trains by torch.batch_norm")
     network, calls = to_torch(small_vgg()).train(training), []
-    x, was = images(small_vgg()), getattr(place, name)
+    x, was = images(), getattr(place, name)
 
     def changed(*args: Any, **kwargs: Any) -> Any:
         calls.append(name)
@@ -283,7 +283,7 @@ def test_modes_that_see_each_function() -> None:
             return f(*args, **(kwargs or {}))
 
     names: list[str] = []
-    network, x = to_torch(small_vgg()).eval(), images(small_vgg())
+    network, x = to_torch(small_vgg()).eval(), images()
     with torch.no_grad(), Names():
         network(x)
     assert {"conv2d", "linear", "relu", "batch_norm"} <= {*names}
@@ -324,7 +324,7 @@ def test_writing_through_data_is_noticed_everywhere() -> None:
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda n: pickle.loads(pickle.dumps(n))])
 def test_copies_are_as_fast(copied: Callable[[Any], Any]) -> None:
-    network, x = to_torch(small_vgg()).eval(), images(small_vgg())
+    network, x = to_torch(small_vgg()).eval(), images()
     with torch.no_grad():
         expected = network(x)
         twin = copied(network)
