@@ -154,6 +154,15 @@ def test_channels_that_an_activation_of_ones_own_may_mix_are_not_deleted():
         vt.compress(of_own_activations(), 1.2, images(), methods="channels")
 
 
+def test_names_that_are_taken_get_a_number():
+    x = inputs = keras.Input((24, 24, 3))
+    for name in ("a", "b_rank", "b"):
+        x = conv(48, name=name)(x)
+    options = {"methods": "low rank", "keep": ["a", "b_rank"], "steps": 0}
+    result, _ = vt.compress(keras.Model(inputs, x), 1.2, images(), **options)
+    assert [layer.name for layer in result.layers][1:] == ["a", "b_rank", "b_rank_2", "b"]
+
+
 def test_layers_whose_names_torch_modules_have_taken_are_replaced_too():
     x = inputs = keras.Input((24, 24, 3))
     for name in ("forward", "training", "a"):

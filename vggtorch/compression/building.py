@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import chain, count
 from typing import Any
 
 import keras
@@ -32,9 +33,10 @@ def built(
     if gone:
         model = delete_channels(model, gone)
     made: dict[str, list[keras.Layer]] = {}
+    taken = {operation.name for operation in model.operations}
 
     def make(old: keras.Layer) -> list[keras.Layer]:
-        made[old.name] = _layers(old, sites[old.name], chosen[old.name])
+        made[old.name] = _layers(old, sites[old.name], chosen[old.name], taken)
         return made[old.name]
 
     # Sites are layers of the model's own, whatever layers of nested models are called.
@@ -61,8 +63,8 @@ def built(
     return model
 
 
-def _layers(old: keras.Layer, site: Site, factors: Factors) -> list[keras.Layer]:
-    """New Keras layers, unbuilt, that are what a site's factors are."""
+def _layers(old: keras.Layer, site: Site, factors: Factors, taken: set[str]) -> list[keras.Layer]:
+    """New Keras layers, unbuilt, that are what a site's factors are; `taken` gets their names."""
     layers = []
     for part in factors.parts:
         last = part is factors.parts[-1]
@@ -75,5 +77,13 @@ def _layers(old: keras.Layer, site: Site, factors: Factors) -> list[keras.Layer]
             settings["strides"] = geometry(site, part.axes)[0]
         if not last:
             settings |= {"activation": "linear", "activity_regularizer": None}
-        layers.append(remade(old, old.name + part.suffix, **settings))
+        name = old.name if last else _free(old.name + part.suffix, taken)
+        layers.append(remade(old, name, **settings))
     return layers
+
+
+def _free(name: str, taken: set[str]) -> str:
+    """A name, numbered where it is taken, such as in a model that was compressed before."""
+    found = next(n for n in chain([name], (f"{name}_{i}" for i in count(2))) if n not in taken)
+    taken.add(found)
+    return found

@@ -56,11 +56,12 @@ def compress(
 
     The last of the layers in the place of `block2_conv1` has its name, its activation and its
     settings; those before it are called `block2_conv1_rank` (low rank), `block2_conv1_vertical` and
-    `_horizontal` (separated), `block3_conv2_narrow` and `_core` (bottleneck). All other layers,
-    the weight set and the input stay. Convolutions with groups or dilation and layers that are
-    called more than once stay as they are; depthwise ones and batch norms only become narrower with
-    the layers around them. Nested models are dissolved first, as `flatten` does it. All is computed
-    in float32, and the result has the model's dtype policies.
+    `_horizontal` (separated), `block3_conv2_narrow` and `_core` (bottleneck), with a number behind
+    where that is taken. All other layers, the weight set and the input stay. Convolutions with
+    groups or dilation and layers that are called more than once stay as they are; depthwise ones
+    and batch norms only become narrower with the layers around them. Nested models are dissolved
+    first, as `flatten` does it. All is computed in float32, and the result has the model's dtype
+    policies.
 
     The methods:
 
