@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import keras
 import numpy as np
@@ -158,7 +159,7 @@ def test_names_that_are_taken_get_a_number():
     x = inputs = keras.Input((24, 24, 3))
     for name in ("a", "b_rank", "b"):
         x = conv(48, name=name)(x)
-    options = {"methods": "low rank", "keep": ["a", "b_rank"], "steps": 0}
+    options: Any = {"methods": "low rank", "keep": ["a", "b_rank"], "steps": 0}
     result, _ = vt.compress(keras.Model(inputs, x), 1.2, images(), **options)
     assert [layer.name for layer in result.layers][1:] == ["a", "b_rank", "b_rank_2", "b"]
 
