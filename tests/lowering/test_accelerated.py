@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -251,3 +252,40 @@ def test_new_variables_of_a_layer_that_keras_runs(change: Callable[[Any], Any]) 
             assert_close(y, type(model).call(model, x, training=training))
     y.sum().backward()
     assert all(v.value.grad is not None for v in model.trainable_variables)
+
+
+@pytest.mark.parametrize("in_a_thread", [False, True])
+@pytest.mark.parametrize("outer", [False, True])
+def test_calls_in_both_modes_at_once(outer: bool, in_a_thread: bool) -> None:
+    """A layer calls the model that it is in, and another thread one that trains."""
+    x, model = torch.rand(4, 32), None
+    answers: list[torch.Tensor] = []
+
+    class Asks(layers.Layer):
+        asked = False
+
+        def call(self, y: Any) -> Any:
+            if model is not None and not self.asked:
+                self.asked = True
+                ask = lambda: answers.append(model(x, training=not outer))  # noqa: E731
+                if in_a_thread:
+                    thread = threading.Thread(target=ask)
+                    thread.start()
+                    thread.join()
+                else:
+                    ask()
+                self.asked = False
+            return y
+
+    image = keras.Input((32,))
+    asks = Asks()
+    model = keras.Model(image, layers.Dropout(0.5)(asks(image)))
+    accelerate_(model)
+    for _ in range(2):
+        found = model(x, training=outer)
+        trained, inferred = (found, answers[-1]) if outer else (answers[-1], found)
+        assert 0 < (trained == 0).sum() < x.numel()
+        assert torch.equal(inferred, x)
+    with pytest.raises(ValueError):
+        model(torch.rand(4, 31))
+    assert torch.equal(model(x, training=False), x)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import keras
@@ -57,6 +58,7 @@ def accelerate_(
     module: Any = None
     run: Any = None
     settings = Settings()
+    mode = _Mode()
 
     def renew() -> None:
         nonlocal graph, inside, fixes_training, module, run, settings
@@ -88,19 +90,53 @@ def accelerate_(
         values = keras_graph.standardize_inputs(graph, inputs)
         if any(x is None or x.is_meta or keras_graph.has_mask(x) for x in values):
             return type(model).call(model, inputs, training=training, mask=mask)
+        if not mode.begin(module, bool(training)):  # a call in the other mode is under way
+            return type(model).call(model, inputs, training=training, mask=mask)
         nonlocal laid_out
-        if module.training != bool(training):
-            module.train(bool(training))
-        optimizer = getattr(model, "optimizer", None)  # None before compile()
-        if training and optimizer is not laid_out and optimizer and optimizer.built:
-            _lay_out_slots_(optimizer, model)
-            laid_out = optimizer
-        return run(*values)
+        try:
+            optimizer = getattr(model, "optimizer", None)  # None before compile()
+            if training and optimizer is not laid_out and optimizer and optimizer.built:
+                _lay_out_slots_(optimizer, model)
+                laid_out = optimizer
+            return run(*values)
+        finally:
+            mode.end()
 
     if not keras_graph.in_stateless_scope():  # where weights may have no values yet
         renew()
     keras_graph.override_call_(model, call)
     return model
+
+
+class _Mode:
+    """Keeps a network in training or inference while calls of it run, in one thread or several."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+        self.lock = threading.Lock()
+
+    def begin(self, network: torch.nn.Module, training: bool) -> bool:
+        """Whether a call in this mode may run, which `end` ends; not while others run in the other.
+
+        A layer may call the model that it is in, and another thread may ask it while it trains.
+        """
+        if torch.compiler.is_compiling():
+            if network.training != training:
+                network.train(training)
+            return True
+        with self.lock:
+            if network.training != training:
+                if self.calls:
+                    return False
+                network.train(training)
+            self.calls += 1
+        return True
+
+    def end(self) -> None:
+        """A call that began has ended."""
+        if not torch.compiler.is_compiling():
+            with self.lock:
+                self.calls -= 1
 
 
 def _lay_out_slots_(optimizer: keras.Optimizer, model: keras.Model) -> None:
