@@ -107,7 +107,8 @@ def onnx_model(nodes: int, of: str = "Conv", dims: list[int] | None = None) -> b
     if dims:
         del kernel.dims[:]
         kernel.dims.extend(dims)
-    made = [helper.make_node(of, [f"x{i}", "k"], [f"x{i + 1}"]) for i in range(nodes)]
+    padding: Any = {"pads": [1, 1, 1, 1]} if of == "Conv" else {}
+    made = [helper.make_node(of, [f"x{i}", "k"], [f"x{i + 1}"], **padding) for i in range(nodes)]
     graph = helper.make_graph(made, "g", [], [], [kernel])
     return bytes(helper.make_model(graph).SerializeToString())
 

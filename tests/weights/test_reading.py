@@ -94,12 +94,13 @@ def test_onnx_as_torch_and_as_tensorflow_export_it(tmp_path: Path, channels_last
 def test_onnx_that_is_no_vgg(tmp_path: Path) -> None:
     import onnx
 
-    write_onnx(tmp_path / "a", onnx_state(), channels_last=False)
-    model = onnx.load(tmp_path / "a")
-    next(a for a in model.graph.node[0].attribute if a.name == "strides").ints[:] = [2, 2]
-    onnx.save(model, tmp_path / "a")
-    with pytest.raises(ValueError, match="convolution 0 has strides, dilations or groups"):
-        sources.read(tmp_path / "a")
+    for setting, numbers in {"strides": [2, 2], "pads": [0, 0, 0, 0]}.items():
+        write_onnx(tmp_path / "a", onnx_state(), channels_last=False)
+        model = onnx.load(tmp_path / "a")
+        next(a for a in model.graph.node[0].attribute if a.name == setting).ints[:] = numbers
+        onnx.save(model, tmp_path / "a")
+        with pytest.raises(ValueError, match="0 has strides, dilations, groups or another padding"):
+            sources.read(tmp_path / "a")
     model.graph.node[0].op_type = "BatchNormalization"
     onnx.save(model, tmp_path / "a")
     with pytest.raises(ValueError, match="export the model in evaluation mode"):

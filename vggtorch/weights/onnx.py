@@ -61,8 +61,13 @@ def _weights(
             raise ValueError("its batch norm stands apart; export the model in evaluation mode")
         if kind == "Conv":
             settings = [attributes.get(key, [1]) for key in ("group", "strides", "dilations")]
+            # Instead of numbers, `auto_pad` may say that a map keeps its size.
+            settings.append(attributes.get("pads", [1 if "auto_pad" in attributes else 0]))
             if any(n != 1 for numbers in settings for n in numbers):
-                raise ValueError(f"convolution {convolutions} has strides, dilations or groups")
+                raise ValueError(
+                    f"convolution {convolutions} has strides, dilations, groups or another padding "
+                    f"than VGG's of 1"
+                )
             names = (f"conv{convolutions}.weight", f"conv{convolutions}.bias")
             tensors.update(zip(names, weights, strict=False))
             convolutions += 1
