@@ -24,6 +24,7 @@ from torch.utils.data import (
 from vggtorch.models import data_config, load_model, preprocess, remember_
 from vggtorch.surgery import truncate
 from vggtorch.training.batch_view import show_batch
+from vggtorch.training.data import Folder
 from vggtorch.training.keeping import save_trained
 from vggtorch.training.loaders import as_source
 from vggtorch.training.loop import finetune
@@ -92,7 +93,7 @@ def test_a_collate_function_neither_drops_nor_repeats(dataset, config, kept):
 
 def test_samplers_learn_the_epoch_and_are_of_all_images(dataset, config):
     def order(epoch):
-        sampler = DistributedSampler(dataset, 1, 0, seed=7)
+        sampler: Any = DistributedSampler(dataset, 1, 0, seed=7)
         sampler.set_epoch(epoch)
         return list(sampler)
 
@@ -142,7 +143,7 @@ def test_a_sequential_model_remembers_what_it_was_trained_with(nested, config, t
     )  # fmt: skip
     assert found.label_names == tuple(sorted(tiny.COLOURS))
     # What validated is what predicts, from memory and from the file.
-    assert history.validation is not None and history.evaluation is not None
+    assert isinstance(history.validation, Folder) and history.evaluation is not None
     paths = list(history.validation.paths)
     kept = save_trained(history, tmp_path / "kept")
     assert data_config(kept).label_names == found.label_names
