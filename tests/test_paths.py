@@ -17,6 +17,7 @@ TYPED = [
     ("finetune phots", "There is no phots. Perhaps photos? Expected a folder with a subfolder"),
     ("finetune labels.cvs", "There is no labels.cvs. Perhaps labels.csv? Expected a folder"),
     ("finetune photos.zip", "photos.zip isn't a folder. It's an archive: unpack it. Expected"),
+    ("finetune labels.parquet", "It may be a table of another form: write it as CSV"),
     ("finetune photos validtion", "There is no validtion. Perhaps validation? Expected a folder"),
     ("finetune photos --weights nowhere.pth", "Received --weights nowhere.pth; expected one of"),
     ("finetune photos --weights imagnet", "an existing file. Perhaps imagenet?"),
@@ -83,7 +84,7 @@ def place(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("photos/a", "photos/b", "validation/a", "run"):
         os.makedirs(name)
-    for name in ("labels.csv", "photos.zip", "model.keras", "run/last.pt"):
+    for name in ("labels.csv", "photos.zip", "labels.parquet", "model.keras", "run/last.pt"):
         (tmp_path / name).write_text("")
     Image.new("RGB", (4, 4)).save("photos/a/1.png")
     return tmp_path

@@ -16,6 +16,7 @@ from vggtorch.architectures import ARCHITECTURES
 from vggtorch.weight_sets import WEIGHT_SETS
 
 TABLES = frozenset({".csv", ".tsv", ".jsonl", ".ndjson"})  # of paths and labels
+OTHER_TABLES = frozenset({".json", ".parquet", ".feather", ".arrow", ".xlsx", ".xls", ".txt"})
 HUB = "hf://"  # as Keras writes it
 _HUB_ELSEWHERE = re.compile(  # how others write it
     r"(?:hf[-_]hub:|hub:|huggingface:|(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/)(.+)"
@@ -132,6 +133,8 @@ def check_data(path: str | os.PathLike) -> None:
         what = f"{path} isn't a folder." + (
             " It's an archive: unpack it." if _is_packed(path) else ""
         )
+        if path.suffix.lower() in OTHER_TABLES:
+            what += " It may be a table of another form: write it as CSV (pandas' `to_csv` does)."
     else:
         what = f"There is no {path}.{near(path)}"
     raise ValueError(

@@ -64,6 +64,14 @@ def test_whole_numbers_of_numpy_are_counts(model, images, tmp_path):
     assert [path.name for path in folder.glob("part-*")] == ["part-000004.parquet"]
 
 
+def test_queries_are_numbers():
+    table = FeatureTable(("a", "b"), np.eye(2))
+    for wrong in (np.array([["a", "b"]]), np.eye(2) * 1j, np.array([[None, 1]])):
+        with pytest.raises(ValueError, match="Received queries of dtype .*; expected numbers"):
+            table.nearest(wrong)
+    assert table.nearest([[2, 1]], 1)[0][0][0] == "a"  # type: ignore[arg-type]
+
+
 def test_a_process_is_one_of_them(model, images, tmp_path):
     with pytest.raises(ValueError, match="Received process=2 of 2; expected a number below"):
         vt.write_features(model, images, tmp_path / "f", layer="flatten", process=2, processes=2)

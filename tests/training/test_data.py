@@ -208,6 +208,21 @@ def test_workers_change_nothing(tmp_path):
     assert all(map(torch.equal, alone, helped))
 
 
+def test_an_image_that_has_become_another_is_named(tmp_path):
+    """Its features would stand for those of the image that was checked."""
+    folder = data.read_folder(tiny.pictures(tmp_path / "data"), 16)
+    training, _ = data.hold_out(folder, 0.2)
+    path = training.paths[0]
+    content = path.read_bytes()
+    path.write_bytes(training.paths[1].read_bytes())
+    for source in (folder, training):
+        place = source.paths.index(path)
+        with pytest.raises(ValueError, match=r"png could be read .* \(it holds another image\)"):
+            source[[(place, 0)]]
+    path.write_bytes(content)  # the same again, at another time
+    assert len(training[[(0, 0)]][0]) == 1
+
+
 def test_an_image_that_vanishes_is_named(tmp_path):
     folder = data.read_folder(tiny.pictures(tmp_path / "data"), 16)
     folder.paths[2].unlink()

@@ -86,6 +86,20 @@ def test_maps_of_several_images_are_those_of_each():
         np.testing.assert_allclose(found, alone, atol=1e-5)
 
 
+def test_maps_of_a_network_in_half_the_bits(monkeypatch):
+    images = torch.rand(2, 16, 16, 3) * 255
+    expected = activation_maps(tiny.network(), images, [2, 0])
+    policy = keras.config.dtype_policy()
+    keras.config.set_dtype_policy("mixed_bfloat16")
+    try:
+        model = tiny.network()
+    finally:
+        keras.config.set_dtype_policy(policy)
+    found = activation_maps(model, images, [2, 0])
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, expected, atol=0.05)
+
+
 def test_a_network_without_maps():
     image = keras.Input((4, 4, 3))
     x = keras.layers.Dense(2, activation="softmax")(keras.layers.Flatten()(image))

@@ -54,7 +54,7 @@ def test_what_judges_are_the_images_that_its_sampler_gives(name, dataset, config
     """One Dataset, two samplers: torch's way of holding images out."""
     first = DataLoader(dataset, batch_size=4, sampler=SubsetRandomSampler(range(12)))
     rest = DataLoader(dataset, batch_size=4, sampler=SubsetRandomSampler(range(12, 20)))
-    history = finetune(network(), {"train": first, name: rest}, config=config)
+    history = finetune(network(), {"Train": first, name.upper(): rest}, config=config)
     found = history.evaluation if name == "validation" else history.test_evaluation
     assert found is not None
     assert sorted(found.labels.tolist()) == sorted(LABELS[12:].tolist())

@@ -24,9 +24,10 @@ import numpy as np
 import torch
 from torch.utils.data import default_collate
 
+from vggtorch import files
 from vggtorch.models import data_config, fitted, preprocess, read_image
 from vggtorch.training.config import Augment, TrainConfig
-from vggtorch.training.folders import read_classes
+from vggtorch.training.folders import read_classes, stamp_of
 from vggtorch.training.items import (
     as_array,
     as_images,
@@ -120,6 +121,7 @@ class Folder:
         seed: where random augmentation starts.
         root: the folder or the table.
         contents: SHA-256 of each file.
+        stamps: size and time of each file when it was hashed; empty where nobody looked.
     """
 
     paths: tuple[Path, ...]
@@ -131,6 +133,7 @@ class Folder:
     seed: int
     root: Path
     contents: tuple[str, ...]
+    stamps: tuple[tuple[int, int], ...] = ()
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -139,12 +142,20 @@ class Folder:
         images = torch.stack([self._image(*key) for key in keys])
         return images, torch.tensor([self.labels[index] for index, _ in keys])
 
+    def _check_unchanged(self, index: int) -> None:
+        """See that a file holds the image that the run began with."""
+        path = self.paths[index]
+        is_old = not self.stamps or stamp_of(path) == self.stamps[index]
+        if not is_old and files.sha256(path) != self.contents[index]:
+            raise ValueError("it holds another image")
+
     def _image(self, index: int, augmentation: int) -> torch.Tensor:
         from torchvision.transforms.v2 import functional as F
 
         size = self.data_config.size
         assert size is not None
         try:
+            self._check_unchanged(index)
             picture = read_image(self.paths[index])
         except (OSError, ValueError) as error:
             raise ValueError(
@@ -207,6 +218,7 @@ def read_folder(
         seed,
         root,
         tuple(image.digest for image in images),
+        tuple(image.stamp for image in images),
     )
 
 
@@ -250,6 +262,7 @@ def hold_out(folder: Folder, share: float) -> tuple[Folder, Folder]:
             paths=tuple(folder.paths[i] for i in chosen),
             labels=tuple(folder.labels[i] for i in chosen),
             contents=tuple(folder.contents[i] for i in chosen),
+            stamps=tuple(folder.stamps[i] for i in chosen) if folder.stamps else (),
             digest=hashlib.sha256(folder.digest.encode() + mask.tobytes()).hexdigest(),
             augment=augment,
         )

@@ -207,7 +207,7 @@ def activation_maps(model: keras.Model, images: torch.Tensor, classes: Sequence[
     chosen = scores[torch.arange(len(images)), torch.as_tensor(classes)]
     (gradient,) = torch.autograd.grad(chosen.sum(), features)  # of each image its own
     weights = gradient.mean((1, 2), keepdim=True)
-    heat = (weights * features.detach()).sum(-1).clamp_min(0)
+    heat = (weights * features.detach()).sum(-1).clamp_min(0).float()  # NumPy has no bfloat16
     return (heat / heat.amax((1, 2), keepdim=True).clamp_min(1e-12)).cpu().numpy()
 
 

@@ -248,6 +248,8 @@ class FeatureTable:
             [[('b.jpg', 0.8)]]
         """
         queries = np.atleast_2d(queries)
+        if queries.dtype.kind not in "biuf":
+            raise ValueError(f"Received queries of dtype {queries.dtype}; expected numbers.")
         if queries.ndim != 2 or queries.shape[1] != self.values.shape[1]:
             raise ValueError(
                 f"Received queries of shape {queries.shape}; expected (N, {self.values.shape[1]})."

@@ -32,16 +32,18 @@ SYSTEM_FILES = {".ds_store", ".gitignore", ".gitkeep", "desktop.ini", "thumbs.db
 
 
 class Labelled(NamedTuple):
-    """A readable image file, the index of its class, and its SHA-256."""
+    """A readable image file, the index of its class, its SHA-256, and its size and time."""
 
     path: Path
     label: int
     digest: str
+    stamp: tuple[int, int] = (0, 0)
 
 
 @dataclass(frozen=True)
 class _Check:
     digest: str = ""
+    stamp: tuple[int, int] = (0, 0)
     problem: str = ""
     is_missing: bool = False
     has_frames: bool = False
@@ -253,7 +255,7 @@ def read_classes(
             stacklevel=3,
         )
     good = [
-        Labelled(path, label, check.digest)
+        Labelled(path, label, check.digest, check.stamp)
         for (path, label), check in zip(images, checked, strict=True)
         if not check.problem
     ]
@@ -402,6 +404,12 @@ def _first(problems: Sequence[str]) -> str:
     return " ".join(problems[:NAMED]) + more
 
 
+def stamp_of(path: Path) -> tuple[int, int]:
+    """A file's size and the time of its last change, which another content would change."""
+    found = path.stat()
+    return found.st_size, found.st_mtime_ns
+
+
 def _checked(paths: Sequence[Path]) -> list[_Check]:
     """Decode every image once, few of the large ones at a time."""
     gate = PixelGate(PIXELS_AT_ONCE)
@@ -409,7 +417,8 @@ def _checked(paths: Sequence[Path]) -> list[_Check]:
     def check(path: Path) -> _Check:
         try:
             several = read_image(path, gate).info[SEVERAL_FRAMES]
-            return _Check(digest=files.sha256(path), has_frames=several)
+            stamp = stamp_of(path)
+            return _Check(digest=files.sha256(path), stamp=stamp, has_frames=several)
         except FileNotFoundError:
             return _Check(problem=f"{path}: there is no such file.", is_missing=True)
         except (OSError, ValueError) as error:

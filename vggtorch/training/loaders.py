@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import os
 from typing import Any
 
 from torch.utils.data import DataLoader, Dataset, Subset, default_collate
@@ -25,6 +26,8 @@ def as_source(
     (seed, epoch); a Dataset is shuffled into batches of `batch_size`. A stream is read once.
     """
     images = data_config or DataConfig()
+    if isinstance(data, os.PathLike):
+        raise ValueError(f"Received a {type(data).__name__}; expected a Path or a text: str(path).")
     if is_stream(data):
         batch_size = getattr(data, "batch_size", None) or batch_size
         with seeded(seed):

@@ -72,7 +72,8 @@ def settle_config(
 def _training(train: Images) -> Any:
     """What trains of the data: a part of a dictionary, the training part of a folder or a table."""
     if isinstance(train, Mapping):
-        return next((part for name, part in train.items() if SPLITS.get(str(name)) == "train"), {})
+        parts = {SPLITS.get(str(name).lower()): part for name, part in train.items()}
+        return parts.get("train", {})
     return find_splits(as_path(train)).train if isinstance(train, str | Path) else train
 
 

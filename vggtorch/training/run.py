@@ -226,8 +226,9 @@ def _splits(given: Images) -> _Given:
         return _Given(*splits)
     if not isinstance(given, Mapping):
         return _Given(given)
-    unknown = [name for name in given if str(name) not in SPLITS]
-    parts = {SPLITS[name]: data for name, data in given.items() if name not in unknown}
+    called = {name: SPLITS.get(str(name).lower()) for name in given}
+    unknown = [name for name, part in called.items() if part is None]
+    parts = {part: given[name] for name, part in called.items() if part is not None}
     if unknown or "train" not in parts or len(parts) < len(given):
         raise ValueError(
             f"Received a dictionary of {', '.join(map(repr, given))}; expected train, and perhaps "
