@@ -141,44 +141,46 @@ class Crossing:
         common = next(n for n in range(deepest, -1, -1) if begin[:n] == end[:n])
         now = source
         for depth in range(len(begin), common, -1):
-            now = self._carried_out(begin[:depth], now)
+            way = begin[:depth]
+            graph, call = self._graphs[way], self._calls[way]
+            border = list(zip(graph.outputs, call.outputs, strict=True))
+            now = self._across(way, graph, border, now)
         for depth in range(common, len(end)):
-            now = self._carried_in(end[:depth], end[: depth + 1], now)
+            way = end[: depth + 1]
+            inner = self._graphs[way].functional
+            border = list(zip(call_inputs(inner, self._calls[way]), inner.inputs, strict=True))
+            now = self._across(way, self._graphs[end[:depth]], border, now)
         place = self._graphs[end]
         self.changes.append((place, [(result, now)], new))
         return place
 
-    def _carried_out(self, way: tuple[str, ...], now: Tensor) -> Tensor:
-        """An output of a nested model that is `now` in place of what the layers that go made."""
-        graph, call = self._graphs[way], self._calls[way]
-        pairs = list(zip(graph.outputs, call.outputs, strict=True))
-        if unchanged := [outside for inside, outside in pairs if inside is now]:
-            return unchanged[0]
-        made = [(a, b) for a, b in pairs if id(self._plain(a)) in self._gone]
-        inside, outside = self._only(way, made)
-        self._carried.add(id(outside))
-        self.changes.append((graph, [(inside, now)], ()))
-        return outside
+    def _across(
+        self,
+        way: tuple[str, ...],
+        graph: Wiring,
+        border: Sequence[tuple[Tensor, Tensor]],
+        now: Tensor,
+    ) -> Tensor:
+        """The tensor behind the border of a nested model that is `now`, which stands before it.
 
-    def _carried_in(self, outer: tuple[str, ...], way: tuple[str, ...], now: Tensor) -> Tensor:
-        """An input of a nested model that is `now` in place of what the layers that go made."""
-        graph, call = self._graphs[way], self._calls[way]
-        given = call_inputs(graph.functional, call)
-        pairs = list(zip(graph.functional.inputs, given, strict=True))
-        if unchanged := [inside for inside, outside in pairs if outside is now]:
-            return unchanged[0]
-        made = [(a, b) for a, b in pairs if id(self._plain(b)) in self._gone]
-        inside, outside = self._only(way, made)
-        self._carried.add(id(outside))
-        self.changes.append((self._graphs[outer], [(outside, now)], ()))
-        return inside
+        Where `now` doesn't cross that border, it takes the place of what the layers that go made.
 
-    def _only(
-        self, way: tuple[str, ...], made: list[tuple[Tensor, Tensor]]
-    ) -> tuple[Tensor, Tensor]:
+        Args:
+            way: to the nested model.
+            graph: that `now` is in.
+            border: tensors of that graph, and what they are on the other side.
+            now: what enters the layers that go.
+        """
+        for near, far in border:
+            if near is now:
+                return far
+        made = [(near, far) for near, far in border if id(self._plain(near)) in self._gone]
         if len(made) != 1:
             raise self._tangled(way)
-        return made[0]
+        ((near, far),) = made
+        self._carried |= {id(near), id(far)}
+        self.changes.append((graph, [(near, now)], ()))
+        return far
 
     def _check_rest(self, way: tuple[str, ...]) -> None:
         """Raise if a nested model that stays would still need a layer that goes."""
