@@ -195,3 +195,25 @@ def test_copies_and_networks_of_their_own_stand_alone() -> None:
         warnings.simplefilter("error", UserWarning)
         for each in alone:
             each(x)
+
+
+@pytest.mark.parametrize("accelerated", [False, True])
+@pytest.mark.parametrize(
+    "name, value", [("dense.bias", None), ("dense.bias", 3), ("norm.gamma", 2)]
+)
+def test_what_stands_in_a_weights_place(name: str, value: int | None, accelerated: bool) -> None:
+    keras.utils.set_random_seed(0)
+    image = keras.Input((4, 4, 3))
+    x = layers.BatchNormalization(name="norm", beta_initializer="ones")(image)
+    model = keras.Model(image, layers.Dense(3, name="dense", bias_initializer="ones")(x))
+    x = torch.rand(2, 4, 4, 3)
+    if accelerated:
+        accelerate_(model)
+    before = model(x, training=False)
+    layer, attribute = name.split(".")
+    tensor = None if value is None else torch.full((3,), float(value))
+    setattr(model.get_layer(layer), attribute, tensor)
+    expected = type(model).call(model, x, training=False)  # by Keras
+    found = model(x, training=False) if accelerated else to_torch(model).eval()(x)
+    torch.testing.assert_close(found, expected)
+    assert not torch.allclose(found, before)

@@ -276,4 +276,12 @@ def convert(site: Site) -> list[Piece]:
         return []
     if "float" not in site.given and type(layer) not in _WHOLE:
         return []
+    if type(layer) is not layers.TorchModuleWrapper and not _holds_its_weights(layer):
+        return []
     return converter(site) or []
+
+
+def _holds_its_weights(layer: keras.Layer) -> bool:
+    """Whether nothing stands in a weight's place: None, as after `dense.bias = None`, or a tensor."""
+    held = {id(value) for value in vars(layer).values() if isinstance(value, keras.Variable)}
+    return held.issuperset(map(id, keras_graph.own_variables(layer)))
