@@ -282,6 +282,6 @@ def convert(site: Site) -> list[Piece]:
 
 
 def _holds_its_weights(layer: keras.Layer) -> bool:
-    """Whether nothing stands in a weight's place, as None after `dense.bias = None`, or a tensor."""
+    """Whether nothing stands in a weight's place, as None does after `dense.bias = None`."""
     held = {id(value) for value in vars(layer).values() if isinstance(value, keras.Variable)}
     return held.issuperset(map(id, keras_graph.own_variables(layer)))
