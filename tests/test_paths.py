@@ -51,6 +51,7 @@ TYPED = [
     ("compress run phots --times 2 --out a.keras", "There is no file phots. Perhaps photos?"),
     ("compress run photos --times 2 --out a.h5", "--out a.h5; expected a name that ends in .keras"),
     ("convert modle.keras a.pth", "Received 'modle.keras'; expected one of imagenet, features,"),
+    ("convert gone/model.keras a.pth", "features, oxford or the path of an existing file.\n"),
     ("convert model.keras a.txt", "Received 'a.txt'; expected a name that ends in .safetensors"),
     ("push rnu ann/cats", "There is no folder rnu. Perhaps run? Expected that of a run that has"),
     ("predict photos run", "Received the model run among the images, in place 2. Expected one"),

@@ -107,9 +107,8 @@ def check_weights(source: str | os.PathLike, option: str = "weights") -> None:
     if source in WEIGHT_SETS or is_on_hub(source) or Path(source).exists():
         return
     last = str(source).rpartition(".")[2]  # of VGG16_Weights.IMAGENET1K_V1, vgg16.tv_in1k
-    hint = (
-        f" {last} is called {_WEIGHTS_ELSEWHERE[last]} here." if last in _WEIGHTS_ELSEWHERE else ""
-    )
+    is_called = last in _WEIGHTS_ELSEWHERE and not str(source).endswith(CONVERTED)
+    hint = f" {last} is called {_WEIGHTS_ELSEWHERE[last]} here." if is_called else ""
     if source in ARCHITECTURES:
         hint = f" {source} is a network (architecture={str(source)!r}) that has such weights."
     alike = difflib.get_close_matches(str(source), WEIGHT_SETS, 1)

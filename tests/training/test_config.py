@@ -31,6 +31,7 @@ from vggtorch.training.config import TrainConfig
         ({"monitor": "val_loss"}, "'calibration_error', 'loss'. Perhaps 'loss'?"),
         ({"precision": "mixed_bfloat16"}, "expected one of 'fp32', 'bf16'. Perhaps 'bf16'?"),
         ({"crop_mode": "squish"}, "Perhaps 'squash'?"),
+        ({"metrics": "auroc,macro_f1"}, "calibration_error, loss. Name each by itself."),
         ({"metrics": "f1"}, "calibration_error, loss. Perhaps 'macro_f1'?"),
         ({"optimizer": keras.optimizers.SGD}, "Received optimizer=SGD, which is Keras's; expected"),
         ({"optimizer": keras.optimizers.SGD(0.1)}, "optimizer=SGD, which is Keras's; expected one"),

@@ -49,6 +49,22 @@ def test_a_model_and_a_folder_are_enough(images, tmp_path, capsys):
 def test_settings_of_a_cache_that_there_is_not_are_said(images, config, capsys):
     vt.finetune(tiny.network(), images, config=config, epochs=1, cache=False, cache_dtype="float16")
     assert "nothing, so that nothing follows from cache_dtype\n" in capsys.readouterr().err
+    layers = keras.layers
+    first = [keras.Input((16, 16, 3)), layers.Conv2D(2, 3), layers.Flatten(), layers.Dense(3)]
+    network, folder = keras.Sequential(first), f"{config.output_dir}2"
+    vt.finetune(network, images, config=config, epochs=1, cache_dir="other", output_dir=folder)
+    said = capsys.readouterr().err
+    assert "nothing, as no layer is frozen, so that nothing follows from cache_dir\n" in said
+    # Those of frozen layers are kept, and nothing is said.
+    network.layers[0].trainable = False
+    folder = f"{config.output_dir}3"
+    vt.finetune(network, images, config=config, epochs=1, cache_dtype="float16", output_dir=folder)
+    assert "Cached" not in capsys.readouterr().err
+
+
+def test_a_share_to_hold_out_without_effect_is_said(images, config):
+    with pytest.warns(UserWarning, match="Without effect: validation_split=0.4, as the data has"):
+        vt.finetune(tiny.network(), images, images, config, epochs=1, validation_split=0.4)
 
 
 def test_names_of_classes_are_no_instructions_to_the_terminal(config, tmp_path, capsys):

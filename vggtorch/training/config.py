@@ -245,6 +245,8 @@ def _check_kind(name: str, value: Any, hint: Any) -> None:
 def _meant(value: Any, choices: Collection[str]) -> str:
     """` Perhaps ...?` with the choice that is meant, where it is known elsewhere by that value."""
     plain = str(value).lower().removeprefix("val_")
+    if "," in plain and set(map(str.strip, plain.split(","))) <= set(choices):
+        return " Name each by itself."
     plain = plain if plain in choices else _VALUES_ELSEWHERE.get(plain, "")
     return f" Perhaps {plain!r}?" if plain in choices else ""
 

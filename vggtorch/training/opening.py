@@ -138,8 +138,10 @@ def first_lines(
     if mixes(config) and config.cache and frozen_end(model) is not model.inputs[0]:
         lines.append("Cached: nothing; frozen layers run in every step, as mixed images are new")
     unused = [n for n in ("cache_copies", "cache_dtype", "cache_dir") if n in _changed(config)]
-    if unused and not config.cache:
-        lines.append(f"Cached: nothing, so that nothing follows from {', '.join(unused)}")
+    is_frozen = frozen_end(model) is not model.inputs[0]
+    if unused and not (config.cache and (is_frozen or config.unfreeze)):
+        because = ", as no layer is frozen" if config.cache else ""
+        lines.append(f"Cached: nothing{because}, so that nothing follows from {', '.join(unused)}")
     if getattr(model, "compiled", False):
         used = [
             f"{n} {_called(v)}" for n in ("optimizer", "loss") if (v := getattr(model, n, None))

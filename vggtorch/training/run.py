@@ -159,6 +159,12 @@ def _tell_unused(training: Any, validation: Any, test: Any, config: TrainConfig)
     names += [] if any(are_files) else ["label_pattern", "on_unreadable"]
     names += [] if are_files[0] or validation is not None else ["validation_split"]
     _tell_of_loaders(training, validation, test, config)
+    if validation is not None and config.validation_split != TrainConfig.validation_split:
+        warnings.warn(
+            f"Without effect: validation_split={config.validation_split!r}, as the data has images "
+            f"of its own to validate on.",
+            stacklevel=5,
+        )
     given = [n for n in names if getattr(config, n) != getattr(TrainConfig, n)]
     if given:
         warnings.warn(

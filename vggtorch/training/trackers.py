@@ -41,6 +41,7 @@ def check_trackers(given: Sequence[Any]) -> None:
                 f"Received log_with={one!r}; expected some of "
                 f"{', '.join(sorted(map(str, LOGGER_TYPE_TO_CLASS)))}, or an "
                 f"accelerate.tracking.GeneralTracker."
+                f"{' Name each by itself.' if ',' in str(one) else ''}"
             )
         if str(one) not in available:
             extra = "'vggtorch[tensorboard]'" if one == "tensorboard" else f"{one}"
