@@ -99,3 +99,17 @@ def test_preprocessing_inside_a_nested_network_is_not_done_twice() -> None:
     assert torch.allclose(found, model(255 * pixels), atol=1e-5)
     with pytest.raises(ValueError, match="which has its preprocessing inside"):
         vt.FeatureExtractor(model, ["inner/conv"], normalization="imagenet")
+
+
+def test_the_layout_is_that_of_the_models_layers_not_keras_default():
+    first = {"data_format": "channels_first"}
+    inputs = keras.Input((3, 20, 24))
+    x = keras.layers.Conv2D(4, 3, **first, activation="relu", name="conv")(inputs)
+    x = keras.layers.GlobalAveragePooling2D(**first)(x)
+    model = keras.Model(inputs, keras.layers.Dense(2)(x))
+    assert keras.config.image_data_format() == "channels_last"
+    assert vt.data_config(model).input_size == (3, 20, 24)
+    images = torch.rand(2, 3, 20, 24)
+    maps = keras.Model(inputs, model.get_layer("conv").output)(images)
+    extractor = vt.FeatureExtractor(model, ["conv_relu"], normalization=None)
+    torch.testing.assert_close(extractor(images)["conv_relu"], maps.detach())

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from vggtorch.architectures import architecture_named
 from vggtorch.features.frozen import with_little_kept
 from vggtorch.features.pixels import Pixels
+from vggtorch.keras_graph import data_format as layout_of
 from vggtorch.keras_graph import graph_of
 from vggtorch.lowering import TorchNetwork, to_torch
 from vggtorch.models import constructor, data_config, weight_set
@@ -209,8 +210,9 @@ def _checked_taps(taps: Sequence[str]) -> list[str]:
 
 def _channels(model: keras.Model) -> int:
     """The channels of the model's one image; ValueError where it takes something else."""
-    shapes = [tuple(tensor.shape) for tensor in graph_of(model, "FeatureExtractor").inputs]
-    first = keras.config.image_data_format() == "channels_first"
+    graph = graph_of(model, "FeatureExtractor")
+    shapes = [tuple(tensor.shape) for tensor in graph.inputs]
+    first = layout_of(graph) == "channels_first"
     channels = shapes[0][1 if first else -1] if len(shapes) == 1 and len(shapes[0]) == 4 else None
     if channels is None:
         raise ValueError(

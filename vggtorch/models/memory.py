@@ -16,6 +16,7 @@ import keras
 from vggtorch.checks import check_model
 from vggtorch.keras_graph import (
     calls,
+    data_format,
     functional,
     graph_of,
     mark_,
@@ -105,8 +106,9 @@ def _layer_names(model: keras.Model) -> tuple[str, ...]:
 
 def _reads_rgb(model: keras.Model) -> bool:
     """Whether what enters a model has three channels, and is no map from within a network."""
-    axis = -1 if keras.config.image_data_format() == "channels_last" else 1
-    maps = [tensor for tensor in graph_of(model, "preprocess").inputs if len(tensor.shape) == 4]
+    graph = graph_of(model, "preprocess")
+    axis = -1 if data_format(graph) == "channels_last" else 1
+    maps = [tensor for tensor in graph.inputs if len(tensor.shape) == 4]
     return not maps or any(tensor.shape[axis] in (3, None) for tensor in maps)
 
 
@@ -183,7 +185,9 @@ def _input_size(model: keras.Model) -> tuple[int, int] | None:
     shapes = [tensor.shape for tensor in getattr(model, "inputs", None) or ()]
     if len(shapes) != 1 or len(shapes[0]) != 4:
         return None
-    axis = 1 if keras.config.image_data_format() == "channels_last" else 2
+    graph = functional(model)
+    layout = keras.config.image_data_format() if graph is None else data_format(graph)
+    axis = 1 if layout == "channels_last" else 2
     height, width = shapes[0][axis : axis + 2]
     if height is None and width is None:
         return None
