@@ -62,6 +62,13 @@ def test_settings_of_a_cache_that_there_is_not_are_said(images, config, capsys):
     assert "Cached" not in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("until", "is_said"), [("block2_pool", True), ("block1_pool", False)])
+def test_a_decay_from_block_to_block_needs_two_of_them(images, config, capsys, until, is_said):
+    options: dict[str, Any] = {"layer_decay": 0.5, "freeze": until, "epochs": 1}
+    vt.finetune(tiny.network(), images, config=config, **options)
+    assert ("Without effect: layer_decay, as" in capsys.readouterr().err) == is_said
+
+
 def test_a_share_to_hold_out_without_effect_is_said(images, config):
     with pytest.warns(UserWarning, match="Without effect: validation_split=0.4, as the data has"):
         vt.finetune(tiny.network(), images, images, config, epochs=1, validation_split=0.4)

@@ -151,7 +151,12 @@ def first_lines(
             f"optimizer, and cross-entropy as the loss"
         )
     trained = sum(v.value.numel() for v in model.trainable_variables)
-    names = [layer.name for layer in model.layers if layer.trainable_variables]
+    training = [layer for layer in model.layers if layer.trainable_variables]
+    names = [layer.name for layer in training]
+    is_nested = any(isinstance(layer, keras.Model) for layer in training)
+    blocks = {name.partition("_")[0] for name in names}
+    if config.layer_decay != 1 and len(blocks) == 1 and not (is_nested or config.unfreeze):
+        lines.append("Without effect: layer_decay, as layers of one block alone train")
     shown = names if len(names) <= 4 else [names[0], "...", names[-1]]
     lines.append(
         f"Trains: {', '.join(shown)}, {trained:,} of {model.count_params():,} parameters"
