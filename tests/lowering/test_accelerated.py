@@ -289,3 +289,35 @@ def test_calls_in_both_modes_at_once(outer: bool, in_a_thread: bool) -> None:
     with pytest.raises(ValueError):
         model(torch.rand(4, 31))
     assert torch.equal(model(x, training=False), x)
+
+
+@pytest.mark.parametrize("default", [True, None, False])
+def test_a_layer_may_decide_whether_it_trains(default: bool | None) -> None:
+    """Where the model is called without `training`, a layer's own default is what counts."""
+
+    class Counts(layers.Layer):
+        seen: list[bool | None]
+
+        def call(self, y: Any, training: bool | None = default) -> Any:
+            self.seen.append(training)
+            return y
+
+    found = []
+    for accelerated in (False, True):
+        counts = Counts()
+        counts.seen = []
+        norm = torch.nn.BatchNorm1d(3)
+        image = keras.Input((3,))
+        x = layers.TorchModuleWrapper(norm, output_shape=(None, 3))(counts(image))
+        model = keras.Model(image, layers.Dropout(0.5)(x))
+        if accelerated:
+            accelerate_(model)
+        x = torch.rand(4, 3)
+        counts.seen.clear()
+        moved = []
+        for training in (None, False, True):
+            before = norm.num_batches_tracked.item()
+            model(x, training=training)
+            moved.append(norm.num_batches_tracked.item() > before)
+        found.append((counts.seen, moved))
+    assert found[1] == found[0] == ([default, False, True], [default is not False, False, True])

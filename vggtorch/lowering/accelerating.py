@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import threading
 from typing import Any
 
@@ -54,21 +55,21 @@ def accelerate_(
     laid_out: Any = None  # the optimizer whose slots have the layout of their kernels
     graph: keras.Function | None = None
     inside: list[keras.Layer] = []
-    fixes_training = False
+    decides = False  # some layer, where nobody says whether the model trains
     module: Any = None
     run: Any = None
     settings = Settings()
     mode = _Mode()
 
     def renew() -> None:
-        nonlocal graph, inside, fixes_training, module, run, settings
+        nonlocal graph, inside, decides, module, run, settings
         settings = Settings(keras_graph.all_layers(model))
         # A Sequential model makes another graph when layers are added, and has none without any.
         graph = None if has_other_code(model) else keras_graph.functional(model)
         if graph is None:
             return
         inside = keras_graph.all_layers(model, include_self=False)
-        fixes_training = any(
+        decides = any(map(_decides, inside)) or any(
             call.arguments.kwargs.get("training") is not None for call in keras_graph.calls(graph)
         )
         module = OnKeras(graph, model.name, winograd=winograd)
@@ -83,7 +84,7 @@ def accelerate_(
         current = module is not None and (torch.compiler.is_compiling() or settings.are_same())
         if not (set_apart or current):
             renew()
-        undecided = training is None and fixes_training
+        undecided = training is None and decides
         watched = has_global_hooks() or any(map(has_hooks, inside))
         if set_apart or graph is None or mask is not None or undecided or watched:
             return type(model).call(model, inputs, training=training, mask=mask)
@@ -106,6 +107,19 @@ def accelerate_(
         renew()
     keras_graph.override_call_(model, call)
     return model
+
+
+def _decides(layer: keras.Layer) -> bool:
+    """Whether a layer may train where nobody says whether the model does.
+
+    Keras's own don't, but a `TorchModuleWrapper` does, and so may the user's layers.
+    """
+    wraps = isinstance(layer, keras.layers.TorchModuleWrapper)
+    of_keras = type(layer).__module__.startswith("keras.") and not wraps
+    if of_keras or not keras_graph.reads_training(layer):
+        return False
+    argument = inspect.signature(layer.call).parameters.get("training")
+    return argument is None or argument.default is not False
 
 
 class _Mode:
