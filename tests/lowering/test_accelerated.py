@@ -306,7 +306,7 @@ def test_a_layer_may_decide_whether_it_trains(default: bool | None) -> None:
     for accelerated in (False, True):
         counts = Counts()
         counts.seen = []
-        norm = torch.nn.BatchNorm1d(3)
+        norm: Any = torch.nn.BatchNorm1d(3)
         image = keras.Input((3,))
         x = layers.TorchModuleWrapper(norm, output_shape=(None, 3))(counts(image))
         model = keras.Model(image, layers.Dropout(0.5)(x))
