@@ -95,6 +95,23 @@ def _command_line():
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _weights_taken_off():
+    """Keras looks for cycles whenever a weight is taken off a layer, here for a second: no more."""
+    from keras.layers import Layer
+
+    take_off = Layer.__delattr__
+
+    def without_a_search(self, name):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(gc, "collect", lambda *_: 0)
+            take_off(self, name)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Layer, "__delattr__", without_a_search)
+        yield
+
+
 @pytest.fixture(scope="session")
 def onnx_operators():
     """torch.onnx reads the source of each of its operators for every file; from here on, once."""
