@@ -86,4 +86,4 @@ def test_the_command_draws_its_suggestion(tmp_path, capsys, images, monkeypatch)
     said = "Without effect on the search: --learning-rate, --restore-best-weights."
     assert said in capsys.readouterr().out
     assert main(["lr_find", str(images), *options, "--steps", "1"]) == 1
-    assert "--steps 1; expected rates" in capsys.readouterr().err
+    assert "--steps 1; expected a whole number from 2" in capsys.readouterr().err
