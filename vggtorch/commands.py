@@ -259,10 +259,8 @@ def _check_order(images: Sequence[str]) -> None:
 
 def _has_images(folder: str) -> bool:
     """Whether images stand beside a model in its folder."""
-    from vggtorch.models import SUFFIXES
-
     path = Path(folder)
-    return path.is_dir() and any(p.suffix.lower() in SUFFIXES for p in path.iterdir())
+    return path.is_dir() and any(p.suffix.lower() in paths.SUFFIXES for p in path.iterdir())
 
 
 def _is_there(name: str) -> bool:

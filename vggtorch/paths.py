@@ -30,6 +30,22 @@ _WEIGHTS_ELSEWHERE = {
 CONVERTED = (".safetensors", ".pth", ".bin", ".weights.h5", ".keras", ".h5")
 EXPORTED = (".onnx", ".pt2")
 PREDICTIONS = (".csv", ".jsonl")
+# The formats of images that are read, by PIL's names, and the endings of their files. PIL knows
+# more, but for some it starts another program (EPS), and some have no mark by which a damaged file
+# is known.
+IMAGES = {
+    "AVIF": (".avif",),
+    "BMP": (".bmp",),
+    "GIF": (".gif",),
+    "HEIF": (".heic", ".heif"),  # where pillow-heif is installed
+    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"),
+    "JPEG2000": (".jp2", ".j2k"),
+    "PNG": (".png", ".apng"),
+    "PPM": (".ppm", ".pgm", ".pbm", ".pnm"),
+    "TIFF": (".tif", ".tiff"),
+    "WEBP": (".webp",),
+}
+SUFFIXES = frozenset(suffix for suffixes in IMAGES.values() for suffix in suffixes)
 _NAMED = 5  # files that a message lists
 
 

@@ -9,7 +9,8 @@ import pytest
 import tiny
 from PIL import Image
 
-from vggtorch.models import SUFFIXES, images
+from vggtorch.models import images
+from vggtorch.paths import SUFFIXES
 from vggtorch.training import data, find_splits, folders, loaders
 
 

@@ -18,7 +18,7 @@ from vggtorch.models.filling import (
     settle_,
 )
 from vggtorch.models.fitting import fitted, fitted_arrays, recipe
-from vggtorch.models.images import SEVERAL_FRAMES, SUFFIXES, PixelGate, read_image, to_rgb
+from vggtorch.models.images import SEVERAL_FRAMES, PixelGate, read_image, to_rgb
 from vggtorch.models.loading import (
     PartialLoad,
     load_model,
@@ -47,7 +47,6 @@ from vggtorch.models.vgg import VGG11, VGG13, VGG16, VGG19, constructor
 __all__ = [
     "PREPROCESSING_SUFFIX",
     "SEVERAL_FRAMES",
-    "SUFFIXES",
     "VGG11",
     "VGG13",
     "VGG16",

@@ -21,22 +21,8 @@ import PIL
 from PIL import Image, ImageOps, UnidentifiedImageError, features
 
 from vggtorch.files import first_line
+from vggtorch.paths import IMAGES
 
-# The formats that are read, by PIL's names, and the endings of their files. PIL knows more, but for
-# some it starts another program (EPS), and some have no mark by which a damaged file is known.
-FORMATS = {
-    "AVIF": (".avif",),
-    "BMP": (".bmp",),
-    "GIF": (".gif",),
-    "HEIF": (".heic", ".heif"),  # where pillow-heif is installed
-    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"),
-    "JPEG2000": (".jp2", ".j2k"),
-    "PNG": (".png", ".apng"),
-    "PPM": (".ppm", ".pgm", ".pbm", ".pnm"),
-    "TIFF": (".tif", ".tiff"),
-    "WEBP": (".webp",),
-}
-SUFFIXES = frozenset(suffix for suffixes in FORMATS.values() for suffix in suffixes)
 HEIF_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"}
 
 BACKGROUND = (255, 255, 255)  # white, behind what is transparent
@@ -90,7 +76,7 @@ def read_image(path: str | PathLike, gate: PixelGate | None = None) -> Image.Ima
     """The image in a file, as `to_rgb` makes it; `info[SEVERAL_FRAMES]` says if there are more.
 
     Args:
-        path: a file of one of `FORMATS`, whatever its ending; of several frames the first is read.
+        path: a file of one of `IMAGES`, whatever its ending; of several frames the first is read.
         gate: where other threads decode images too, holds this one back until there is room.
 
     Raises:
@@ -127,7 +113,7 @@ def _opened(file: IO[bytes]) -> Image.Image:
         raise ValueError("it is empty.")
     Image.init()  # loads the plugins of all formats
     try:
-        return Image.open(file, formats=[name for name in FORMATS if name in Image.OPEN])
+        return Image.open(file, formats=[name for name in IMAGES if name in Image.OPEN])
     except Image.DecompressionBombError:
         raise ValueError(_too_large("more")) from None
     except UnidentifiedImageError:
@@ -143,7 +129,7 @@ def _opened(file: IO[bytes]) -> Image.Image:
             ) from None
         raise ValueError(
             f"it is damaged, or of no kind that Pillow {PIL.__version__} reads here: "
-            f"{', '.join(FORMATS)}."
+            f"{', '.join(IMAGES)}."
         ) from None
 
 

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from vggtorch import files
-from vggtorch.models import SEVERAL_FRAMES, SUFFIXES, PixelGate, read_image
-from vggtorch.paths import as_path, check_data
+from vggtorch.models import SEVERAL_FRAMES, PixelGate, read_image
+from vggtorch.paths import SUFFIXES, as_path, check_data
 from vggtorch.training.tables import SPLITS, TablePart, is_table, ordered, read_rows
 
 PIXELS_AT_ONCE = 2**26  # decoded at the same time while a folder is checked; about half a GB

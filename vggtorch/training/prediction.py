@@ -23,8 +23,8 @@ import torch
 from vggtorch import files
 from vggtorch.checks import whole
 from vggtorch.lowering import between
-from vggtorch.models import SUFFIXES, data_config, decode_predictions, preprocess
-from vggtorch.paths import PREDICTIONS, as_path, check_images, check_out
+from vggtorch.models import data_config, decode_predictions, preprocess
+from vggtorch.paths import PREDICTIONS, SUFFIXES, as_path, check_images, check_out
 from vggtorch.training import data
 from vggtorch.training.evaluation import Evaluation, evaluate
 from vggtorch.training.folders import images_by_class, images_under, tell_left_out

@@ -10,8 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vggtorch.models import SUFFIXES
-from vggtorch.paths import TABLES, check_data
+from vggtorch.paths import SUFFIXES, TABLES, check_data
 from vggtorch.text import visible
 
 JSON = frozenset({".jsonl", ".ndjson"})
