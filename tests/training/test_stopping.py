@@ -43,6 +43,14 @@ def same(found, expected) -> bool:
     return all(np.array_equal(a, b) for a, b in weights) and figures[0] == figures[1]
 
 
+@pytest.fixture(autouse=True)
+def _heeds_ctrl_c():
+    """As a process in the foreground does; one that a shell starts in the background ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture
 def settings(config):
     return dataclasses.replace(
