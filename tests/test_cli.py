@@ -33,6 +33,7 @@ def test_convert_prints_what_it_mapped(tmp_path, capsys):
     assert "features.0.weight" in torch.load(tmp_path / "oxford.pth")
 
 
+@pytest.mark.slow
 def test_inspect_prints_every_layer(tmp_path, capsys):
     path = tmp_path / "tiny.keras"
     tiny.network(batch_norm=True).save(path)
@@ -50,6 +51,7 @@ def test_inspect_compares_and_draws(tmp_path, capsys):
     assert "block1_conv2" in drawing.read_text()
 
 
+@pytest.mark.slow
 def test_bench_prints_every_way_to_run(tmp_path, capsys):
     path = tmp_path / "tiny.keras"
     tiny.network().save(path)
@@ -73,6 +75,7 @@ def test_predict_prints_the_most_probable_classes(tmp_path, capsys):
     assert [line.split("%  ")[1] for line in printed[1:]] == [name for _, name, _ in best]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("narrow")
 def test_predict_refuses_weights_whose_preprocessing_is_not_known(tmp_path, capsys):
     weights, image = tmp_path / "random.pth", tmp_path / "image.png"
@@ -331,6 +334,7 @@ def config_of(tmp_path, monkeypatch, capsys):
     return config_of
 
 
+@pytest.mark.slow
 def test_every_field_is_an_option(config_of):
     assert config_of("--advise", "none") == vt.TrainConfig()
     changed = vt.TrainConfig(
@@ -363,6 +367,7 @@ def test_every_field_is_an_option(config_of):
     assert config_of("--advise", "none", *words) == changed
 
 
+@pytest.mark.slow
 def test_advice_is_the_default_and_what_is_asked_for_stands_above_it(config_of):
     plan = vt.advise(24, 3)
     assert config_of() == plan

@@ -65,6 +65,7 @@ def test_remove_multiple_layers_and_insert_a_new_one_in_the_middle(vgg_model):
         layer.trainable = True
 
 
+@pytest.mark.slow
 @pytest.mark.network
 def test_the_tutorials_way_works_on_the_results_of_surgery(vgg_model):
     head = [Flatten(), Dense(10, activation="softmax", name="top")]

@@ -159,6 +159,7 @@ def chunk(kind: bytes, content: bytes) -> bytes:
     return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", check)
 
 
+@pytest.mark.slow
 def test_an_image_of_400_million_pixels(kept, place, capsys):
     (place / "m.keras").write_bytes(kept)
     rows = zlib.compress(bytes((20_000 // 8 + 1) * 20_000), 9)

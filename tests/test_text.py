@@ -109,6 +109,7 @@ def test_any_name_of_a_class_survives_a_run(named):
     assert list(vt.data_config(model).label_names) == expected
 
 
+@pytest.mark.slow
 def test_cards_and_reports_hold_neither_instructions_nor_absolute_paths(named):
     _, folder = named
     card = (folder / "run" / "README.md").read_text()

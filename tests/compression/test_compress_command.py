@@ -60,6 +60,7 @@ def test_interrupted_it_says_how_to_go_on(folder, capsys, monkeypatch):
     assert out.exists()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("narrow")
 def test_ctrl_c_is_never_silent(monkeypatch, capsys):
     def interrupted(*_, **__):

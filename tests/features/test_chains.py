@@ -119,6 +119,7 @@ def test_pretrained_layers_keep_little_and_give_the_same(runs):
         assert off(mine, theirs) < 1e-5
 
 
+@pytest.mark.slow
 def test_every_change_of_a_weight_is_noticed(runs):
     extractor = copy.deepcopy(vt.FeatureExtractor(network(), ["g"], normalization=None))
     images = torch.rand(1, 3, 30, 30, generator=torch.Generator().manual_seed(0))

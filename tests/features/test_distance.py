@@ -84,6 +84,7 @@ def test_other_linear_layers_and_networks_are_taken_or_refused(vgg, images, tmp_
         vt.LPIPS(other, normalization="imagenet")
 
 
+@pytest.mark.slow
 def test_the_package_is_asked_for_where_it_is_missing(vgg, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ImportError, match="pip install lpips"):

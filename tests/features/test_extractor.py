@@ -69,6 +69,7 @@ def test_nothing_behind_the_last_tap_is_there(vgg):
     assert extractor(torch.rand(1, 3, 32, 32))["block2_conv1"].min() < 0  # before the ReLU
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["imagenet", "features", "oxford"])
 def test_each_normalisation_is_that_of_preprocess_in_every_range_and_layout(vgg, images, name):
     pixels = (images * 255).round()
@@ -91,6 +92,7 @@ def test_each_normalisation_is_that_of_preprocess_in_every_range_and_layout(vgg,
     torch.testing.assert_close(byte.pixels.normalise(pixels), ready, rtol=0, atol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.network
 def test_a_weight_set_is_loaded_with_its_own_normalisation(images):
     extractor = vt.FeatureExtractor("oxford", ["relu1_2"])
@@ -103,6 +105,7 @@ def test_a_weight_set_is_loaded_with_its_own_normalisation(images):
     assert sum(p.numel() for p in extractor.parameters()) == 38_720
 
 
+@pytest.mark.slow
 @pytest.mark.network
 def test_a_model_remembers_its_weight_set_or_has_its_preprocessing_inside(images):
     inside = vt.VGG16(weights="oxford", include_top=False, include_preprocessing=True)
@@ -219,6 +222,7 @@ def test_gradients_of_gradients_and_of_nan_are_torchs(vgg, images):
             close(received, expected)
 
 
+@pytest.mark.slow
 def test_hooks_adapters_and_replaced_layers_are_seen_in_backward_too(vgg, images):
     extractor = copy.deepcopy(vt.FeatureExtractor(vgg, ["pool2"], normalization="imagenet"))
     x = images.clone().requires_grad_()
@@ -323,6 +327,7 @@ def test_taps_that_are_not_there_are_refused(vgg, taps, message):
         vt.FeatureExtractor(vgg, taps, normalization="imagenet")
 
 
+@pytest.mark.slow
 def test_models_that_have_no_features_of_one_image_are_refused(vgg):
     layers = keras.layers
     with pytest.raises(ValueError, match="does not say which weight set.*normalization="):

@@ -3,12 +3,18 @@
 import vggtorch as vt  # isort: skip  (first: it selects Keras's torch backend)
 import pytest
 import torch
-from torchmetrics.functional.image import total_variation as torchmetrics_variation
 
 from vggtorch.features import gram_matrix, total_variation
 
 TAPS = ["relu1_2", "relu2_2", "relu3_3"]
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def torchmetrics_variation(images, reduction):
+    # Not above: it imports transformers where that is installed, which takes a second and a half.
+    from torchmetrics.functional.image import total_variation as theirs
+
+    return theirs(images, reduction=reduction)
 
 
 @pytest.fixture
@@ -63,6 +69,7 @@ def test_gradients_pull_an_image_towards_its_targets(extractor, images):
     assert losses[-1] < 0.7 * losses[0]
 
 
+@pytest.mark.slow
 def test_layouts_and_reduced_precision_give_the_same(vgg, images):
     first = vt.FeatureExtractor(vgg, TAPS, normalization="imagenet")
     last = vt.FeatureExtractor(
@@ -78,6 +85,7 @@ def test_layouts_and_reduced_precision_give_the_same(vgg, images):
     torch.testing.assert_close(half.float(), expected, rtol=0.05, atol=0)
 
 
+@pytest.mark.slow
 def test_what_cannot_be_compared_is_refused(extractor, images):
     with pytest.raises(ValueError, match="Received no weights"):
         vt.PerceptualLoss(extractor)

@@ -18,6 +18,7 @@ def call(model, *, name="outer"):
     return keras.Model(image, layers.Dense(2, name=f"{name}_logits")(pooled), name=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tap", ["vgg16/block2_conv2", "block2_conv2", "relu2_2", "vgg16/relu2_2"])
 @pytest.mark.parametrize("depth", [1, 2])
 def test_a_layer_in_nested_models_gives_what_it_gives_alone(vgg, images, tap, depth):

@@ -213,6 +213,7 @@ def test_torchs_hooks_on_keras_layers_are_called(everywhere: bool) -> None:
     assert torch.equal(model(x), before)
 
 
+@pytest.mark.slow
 def test_torch_jit_traces_an_accelerated_model_as_keras_runs_it(tmp_path: Path) -> None:
     """Keras's own export to ONNX does so, and looks for the parameters of the layers."""
     model = keras.Sequential([keras.Input((4,)), layers.Dense(3), layers.BatchNormalization()])

@@ -118,6 +118,7 @@ def test_what_stands_where_groups_begin(build: Callable[[Any], Any], checkpoint:
     assert torch.equal(x, before)
 
 
+@pytest.mark.slow
 def test_images_in_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     """One image after the other gives what all at once give, in inference and in training."""
     model, twin = small_vgg(), small_vgg()

@@ -89,6 +89,7 @@ def test_maps_lie_in_memory_as_torchs_modules_give_them(half: torch.dtype | None
     assert engine(x.to(memory_format=torch.channels_last)).permute(0, 2, 3, 1).is_contiguous()
 
 
+@pytest.mark.slow
 @needs_onednn
 @pytest.mark.parametrize("use_winograd", [False, True])
 def test_in_bfloat16_it_takes_and_gives_float32(
@@ -178,6 +179,7 @@ def test_layers_that_run_as_keras_runs_them(
     assert (found - expected).norm() <= tolerance * expected.norm()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["float64", "mixed_bfloat16", "bfloat16"])
 def test_a_model_of_another_policy_computes_as_it_says(policy: str, narrow: None) -> None:
     keras.config.set_dtype_policy(policy)
@@ -229,6 +231,7 @@ def test_what_changes_in_the_model_afterwards_does_not_count() -> None:
     assert not torch.allclose(model(x, training=False), expected)
 
 
+@pytest.mark.slow
 @needs_onednn
 @pytest.mark.parametrize("number", [torch.nan, torch.inf, -torch.inf])
 def test_what_is_not_finite_stays_in_its_image(
@@ -279,6 +282,7 @@ def test_in_any_mode_it_is_the_same_and_has_no_gradient(winograd_always: None) -
         engine(x.clone().requires_grad_())
 
 
+@pytest.mark.slow
 def test_threads_are_served_one_after_the_other(winograd_always: None) -> None:
     engine = vt.optimize_for_inference(small_vgg(), winograd=True)
     batches = [torch.rand(4, 16, 16, 3) for _ in range(8)]
@@ -297,6 +301,7 @@ def test_threads_are_served_one_after_the_other(winograd_always: None) -> None:
     assert all(map(torch.equal, found, expected))
 
 
+@pytest.mark.slow
 def test_what_it_refuses() -> None:
     model = small_vgg()
     x = images(model)

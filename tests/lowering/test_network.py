@@ -76,6 +76,7 @@ def test_children_are_torchs_own_classes_under_the_layers_names():
     assert network.fc1.weight.shape == (4096, 512)
 
 
+@pytest.mark.slow
 def test_batch_norm_is_torchs_with_statistics_as_buffers():
     network = to_torch(vgg(batch_norm=True, include_top=False))
     norm = network.block1_bn1
@@ -388,6 +389,7 @@ def test_layers_that_keras_runs_follow_to_a_device_and_not_to_a_dtype():
     assert torch.equal(run_keras(model, x), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [copy.deepcopy, lambda n: pickle.loads(pickle.dumps(n))])
 def test_copies_with_layers_that_keras_runs_stand_alone(how):
     model = sequences()

@@ -92,6 +92,7 @@ def by_swap(module: nn.Module, name: str, tensor: torch.Tensor) -> None:
     torch.utils.swap_tensors(getattr(module, name), tensor)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", ["conv.weight", "norm.running_var", "lstm.lstm_cell_kernel"])
 @pytest.mark.parametrize("replace", [setattr, by_del, by_load, twice, by_data, by_swap])
 def test_what_takes_a_parameters_place_is_keras_s_too(

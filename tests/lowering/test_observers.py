@@ -98,6 +98,7 @@ def test_parameters_of_one_call(training: bool) -> None:
         assert_close(actual.detach(), value.detach(), 1e-4)
 
 
+@pytest.mark.slow
 def test_transforms() -> None:
     """Derivatives in forward mode, and one gradient for each image."""
     model = small_vgg()

@@ -57,6 +57,7 @@ def graphs(engine: Any) -> list[Any]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype, tolerance", [(None, 1e-6), (torch.bfloat16, 2e-2)])
 @pytest.mark.parametrize("use_winograd", [False, True])
 def test_graphs_compute_what_the_steps_do(

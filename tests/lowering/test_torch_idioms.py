@@ -240,6 +240,7 @@ DONE: dict[str, Callable[..., list[torch.Tensor]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("done", DONE.values(), ids=DONE)
 def test_it_does_what_the_same_network_by_hand_does(
     done: Any, network: Any, hand: Any, x: torch.Tensor
@@ -431,6 +432,7 @@ def test_onnx_by_hand(network: Any, x: torch.Tensor) -> None:
     assert_close(torch.from_numpy(found), network(x[:3]).detach())
 
 
+@pytest.mark.slow
 def test_a_child_that_is_compiled_in_place_runs_compiled(network: Any, x: torch.Tensor) -> None:
     backend = Backend()
     expected = network(x)

@@ -167,6 +167,7 @@ def test_looked_into_it_runs_its_modules(counts: Counts) -> None:
     assert counts.convolve == counts.weight_gradient == 0
 
 
+@pytest.mark.slow
 def test_kerass_own_fit_learns_the_same(counts: Counts) -> None:
     x = np.random.default_rng(0).normal(size=(16, 16, 16, 3)).astype("float32")
     y = np.arange(16) % 10

@@ -56,6 +56,7 @@ def resnet(x: Any) -> Any:
     return block(block(block(x, 1, True), 1, False), 2, True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [(12, 12), (13, 10), (1, 2)])
 def test_a_block_whose_pixels_are_left_out_computes_the_others_alone(size: tuple[int, int]) -> None:
     model, engine, runs = engine_and_kinds(resnet, size)

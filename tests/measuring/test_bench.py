@@ -33,6 +33,7 @@ def test_every_way_to_run_a_model_is_compared_with_keras() -> None:
         np.testing.assert_array_equal(value, old)
 
 
+@pytest.mark.slow
 def test_gradients_of_a_network_frozen_in_part_are_compared() -> None:
     model = tiny.network()
     freeze_(model, "block1_pool")

@@ -42,6 +42,7 @@ def legend(svg: str) -> list[str]:
     return [str(text.text) for text in group.findall(f"{SVG}text")]
 
 
+@pytest.mark.slow
 def test_a_drawing_marks_what_a_surgery_changed(vgg, replaced):
     drawn = boxes(draw(replaced, before=vgg))
     assert drawn.pop("block1_conv") == "new"

@@ -126,6 +126,7 @@ def test_the_weight_set_is_kept_in_every_form(tmp_path: Path, form: str) -> None
             np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["pth", "safetensors", "weights.h5"])
 def test_a_nested_network_keeps_its_weight_set(tmp_path: Path, form: str) -> None:
     def build(name: str | None) -> keras.Model:
@@ -162,6 +163,7 @@ def test_maps_are_flattened_as_torch_does_from_channels_first_too(tmp_path: Path
         keras.config.set_image_data_format("channels_last")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("by_keras", [True, False])
 def test_the_loss_of_a_weight_set_is_said(tmp_path: Path, by_keras: bool) -> None:
     model = cut("features")

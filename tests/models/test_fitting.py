@@ -52,6 +52,7 @@ def test_every_geometry_is_timms(config, target):
         np.testing.assert_array_equal(np.asarray(fitted(image, config, target)), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", [(96, 96), (64, 112)])
 @pytest.mark.parametrize("config", GEOMETRIES, ids=name)
 def test_the_recipe_does_the_same_without_us(config, target, tmp_path):
@@ -137,6 +138,7 @@ def model():
     return remember_(small_model(), KEPT)
 
 
+@pytest.mark.slow
 def test_a_model_keeps_its_geometry_through_saving_cloning_copying_and_surgery(model, tmp_path):
     model.save(tmp_path / "m.keras")
     replaced = vt.replace(model, "conv", keras.layers.Conv2D(2, 3, name="other"))

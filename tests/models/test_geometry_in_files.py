@@ -41,6 +41,7 @@ def build(classes: int = 2, size: int | None = 32, name: str = "out") -> keras.M
 FORMS = ["pth", "bin", "safetensors", "weights.h5", "keras", "h5"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 def test_geometry_and_classes_come_back_from_every_form(tmp_path: Path, form: str) -> None:
     model = remember_(build(), CONFIG)
@@ -62,6 +63,7 @@ def test_geometry_and_classes_come_back_from_every_form(tmp_path: Path, form: st
     assert vt.data_config(other) == dataclasses.replace(CONFIG, label_names=("a", "b", "c"))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Names differ and were matched by their order")
 @pytest.mark.parametrize("form", ["pth", "safetensors", "weights.h5"])
 def test_a_nested_network_gives_its_geometry_too(tmp_path: Path, form: str) -> None:

@@ -83,6 +83,7 @@ def shared() -> keras.Model:
     return keras.Model(image, layer(keras.Model(inner, layer(inner), name="body")(image)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(
     "build",
@@ -99,6 +100,7 @@ def test_any_layers_survive_in_every_form(
     assert_same(again, model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 def test_automatic_names_are_matched_by_their_order_and_that_is_said(
     tmp_path: Path, form: str
@@ -127,6 +129,7 @@ def test_automatic_names_are_matched_by_their_order_and_that_is_said(
         vt.load_weights(other, path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 def test_layers_inside_of_layers_are_told_apart(tmp_path: Path, form: str) -> None:
     """The two directions have the same shapes, and names that count up."""
@@ -216,6 +219,7 @@ def test_layers_without_names_have_the_place_that_keras_gives_them(
     assert_same(vt.load_weights(build(), tmp_path / "a.weights.h5"), model)
 
 
+@pytest.mark.slow
 def test_legacy_files_of_keras_2_nested_and_renamed(tmp_path: Path) -> None:
     """Names end in `:0`, trainable weights stand first, and a renamed layer's keep the old name."""
 

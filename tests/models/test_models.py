@@ -205,6 +205,7 @@ def test_a_cut_model_takes_its_part_and_added_layers_keep_their_values(small, tm
     )
 
 
+@pytest.mark.slow
 def test_a_model_with_layers_of_its_own_loads_what_it_saved(tmp_path):
     def build():
         inputs = keras.Input((4,))
@@ -251,6 +252,7 @@ def test_arguments_that_cannot_work_are_refused(arguments, message):
         vt.VGG16(**arguments)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("narrow")
 def test_another_networks_file_is_refused_with_both_lists(tmp_path):
     path = tmp_path / "vgg19.pth"
@@ -310,6 +312,7 @@ def test_unknown_architectures_are_named(tmp_path):
         models.convert("oxford", tmp_path / "x.pth", "vgg17")
 
 
+@pytest.mark.slow
 def test_a_convolution_named_fc1_is_loaded_as_it_was_saved(tmp_path):
     def build():
         inputs = keras.Input((7, 7, 4))

@@ -28,6 +28,7 @@ def photo_files(tmp_path_factory):
     return paths
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TORCHVISION)
 def test_files_and_pil_images_equal_torchvisions_transforms(name, photo_files):
     transforms = TORCHVISION[name].transforms()

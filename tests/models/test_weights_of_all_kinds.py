@@ -155,6 +155,7 @@ def test_all_that_a_model_holds_comes_back(kind: str, form: str, tmp_path: Path)
         assert torch.equal(a, b)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "mixed_bfloat16"])
 def test_a_normalization_computes_with_what_was_loaded(dtype: str, tmp_path: Path) -> None:
     before = adapted(dtype)

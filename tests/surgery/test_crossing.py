@@ -66,6 +66,7 @@ STRETCHES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", STRETCHES)
 def test_layers_across_borders_are_copied_as_in_one_graph(case, tmp_path):
     names, make, paths = STRETCHES[case]
@@ -114,6 +115,7 @@ def test_out_of_one_model_and_into_another():
         equal(a, b)
 
 
+@pytest.mark.slow
 def test_composed_and_distilled_across_borders():
     keras.utils.set_random_seed(0)
     a = keras.Input((16, 16, 3))

@@ -435,6 +435,7 @@ def test_names_of_classes_go_with_their_channels():
 # What can be deleted
 
 
+@pytest.mark.slow
 def test_deletable_channels_are_what_can_be_deleted():
     model, x = branched(kl.Add(name="join"))
     units = deletable_channels(model)

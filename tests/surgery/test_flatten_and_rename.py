@@ -26,6 +26,7 @@ def case_of(name):
     return model, [x, x.flip(1)] if name == "siamese" else x
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*MODELS, "two"])
 def test_flatten_gives_one_graph_that_computes_the_same(name, tmp_path):
     model, x = case_of(name)
@@ -106,6 +107,7 @@ def test_masks_go_through_nested_models():
     equal(run(flatten(model), numbers), run(model, numbers))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_renamed_layers_are_the_same_under_other_names(name):
     model, x = case_of(name)

@@ -16,6 +16,7 @@ def trainable(model):
     return {layer.name for layer in every_layer(model) if layer.weights and layer.trainable}
 
 
+@pytest.mark.slow
 def test_freeze_and_unfreeze_by_position():
     model = keras.applications.VGG16(weights=None, include_top=False, input_shape=(32, 32, 3))
     assert freeze_(model, until="block4_pool") is model

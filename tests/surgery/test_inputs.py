@@ -140,6 +140,7 @@ def test_layers_before_the_first_kernel_and_several_of_those():
     assert run(with_input(outer(), channels=4), torch.rand(1, 8, 8, 4)).shape == (1, 2)
 
 
+@pytest.mark.slow
 def test_the_weight_set_follows_a_size_and_is_given_up_for_other_channels():
     model = VGG11(weights=None, include_top=False, input_shape=(32, 32, 3))
     model = remember_(truncate(model, "block1_pool"), "oxford")
@@ -196,6 +197,7 @@ def test_a_published_classifier_of_another_size_is_told_how():
             VGG11(weights="imagenet", input_shape=shape)
 
 
+@pytest.mark.slow
 def test_vgg_with_its_classifier_is_torchvisions_at_another_size(tmp_path, narrow):
     torch.manual_seed(0)
     parts = {

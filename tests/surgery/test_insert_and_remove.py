@@ -27,6 +27,7 @@ from vggtorch.surgery import insert, remove, replace, truncate
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
+@pytest.mark.slow
 def test_remove_of_several_layers():
     model, x = vgg()
     result = remove(model, ["block4_conv2", "block4_conv3", "block5_conv1"])

@@ -133,6 +133,7 @@ def test_replace_and_compose_in_a_nested_model(case):
     torch.testing.assert_close(network(*args), run(result, x), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_remove_takes_layers_of_several_models_at_once(case):
     model, x, _ = case
     model = insert(insert(model, "tower/conv1", identity()), "tower/deep/conv2", identity())
@@ -144,6 +145,7 @@ def test_remove_takes_layers_of_several_models_at_once(case):
     equal(run(result, x), run(model, x))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["outer", "siamese", "sequential"])
 def test_results_are_saved_loaded_and_cloned(name, tmp_path):
     # A layer shared across models is lost by Keras itself, which clones and saves it twice.
@@ -160,6 +162,7 @@ def test_results_are_saved_loaded_and_cloned(name, tmp_path):
     equal(run(stack(result, identity()), x), y)
 
 
+@pytest.mark.slow
 def test_truncate_ends_inside_and_starts_inside():
     model, x = shake_(outer()), images(8) / 255
     y = run(model, x)

@@ -58,6 +58,7 @@ def test_memory_format_of_kernels_is_kept():
     assert result.get_layer("block1_conv2").kernel._value.stride() == kernel.stride()
 
 
+@pytest.mark.slow
 def test_a_model_without_values_stays_without():
     with keras.device("meta"):
         model = keras.applications.VGG16(weights=None)

@@ -66,6 +66,7 @@ def test_all_relus_inside_convolutions_become_layers_of_another_kind():
         equal(raw_value(old), raw_value(new))
 
 
+@pytest.mark.slow
 def test_all_batch_norms_become_group_norms_with_automatic_names():
     model = vgg(batch_norm=True)
     result = replace_where(model, kl.BatchNormalization, lambda layer: kl.GroupNormalization(8))

@@ -13,6 +13,7 @@ from vggtorch.surgery import rename, replace, truncate
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
+@pytest.mark.slow
 def test_the_tutorial_runs_on_results():
     model, x = vgg()
     custom = truncate(model, "block2_pool")

@@ -147,7 +147,8 @@ def running() -> Iterator[tuple[str, dict[str, dict[str, Any]]]]:
     """The address of a server, and its repositories."""
     Handler.repositories = {}
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        # It looks every hundredth of a second whether it shall stop.
+        threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
         try:
             yield f"http://127.0.0.1:{server.server_port}", Handler.repositories
         finally:

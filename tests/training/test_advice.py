@@ -41,6 +41,7 @@ def test_every_decision_has_its_reason_and_source(images, similarity):
     assert all(reason.decision in str(plan) for reason in plan.reasons)
 
 
+@pytest.mark.slow
 def test_finetune_takes_a_plan_as_it_is(tmp_path):
     plan = dataclasses.replace(
         advise(24, 3, "different"),

@@ -47,6 +47,7 @@ def test_counts_are_whole_numbers(wrong, model, images, tmp_path):
     assert not folder.exists()
 
 
+@pytest.mark.slow
 def test_whole_numbers_of_numpy_are_counts(model, images, tmp_path):
     four: Any = np.int64(4)
     assert len(list(vt.predict_files(model, images, top=four, batch_size=four))) == 24

@@ -58,6 +58,7 @@ def test_it_is_the_first_batch_of_a_run(images, config, settings, monkeypatch):
         np.testing.assert_array_equal(cell(sheet, place, 3), expected[place])
 
 
+@pytest.mark.slow
 def test_features_that_are_kept_show_the_copies_that_they_are_of(images, config):
     """Without augmented copies an epoch sees the plain images, and with two the mirrored too."""
     model = tiny.network(size=EDGE)

@@ -9,7 +9,6 @@ import keras
 import numpy as np
 import pytest
 import tiny
-import torchmetrics
 
 from vggtorch.training import loop
 from vggtorch.training.callbacks import Callback, check_callbacks
@@ -28,6 +27,8 @@ class Recorder(Callback):
         self.calls.append(("step", step, loss))
 
     def on_epoch_end(self, epoch, figures, evaluation):
+        import torchmetrics  # not above, because it takes a second and a half
+
         f1 = torchmetrics.F1Score("multiclass", num_classes=3, average="macro")
         figures["val_f1"] = f1(evaluation.logits, evaluation.labels)
         self.calls.append(("epoch", epoch, dict(figures)))

@@ -52,6 +52,7 @@ def test_a_drive_without_second_names_has_the_best_one_as_a_copy(tmp_path, monke
     assert sorted(p.name for p in tmp_path.iterdir()) == ["best.pt", "last.pt"]
 
 
+@pytest.mark.slow
 def test_any_flipped_byte_is_noticed_or_harmless(tmp_path):
     path = tmp_path / "last.pt"
     checkpoints.write(path, CONTENT)

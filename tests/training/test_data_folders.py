@@ -80,6 +80,7 @@ def test_patterns_that_find_no_labels(tmp_path, pattern, message):
         data.read_folder(tmp_path, 16, label_pattern=pattern)
 
 
+@pytest.mark.slow
 def test_files_that_train_and_judge_are_said(tmp_path, config):
     from vggtorch.training.run import read_data
 
@@ -200,6 +201,7 @@ def test_folders_of_the_system_are_no_classes_and_hold_no_images(tmp_path):
     assert set(folders.images_by_class(folder)) == {"blue", "green", "red"}
 
 
+@pytest.mark.slow
 def test_runs_and_features_in_the_folder_of_images_are_no_classes(tmp_path, monkeypatch, config):
     from vggtorch.training.loop import finetune
 
@@ -303,6 +305,7 @@ def test_a_class_that_would_be_held_out_whole_is_refused(tmp_path, images_of_red
         data.hold_out(data.read_folder(folder, 16), 0.9)
 
 
+@pytest.mark.slow
 def test_messages_on_many_files_stay_short(tmp_path):
     folder = tiny.pictures(tmp_path / "data", each=1)
     for i in range(300):

@@ -49,6 +49,7 @@ def test_values_that_are_neither_pixels_nor_ready_are_refused(config, weight_set
         loss(TensorDataset(change(PIXELS), LABELS), config, weight_set)
 
 
+@pytest.mark.slow
 def test_values_of_other_weights_are_refused_and_ready_ones_with_noise_are_not(config, tmp_path):
     of_minus_1 = PIXELS.float() / 127.5 - 1
     with pytest.raises(ValueError, match="from -1 to 1, which look scaled to -1 to 1; expected"):
@@ -166,6 +167,7 @@ def test_what_is_no_data_set_or_has_no_batches_is_refused(config):
         loss(loader, config)
 
 
+@pytest.mark.slow
 def test_parts_of_a_data_set_have_its_classes(images, config):
     folder = ImageFolder(str(images))
     train, held = random_split(folder, [18, 6], generator=torch.Generator().manual_seed(0))
@@ -199,6 +201,7 @@ def test_an_image_that_can_t_be_taken_is_numbered(config):
             loss(data, config)
 
 
+@pytest.mark.slow
 def test_settings_of_files_are_said_to_do_nothing_to_a_dataset(config, tmp_path):
     settings: dict[str, Any] = {"augment": "crop", "label_pattern": "(.)", "validation_split": 0.5}
     with pytest.warns(UserWarning, match=r"Dataset: augment='crop', label_pattern='\(.\)', valid"):

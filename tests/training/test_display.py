@@ -214,6 +214,7 @@ def test_the_crop_of_the_model_counts_too():
     assert WHOLE in " ".join(said(found, crop_mode="squash")[1])
 
 
+@pytest.mark.slow
 def test_a_run_says_the_plan_as_it_runs(images, tmp_path, capsys):
     model = tiny.network(None)
     from vggtorch.models import remember_

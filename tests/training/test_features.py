@@ -109,6 +109,7 @@ def test_features_are_those_of_the_network_and_read_back(folder, tmp_path):
     assert not torch.equal(found[[(5, 1)]][0], found[[(5, 0)]][0])
 
 
+@pytest.mark.slow
 def test_features_are_made_of_those_of_the_layers_below(folder, tmp_path):
     model = frozen()
     low = model.get_layer("block1_pool").output
@@ -139,6 +140,7 @@ def test_what_is_frozen_in_all_epochs_runs_once(config, images, monkeypatch):
     assert len(read) <= 2 * 18 + 6 + shapes
 
 
+@pytest.mark.slow
 def test_half_precision(folder, tmp_path):
     model = frozen()
     full, half = (cached(model, folder, tmp_path / "f", dtype=d) for d in ("float32", "float16"))
@@ -169,6 +171,7 @@ def test_a_second_run_computes_nothing(folder, tmp_path, monkeypatch):
     assert len(runs) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "what", ["weight", "cut", "size", "augment", "seed", "copies", "dtype", "preprocessing", "file"]
 )

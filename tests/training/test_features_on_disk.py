@@ -27,6 +27,7 @@ def files_of(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.suffix != ".lock")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["value", "header", "digest", "cut", "longer", "empty"])
 def test_damaged_features_are_made_anew(folder, tmp_path, monkeypatch, damage):
     expected = np.array(cached(frozen(), folder, tmp_path / "f", copies=2).values)

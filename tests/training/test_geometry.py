@@ -101,6 +101,7 @@ def test_pt2_has_the_same_beside_it(tmp_path):
     assert DataConfig.from_dict(json.loads(extra["data_config.json"])) == vt.data_config(model)
 
 
+@pytest.mark.slow
 def test_the_size_is_the_models(pictures, tmp_path):
     config = vt.TrainConfig(epochs=1, output_dir=str(tmp_path / "run"))
     assert vt.finetune(tiny.network(2), pictures, config=config).data_config.size == (16, 16)

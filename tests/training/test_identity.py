@@ -40,6 +40,7 @@ def frozen(model: keras.Model, name: str) -> keras.Model:
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -57,6 +58,7 @@ def test_another_network_is_refused(images, begun, make, message):
     assert str(caught.value).endswith("begin anew in another folder.")
 
 
+@pytest.mark.slow
 def test_other_settings_and_all_that_differs_are_named(images, begun):
     config = dataclasses.replace(begun, learning_rate=0.5, seed=3)
     model = remember_(lighter(tiny.network()), "imagenet")
@@ -69,6 +71,7 @@ def test_other_settings_and_all_that_differs_are_named(images, begun):
         finetune(model, images, config=config)
 
 
+@pytest.mark.slow
 def test_other_versions_are_refused(images, begun, monkeypatch):
     ours = checkpoints.versions()
     monkeypatch.setattr(checkpoints, "versions", lambda: ours | {"torch": "1.0"})
@@ -76,16 +79,19 @@ def test_other_versions_are_refused(images, begun, monkeypatch):
         finetune(tiny.network(), images, config=begun)
 
 
+@pytest.mark.slow
 def test_other_images_of_a_folder_are_refused(begun, tmp_path):
     other = tiny.pictures(tmp_path / "other", seed=1)
     with pytest.raises(ValueError, match="other training images, other validation images. Resume"):
         finetune(tiny.network(), other, config=begun)
 
 
+@pytest.mark.slow
 def test_the_same_images_in_another_place_are_the_same(begun, tmp_path):
     finetune(tiny.network(), tiny.pictures(tmp_path / "moved"), config=begun)
 
 
+@pytest.mark.slow
 def test_one_image_in_another_class_is_another_folder(images, begun, tmp_path):
     moved = tiny.pictures(tmp_path / "moved")
     (moved / "red" / "3.png").rename(moved / "red" / "9.png")
@@ -134,6 +140,7 @@ class Noisy(Dataset[Any]):
         return torch.from_numpy(self.rng.random((16, 16, 3), dtype=np.float32)), index % 3
 
 
+@pytest.mark.slow
 def test_a_name_may_stand_for_the_content_of_a_dataset(config):
     resumed = dataclasses.replace(config, resume=True)
     finetune(tiny.network(), Noisy("noise"), config=config)
@@ -143,6 +150,7 @@ def test_a_name_may_stand_for_the_content_of_a_dataset(config):
             finetune(tiny.network(), Noisy(other), config=resumed)
 
 
+@pytest.mark.slow
 def test_other_batches_of_a_loader_are_refused(config):
     data = tiny.dataset()
     config = dataclasses.replace(config, epochs=1)

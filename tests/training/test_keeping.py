@@ -49,6 +49,7 @@ def test_the_kept_model_has_its_preprocessing_inside(history):
     assert history.model.layers[0].name != "image"
 
 
+@pytest.mark.slow
 def test_a_model_without_a_weight_set_stays_as_it_is(history):
     model = tiny.network()
     x = torch.rand(2, 16, 16, 3) * 255
@@ -67,6 +68,7 @@ def test_the_card_says_what_one_has_to_know(history, tmp_path):
         assert expected in card
 
 
+@pytest.mark.slow
 def test_the_card_has_the_test_figures_under_the_name_of_the_data(tmp_path):
     tiny.pictures(tmp_path / "photos" / "train")
     tiny.pictures(tmp_path / "photos" / "test", each=3, seed=2)
@@ -83,6 +85,7 @@ def test_the_card_has_the_test_figures_under_the_name_of_the_data(tmp_path):
     assert data.license is None  # the weights are nobody's
 
 
+@pytest.mark.slow
 def test_the_card_of_a_network_to_logits_gives_the_probabilities_that_predict_gives(
     images, tmp_path, monkeypatch
 ):

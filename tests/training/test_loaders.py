@@ -128,6 +128,7 @@ def test_labels_beyond_the_classes_are_refused_in_a_picture_too(dataset):
         show_batch(network(), TensorDataset(dataset.tensors[0], torch.arange(20) % 8))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("nested", [True, False])
 def test_a_sequential_model_remembers_what_it_was_trained_with(nested, config, tmp_path):
     folder = tiny.pictures(tmp_path / "data")

@@ -103,6 +103,7 @@ def test_a_cached_prefix_changes_nothing(images, config):
         np.testing.assert_allclose(tiny.curve(cached, figure), tiny.curve(plain, figure), rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_loader_gives_its_own_batches(config):
     loader = DataLoader(tiny.dataset(), batch_size=5, shuffle=True)
     history = finetune(tiny.network(), loader, DataLoader(tiny.dataset(9), batch_size=4), config)

@@ -22,6 +22,7 @@ from vggtorch.training.evaluation import evaluate
 from vggtorch.training.optimization import optimizer_class
 
 
+@pytest.mark.slow
 def test_a_model_and_a_folder_are_enough(images, tmp_path, capsys):
     model = remember_(tiny.network(None), "oxford")
     with warnings.catch_warnings():
@@ -46,6 +47,7 @@ def test_a_model_and_a_folder_are_enough(images, tmp_path, capsys):
         assert expected in said
 
 
+@pytest.mark.slow
 def test_settings_of_a_cache_that_there_is_not_are_said(images, config, capsys):
     vt.finetune(tiny.network(), images, config=config, epochs=1, cache=False, cache_dtype="float16")
     assert "nothing, so that nothing follows from cache_dtype\n" in capsys.readouterr().err
@@ -62,6 +64,7 @@ def test_settings_of_a_cache_that_there_is_not_are_said(images, config, capsys):
     assert "Cached" not in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("until", "is_said"), [("block2_pool", True), ("block1_pool", False)])
 def test_a_decay_from_block_to_block_needs_two_of_them(images, config, capsys, until, is_said):
     options: dict[str, Any] = {"layer_decay": 0.5, "freeze": until, "epochs": 1}
@@ -69,11 +72,13 @@ def test_a_decay_from_block_to_block_needs_two_of_them(images, config, capsys, u
     assert ("Without effect: layer_decay, as" in capsys.readouterr().err) == is_said
 
 
+@pytest.mark.slow
 def test_a_share_to_hold_out_without_effect_is_said(images, config):
     with pytest.warns(UserWarning, match="Without effect: validation_split=0.4, as the data has"):
         vt.finetune(tiny.network(), images, images, config, epochs=1, validation_split=0.4)
 
 
+@pytest.mark.slow
 def test_names_of_classes_are_no_instructions_to_the_terminal(config, tmp_path, capsys):
     folder = tiny.pictures(tmp_path / "data", each=2)
     (folder / "red").rename(folder / "re\nd\x1b[31m")
@@ -187,6 +192,7 @@ def test_a_head_needs_to_know_the_classes(tmp_path):
         vt.finetune(tiny.network(None), unnamed, head="linear", output_dir=str(tmp_path / "r"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["adam", "Adam", "SGD", "nadam", "RMSprop", "adamw"])
 def test_any_optimizer_of_torch_trains(name, images, tmp_path):
     options = {"optimizer": name, "epochs": 3, "learning_rate": 3e-3, "batch_size": 6}

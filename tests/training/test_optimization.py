@@ -106,6 +106,7 @@ def test_an_unknown_layer_to_freeze(images, config):
         finetune(tiny.network(), images, config=config)
 
 
+@pytest.mark.slow
 def test_averaged_weights_are_what_is_kept(images, config):
     model = tiny.network()
     config = dataclasses.replace(config, ema_decay=0.5, epochs=2)
@@ -121,6 +122,7 @@ def test_averaged_weights_are_what_is_kept(images, config):
     np.testing.assert_allclose(best["val_loss"], float(loss), rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_average_follows_its_formula(config, monkeypatch):
     config = dataclasses.replace(config, ema_decay=0.4, epochs=1)
     values: list[dict[int, torch.Tensor]] = []

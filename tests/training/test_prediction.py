@@ -106,6 +106,7 @@ def test_the_folder_of_a_run_is_converted_as_its_model(run, tmp_path, capsys):
     assert "block1_conv1.weight" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_predict_prints_and_ends_with_0_where_all_can_be_read(run, photos, capsys):
     (photos / "green" / "1.png").unlink()
     assert main(["predict", str(run / "model.keras"), str(photos / "*" / "2.png")]) == 0
@@ -204,6 +205,7 @@ def test_classes_are_told_by_their_names(run, tmp_path, monkeypatch):
         vt.evaluate_folder(model, folder)
 
 
+@pytest.mark.slow
 def test_what_can_t_be_read_stops_an_evaluation_or_is_left_out(run, tmp_path, capsys):
     folder = tiny.pictures(tmp_path / "data", each=2, seed=9)
     (folder / "red" / "torn.png").write_bytes(b"nothing")
@@ -261,6 +263,7 @@ def test_features_are_written_read_and_resumed(run, photos, tmp_path, capsys, mo
     assert "features of another run, with other shard_size." in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_features_of_an_image_that_was_written_anew_are_made_again(run, tmp_path):
     pytest.importorskip("pyarrow")
     folder, out = tiny.pictures(tmp_path / "data", each=2), tmp_path / "features"
@@ -303,6 +306,7 @@ def test_processes_share_the_shards(run, photos, tmp_path):
     assert whole.values.shape == (8, 4 * 4 * 6)
 
 
+@pytest.mark.slow
 def test_the_nearest_images_look_alike(run, tmp_path):
     pytest.importorskip("pyarrow")
     model = keras.saving.load_model(run / "model.keras")

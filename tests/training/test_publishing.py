@@ -72,6 +72,7 @@ def test_it_comes_back_the_same_by_us_and_by_keras(hub, run, history):
     np.testing.assert_array_equal(plain.predict(X, verbose=0), kept.predict(X, verbose=0))
 
 
+@pytest.mark.slow
 def test_the_configuration_has_labels_and_geometry_by_timms_names(hub, run, history):
     vt.push_to_hub(run, "ann/cats")
     config = json.loads(files_of(hub)["config.json"])
@@ -110,6 +111,7 @@ def test_base_model_and_licence_are_those_of_the_weights(hub, run):
     assert card_in(files_of(hub)["README.md"].decode()).data.license == "apache-2.0"
 
 
+@pytest.mark.slow
 def test_foreign_names_stay_text_in_the_card(tmp_path):
     hostile = "a: [b]\n---\n# x"
     names = (hostile, "<img src=x>", "'\"|")
@@ -126,6 +128,7 @@ def test_foreign_names_stay_text_in_the_card(tmp_path):
     assert "<img" not in card.text and "\n# x" not in card.text
 
 
+@pytest.mark.slow
 def test_a_branch_and_a_private_repository(hub, run, monkeypatch):
     vt.push_to_hub(run, "ann/cats", private=True, revision="v2")
     assert not files_of(hub) and files_of(hub, branch="v2")
@@ -144,6 +147,7 @@ def test_a_branch_and_a_private_repository(hub, run, monkeypatch):
         vt.push_to_hub(run, "others/dogs")
 
 
+@pytest.mark.slow
 def test_a_closed_network_is_said_at_once_and_the_cache_is_used(hub, run, monkeypatch):
     vt.push_to_hub(run, "ann/cats")
     vt.load_model("hf://ann/cats")
@@ -161,6 +165,7 @@ def test_a_closed_network_is_said_at_once_and_the_cache_is_used(hub, run, monkey
     assert vt.load_model("hf://ann/cats").output_shape == (None, 3)
 
 
+@pytest.mark.slow
 def test_weights_of_the_hub_load_into_a_model(hub, history, tmp_path):
     vt.save_weights(history.model, tmp_path / "w.safetensors")
     content = {"w.safetensors": (tmp_path / "w.safetensors").read_bytes()}

@@ -110,6 +110,7 @@ def test_long_names_have_room_beside_a_drawing_of_many_classes():
     assert shown[:5:2] == ["salt &amp; pepp…hird thing", "日本の秋の…の風景写真", "&lt;b&gt;"]
 
 
+@pytest.mark.slow
 def test_a_test_set_has_a_page_of_its_own(history, tmp_path):
     folder = tiny.pictures(tmp_path / "holdout", each=3, seed=3)
     found, images = evaluate_folder(history.model, folder)
@@ -120,6 +121,7 @@ def test_a_test_set_has_a_page_of_its_own(history, tmp_path):
     assert "Epochs" not in text and str(tmp_path) not in text
 
 
+@pytest.mark.slow
 def test_samples_are_of_the_test_images_where_there_are_some(tmp_path):
     tiny.pictures(tmp_path / "data" / "train")
     tiny.pictures(tmp_path / "data" / "test", each=3, seed=2)
@@ -181,6 +183,7 @@ def test_a_full_disk_leaves_the_page_that_was_there(history, tmp_path, monkeypat
     assert path.read_text() == "the page before"
 
 
+@pytest.mark.slow
 def test_the_page_has_the_test_figures_and_no_folders_of_this_machine(tmp_path):
     tiny.pictures(tmp_path / "data" / "train")
     tiny.pictures(tmp_path / "data" / "test", each=3, seed=2)

@@ -84,6 +84,7 @@ def test_a_resumed_run_ends_as_if_nothing_had_happened(images, config, variant, 
     assert torch.equal(found.evaluation.logits, expected.evaluation.logits)
 
 
+@pytest.mark.slow
 def test_a_finished_run_resumes_to_what_it_was(images, config, capsys):
     first = finetune(tiny.network(), images, config=config)
     assert "had ended" not in capsys.readouterr().err
@@ -95,6 +96,7 @@ def test_a_finished_run_resumes_to_what_it_was(images, config, capsys):
     assert torch.equal(again.evaluation.logits, first.evaluation.logits)
 
 
+@pytest.mark.slow
 def test_a_run_is_not_overwritten(images, config):
     finetune(tiny.network(), images, config=config)
     with pytest.raises(ValueError, match=r"last.pt exists: .* Pass resume=True .* another folder"):

@@ -49,6 +49,7 @@ def test_a_folder_that_nothing_can_be_written_into_is_said(config, monkeypatch):
     assert said.endswith("Read-only file system. Choose another with --output-dir run2, say.")
 
 
+@pytest.mark.slow
 def test_a_run_that_another_left_while_this_one_waited_is_not_carried_on(config, monkeypatch):
     finetune(tiny.network(), tiny.dataset(), config=config)
     last = Path(config.output_dir) / "last.pt"

@@ -155,6 +155,7 @@ def test_flattening_fc1_of_a_copy_costs_no_memory(tmp_path: Path) -> None:
         assert is_mapped(copy.tensors["fc1/kernel"], copy.path)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("narrow")
 @pytest.mark.parametrize("ending", ["safetensors", "pth", "weights.h5"])
 @pytest.mark.parametrize("room", [True, False])

@@ -86,7 +86,8 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     monkeypatch.setattr(downloads, "PAUSE", 0.0)
     monkeypatch.setattr(downloads, "TIMEOUT", 0.5)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Handler) as running:
-        threading.Thread(target=running.serve_forever, daemon=True).start()
+        # It looks every hundredth of a second whether it shall stop.
+        threading.Thread(target=running.serve_forever, args=[0.01], daemon=True).start()
         yield f"http://127.0.0.1:{running.server_port}"
         running.shutdown()
 

@@ -103,6 +103,7 @@ def test_archives_that_hide_something(tmp_path: Path) -> None:
         sources.read(path)
 
 
+@pytest.mark.slow
 def test_whole_archives_of_others_are_named_and_not_called_damaged(tmp_path: Path) -> None:
     network = torch.nn.Linear(2, 2)
     written = {

@@ -56,6 +56,7 @@ def test_state_dict_inside_a_training_checkpoint(tmp_path: Path) -> None:
     assert_same(sources.read(path).tensors, small_state())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ending", ["weights.h5", "keras", "h5", "legacy"])
 def test_every_form_of_keras(tmp_path: Path, keras_model: keras.Model, ending: str) -> None:
     expected = keras_tensors(keras_model)

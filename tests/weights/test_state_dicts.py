@@ -94,6 +94,7 @@ def test_training_checkpoints(tmp_path: Path, small: Small, way: str | tuple[str
     assert checkpoint.note is None
 
 
+@pytest.mark.slow
 def test_a_lightning_checkpoint(tmp_path: Path, small: Small) -> None:
     import lightning
 
