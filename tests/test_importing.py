@@ -38,6 +38,9 @@ def test_importing_selects_the_torch_backend_and_keras_alone_loads_our_models(sa
         gc.enable()
         import keras
         assert gc.isenabled()  # which it isn't while Keras is imported
+        # What was imported is old, so that a user's own work isn't stopped to look at all of it.
+        young = len(gc.get_objects(generation=0)) + len(gc.get_objects(generation=1))
+        assert young < 50_000 < len(gc.get_objects(generation=2)) and not gc.get_freeze_count()
         print(keras.config.backend(), type(keras.saving.load_model({saved!r})))
         """,
         KERAS_BACKEND="jax",

@@ -47,6 +47,11 @@ class _KerasWatch:
                     _greet_keras()
                 finally:
                     if paused:
+                        # All of it is old now: else the next look, in a user's own work, would be
+                        # at half a million objects.
+                        if not gc.get_freeze_count():
+                            gc.freeze()
+                            gc.unfreeze()
                         gc.enable()
 
             spec.loader.exec_module = execute_and_greet  # type: ignore[method-assign]
