@@ -59,7 +59,7 @@ class Snapshot:
             *(rows.sum(0).view(torch.uint8) for rows in self.rows),
         ]
         # In whole numbers of eight bytes: torch takes as long to compare each, whatever its size.
-        rest = torch.zeros(-sum(map(len, found)) % 8, dtype=torch.uint8)
+        rest = torch.zeros(-sum(map(len, found)) % 8, dtype=torch.uint8, device="cpu")
         return torch.cat([*found, rest]).view(torch.int64)
 
     @torch.no_grad()
