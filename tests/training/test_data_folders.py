@@ -1,5 +1,7 @@
 """What a folder of images holds is counted and said, and damaged images are named."""
 
+import errno
+import os
 import shutil
 import warnings
 from typing import Any
@@ -68,6 +70,25 @@ def test_images_of_hidden_and_of_linked_folders_are_counted(tmp_path):
     (folder / "red" / "more").symlink_to(other / "red")
     with pytest.warns(UserWarning, match=r"2 files \((1 hidden|1 linked folder), (?!\1)1 "):
         assert len(data.read_folder(folder, 16)) == 23
+
+
+def test_a_class_that_is_a_link_to_nothing_is_said(tmp_path):
+    folder = tiny.pictures(tmp_path / "data", each=1)
+    (folder / "white").symlink_to(tmp_path / "of another drive")
+    with pytest.warns(UserWarning, match="1 link to nothing beside the classes' folders"):
+        assert data.read_folder(folder, 16).classes == ("blue", "green", "red")
+
+
+def test_a_folder_that_can_t_be_looked_into_is_an_error(tmp_path, monkeypatch):
+    def scandir(path, scandir=os.scandir):
+        if str(path).endswith("red"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    folder = tiny.pictures(tmp_path / "data", each=1)
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(PermissionError, match="red"):
+        folders.images_under(folder)
 
 
 @pytest.mark.parametrize(
@@ -193,8 +214,11 @@ def test_folders_of_the_system_are_no_classes_and_hold_no_images(tmp_path):
     (folder / "__MACOSX" / "red").mkdir(parents=True)
     (folder / "__MACOSX" / "red" / "._0.png").touch()
     thumbnail = folder / "red" / "@eaDir" / "0.png" / "SYNOPHOTO_THUMB_M.jpg"
-    thumbnail.parent.mkdir(parents=True)
-    Image.new("RGB", (9, 9)).save(thumbnail)
+    deleted = folder / "$RECYCLE.BIN" / "S-1-5" / "$R1.jpg"
+    for path in (thumbnail, deleted):
+        path.parent.mkdir(parents=True)
+        Image.new("RGB", (9, 9)).save(path)
+    (folder / "lost+found").mkdir()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert len(data.read_folder(folder, 16)) == 3

@@ -49,11 +49,13 @@ def test_files_folders_and_patterns(tmp_path, monkeypatch):
     assert image_files(["photos"]) == everything
     assert image_files(["photos/**/*.png"]) == everything
     assert image_files(["photos/red/*.png", "photos/red/0.png"]) == everything[-2:]
+    assert image_files(["photos/*"]) == image_files(["photos/**"]) == everything
     (tmp_path / "a[1].png").write_bytes((folder / "red" / "0.png").read_bytes())
     assert [path.name for path in image_files(["a[1].png"])] == ["a[1].png"]
     (tmp_path / "empty").mkdir()
     for given, message in (
         ("empty", "empty has no images. Expected .apng, .avif, "),
+        ("empt*", "empt* has no images. Expected .apng, .avif, "),
         ("none*.jpg", "No file matches none*.jpg."),
         ("none.jpg", "There is no file none.jpg."),
     ):

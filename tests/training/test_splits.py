@@ -7,11 +7,13 @@ import warnings
 
 import pytest
 import tiny
+from PIL import Image
 
 import vggtorch as vt
 from vggtorch.training import find_splits
 from vggtorch.training.data import Folder, images_for
 from vggtorch.training.run import read_data
+from vggtorch.training.splits import tell_beside
 from vggtorch.training.splits import test_part as part_to_evaluate
 from vggtorch.training.tables import TablePart
 
@@ -55,6 +57,12 @@ def test_parts_of_which_none_trains_are_refused(tmp_path):
     folders_in(tmp_path, "val", "test")
     with pytest.raises(ValueError, match="has test and val, and nothing to train on"):
         find_splits(tmp_path)
+
+
+def test_images_beside_the_parts_are_said(tmp_path):
+    Image.new("RGB", (9, 9)).save(folders_in(tmp_path, "train/a", "train/b") / "0.png")
+    with pytest.warns(UserWarning, match="Left out of .*: the images beside train, which"):
+        tell_beside(tmp_path, stacklevel=1)
 
 
 def test_an_evaluation_never_takes_what_trained(tmp_path):

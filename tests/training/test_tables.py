@@ -212,6 +212,8 @@ def test_tables_that_can_t_be_right(tmp_path, config, text, message):
         ("[1]\n", r"Line 1 of .* is \[1\]; expected one object, {\"path\": "),
         (f"[{'1, ' * 500}1]\n", r"Line 1 of [^ ]* is [^;]{59}; expected one object"),
         ("{\n", r"Line 1 of .* isn't JSON"),
+        ("[" * 99_999, r"Line 1 of .* isn't JSON"),
+        (f'{{"path": "a", "label": {"1" * 9999}}}', r"Line 1 of .* isn't JSON"),
     ],
 )
 def test_lines_of_json_that_can_t_be_right(tmp_path, text, message):

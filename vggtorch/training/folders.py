@@ -26,7 +26,9 @@ _PATTERN = (
     "Expected a regular expression whose first group is the label, such as '^(.+)_[0-9]+' for "
     "cat_12.jpg."
 )
-SYSTEM_FOLDERS = {"__macosx", "@eadir"}  # of macOS's archives and of Synology's thumbnails
+SYSTEM_FOLDERS = {  # of macOS's archives, of Synology's drives, of the drives of Linux and Windows
+    "__macosx", "@eadir", "#recycle", "lost+found", "$recycle.bin", "system volume information",
+}  # fmt: skip
 OURS = (".lock", "_manifest.json")  # which folders have that a run, or features, went into
 SYSTEM_FILES = {".ds_store", ".gitignore", ".gitkeep", "desktop.ini", "thumbs.db"}
 
@@ -67,7 +69,7 @@ def subfolders(folder: Path) -> list[Path]:
 
 
 def _holds_results(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in OURS)
+    return any(os.path.isfile(folder / name) for name in OURS)  # also of a folder that is closed
 
 
 def check_apart(data: object, output_dir: str) -> None:
@@ -351,33 +353,43 @@ def _listed(folder: Path, classes: Sequence[str]) -> tuple[list[tuple[Path, int]
         left_out += others
     if results := sum(p.is_dir() and _holds_results(p) for p in folder.iterdir()):
         left_out["folder of a run or of features"] = results
-    beside = sum(p.suffix.lower() in SUFFIXES and p.is_file() for p in folder.iterdir())
-    if beside:
+    if beside := sum(p.suffix.lower() in SUFFIXES and p.is_file() for p in folder.iterdir()):
         left_out["images beside the classes' folders"] = beside
+    if lost := sum(p.is_symlink() and not p.exists() for p in folder.iterdir()):
+        left_out["link to nothing beside the classes' folders"] = lost
     return images, left_out
 
 
 def images_under(folder: Path) -> tuple[list[Path], Counter[str]]:
-    """The image files at any depth, sorted, and how many others there are of each kind."""
+    """The image files at any depth, sorted, and how many others there are of each kind.
+
+    Raises:
+        OSError: a folder that can't be looked into.
+    """
     images: list[Path] = []
     left_out: Counter[str] = Counter()
-    for path in sorted(folder.rglob("*")):
-        if path.is_dir() and path.is_symlink():  # which may lead round in a circle
-            left_out["linked folder"] += 1
-        if path.is_dir() or path.name.lower() in SYSTEM_FILES:
-            continue
-        if any(part.lower() in SYSTEM_FOLDERS for part in path.relative_to(folder).parts):
-            continue
-        suffix = path.suffix.lower()
-        if any(part.startswith(".") for part in path.relative_to(folder).parts):
-            left_out["hidden"] += 1
-        elif not path.is_file():
-            left_out["no regular file, or a link to nothing"] += 1
-        elif suffix in SUFFIXES:
-            images.append(path)
-        else:
-            left_out[suffix[:20] or "without an ending"] += 1
-    return images, left_out
+    for place, folders, names in os.walk(folder, onerror=_refuse):
+        folders[:] = [name for name in folders if name.lower() not in SYSTEM_FOLDERS]
+        # They may lead round in a circle.
+        left_out["linked folder"] += sum(Path(place, name).is_symlink() for name in folders)
+        for name in names:
+            path = Path(place, name)
+            suffix = path.suffix.lower()
+            if name.lower() in SYSTEM_FILES:
+                continue
+            if any(part.startswith(".") for part in path.relative_to(folder).parts):
+                left_out["hidden"] += 1
+            elif not path.is_file():
+                left_out["no regular file, or a link to nothing"] += 1
+            elif suffix in SUFFIXES:
+                images.append(path)
+            else:
+                left_out[suffix[:20] or "without an ending"] += 1
+    return sorted(images), +left_out
+
+
+def _refuse(error: OSError) -> None:
+    raise error
 
 
 def tell_left_out(part: object, left_out: Counter[str]) -> None:

@@ -60,6 +60,7 @@ def image_files(given: str | Path | Iterable[str | Path]) -> list[Path]:
 
     Raises:
         ValueError: a folder without images, or a pattern or a name that nothing matches.
+        OSError: a folder that can't be looked into.
     """
     found: list[Path] = []
     if isinstance(given, str | os.PathLike) or not isinstance(given, Iterable):
@@ -67,20 +68,19 @@ def image_files(given: str | Path | Iterable[str | Path]) -> list[Path]:
     given = list(given)
     check_images(given)
     for one in given:
-        path = Path(one)
-        if path.is_dir():
-            inside, left_out = images_under(path)
-            tell_left_out(path, left_out)
-            if not inside:
-                raise ValueError(
-                    f"{path} has no images. Expected {', '.join(sorted(SUFFIXES))} files."
-                )
-            found += inside
-        elif path.exists():
-            found.append(path)
-        else:
-            matching = sorted(Path(p) for p in glob.glob(str(one), recursive=True))
-            found += [p for p in matching if p.is_file()]
+        is_there, before = os.path.exists(one), len(found)
+        matching = [one] if is_there else sorted(glob.glob(os.fspath(one), recursive=True))
+        # Of `photos/**` the files match by themselves, and of `photos/*` perhaps the folders alone.
+        with_files = {p for path in matching if os.path.isfile(path) for p in Path(path).parents}
+        for path in map(Path, matching):
+            if not path.is_dir():
+                found.append(path)
+            elif path not in with_files:
+                inside, left_out = images_under(path)
+                tell_left_out(path, left_out)
+                found += inside
+        if len(found) == before:
+            raise ValueError(f"{one} has no images. Expected {', '.join(sorted(SUFFIXES))} files.")
     return list(dict.fromkeys(found))
 
 

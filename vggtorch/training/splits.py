@@ -86,9 +86,14 @@ def _check_classes(data: Path, found: Mapping[str, Path], others: Sequence[str])
 
 
 def tell_beside(data: Path, stacklevel: int) -> None:
-    """Warn of folders that stand beside the parts of the data and are none, or might be some."""
+    """Warn of what stands beside the parts of the data and is none of them, or might be one."""
     found, others = _parts_in(data)
     train = found.get("train")
+    if train and (len(found) > 1 or not others) and has_images(data):
+        warnings.warn(
+            f"Left out of {data}: the images beside {train.name}, which are in no folder of it.",
+            stacklevel=stacklevel,
+        )
     if others and train and len(found) > 1:
         warnings.warn(
             f"Left out of {data}: the folders {', '.join(others[:NAMED])}"

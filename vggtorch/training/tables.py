@@ -209,7 +209,7 @@ def _json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 continue
             try:
                 values = json.loads(line)
-            except json.JSONDecodeError as error:
+            except (ValueError, RecursionError) as error:  # too many digits, or too many brackets
                 raise ValueError(f"Line {number} of {path} isn't JSON: {error}.") from error
             if not isinstance(values, dict):
                 raise ValueError(
