@@ -178,6 +178,15 @@ def test_policies_regularisers_constraints_and_flags_are_kept(regularizer):
     equal(run(remove(result, "identity"), x), run(model, x))
 
 
+def test_a_policy_that_keras_leaves_out_of_a_config_is_kept():
+    inputs = keras.Input((4, 4, 2), dtype="float16")
+    drop = kl.SpatialDropout2D(0.5, name="drop", dtype="mixed_float16")
+    model = keras.Model(inputs, drop(inputs))
+    result = insert(model, "drop", kl.Activation("linear", dtype="mixed_float16", name="identity"))
+    check(model, result, new=[result.get_layer("identity")])
+    assert run(result, torch.rand(1, 4, 4, 2)).dtype == torch.float16
+
+
 @pytest.mark.slow
 def test_layers_that_were_changed_after_they_were_made():
     """LoRA, int8 and layers unfrozen in a frozen model are part of what is kept."""

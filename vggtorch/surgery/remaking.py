@@ -82,6 +82,8 @@ def _from_config(old: Layer, settings: Mapping[str, Any]) -> Layer:
     device = where(old)
     with on(None if device == "meta" else device):
         new = type(old).from_config(config)
+        if "dtype" not in settings and new.dtype_policy.name != old.dtype_policy.name:
+            new.dtype_policy = old.dtype_policy  # which the config of SpatialDropout2D leaves out
         _give_seeds_(old, new)
     if old.built and type(old).build_from_config is not Layer.build_from_config:
         with on(device):
