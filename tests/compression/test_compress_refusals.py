@@ -160,6 +160,14 @@ def test_a_model_that_takes_no_floats():
         vt.compress(model, 2, np.arange(320).reshape(20, 16) % 100)
 
 
+def test_images_of_a_size_that_does_not_go_through():
+    inputs = keras.Input((None, None, 3))
+    x = L.UpSampling2D()(L.Conv2D(3, 3, strides=2, padding="same")(inputs))
+    model = keras.Model(inputs, L.Conv2D(32, 3)(L.Add()([x, inputs])), name="halved")
+    with pytest.raises(ValueError, match=r"'halved' can't compute images of shape \(3, 23, 23\)"):
+        vt.compress(model, 2, images(size=23))
+
+
 def test_weights_that_are_not_finite():
     model = vgg()
     last = model.get_layer("block3_conv2")

@@ -16,10 +16,10 @@ from vggtorch.compression.sites import Site
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SITES = {
-    "3x3": Site("a", "a", 20, 12, (3, 3), (1, 1), (1, 1), False, 81, (12, 9, 9)),
-    "strided": Site("a", "a", 20, 12, (3, 5), (2, 1), (1, 2), False, 45, (12, 9, 9)),
-    "1x1": Site("a", "a", 20, 12, (1, 1), (2, 2), (0, 0), False, 25, (12, 9, 9)),
-    "Dense": Site("a", "a", 20, 300, (1, 1), (1, 1), (0, 0), True, 1, (300,)),
+    "3x3": Site("a", "a", 20, 12, (3, 3), (1, 1), (1, 1), False, 81, (12, 9, 9), (12, 9, 9)),
+    "strided": Site("a", "a", 20, 12, (3, 5), (2, 1), (1, 2), False, 45, (12, 9, 9), (12, 9, 9)),
+    "1x1": Site("a", "a", 20, 12, (1, 1), (2, 2), (0, 0), False, 25, (12, 9, 9), (12, 9, 9)),
+    "Dense": Site("a", "a", 20, 300, (1, 1), (1, 1), (0, 0), True, 1, (300,), (300,)),
 }
 KERNELS = {  # kernels that the methods can give exactly, with the ranks for it
     ("low rank", (4,)): lambda g: torch.einsum("or,rihw->oihw", _r(g, 20, 4), _r(g, 4, 12, 3, 3)),
@@ -114,14 +114,14 @@ def test_costs_are_torchs_count_and_maps_have_the_layers_shape(site, method):
 
 
 def test_ranks_fill_vectors():
-    site = Site("a", "a", 200, 100, (3, 3), (1, 1), (1, 1), False, 81, (100, 9, 9))
+    site = Site("a", "a", 200, 100, (3, 3), (1, 1), (1, 1), False, 81, (100, 9, 9), (100, 9, 9))
     for method in METHODS:
         for share in SHARES:
             for ranks in ranks_for(site, method, share):
                 assert all(rank < 16 or rank % 16 == 0 for rank in ranks)
                 assert multiply_adds(site, method, ranks) <= share * site.multiply_adds
         assert len({ranks_for(site, method, share)[0] for share in SHARES}) > 4
-    small = Site("a", "a", 20, 12, (3, 3), (1, 1), (1, 1), False, 81, (12, 9, 9))
+    small = Site("a", "a", 20, 12, (3, 3), (1, 1), (1, 1), False, 81, (12, 9, 9), (12, 9, 9))
     assert ranks_for(small, "separated", 0.3) == [(6,), (7, 8)]
 
 

@@ -85,6 +85,20 @@ def odd_strides() -> keras.Model:
     return keras.Model(inputs, conv(48, (3, 5), padding="valid", strides=2)(x))
 
 
+def edges_of_two_widths(dtype: str | None = None) -> keras.Model:
+    """Padding "same" with strides, which adds zeros on one side alone."""
+    inputs = keras.Input((24, 24, 3), dtype=dtype)
+    x = conv(strides=2, dtype=dtype)(inputs)
+    return keras.Model(inputs, conv(48, strides=(2, 1), dtype=dtype)(x))
+
+
+def of_operations(policy: str | None = None) -> keras.Model:
+    x = inputs = keras.Input((24, 24, 3))
+    for width in (32, 48):
+        x = keras.ops.relu(conv(width, activation=None, dtype=policy)(x) * 0.5)
+    return keras.Model(inputs, keras.ops.cast(x, "bfloat16"))
+
+
 def restrained() -> keras.Model:
     inputs = keras.Input((24, 24, 3))
     x = conv(kernel_regularizer="l2", activity_regularizer="l2")(inputs)
@@ -110,6 +124,10 @@ KINDS: dict[str, tuple[Callable[[], keras.Model], float]] = {
     "shared pool": (shared_pool, 1.5),
     "shared outputs": (shared_head, 1.2),
     "own activations": (of_own_activations, 1.5),
+    "operations": (of_operations, 1.5),
+    "operations in half precision": (partial(of_operations, "mixed_bfloat16"), 1.5),
+    "edges of two widths": (edges_of_two_widths, 2.0),
+    "images in double precision": (partial(edges_of_two_widths, "float64"), 2.0),
     "channels first": (channels_first, 2.0),
     "odd strides": (odd_strides, 1.5),
     "regularisers and constraints": (restrained, 1.5),

@@ -220,8 +220,9 @@ def multiply_adds(site: Site, method: str, ranks: Sequence[int]) -> int:
     # A layer before the one that takes the stride and padding of an axis sees all of the axis.
     first = site.positions
     if method != "low rank":
-        _, high, wide = site.entering
-        across = (wide + 2 * site.padding[1] - site.kernel[1]) // site.stride[1] + 1
+        _, high, wide = site.unpadded
+        padded = site.entering[2] + 2 * site.padding[1]
+        across = (padded - site.kernel[1]) // site.stride[1] + 1
         first = high * wide if method == "bottleneck" else site.positions // across * wide
     return sum(
         prod(shape) * (site.positions if i else first)

@@ -15,14 +15,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vggtorch.compression.deletion import THROUGH
 from vggtorch.compression.photographs import Photographs, packed
-from vggtorch.compression.sites import Site, find_depthwise, find_sites
+from vggtorch.compression.sites import Site, find_depthwise, find_sites, run_once
 from vggtorch.files import first_line
-from vggtorch.keras_graph import calls, graph_of, producer, producing_call
+from vggtorch.keras_graph import calls, graph_of, operation_copy, producer, producing_call
 from vggtorch.lowering import network_of
 from vggtorch.surgery import remade
 
 COMPARED = 16  # whole images for the cosines that are returned
 BATCH = 8  # of crops
+OTHER_PRECISIONS = ("float16", "float64")  # how names of dtypes end: bfloat16 too
 
 
 @dataclass(frozen=True)
@@ -77,8 +78,14 @@ def networks_of(model: keras.Model, images: Photographs, keep: Sequence[str]) ->
         parameter.requires_grad_(False)
     example = images.held_out[:1]
     counter = FlopCounterMode(display=False)
-    with torch.no_grad(), counter:
-        maps = original(example)
+    try:
+        with counter:
+            maps = run_once(original, example)
+    except RuntimeError as error:
+        raise ValueError(
+            f"{model.name!r} can't compute images of shape {tuple(example.shape[1:])} (C, H, W): "
+            f"{first_line(error)}"
+        ) from error
     if not all(torch.isfinite(y).all() for y in maps):
         raise ValueError(
             f"{model.name!r} gives NaN or infinite values for these images: look at its weights, "
@@ -90,25 +97,30 @@ def networks_of(model: keras.Model, images: Photographs, keep: Sequence[str]) ->
         work,
         _names(taps),
         len(model.outputs),
-        tuple(find_sites(model, original, example, keep)),
-        tuple(find_depthwise(model, original, example, keep)),
+        tuple(find_sites(model, original, keep)),
+        tuple(find_depthwise(model, original, keep)),
         counter.get_total_flops() // 2,
         tuple(example.shape[1:]),
     )
 
 
 def _in_float32(model: keras.Model) -> keras.Model:
-    """The model itself, or where layers compute or keep their weights otherwise, one that doesn't.
+    """The model itself, or where something in it has another precision, one where nothing has.
 
     Closed forms and small steps need more digits than half a float32 has.
     """
     dtypes = {d for layer in model.layers for d in (layer.compute_dtype, layer.variable_dtype)}
-    if dtypes <= {"float32"}:
+    dtypes |= {t.dtype for node in calls(graph_of(model, "compress")) for t in node.outputs}
+    if not (wrong := sorted(dtype for dtype in dtypes if dtype.endswith(OTHER_PRECISIONS))):
         return model
 
-    def wide(layer: keras.Layer) -> keras.Layer:
-        is_input = isinstance(layer, keras.layers.InputLayer)
-        return remade(layer, **({} if is_input else {"dtype": "float32"}))
+    def wide(layer: keras.Operation) -> keras.Operation:
+        if isinstance(layer, keras.Layer):
+            return remade(layer, dtype="float32")
+        copied = operation_copy(layer)
+        if str(getattr(copied, "dtype", "")).endswith(OTHER_PRECISIONS):
+            copied.dtype = "float32"  # of a cast
+        return copied
 
     try:
         clone = keras.models.clone_model(model, clone_function=wide)
@@ -117,9 +129,8 @@ def _in_float32(model: keras.Model) -> keras.Model:
             raise TypeError(f"{others[0]} has a dtype of its own")
     except (TypeError, ValueError, NotImplementedError) as error:
         raise ValueError(
-            f"compress works in float32, and {model.name!r}, with layers of "
-            f"{', '.join(sorted(dtypes - {'float32'}))}, can't be made again so: "
-            f"{first_line(error)}"
+            f"compress works in float32, and {model.name!r}, with layers of {', '.join(wrong)}, "
+            f"can't be made again so: {first_line(error)}"
         ) from error
     return clone
 
@@ -186,7 +197,8 @@ def _cosines(a: Tensor, b: Tensor) -> Tensor:
 
 
 def tapped_result(model: keras.Model, networks: Networks) -> nn.Module:
-    """A result as a torch network that returns the same maps."""
+    """A result as a torch network that returns the same maps, in float32 as the original does."""
+    model = _in_float32(model)
     made = {node.operation.name: node.outputs[0] for node in calls(graph_of(model, "compress"))}
     inner = networks.taps[: -networks.ends]
     return _lowered(model, [*(made[name] for name in inner), *model.outputs])

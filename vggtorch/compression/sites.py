@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from math import prod
+from typing import Any
 
 import keras
 import torch
@@ -27,6 +29,7 @@ class Site:
         is_dense: a Dense layer.
         positions: outputs of each channel for one image.
         entering: the shape of what enters, without the batch.
+        unpadded: the same before zeros are added that are more on one side of the map.
     """
 
     name: str
@@ -39,6 +42,7 @@ class Site:
     is_dense: bool
     positions: int
     entering: tuple[int, ...]
+    unpadded: tuple[int, ...]
 
     @property
     def patch(self) -> int:
@@ -52,15 +56,31 @@ class Site:
         return self.positions * self.outputs * self.inputs * height * width
 
 
+class _Shapes(torch.fx.Interpreter):
+    """Runs a network and notes the shape of each value, without the batch."""
+
+    def run_node(self, n: torch.fx.Node) -> Any:
+        value = super().run_node(n)
+        if isinstance(value, Tensor):
+            n.meta["shape"] = tuple(value.shape[1:])
+        return value
+
+
+@torch.no_grad()
+def run_once(network: torch.fx.GraphModule, example: Tensor) -> list[Tensor]:
+    """A network's maps of an example (N, C, H, W), whose size decides what layers cost."""
+    maps: list[Tensor] = _Shapes(network).run(example)
+    return maps
+
+
 def find_sites(
-    model: keras.Model, network: torch.fx.GraphModule, example: Tensor, keep: Collection[str] = ()
+    model: keras.Model, network: torch.fx.GraphModule, keep: Collection[str] = ()
 ) -> list[Site]:
     """The sites of a model in the order of its computation, those of the layers `keep` left out.
 
     Args:
         model: the Keras model.
-        network: its torch network, channels first.
-        example: an input (N, C, H, W), whose size decides the number of positions.
+        network: its torch network, channels first, after `run_once`.
         keep: layers that stay as they are.
     """
 
@@ -72,65 +92,57 @@ def find_sites(
         weight = getattr(module, "weight", None)
         return weight is not None and min(weight[0].numel(), len(weight)) >= SMALL
 
-    return _found(model, network, example, keep, wanted)
+    return _found(model, network, keep, wanted)
 
 
 def find_depthwise(
-    model: keras.Model, network: torch.fx.GraphModule, example: Tensor, keep: Collection[str] = ()
+    model: keras.Model, network: torch.fx.GraphModule, keep: Collection[str] = ()
 ) -> list[Site]:
     """Depthwise convolutions, through which a channel goes by itself, as sites of one input."""
 
     def wanted(layer: keras.Layer, module: nn.Module) -> bool:
         return type(layer) is keras.layers.DepthwiseConv2D and layer.depth_multiplier == 1
 
-    return _found(model, network, example, keep, wanted)
+    return _found(model, network, keep, wanted)
 
 
 def _found(
     model: keras.Model,
     network: torch.fx.GraphModule,
-    example: Tensor,
     keep: Collection[str],
     wanted: Callable[[keras.Layer, nn.Module], bool],
 ) -> list[Site]:
     layers = {layer.name: layer for layer in model.layers}
     nodes = [node for node in network.graph.nodes if node.op == "call_module"]
     times = Counter(node.target for node in nodes)
-    found: dict[str, Site] = {}
-    hooks = []
+    found = []
     for node in nodes:
-        child, layer = str(node.target), layers.get(node.meta.get("layer"))
-        module = network.get_submodule(child)
+        layer, module = layers.get(node.meta.get("layer")), network.get_submodule(str(node.target))
         if layer is None or layer.name in keep or not isinstance(module, nn.Conv2d | nn.Linear):
             continue
-        if times[child] == 1 and wanted(layer, module):
-            hooks.append(module.register_forward_hook(_noting(layer.name, child, found)))
-    try:
-        with torch.no_grad():
-            network(example[:1])
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return list(found.values())
+        if times[node.target] == 1 and wanted(layer, module):
+            found.append(_site(layer.name, node, module))
+    return found
 
 
-def _noting(name: str, child: str, found: dict[str, Site]) -> Callable[..., None]:
-    """A hook that adds a module to the sites, at its first call."""
-
-    def note(module: nn.Module, args: tuple[Tensor], y: Tensor) -> None:
-        outputs, inputs, *kernel = tuple(module.weight.shape)  # type: ignore[arg-type]
-        dense = isinstance(module, nn.Linear)
-        found[name] = Site(
-            name,
-            child,
-            outputs,
-            inputs,
-            (1, 1) if dense else tuple(kernel),  # type: ignore[arg-type]
-            (1, 1) if dense else module.stride,  # type: ignore[arg-type]
-            (0, 0) if dense else module.padding,  # type: ignore[arg-type]
-            dense,
-            y[0].numel() // outputs,
-            tuple(args[0].shape[1:]),
-        )
-
-    return note
+def _site(name: str, node: torch.fx.Node, module: Any) -> Site:
+    """The site of a module that a node calls."""
+    outputs, inputs, *kernel = module.weight.shape
+    dense = isinstance(module, nn.Linear)
+    before: Any = node.args[0]
+    read = before
+    while read.op == "call_module" and read.meta["layer"] == name:
+        read = read.args[0]
+    return Site(
+        name,
+        str(node.target),
+        outputs,
+        inputs,
+        (1, 1) if dense else tuple(kernel),  # type: ignore[arg-type]
+        (1, 1) if dense else module.stride,
+        (0, 0) if dense else module.padding,
+        dense,
+        prod(node.meta["shape"]) // outputs,
+        before.meta["shape"],
+        read.meta["shape"],
+    )
