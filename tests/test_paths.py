@@ -64,6 +64,7 @@ TYPED = [
     ("compress run photos --times 2 --out a.keras --no-top", "--no-top with the model run, which"),
     ("finetune ''", "Received an empty name; expected a path. This folder's is '.'."),
     ("finetune photos ''", "Received an empty name; expected a path."),
+    ("finetune photos --weights https://a.b/c.pth", "An address isn't fetched: download the file"),
     ("finetune photos --weights ''", "Received --weights ''; expected a path."),
     ("show_batch photos --picture ''", "Received --picture ''; expected a path."),
     ("predict '' photos", "Received an empty name; expected a path."),

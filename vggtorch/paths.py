@@ -127,6 +127,8 @@ def check_weights(source: str | os.PathLike, option: str = "weights") -> None:
     hint = f" {last} is called {_WEIGHTS_ELSEWHERE[last]} here." if is_called else ""
     if source in ARCHITECTURES:
         hint = f" {source} is a network (architecture={str(source)!r}) that has such weights."
+    if re.match("[a-z]+://", str(source)):
+        hint = " An address isn't fetched: download the file first."
     alike = difflib.get_close_matches(str(source), WEIGHT_SETS, 1)
     raise ValueError(
         f"Received {_named(source, option)}; expected one of {', '.join(WEIGHT_SETS)} or the path "

@@ -15,6 +15,7 @@ from written import write
 import vggtorch as vt
 from vggtorch import architectures
 from vggtorch.models import remember_
+from vggtorch.models.torch_form import in_torch_form
 from vggtorch.weights import conversion
 
 pytestmark = pytest.mark.usefixtures("narrow_throughout")
@@ -193,6 +194,21 @@ def test_a_partial_load_says_what_it_did(tmp_path: Path, backbone: keras.Model) 
     assert vt.weight_set(model) == "oxford"
     with pytest.raises(ValueError, match="No layer of the model is in The state_dict"):
         vt.load_weights(model, {"else.weight": torch.ones(2, 2)}, partial=True)
+
+
+def test_a_tensor_of_torchvisions_that_is_missing_is_named_and_others_are_loaded(
+    backbone: keras.Model,
+) -> None:
+    state = in_torch_form(backbone)
+    del state["features.3.bias"]
+    model = vgg11()
+    with pytest.raises(
+        ValueError, match=r"Missing in the file: block2_conv1/bias\. .*partial=True"
+    ):
+        vt.load_weights(model, state)
+    report = vt.load_weights(model, state, partial=True)
+    assert (report.kept, report.left) == (("block2_conv1/bias",), ())
+    assert len(report.loaded) == 15
 
 
 @pytest.mark.slow

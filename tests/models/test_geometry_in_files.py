@@ -86,6 +86,8 @@ def test_a_model_that_remembers_nothing_says_nothing(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="no longer remembers 'oxford'"):
         vt.load_weights(model, tmp_path / "a.safetensors")
     assert remembered(model) == dataclasses.replace(CONFIG, weight_set=None)
+    keras.saving.save_model(build(), tmp_path / "folder", zipped=False)
+    assert remembered(vt.load_model(tmp_path / "folder")) == remembered(build())
 
 
 @pytest.mark.parametrize(
@@ -168,7 +170,7 @@ def test_the_form_that_keras_reads_without_it_is_warned_of(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("nested", [False, True])
-@pytest.mark.parametrize("form", ["keras", "h5", "pickle"])
+@pytest.mark.parametrize("form", ["keras", "h5", "pickle", "folder"])
 def test_a_whole_model_comes_back_with_what_it_expects(
     tmp_path: Path, form: str, nested: bool
 ) -> None:
@@ -179,7 +181,8 @@ def test_a_whole_model_comes_back_with_what_it_expects(
     if form == "pickle":
         again = pickle.loads(pickle.dumps(model))
     else:
-        model.save(tmp_path / f"a.{form}")
+        zipped = False if form == "folder" else None
+        keras.saving.save_model(model, tmp_path / f"a.{form}", zipped=zipped)
         again = vt.load_model(tmp_path / f"a.{form}")
     assert vt.data_config(again) == vt.data_config(model)
     assert vt.weight_set(again) == "oxford"

@@ -94,8 +94,13 @@ def test_wrong_architecture_names_both_lists():
 def test_a_gap_in_the_middle_is_missing():
     state = reference("vgg16")
     del state["features.5.bias"]
-    with pytest.raises(ValueError, match=r"nearest is vgg16.*Missing: features.5.bias\. Shapes"):
-        conversion.to_keras(state, "torchvision")
+    tensors = conversion.to_keras(state, "torchvision")
+    with pytest.raises(ValueError, match=r"nearest is vgg16.*Missing: block2_conv1/bias\. Shapes"):
+        conversion.architecture_of(tensors)
+    # The 28th module is the last convolution of VGG16, and the first of VGG19's last block.
+    few = {key: state[key] for key in ("features.14.weight", "features.28.weight")}
+    with pytest.raises(ValueError, match="These tensors are not those of any VGG network"):
+        conversion.to_keras(few, "torchvision")
 
 
 def test_tensors_of_another_rank_are_named_and_never_left_out():

@@ -81,7 +81,7 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
         "a dict's key in it is too large a number",
     ),
     "a bytearray": (b"c__builtin__\nbytearray\n" + plain(10**12) + b"\x85R", "'__builtin__.bytear"),
-    "a storage": (b"ctorch.storage\nUntypedStorage\n" + plain(10**12) + b"\x85R", "asks for"),
+    "a storage": (b"ctorch.storage\nUntypedStorage\n" + plain(10**12) + b"\x85R", "broken"),
     "a tensor of a size": (b"ctorch\nTensor\n" + plain(10**9) + b"\x85R", "for 'torch.Tensor'"),
     "code": (b"cos\nsystem\nX\x04\x00\x00\x00true\x85R", "it asks for 'os.system'"),
     "an object": (b"cargparse\nNamespace\n)\x81", "asks for 'argparse.Namespace'"),

@@ -122,7 +122,7 @@ def test_pickle_that_would_run_code(
     with pytest.raises(ValueError, match=r"evil\.pth can't be loaded: it asks for"):
         sources.read("evil.pth")
     Path("bare.pth").write_bytes(pickle.dumps(_Evil()))
-    with pytest.raises(ValueError, match=r"bare\.pth is damaged or no checkpoint"):
+    with pytest.raises(ValueError, match=r"bare\.pth can't be loaded: its pickle has the instruct"):
         sources.read("bare.pth")
     assert not Path("ran").exists()
 
@@ -179,6 +179,31 @@ def test_published_name_with_other_bytes(tmp_path: Path) -> None:
     path = tmp_path / "vgg16-397923af.pth"
     torch.save(small_state(), path)
     with pytest.raises(ValueError, match=r"damaged or another file.*expected 397923af"):
+        sources.read(path)
+    path.write_bytes(path.read_bytes()[:500])  # a download that was cut is to be deleted, too
+    with pytest.raises(ValueError, match=r"damaged or another file.*Delete it\."):
+        sources.read(path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+@pytest.mark.parametrize("ending", ["pth", "safetensors"])
+def test_numbers_of_8_bits_are_read_as_float32(
+    tmp_path: Path, dtype: torch.dtype, ending: str
+) -> None:
+    state = {key: tensor.to(dtype) for key, tensor in small_state().items()}
+    if ending == "pth":
+        torch.save(state, tmp_path / "a.pth")
+    else:
+        save_file(state, tmp_path / "a.safetensors")
+    expected = {key: tensor.float() for key, tensor in state.items()}
+    assert_same(sources.read(tmp_path / f"a.{ending}").tensors, expected)
+    assert_same(sources.from_memory(state).tensors, expected)
+
+
+def test_the_index_of_several_files_says_how_to_load_them(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors.index.json"
+    path.write_text('{"metadata": {"total_size": 1}, "weight_map": {"a.weight": "1.safetensors"}}')
+    with pytest.raises(ValueError, match=r"the index of a checkpoint in several files\. Load them"):
         sources.read(path)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from checkpoint_files import assert_same
@@ -200,5 +201,13 @@ def test_what_is_in_memory(small: Small) -> None:
     assert_same(sources.from_memory(arrays).tensors, dict(state))
     with pytest.raises(ValueError, match=r"features\.0\.bias holds NaN or infinite values"):
         sources.from_memory({**state, "features.0.bias": torch.full((4,), torch.nan)})
+    swapped = {key: array.astype(array.dtype.newbyteorder()) for key, array in arrays.items()}
+    assert_same(sources.from_memory(swapped).tensors, dict(state))
+    repeated = {"a.weight": torch.ones(1).expand(4)}
+    assert_same(sources.from_memory(repeated).tensors, repeated)
     with pytest.raises(ValueError, match="no state_dict"):
         sources.from_memory({})
+    with pytest.raises(ValueError, match=r"'a\.weight' is an array of object, expected numbers"):
+        sources.from_memory({"a.weight": np.array([None])})
+    with pytest.raises(ValueError, match=r"a\.weight is sparse, quantized or without values"):
+        sources.from_memory({"a.weight": torch.ones(2, device="meta")})

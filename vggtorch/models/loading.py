@@ -364,7 +364,7 @@ def load_model(source: str | PathLike) -> keras.Model:
         raise ValueError(
             f"{source} can't be loaded as a Keras model: {files.first_line(error)}"
         ) from error
-    return model if path.suffix == ".keras" else _remembering(model, path)
+    return _remembering(model, path) if path.suffix in (".h5", ".hdf5") else model
 
 
 def _remembering(model: keras.Model, path: Path) -> keras.Model:

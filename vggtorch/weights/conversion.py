@@ -266,7 +266,7 @@ def to_views(tensors: Mapping[str, torch.Tensor], form: str) -> dict[str, torch.
     if side_by_side:
         return _networks(kept, list(side_by_side))
     vgg = {key for key in kept if TORCHVISION.match(key)}
-    if not _fits({key: kept[key] for key in vgg}):  # a classifier of the user's own
+    if _fitting({key: kept[key] for key in vgg}) is None:  # a classifier of the user's own
         vgg = {key for key in vgg if key.startswith("features.")}
         vgg -= _appended(_shapes({key: kept[key] for key in vgg}))
     converted = _converted({key: kept[key] for key in vgg}) if vgg else {}
@@ -301,9 +301,15 @@ def _number(key: str) -> int:
     return int(number) if kind == "features" else -1
 
 
-def _fits(tensors: Mapping[str, torch.Tensor]) -> bool:
-    """Whether torchvision's names and shapes are all those of one network."""
-    return bool(tensors) and not _candidates(_shapes(tensors), "torch")[0].misfits
+def _fitting(tensors: Mapping[str, torch.Tensor]) -> dict[str, Rule] | None:
+    """The rules of a network that has all of torchvision's names and shapes, and perhaps more.
+
+    None where there is none, or where a gap leaves open which of several it is.
+    """
+    shapes = _shapes(tensors)
+    found = [c for c in _candidates(shapes, "torch") if not (c.unexpected or c.differing)]
+    named = {tuple(c.table[key].keras_key for key in shapes) for c in found}
+    return found[0].table if len(named) == 1 or (found and not found[0].missing) else None
 
 
 def _views(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -311,7 +317,7 @@ def _views(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
     Raises ValueError, with both lists, where they are not those of a network.
     """
-    table = _choose(_shapes(tensors), "torch").table
+    table = _fitting(tensors) or _choose(_shapes(tensors), "torch").table
     return {r.keras_key: r.to_view(tensors[key]) for key, r in table.items() if key in tensors}
 
 
@@ -320,18 +326,17 @@ def _converted(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
     Whether the model that they go into has the same ones is seen there.
     """
-    if _fits(tensors):
-        return _views(tensors)
     shapes = _shapes(tensors)
     nearest = min(_candidates(shapes, "torch"), key=lambda c: c.misfits - len(c.differing))
     present = {key: rule for key, rule in nearest.table.items() if key in tensors}
     if (
-        nearest.unexpected
+        _fitting(tensors) is not None
+        or nearest.unexpected
         or nearest.missing
         or any(key.startswith("classifier") for key in tensors)
         or any(len(shapes[key]) != len(rule.split) for key, rule in present.items())
     ):
-        return _views(tensors)  # which raises
+        return _views(tensors)  # which raises where they are no network's
     return {
         rule.keras_key: replace(rule, split=shapes[key]).to_view(tensors[key])
         for key, rule in present.items()

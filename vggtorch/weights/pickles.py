@@ -59,7 +59,14 @@ _STORAGES = {
         "Long": torch.int64,
     }.items()
 }
-_DTYPES = {f"torch {str(dtype).removeprefix('torch.')}" for dtype in _STORAGES.values()}
+_STORAGES["torch.storage UntypedStorage"] = torch.uint8  # of the dtypes that have none of their own
+_DTYPES = {
+    f"torch {str(dtype).removeprefix('torch.')}": dtype
+    for dtype in (
+        *_STORAGES.values(), torch.uint16, torch.uint32, torch.uint64, torch.float8_e4m3fn,
+        torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz, torch.float8_e8m0fnu,
+    )
+}  # fmt: skip
 
 
 def unpickled(path: Path, *, mmap: bool = False) -> Any:
@@ -213,7 +220,10 @@ class _Machine:
         elif name == "BINPERSID":
             self._push(self._storage(*self._popped(1)))
         elif name not in ("PROTO", "STOP"):
-            raise ValueError(f"its pickle has the instruction {name}; torch.save writes none")
+            raise UnsupportedError(
+                f"its pickle has the instruction {name}, which torch.save doesn't write. Read it "
+                f"by what wrote it, if you trust it, and pass the dict of tensors"
+            )
 
     def _push(self, value: _Value) -> None:
         self.stack.append(value)
@@ -277,19 +287,28 @@ class _Machine:
         return _Value("storage", (count, itemsize))
 
     def tensor(self, arguments: list[_Value]) -> _Value:
-        """`_rebuild_tensor_v2(storage, offset, size, stride, requires_grad, hooks, metadata)`."""
-        storage, offset, size, stride = arguments[:4]
+        """`_rebuild_tensor_v2(storage, offset, size, stride, requires_grad, hooks, metadata)`.
+
+        In `_rebuild_tensor_v3` the dtype of an untyped storage stands before the metadata.
+        """
+        storage, offset, size, stride, *others = arguments
         if storage.kind != "storage" or {size.kind, stride.kind} != {"tuple"}:
             raise ValueError("its pickle makes a tensor of what is no storage")
-        if any(value.kind in ("tensor", "storage", "global") for value in arguments[4:]):
+        count, itemsize = storage.content
+        if itemsize == 1 and others[2:] and others[2].kind == "global":
+            itemsize = _DTYPES[others.pop(2).content].itemsize
+            count //= itemsize
+        if any(value.kind in ("tensor", "storage", "global") for value in others):
             raise ValueError("its pickle gives a tensor more than a tensor has")
         shape, strides = ([_whole(n) for n in axes.content] for axes in (size, stride))
-        count, itemsize = storage.content
         values = math.prod(shape) if len(shape) <= _DIMENSIONS else count + 1
         end = _whole(offset) + sum((n - 1) * s for n, s in zip(shape, strides, strict=True)) + 1
         self.tensors += values * itemsize
         if values > count or (values and end > count):
-            raise ValueError("a tensor in it claims more values than are stored")
+            raise ValueError(
+                "a tensor in it claims more values than are stored (one that was expanded is to be "
+                "saved as .contiguous() has it)"
+            )
         if self.tensors > SHARED * self.file_size:
             raise ValueError(f"its tensors share their values more than {SHARED} times")
         return _Value("tensor", "tensor")
@@ -381,6 +400,7 @@ _CALLS: dict[str, Callable[[_Machine, list[_Value]], _Value]] = {
     "torch device": _device,
     "_codecs encode": _bytes,
     "torch._utils _rebuild_tensor_v2": _Machine.tensor,
+    "torch._utils _rebuild_tensor_v3": _Machine.tensor,
     "torch._utils _rebuild_parameter": _parameter,
 }
 _EMPTY = {"EMPTY_TUPLE": "tuple", "EMPTY_LIST": "list", "EMPTY_DICT": "dict", "EMPTY_SET": "set"}

@@ -38,6 +38,12 @@ def reader_for(path: Path, head: bytes) -> Reader:
         )
     if text.startswith(b"version https://git-lfs"):
         raise ValueError(f"{path} is a Git LFS pointer, not a checkpoint. Run git lfs pull.")
+    if b'"weight_map"' in head:
+        raise ValueError(
+            f"{path} is the index of a checkpoint in several files. Load them as one dict: "
+            f"vt.load_weights(model, {{k: t for file in files for k, t in "
+            f"safetensors.torch.load_file(file).items()}}); Keras's by model.load_weights(path)."
+        )
     if head.startswith(b"PK\x03\x04"):
         return read_zip
     if head.startswith(b"\x89HDF\r\n\x1a\n"):

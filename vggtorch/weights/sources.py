@@ -39,6 +39,10 @@ _WEIGHT = re.compile(
 # Whole numbers that are weights, as of a quantized model, have one of these dtypes.
 _WHOLE = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
+_FLOAT8 = (
+    torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz,
+)  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -205,13 +209,15 @@ def read(path: str | os.PathLike, *, whole_numbers: bool = False) -> Checkpoint:
         )
     with path.open("rb") as file:
         head = file.read(512)
-    reader = readers.reader_for(path, head)
     with ThreadPoolExecutor(1) as thread:  # hashing takes about as long as reading the values
         hashing = thread.submit(files.sha256, path)
-        tensors, metadata, wrong = _read_values(path, reader, whole_numbers)
-        digest = hashing.result()
-    if path.name in PUBLISHED:
-        files.check_sha256(path, PUBLISHED[path.name].sha256, digest)
+        try:
+            reader = readers.reader_for(path, head)
+            tensors, metadata, wrong = _read_values(path, reader, whole_numbers)
+        finally:
+            digest = hashing.result()
+            if path.name in PUBLISHED:  # what is wrong with it matters less than that it is another
+                files.check_sha256(path, PUBLISHED[path.name].sha256, digest)
     published = publication_of(digest)
     if published is not None and not published.include_top:
         # The classifier in it is NaN (`features`), or another task's (`oxford`, in ONNX).
@@ -264,7 +270,7 @@ def from_memory(state: Mapping[str, Any]) -> Checkpoint:
         ValueError: no tensors, or values that are not finite.
     """
     if any(isinstance(value, np.ndarray) for value in state.values()):
-        state = {k: torch.tensor(v) if isinstance(v, np.ndarray) else v for k, v in state.items()}
+        state = {k: _of_numpy(k, v) if isinstance(v, np.ndarray) else v for k, v in state.items()}
     tensors, said = state_dicts.state_dict_in(state)
     tensors, notes = _named(tensors, ours="writer" in said)
     note = " ".join([said.get("note", ""), *notes]).strip()
@@ -276,13 +282,23 @@ def from_memory(state: Mapping[str, Any]) -> Checkpoint:
     return Checkpoint(tensors, form, said.get("weight_set"), path, form, **said_of(said))
 
 
+def _of_numpy(name: str, array: np.ndarray) -> torch.Tensor:
+    """A copy of an array, in the byte order of this machine."""
+    try:
+        return torch.tensor(array.astype(array.dtype.newbyteorder("=")))
+    except TypeError as error:
+        raise ValueError(f"{name!r} is an array of {array.dtype}, expected numbers.") from error
+
+
 def _named(
     tensors: dict[str, torch.Tensor], *, ours: bool
 ) -> tuple[dict[str, torch.Tensor], list[str]]:
     """Tensors by plain names, where they have torch's, and what to tell the user.
 
-    In files of `ours`, that `save_weights` wrote, all whole numbers are weights.
+    In files of `ours`, that `save_weights` wrote, all whole numbers are weights. Numbers of 8 bits
+    are made float32, which has all their values.
     """
+    tensors = {key: t.float() if t.dtype in _FLOAT8 else t for key, t in tensors.items()}
     if any("/" in key for key in tensors):
         return tensors, []
     plain, note = state_dicts.plain_names(tensors, counters=ours)

@@ -125,14 +125,15 @@ def _checked(state: Mapping[Any, Any]) -> Tensors:
         )
     for key, value in state.items():
         if not isinstance(key, str):
-            raise ValueError(f"{key!r} is the name of a tensor, expected a text")
+            raise UnsupportedError(f"{key!r} is the name of a tensor, expected a text")
         if type(value) not in (torch.Tensor, torch.nn.Parameter):
-            raise ValueError(f"{key!r} is a {type(value).__name__}, expected a tensor")
+            raise UnsupportedError(f"{key!r} is a {type(value).__name__}, expected a tensor")
         tensor = value.detach()
         if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
-            raise ValueError(f"{key} is not a plain tensor")
-        if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
-            raise ValueError(f"{key} claims more values than are stored")
+            raise UnsupportedError(
+                f"{key} is sparse, quantized or without values; expected a plain tensor, as "
+                f".to_dense() and .dequantize() make it"
+            )
         tensors[key] = tensor
     return tensors
 
