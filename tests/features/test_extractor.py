@@ -374,3 +374,25 @@ def test_options_that_cannot_be_are_refused(vgg):
         vt.FeatureExtractor(vgg, ["pool1"], normalization=None, data_format="NCHW")
     with pytest.raises(ValueError, match="expected the values of black and of white"):
         vt.FeatureExtractor(vgg, ["pool1"], normalization=None, value_range=(1, 0))
+    for switch in ("trainable", "checkpoint", "winograd"):
+        with pytest.raises(ValueError, match=f"Received {switch}='no'; expected True or False"):
+            vt.FeatureExtractor(vgg, ["pool1"], normalization=None, **{switch: "no"})
+    with pytest.raises(ValueError, match="architecture='vgg19' with a model, which is a network"):
+        vt.FeatureExtractor(vgg, ["pool1"], normalization=None, architecture="vgg19")
+
+
+def test_a_frozen_extractor_says_that_it_stays_frozen(vgg):
+    extractor = vt.FeatureExtractor(vgg, ["pool1"], normalization=None)
+    with pytest.raises(ValueError, match="frozen. Make it with trainable=True"):
+        extractor.requires_grad_(True)
+    assert extractor.requires_grad_(False) is extractor
+    open_ = vt.FeatureExtractor(vgg, ["pool1"], normalization=None, trainable=True)
+    assert all(p.requires_grad for p in open_.requires_grad_(True).parameters())
+
+
+def test_arithmetic_of_rgb_is_refused_for_other_channels():
+    grey = keras.Sequential([keras.Input((8, 8, 1)), keras.layers.Conv2D(4, 3, name="a")])
+    with pytest.raises(ValueError, match="'oxford' for images of 1 channels; it is for RGB"):
+        vt.FeatureExtractor(grey, ["a"], normalization="oxford")
+    maps = vt.FeatureExtractor(grey, ["a"], normalization=None)(torch.rand(1, 1, 8, 8))
+    assert maps["a"].shape == (1, 4, 6, 6)

@@ -51,6 +51,11 @@ def test_each_term_is_what_johnson_and_gatys_define(extractor, images):
 def test_total_variation_is_that_of_torchmetrics(images):
     expected = torchmetrics_variation(images, reduction="none")
     torch.testing.assert_close(total_variation(images), expected)
+    pixels = (images * 255).byte()
+    assert torch.equal(total_variation(pixels), total_variation(pixels.float()))
+    half = (images * 255).half()  # whose sums are larger than its numbers
+    assert torch.equal(total_variation(half), total_variation(half.float()))
+    assert torch.equal(gram_matrix(pixels), gram_matrix(pixels.float()))
 
 
 @pytest.mark.slow
@@ -104,3 +109,5 @@ def test_what_cannot_be_compared_is_refused(extractor, images):
         loss(images, loss.targets(images, images), images)
     with pytest.raises(ValueError, match=r"expected \(N, C, H, W\)"):
         gram_matrix(torch.rand(3, 4))
+    with pytest.raises(ValueError, match=r"\(3, 8, 8\); expected \(N, C, H, W\)"):
+        total_variation(torch.rand(3, 8, 8))

@@ -44,6 +44,13 @@ def test_costs_are_those_counted_by_hand():
     assert rows["dense"].shape == (5,)
 
 
+def test_the_products_of_attention_count_on_every_device():
+    tokens = keras.Input((6, 8))
+    model = keras.Model(tokens, L.MultiHeadAttention(num_heads=2, key_dim=4)(tokens, tokens))
+    projections, products = 4 * 6 * 8 * 8, 2 * 2 * 6 * 6 * 4
+    assert measuring.inspect(model, repeats=1).total.multiply_adds == projections + products
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "build",

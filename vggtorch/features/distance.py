@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vggtorch.features.extractor import FeatureExtractor
+from vggtorch.paths import as_path
 from vggtorch.weights import read
 
 TAPS = ("relu1_2", "relu2_2", "relu3_3", "relu4_3", "relu5_3")  # of VGG16
@@ -81,7 +82,7 @@ class LPIPS(nn.Module):
                   for b in range(1, 6)]  # fmt: skip
         for i, width in enumerate(widths):
             name = f"lin{i}.model.1.weight"
-            weight = tensors.get(name)
+            weight = torch.as_tensor(tensors[name]) if name in tensors else None
             if weight is None or weight.shape != (1, width, 1, 1):
                 found = "none" if weight is None else f"one of shape {tuple(weight.shape)}"
                 raise ValueError(
@@ -92,13 +93,13 @@ class LPIPS(nn.Module):
 
     def forward(self, images: Tensor, others: Tensor) -> Tensor:
         """The distance of each pair of images, (N, 1, 1, 1); gradients flow to both."""
+        features, wanted = self.extractor(images), self.extractor(others)
         if images.shape != others.shape:
             raise ValueError(
                 f"Received images of shapes {tuple(images.shape)} and {tuple(others.shape)}; "
                 f"expected as many of one size."
             )
-        total = images.new_zeros(())
-        features, wanted = self.extractor(images), self.extractor(others)
+        total = torch.zeros((), device=images.device)
         last = self.extractor.pixels.data_format == "channels_last"
         for i, tap in enumerate(TAPS):
             a, b = features[tap], wanted[tap]
@@ -128,4 +129,4 @@ def _linear_layers(linear: str | os.PathLike | Mapping[str, Tensor] | None) -> M
                 "Run pip install lpips, or pass linear=, the path of its vgg.pth."
             )
         linear = Path(package.origin).parent / "weights" / "v0.1" / "vgg.pth"
-    return read(linear).tensors
+    return read(as_path(linear, "linear")).tensors

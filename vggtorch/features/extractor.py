@@ -45,7 +45,7 @@ class FeatureExtractor(nn.Module):
             copied; or a weight set (`imagenet`, `features`, `oxford`) or a checkpoint's path, which
             `architecture` is loaded with.
         taps: the names of layers, as `vt.to_torch` has them.
-        architecture: the network for a weight set or a path.
+        architecture: the network for a weight set or a path, VGG16 by default.
         normalization: the weight set whose arithmetic the images go through. "model" is the one
             that the model remembers; None takes images that are ready for the network.
         value_range: what black and white are in the images given: (0, 1), (0, 255), (-1, 1).
@@ -79,7 +79,7 @@ class FeatureExtractor(nn.Module):
         source: keras.Model | str | os.PathLike,
         taps: Sequence[str],
         *,
-        architecture: str = "vgg16",
+        architecture: str | None = None,
         normalization: str | None = "model",
         value_range: tuple[float, float] = (0, 1),
         data_format: str = "channels_first",
@@ -89,8 +89,16 @@ class FeatureExtractor(nn.Module):
     ) -> None:
         super().__init__()
         self.taps = _checked_taps(taps)
+        switches = {"trainable": trainable, "checkpoint": checkpoint, "winograd": winograd}
+        for switch, value in switches.items():
+            if not isinstance(value, bool):
+                raise ValueError(f"Received {switch}={value!r}; expected True or False.")
         given = isinstance(source, keras.Model)
-        model = source if isinstance(source, keras.Model) else self._load(source, architecture)
+        if given and architecture is not None:
+            raise ValueError(
+                f"Received architecture={architecture!r} with a model, which is a network already."
+            )
+        model = source if given else self._load(source, architecture or "vgg16")
         expected, scaled = _normalization(model, normalization)
         self.pixels = Pixels(value_range, data_format, _channels(model), expected, scaled)
         self.trainable, self.checkpoint = trainable, checkpoint
@@ -159,6 +167,15 @@ class FeatureExtractor(nn.Module):
         if not self.trainable:
             self.network.eval()
         return self
+
+    def requires_grad_(self, requires_grad: bool = True) -> FeatureExtractor:
+        """As torch.nn.Module has it; ValueError where the weights are to stay frozen."""
+        if requires_grad and not self.trainable:
+            raise ValueError(
+                "The weights of this extractor are frozen. Make it with trainable=True, and they "
+                "are as trainable as those of the model."
+            )
+        return super().requires_grad_(requires_grad)
 
     def extra_repr(self) -> str:
         """What the module adds to its network."""

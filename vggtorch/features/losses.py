@@ -18,7 +18,8 @@ from vggtorch.features.extractor import FeatureExtractor
 def gram_matrix(features: Tensor) -> Tensor:
     """Which channels go together in each image, (N, C, C), of feature maps (N, C, H, W).
 
-    Divided by C * H * W, as Johnson et al. 2016 do. In reduced precision the sums are float32's.
+    Divided by C * H * W, as Johnson et al. 2016 do. Of other numbers than float64 the sums are
+    float32's.
 
     Raises:
         ValueError: values of another rank.
@@ -30,18 +31,17 @@ def gram_matrix(features: Tensor) -> Tensor:
         tensor([[[0.5000, 0.5000],
                  [0.5000, 0.5000]]])
     """
-    if features.ndim != 4:
-        raise ValueError(
-            f"Received features of shape {tuple(features.shape)}; expected (N, C, H, W)."
-        )
-    flat = features.flatten(2)  # (N, C, H * W)
-    if flat.dtype in (torch.float16, torch.bfloat16):
-        flat = flat.float()
+    flat = _maps(features).flatten(2)  # (N, C, H * W)
     return flat @ flat.mT / (flat.shape[1] * flat.shape[2])
 
 
 def total_variation(images: Tensor) -> Tensor:
     """The sum of differences between neighbouring pixels, (N,), of images (N, C, H, W).
+
+    Of other numbers than float64 it is float32's.
+
+    Raises:
+        ValueError: values of another rank.
 
     Source: tf.image.total_variation; Johnson et al. 2016 use it to keep images smooth.
 
@@ -51,8 +51,17 @@ def total_variation(images: Tensor) -> Tensor:
         >>> total_variation(torch.tensor([[[[0., 1.], [0., 1.]]]]))
         tensor([2.])
     """
+    images = _maps(images)
     down = (images[:, :, 1:] - images[:, :, :-1]).abs().sum((1, 2, 3))
     return down + (images[:, :, :, 1:] - images[:, :, :, :-1]).abs().sum((1, 2, 3))
+
+
+def _maps(values: Tensor) -> Tensor:
+    """Maps (N, C, H, W) in numbers that sums don't leave, as those of 8 or 16 bits would."""
+    if not isinstance(values, Tensor) or values.ndim != 4:
+        received = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+        raise ValueError(f"Received maps of shape {received}; expected (N, C, H, W).")
+    return values if values.dtype == torch.float64 else values.float()
 
 
 def _is_weight(value: Any) -> bool:

@@ -52,7 +52,11 @@ class Pixels:
                 f"Received value_range={self.value_range!r}; expected the values of black and of "
                 f"white, such as (0, 1) or (0, 255)."
             )
-
+        if self.expected is not None and self.channels != 3:
+            raise ValueError(
+                f"Received normalization={self.expected.name!r} for images of {self.channels} "
+                f"channels; it is for RGB. Pass None, and images that are ready for the network."
+            )
         low, high = self.value_range
         object.__setattr__(self, "value_range", (low, high))
 

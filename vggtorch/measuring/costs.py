@@ -10,7 +10,7 @@ from typing import Any
 import keras
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from vggtorch.checks import whole
 from vggtorch.keras_graph import Functional, data_format, graph_of, input_structure, torch_dtype
@@ -197,7 +197,9 @@ def _count(
     counts = dict.fromkeys(_names(network), 0)
     shapes: dict[str, tuple[int, ...]] = dict.fromkeys(counts, ())
     sizes = dict(counts)
-    counter = FlopCounterMode(display=False)
+    # The attention that runs on a CPU isn't among those that torch's counter knows.
+    on_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    counter = FlopCounterMode(display=False, custom_mapping={on_cpu: _attention_flops})
 
     def before(name: str) -> None:
         counts[name] -= counter.get_total_flops() // 2
@@ -213,6 +215,11 @@ def _count(
     with counter:
         _Watched(network, before, after).run(*inputs)
     return counts, shapes, sizes
+
+
+def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    """As torch counts them for the kernels of other devices, by the shapes."""
+    return int(sdpa_flop_count(query, key, value))
 
 
 def _time_layers(network: TorchNetwork, inputs: list[Tensor], repeats: int) -> dict[str, float]:
