@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 from typing import Any
 
 import pytest
@@ -103,3 +104,13 @@ def test_a_full_disk_leaves_the_old_checkpoint_whole(tmp_path, monkeypatch, call
     monkeypatch.undo()
     assert checkpoints.read(last)["progress"] == checkpoints.read(best)["progress"] == {"epoch": 2}
     assert sorted(p.name for p in tmp_path.iterdir()) == ["best.pt", "last.pt"]
+
+
+def test_what_a_disk_refuses_is_said_in_its_words(tmp_path):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, before[1]))
+    try:
+        with pytest.raises(OSError, match=r"Could not write .*last\.pt: File too large\."):
+            checkpoints.write(tmp_path / "last.pt", CONTENT | {"tensor": torch.zeros(2**16)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)

@@ -34,8 +34,12 @@ def write(path: Path, content: dict[str, Any], also: Path | None = None) -> None
     for left in path.parent.glob(".*.pt"):  # by a run that was killed while it wrote
         left.unlink()
     with files.atomic(path) as temporary:
-        with temporary.open("wb") as file:  # torch's own writer doesn't say that a disk is full
-            torch.save(content | {"sha256": digest(content)}, file)
+        with temporary.open("wb") as file:
+            try:
+                torch.save(content | {"sha256": digest(content)}, file)
+            except RuntimeError as error:  # torch's writer has another word for a full disk
+                cause = error.__context__
+                raise (cause if isinstance(cause, OSError) else error) from None
         if also is not None:
             with files.atomic(also) as second:
                 try:
