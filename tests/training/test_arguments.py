@@ -25,7 +25,7 @@ def model():
 
 
 @pytest.mark.parametrize("wrong", ["8", 1.5, True, None, -1, [8], float("nan"), np.float32(2)])
-def test_counts_are_whole_numbers(wrong, model, images, tmp_path):
+def test_counts_are_whole_numbers(wrong, model, images, history, tmp_path):
     table = FeatureTable(("a", "b"), np.eye(2))
     layer, folder = "block1_pool", tmp_path / "features"
     calls: dict[str, Callable[[Any], Any]] = {
@@ -40,6 +40,7 @@ def test_counts_are_whole_numbers(wrong, model, images, tmp_path):
         "epoch": lambda n: vt.show_batch(model, images, epoch=n),
         "steps": lambda n: vt.find_learning_rate(model, images, steps=n),
         "k": lambda n: table.nearest(np.eye(2), k=n),
+        "mistakes": lambda n: vt.write_report(history, tmp_path / "report.html", mistakes=n),
     }
     for name, call in calls.items():
         with pytest.raises(ValueError, match=rf"Received {name.strip()}=.*; expected a whole numb"):

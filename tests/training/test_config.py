@@ -116,5 +116,9 @@ def test_numbers_of_numpy_and_torch_are_numbers():
     expected = TrainConfig(epochs=3, learning_rate=0.5, weight_decay=0.25, class_weight=(1.0, 2.5))
     assert given == expected and type(given.epochs) is int
     assert type(TrainConfig(epochs=3.0).epochs) is int  # type: ignore[arg-type]
+    inside: Any = {"class_weight": {"a": np.float32(0.5)}, "unfreeze": {np.int64(2): "b"}}
+    config = TrainConfig(freeze="a", **inside)
+    assert config.class_weight == {"a": 0.5} and config.unfreeze == ((2, "b"),)
+    assert TrainConfig(class_weight=[torch.tensor(2), 1]).class_weight == (2, 1)  # type: ignore[list-item]
     with pytest.raises(ValueError, match="Received epochs=1.5; expected a whole number from 1"):
         TrainConfig(epochs=np.float64(1.5))  # type: ignore[arg-type]

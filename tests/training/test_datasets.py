@@ -160,6 +160,10 @@ def test_what_is_no_data_set_or_has_no_batches_is_refused(config):
     frame = pandas.DataFrame({"path": ["a.png"], "label": ["a"]})
     with pytest.raises(ValueError, match=r"Received a DataFrame; expected .*\.to_csv\('labels.csv"):
         loss(frame, config)
+    with pytest.raises(ValueError, match="Received a bytes; expected a Path or a text"):
+        loss(b"photos", config)
+    with pytest.raises(ValueError, match="a dictionary of 'val' as one part of the data; expected"):
+        loss({"train": TensorDataset(PIXELS, LABELS), "val": {"val": PIXELS}}, config)
     with pytest.raises(ValueError, match="Received an empty list_iterator; expected images"):
         loss(iter([]), config)
     loader = DataLoader(TensorDataset(PIXELS, LABELS), batch_size=50, drop_last=True)

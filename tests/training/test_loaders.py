@@ -178,6 +178,32 @@ def test_what_is_not_followed_is_said(dataset, config):
     assert "worker_init_fn" in words and "batch_size=16 (the DataLoader's own" in words
 
 
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (torch.tensor([3, 3, 1]), [3, 3, 1]),
+        (np.array([2, 0]), [2, 0]),
+        ([-1, -20], [19, 0]),  # which torch's DataLoader takes too
+    ],
+)
+def test_numbers_of_images_are_of_any_kind(dataset, given, expected):
+    _, plan = as_source(DataLoader(dataset, 4, sampler=given), 0, 4)
+    assert plan(0) == [expected] and {type(index) for index in plan(0)[0]} == {int}
+
+
+@pytest.mark.parametrize("wrong", [20, -21, "a", 1.5])
+def test_what_is_no_number_of_an_image_is_refused(dataset, wrong):
+    _, plan = as_source(DataLoader(dataset, 4, sampler=[1, wrong]), 0, 4)
+    with pytest.raises(ValueError, match="sampler gives .*; expected the number of an image"):
+        plan(0)
+
+
+def test_any_seed_reaches_the_generator_of_a_sampler(dataset):
+    loader = DataLoader(dataset, 4, shuffle=True, generator=torch.Generator())
+    _, plan = as_source(loader, 2**80, 4)
+    assert plan(0) == plan(0) != plan(1)
+
+
 def test_a_sampler_without_an_end_is_refused(dataset, config):
     class Endless(Sampler):
         def __iter__(self):

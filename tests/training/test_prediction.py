@@ -368,6 +368,11 @@ def test_one_image_needs_no_list_and_what_is_no_path_is_refused(run, photos):
     model = vt.load_model(run)
     (image,) = vt.predict_files(model, str(photos / "blue" / "0.png"))
     assert image.path == photos / "blue" / "0.png" and image.classes
+    letters: Any = np.array(["a", "b", "c"])
+    (named,) = vt.predict_files(model, image.path, labels=letters)
+    assert {name for name, _ in named.classes} == {"a", "b", "c"}
+    with pytest.raises(ValueError, match="Received no images. Expected files, folders or patterns"):
+        list(vt.predict_files(model, []))
     with pytest.raises(ValueError, match="Received a ndarray; expected the path of an image"):
         list(vt.predict_files(model, [np.zeros((4, 4, 3))]))  # type: ignore[list-item]
     with pytest.raises(ValueError, match="Received a Image; expected the path of an image"):

@@ -253,19 +253,20 @@ def _meant(value: Any, choices: Collection[str]) -> str:
 
 def _plain(given: Any) -> Any:
     """NumPy's and torch's numbers and arrays as Python's own, which are compared and written."""
+    if isinstance(given, Mapping):
+        return {_plain(name): _plain(value) for name, value in given.items()}
+    if isinstance(given, list | tuple):
+        return tuple(map(_plain, given))
     if isinstance(given, str) or callable(given) or not hasattr(given, "tolist"):
         return given
-    found = given.tolist()
-    return tuple(found) if isinstance(found, list) else found
+    return _plain(given.tolist())
 
 
 def _as_tuple(given: Any) -> Any:
-    """One name, a list, or a dictionary of epochs and layers as the tuple that it stands for."""
+    """One name, or a dictionary of epochs and layers, as the tuple that it stands for."""
     if isinstance(given, Mapping):
         return tuple(given.items())
-    if isinstance(given, list | tuple):
-        return tuple(tuple(one) if isinstance(one, list) else one for one in given)
-    return (given,)
+    return given if isinstance(given, list | tuple) else (given,)
 
 
 def _number(name: str, value: Any, is_right: Callable[[float], bool], expected: str) -> Any:

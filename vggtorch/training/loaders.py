@@ -9,6 +9,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 
+from vggtorch.text import visible
 from vggtorch.training.data import BatchPlan, DatasetSource, seeded, shuffled
 from vggtorch.training.items import Kept, is_stream
 from vggtorch.weight_sets import DataConfig
@@ -26,7 +27,7 @@ def as_source(
     (seed, epoch); a Dataset is shuffled into batches of `batch_size`. A stream is read once.
     """
     images = data_config or DataConfig()
-    if isinstance(data, os.PathLike):
+    if isinstance(data, os.PathLike | bytes):
         raise ValueError(f"Received a {type(data).__name__}; expected a Path or a text: str(path).")
     if is_stream(data):
         batch_size = getattr(data, "batch_size", None) or batch_size
@@ -67,9 +68,12 @@ def as_source(
                 set_epoch(epoch)  # torch's name for it, of DistributedSampler
         for generator in generators:
             if generator is not None:
-                generator.manual_seed(seed + epoch)
+                generator.manual_seed((seed + epoch) % 2**63)
         with seeded(seed, epoch):
-            batches = [list(batch) for batch in itertools.islice(sampler, most + 1)]
+            batches = [
+                [_number(index, len(dataset)) for index in batch]
+                for batch in itertools.islice(sampler, most + 1)
+            ]
         if len(batches) > most:
             raise ValueError(
                 f"The DataLoader's sampler gives more than {most} batches of {len(dataset)} "
@@ -85,12 +89,23 @@ def as_source(
     return DatasetSource(dataset, data.collate_fn, seed, images), plan
 
 
+def _number(index: Any, count: int) -> int:
+    """What a sampler gives for one of so many images, a tensor perhaps, as its number from 0."""
+    try:
+        return range(count)[index]
+    except (TypeError, IndexError) as error:
+        raise ValueError(
+            f"The DataLoader's sampler gives {visible(repr(index), 60)}; expected the number of an "
+            f"image, below {count}."
+        ) from error
+
+
 def drawn(source: DatasetSource, plan: BatchPlan) -> DatasetSource:
     """Those images of a DataLoader's Dataset that its sampler gives in its first epoch.
 
     A `SubsetRandomSampler` over a part of the images that train, say, judges by that part alone.
     """
-    chosen = [int(index) for batch in plan(0) for index in batch]
+    chosen = [index for batch in plan(0) for index in batch]
     if sorted(chosen) == list(range(len(source))):
         return source
     return dataclasses.replace(source, dataset=Subset(source.dataset, chosen))

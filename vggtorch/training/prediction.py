@@ -59,13 +59,15 @@ def image_files(given: str | Path | Iterable[str | Path]) -> list[Path]:
     Warns of other files in the folders.
 
     Raises:
-        ValueError: a folder without images, or a pattern or a name that nothing matches.
+        ValueError: nothing, a folder without images, or a pattern or a name that nothing matches.
         OSError: a folder that can't be looked into.
     """
     found: list[Path] = []
     if isinstance(given, str | os.PathLike) or not isinstance(given, Iterable):
         given = [given]
     given = list(given)
+    if not given:
+        raise ValueError("Received no images. Expected files, folders or patterns.")
     check_images(given)
     for one in given:
         is_there, before = os.path.exists(one), len(found)
@@ -160,7 +162,7 @@ def predict_files(
         ('a.png', 'green')
     """
     _reader(model)  # refuses a model that doesn't say what it expects, before it looks for files
-    labels = labels or data_config(model).label_names or None
+    labels = data_config(model).label_names or None if labels is None else labels
     shares = keras.ops.softmax if ends_in_logits(model) else keras.ops.convert_to_tensor
     for batch in batches(model, image_files(images), batch_size):
         found = {path: Prediction(path, [], problem) for path, problem in batch.problems}

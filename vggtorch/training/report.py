@@ -14,6 +14,7 @@ from pathlib import Path
 import keras
 
 from vggtorch import files
+from vggtorch.checks import whole
 from vggtorch.paths import check_out
 from vggtorch.text import (
     LONGEST_MESSAGE,
@@ -70,6 +71,7 @@ def write_report(
             half as many each.
 
     Raises:
+        ValueError: another kind of history or path, or `mistakes` that isn't a number from 0.
         OSError: the file couldn't be written.
     """
     check_history(history)
@@ -218,6 +220,7 @@ def _scored(
         for c in found.per_class(classes)
     )
     shown = " open" if len(classes) <= LARGEST_OPEN else ""
+    mistakes = whole("mistakes", mistakes, least=0)
     samples = galleries(model, images, classes, found, mistakes) if mistakes else ""
     if samples:
         samples = (

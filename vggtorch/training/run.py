@@ -83,7 +83,11 @@ def read_data(
                 given, images, augment, config.on_unreadable, config.seed, config.label_pattern
             )
             return folder, data.shuffled(len(folder), config.batch_size, config.seed)
-        assert not isinstance(given, Mapping)
+        if isinstance(given, Mapping):
+            raise ValueError(
+                f"Received a dictionary of {', '.join(map(repr, given))} as one part of the data; "
+                f"expected a folder, a table, a Dataset or a DataLoader."
+            )
         if config.sampling == "balanced" and isinstance(given, DataLoader) and given is train:
             raise ValueError(
                 "Received sampling='balanced' with a DataLoader, whose own sampler decides. Pass "
