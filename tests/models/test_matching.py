@@ -83,11 +83,17 @@ def shared() -> keras.Model:
     return keras.Model(image, layer(keras.Model(inner, layer(inner), name="body")(image)))
 
 
+def row() -> keras.Model:
+    """A Sequential model, whose own name stands before all others in Keras's .h5."""
+    cell = layers.Bidirectional(layers.LSTM(2, name="cell"), name="both")
+    return keras.Sequential([keras.Input((4, 3)), layers.Dense(3, name="a"), cell], name="row")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(
     "build",
-    [*(pytest.param(b, marks=pytest.mark.slow) for b in (images, sequences)), nested, shared],
+    [*(pytest.param(b, marks=pytest.mark.slow) for b in (images, sequences)), nested, shared, row],
 )
 def test_any_layers_survive_in_every_form(
     tmp_path: Path, build: Callable[[], keras.Model], form: str

@@ -159,8 +159,8 @@ def _weights_of_legacy(layer: str, group: h5py.Group) -> dict[str, Span]:
     paths = []
     for name in written:
         path = re.sub(r":\d+$", "", name).split("/")
-        while len(path) > 1 and path[0] == layer:
-            del path[0]
+        while layer in path[:-1]:  # behind the name of the model, if that is Sequential
+            del path[: path.index(layer) + 1]
         paths.append(path)
     old = all(path[-1].startswith(f"{layer}_") for path in paths)  # block1_conv1_W_1, of Keras 1
     if old or not paths:
