@@ -19,7 +19,7 @@ from vggtorch.models import best_weight_set, remember_
 from vggtorch.training import loaders, opening
 from vggtorch.training.advice import Plan
 from vggtorch.training.evaluation import evaluate
-from vggtorch.training.optimization import optimizer_class
+from vggtorch.training.optimization import torch_class
 
 
 @pytest.mark.slow
@@ -202,10 +202,13 @@ def test_any_optimizer_of_torch_trains(name, images, tmp_path):
 
 
 def test_optimizers_are_torchs():
-    assert optimizer_class("AdamW") is torch.optim.AdamW
+    kinds: Any = ("optimizer", "AdamW", torch.optim, torch.optim.Optimizer)
+    assert torch_class(*kinds) is torch.optim.AdamW
     for name in ("lbfgs", "sparseadam", "optimizer"):
         with pytest.raises(ValueError, match="expected one of"):
-            optimizer_class(name)
+            torch_class("optimizer", name, *kinds[2:])
+    with pytest.raises(ValueError, match=r"Perhaps adam\?"):
+        torch_class("optimizer", "torch.optim.Adam", *kinds[2:])
 
 
 def test_the_best_weight_set_is_one_that_can_be_had(monkeypatch):

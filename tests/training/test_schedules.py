@@ -106,7 +106,8 @@ def test_a_function_may_make_the_optimizer():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"schedule": "cosin"}, r"schedule='cosin'.* there is none; .* Perhaps cosine\?"),
+        ({"schedule": "cosin"}, r"schedule='cosin'; expected one of cosine, .* Perhaps cosine\?"),
+        ({"schedule": "plateau"}, r"expected one of .* Perhaps reducelronplateau\?"),
         ({"schedule": "StepLR"}, r"it needs step_size\. Pass what makes it, .* step_size=\.\.\."),
         ({"schedule": lambda optimizer: 5}, "which makes a int; expected a torch.optim.lr_sched"),
         (
@@ -120,11 +121,11 @@ def test_a_function_may_make_the_optimizer():
         ({"optimizer": lambda groups: 5}, "which makes a int; expected a torch.optim.Optimizer"),
         (
             {"optimizer": functools.partial(torch.optim.SGD, lr=0.5)},
-            r"'SGD\(lr=0.5\)', whose lr would not count: .* Pass learning_rate=0.5 instead",
+            r"'SGD\(lr=0.5\)', which sets lr=0.5, and .* Pass learning_rate=0.5 instead",
         ),
         (
             {"optimizer": functools.partial(torch.optim.SGD, weight_decay=0.5)},
-            r"whose weight_decay would not count: .* Pass weight_decay=0.5 instead",
+            r"which sets weight_decay=0.5, and that would not count: .* Pass weight_decay=0.5",
         ),
     ],
 )

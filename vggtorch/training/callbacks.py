@@ -79,7 +79,6 @@ def check_callbacks(callbacks: Sequence[Any]) -> None:
                 f"Received the class {callback.__name__} as a callback; expected an object of it, "
                 f"{callback.__name__}()."
             )
-    for callback in callbacks:
         own = [n for n in dir(callback) if n.startswith("on_") and callable(getattr(callback, n))]
         if not own or set(own) - set(known):
             other = ", ".join(sorted(set(own) - set(known))[:3])

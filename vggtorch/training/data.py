@@ -222,8 +222,10 @@ def read_folder(
     )
 
 
-def relabelled(folder: Folder, labels: tuple[int, ...], classes: tuple[str, ...]) -> Folder:
-    """The same images with other labels, of other classes."""
+def with_classes(folder: Folder, classes: tuple[str, ...]) -> Folder:
+    """The same images with the labels that they have among these classes."""
+    places = [classes.index(name) for name in folder.classes]
+    labels = tuple(places[label] for label in folder.labels)
     digest = hashlib.sha256(repr((folder.digest, labels, classes)).encode()).hexdigest()
     return dataclasses.replace(folder, labels=labels, classes=classes, digest=digest)
 

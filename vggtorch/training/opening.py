@@ -135,10 +135,10 @@ def first_lines(
         f"Input: {height}x{width}, crop mode {images.crop_mode}, crop share {images.crop_pct:g}, "
         f"{images.interpolation}; weight set {images.weight_set or 'not known'}"
     )
-    if mixes(config) and config.cache and frozen_end(model) is not model.inputs[0]:
+    is_frozen = frozen_end(model) is not model.inputs[0]
+    if mixes(config) and config.cache and is_frozen:
         lines.append("Cached: nothing; frozen layers run in every step, as mixed images are new")
     unused = [n for n in ("cache_copies", "cache_dtype", "cache_dir") if n in _changed(config)]
-    is_frozen = frozen_end(model) is not model.inputs[0]
     if unused and not (config.cache and (is_frozen or config.unfreeze)):
         because = ", as no layer is frozen" if config.cache else ""
         lines.append(f"Cached: nothing{because}, so that nothing follows from {', '.join(unused)}")

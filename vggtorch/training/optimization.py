@@ -7,7 +7,7 @@ import difflib
 import functools
 import inspect
 import math
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import keras
@@ -105,14 +105,9 @@ def make_optimizer(
         for (block, is_kernel), members in groups.items()
     ]
     given = config.optimizer
-    kind: Callable[..., Any] = optimizer_class(given) if isinstance(given, str) else given
-    if isinstance(given, functools.partial):
-        for bound, setting in (("lr", "learning_rate"), ("weight_decay", "weight_decay")):
-            if bound in given.keywords:
-                raise ValueError(
-                    f"Received optimizer={name_of(given)!r}, whose {bound} would not count: it "
-                    f"changes by group and step. Pass {setting}={given.keywords[bound]!r} instead."
-                )
+    kind: Callable[..., Any] = given  # type: ignore[assignment]
+    if isinstance(given, str):
+        kind = torch_class("optimizer", given, torch.optim, torch.optim.Optimizer)
     options: dict[str, Any] = {"lr": config.learning_rate}
     accepted = set(inspect.signature(kind).parameters)
     if kind is torch.optim.SGD:
@@ -143,16 +138,17 @@ def make_optimizer(
 
 
 def _check_counts(made: torch.optim.Optimizer, config: TrainConfig) -> None:
-    """See that a function hasn't set what every group and step sets again."""
-    parameters = inspect.signature(type(made)).parameters
-    for bound, setting in (("lr", "learning_rate"), ("weight_decay", "weight_decay")):
-        value = made.defaults.get(bound)
-        usual = parameters[bound].default if bound in parameters else value
-        if isinstance(value, int | float) and value not in (usual, getattr(config, setting)):
+    """See that what made an optimizer hasn't set what every group and step sets again."""
+    given, parameters = config.optimizer, inspect.signature(type(made)).parameters
+    bound = given.keywords if isinstance(given, functools.partial) else {}
+    for name, setting in (("lr", "learning_rate"), ("weight_decay", "weight_decay")):
+        value = bound.get(name, made.defaults.get(name))
+        usual = parameters[name].default if name in parameters else value
+        is_usual = name not in bound and (value == usual or not isinstance(value, int | float))
+        if not is_usual and value != getattr(config, setting):
             raise ValueError(
-                f"Received optimizer={name_of(config.optimizer)!r}, which sets {bound}={value!r}, "
-                f"and that would not count: it changes by group and step. Pass "
-                f"{setting}={value!r} instead."
+                f"Received optimizer={name_of(given)!r}, which sets {name}={value!r}, and that "
+                f"would not count: it changes by group and step. Pass {setting}={value!r} instead."
             )
 
 
@@ -177,38 +173,36 @@ def name_of(given: Any) -> str:
     return getattr(given, "__qualname__", type(given).__name__) if callable(given) else str(given)
 
 
-def like(name: str, known: Collection[str]) -> list[str]:
-    """The one of the known names that is meant, if any: `torch.optim.Adam` is adam.
+def torch_class(
+    setting: str, name: str, module: Any, base: type, others: Sequence[str] = ()
+) -> Any:
+    """The class of this name, however it is capitalised, of those of a kind in a module of torch.
 
-    >>> like("torch.optim.Adam", ["adam", "adamw"]), like("plateau", ["reducelronplateau"])
-    (['adam'], ['reducelronplateau'])
-    """
-    name = name.lower().rpartition(".")[2]
-    if name in known:
-        return [name]
-    near = difflib.get_close_matches(name, known, 1)
-    return near or [k for k in known if name and (name in k or k in name)][:1]
-
-
-def optimizer_class(name: str) -> type[torch.optim.Optimizer]:
-    """The optimizer of this name in torch.optim, however it is capitalised.
+    Args:
+        setting: what names it, for the message; so are the `others` that it may be.
+        name: `AdamW`, `torch.optim.AdamW`, `adamw`.
+        module: where to look.
+        base: what they are made of.
+        others: names that stand for something else than a class.
 
     Raises:
         ValueError: torch has none, or one that needs more than a gradient.
     """
     kinds = {
         key.lower(): value
-        for key, value in vars(torch.optim).items()
-        if inspect.isclass(value) and issubclass(value, torch.optim.Optimizer)
-        and value not in (torch.optim.Optimizer, torch.optim.LBFGS, torch.optim.SparseAdam)
+        for key, value in vars(module).items()
+        if inspect.isclass(value) and issubclass(value, base) and not key.startswith("_")
+        and value not in (base, torch.optim.LBFGS, torch.optim.SparseAdam)
     }  # fmt: skip
-    if name.lower() not in kinds:
-        near = like(name, kinds)
-        raise ValueError(
-            f"Received optimizer={name!r}; expected one of {', '.join(sorted(kinds))}."
-            + (f" Perhaps {near[0]}?" if near else "")
-        )
-    return kinds[name.lower()]
+    known, last = [*others, *sorted(kinds)], name.lower().rpartition(".")[2]
+    if name.lower() in kinds:
+        return kinds[name.lower()]
+    near = [last] if last in known else difflib.get_close_matches(last, known, 1)
+    near = near or [k for k in known if last and (last in k or k in last)][:1]
+    raise ValueError(
+        f"Received {setting}={name!r}; expected one of {', '.join(known)}."
+        + (f" Perhaps {near[0]}?" if near else "")
+    )
 
 
 def learning_rate(config: TrainConfig, step: int, steps: int) -> float:

@@ -306,10 +306,7 @@ def evaluate_folder(
         on_unreadable=on_unreadable,
         label_pattern=label_pattern,
     )
-    names = config.label_names or source.classes
-    places = [names.index(name) for name in source.classes]
-    labels = tuple(places[label] for label in source.labels)
-    source = data.relabelled(source, labels, tuple(names))
+    source = data.with_classes(source, tuple(config.label_names or source.classes))
     accelerator = make_accelerator("fp32")
     model.to(accelerator.device)
     found = evaluate(

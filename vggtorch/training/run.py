@@ -269,9 +269,7 @@ def _with_classes_of(training: Any, other: Any, name: str) -> Any:
             f"{'it' if len(absent) == 1 else 'them'}.",
             stacklevel=5,
         )
-    places = [training.classes.index(name) for name in other.classes]
-    labels = tuple(places[label] for label in other.labels)
-    return data.relabelled(other, labels, training.classes)
+    return data.with_classes(other, training.classes)
 
 
 def _check_classes(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from typing import Any
 
@@ -10,7 +11,12 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from vggtorch import files
 from vggtorch.training.config import OWN_SCHEDULES, TrainConfig
-from vggtorch.training.optimization import learning_rate, like, name_of, set_learning_rate_
+from vggtorch.training.optimization import (
+    learning_rate,
+    name_of,
+    set_learning_rate_,
+    torch_class,
+)
 
 
 def make_scheduler(config: TrainConfig, optimizer: Optimizer, steps: int) -> LRScheduler | None:
@@ -26,11 +32,12 @@ def make_scheduler(config: TrainConfig, optimizer: Optimizer, steps: int) -> LRS
     if given in OWN_SCHEDULES:
         return None
     set_learning_rate_(optimizer, config.learning_rate)
+    make: Any = given
+    if isinstance(given, str):
+        kind = torch_class("schedule", given, lr_scheduler, LRScheduler, OWN_SCHEDULES)
+        make = functools.partial(_with_steps, kind, steps=steps)
     try:
-        if isinstance(given, str):
-            made: Any = _by_name(given, optimizer, steps)
-        else:
-            made = given(optimizer)
+        made = make(optimizer)
     except (TypeError, ValueError, IndexError) as error:
         raise ValueError(
             f"Received schedule={name_of(given)!r}, which can't be made: {files.first_line(error)}"
@@ -43,21 +50,7 @@ def make_scheduler(config: TrainConfig, optimizer: Optimizer, steps: int) -> LRS
     return made
 
 
-def _by_name(name: str, optimizer: Optimizer, steps: int) -> LRScheduler:
-    kinds = {
-        key.lower(): value
-        for key, value in vars(lr_scheduler).items()
-        if inspect.isclass(value) and issubclass(value, LRScheduler)
-        and value is not LRScheduler and not key.startswith("_")
-    }  # fmt: skip
-    if name.lower() not in kinds:
-        known = [*OWN_SCHEDULES, *sorted(kinds)]
-        near = like(name, known)
-        raise ValueError(
-            f"there is none; expected one of {', '.join(known)}"
-            + (f". Perhaps {near[0]}?" if near else ".")
-        )
-    kind = kinds[name.lower()]
+def _with_steps(kind: Any, optimizer: Optimizer, steps: int) -> LRScheduler:
     rates = [group["lr"] for group in optimizer.param_groups]
     values = {"total_steps": steps, "T_max": steps, "total_iters": steps, "max_lr": rates}
     parameters = list(inspect.signature(kind).parameters.values())[1:]  # without the optimizer
@@ -68,8 +61,7 @@ def _by_name(name: str, optimizer: Optimizer, steps: int) -> LRScheduler:
             f"it needs {', '.join(missing)}. Pass what makes it, in Python: "
             f"functools.partial({kind.__name__}, {missing[0]}=...)."
         )
-    make: Any = kind
-    return make(optimizer, **options)
+    return kind(optimizer, **options)
 
 
 def set_rate_(
