@@ -209,6 +209,14 @@ def test_a_tensor_of_torchvisions_that_is_missing_is_named_and_others_are_loaded
     report = vt.load_weights(model, state, partial=True)
     assert (report.kept, report.left) == (("block2_conv1/bias",), ())
     assert len(report.loaded) == 15
+    whole = vgg11(include_top=True, classes=5)
+    state = in_torch_form(whole)
+    del state["classifier.6.bias"]
+    with pytest.raises(
+        ValueError, match=r"file: predictions/bias\. .*differ: none\. Built with inc"
+    ):
+        vt.load_weights(whole, state)
+    assert vt.load_weights(whole, state, partial=True).kept == ("predictions/bias",)
 
 
 @pytest.mark.slow

@@ -107,7 +107,7 @@ def _advice(missing: list[str], in_file: list[str], found: Match) -> str:
     top = {"fc1", "fc2", "predictions"}
     lacking = {_layer(key) for key in missing}
     if missing and lacking <= top and not found.left and not found.differing:
-        if lacking == {"predictions"}:
+        if lacking == {"predictions"} and "predictions" not in in_file:
             return (
                 " It ends at fc2: load it into a model that does too (vt.load_weights(vt.truncate("
                 "model, 'fc2'), path)), or build the model with include_top=False."

@@ -134,11 +134,12 @@ class _Candidate:
 def _candidates(shapes: Mapping[str, Shape], side: Literal["torch", "keras"]) -> list[_Candidate]:
     """Every network held against `shapes`, the best fit first."""
     # The classifier's sizes are free: they follow the image size and the number of classes.
-    fc1 = shapes.get("classifier.0.weight" if side == "torch" else "fc1/kernel", ())
-    bias = shapes.get("classifier.6.bias" if side == "torch" else "predictions/bias", ())
+    names, axis = ("classifier.0.weight", "classifier.6.weight", "classifier.6.bias"), 0
+    if side == "keras":
+        names, axis = ("fc1/kernel", "predictions/kernel", "predictions/bias"), -1
+    fc1, last, bias = (shapes.get(name, ()) for name in names)
+    classes = (last or bias or (CLASSES,))[axis]
     grid = isqrt(prod(fc1) // (HIDDEN * WIDTHS[-1])) if len(fc1) == 2 else GRID
-    classes = bias[0] if len(bias) == 1 else CLASSES
-
     found = []
     for architecture in ARCHITECTURES.values():
         all_rules = rules(architecture, include_top=True, classes=classes, grid=max(1, grid))

@@ -15,6 +15,8 @@ from typing import cast
 
 import torch
 
+from vggtorch.weights.state_dicts import UnsupportedError
+
 Node = tuple[str, list[str], list[str], dict[str, list[int]]]
 
 
@@ -176,7 +178,10 @@ def _tensor(buffer: memoryview) -> torch.Tensor:
     """A TensorProto of floating point as a tensor on the file's own memory."""
     fields = dict(_fields(buffer))
     if fields.get(14, 0) != 0 or 13 in fields:
-        raise ValueError("its values stand in another file")
+        raise UnsupportedError(
+            "its values stand in another file. Put them into this one: "
+            "onnx.save(onnx.load(path), path)"
+        )
     shape = _integers(buffer, 1)
     dtype = {1: torch.float32, 10: torch.float16, 11: torch.float64, 16: torch.bfloat16}.get(
         cast(int, fields.get(2, 0))

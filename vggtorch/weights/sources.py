@@ -344,7 +344,7 @@ def _read_values(
 def _wrong(tensors: Mapping[str, torch.Tensor], *, whole_numbers: bool) -> dict[str, str]:
     """What is wrong with each tensor that no network could have as a weight."""
     if not tensors:
-        raise ValueError("it holds no tensors")
+        raise UnsupportedError("it holds no tensors")
     wrong = {}
     for key, tensor in tensors.items():
         if key.endswith("num_batches_tracked"):
