@@ -159,6 +159,7 @@ def test_layers_without_an_activation_between_them_become_one():
     np.testing.assert_allclose(result.predict(x, verbose=0), expected, rtol=1e-3, atol=1e-3)
     rows = {row.name: (row.method, row.after) for row in found.layers}
     assert rows["wide"] == rows["fc1"] == ("composition", 0)
+    assert "composition" in str(found)
     assert rows["b"] == ("composition", 8 * 8 * 24 * 24 * 9)
     assert rows["fc2"] == ("composition", 8 * 8 * 24 * 20)
     before, after = (vt.inspect(m, repeats=1).total.multiply_adds for m in (model, result))

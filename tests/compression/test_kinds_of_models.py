@@ -13,6 +13,7 @@ import pytest
 from small import L, images, vgg
 
 import vggtorch as vt
+from vggtorch.compression import photographs
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.slow]
 
@@ -199,6 +200,15 @@ def test_on_a_gpu(by, tmp_path):
     assert {v.value.device.type for m in (model, result) for v in m.variables} == {"cuda"}
     assert by == "seconds" or found.times >= 2
     assert min(found.likeness.values()) > 0.95
+
+
+def test_networks_that_know_the_size_of_their_maps_see_whole_images(monkeypatch):
+    monkeypatch.setattr(photographs, "CROP", 12)
+    inputs = keras.Input((24, 24, 3))
+    x = L.PReLU("ones")(conv(activation=None)(inputs))
+    x = keras.ops.reshape(conv(48)(x), (-1, 24 * 24 * 48))
+    _, found = vt.compress(keras.Model(inputs, x), 1.5, images(), steps=1)
+    assert min(found.likeness.values()) > 0.9
 
 
 def test_images_of_which_nothing_is_left_decide_nothing():

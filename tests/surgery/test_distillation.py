@@ -9,7 +9,7 @@ import torch
 
 from vggtorch import surgery
 from vggtorch.keras_graph import calls_of, producer
-from vggtorch.surgery import distillation
+from vggtorch.surgery import distillation, examples
 
 L = keras.layers
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.slow]
@@ -181,13 +181,13 @@ def test_distillation_ends_on_its_best_weights(original, monkeypatch):
 def test_no_more_crops_are_drawn_than_the_steps_will_see(original, monkeypatch, steps, expected):
     result, names = replaced(original, conv())
     drawn: list[int] = []
-    crops = distillation._crops
+    crops = examples._crops
 
     def count(source, number, *args):
         drawn.append(number)
         return crops(source, number, *args)
 
-    monkeypatch.setattr(distillation, "_crops", count)
+    monkeypatch.setattr(examples, "_crops", count)
     surgery.distill_(original, result, names, images(), steps=steps, seconds=0.0)
     one, trained_on, held_out = drawn
     assert (one, trained_on, held_out) == (1, expected, 64)

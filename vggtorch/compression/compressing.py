@@ -127,6 +127,7 @@ def compress(
     }
     notes = Notebook(folder, model, photographs.shown, settings)
     whole = networks_of(model, photographs, keep)
+    photographs = photographs.cropped(whole.original)
     start, merged = composed(model, whole.sites) if "composition" in methods else (model, {})
     networks = networks_of(start, photographs, keep) if merged else whole
     sites = {site.name: site for site in networks.sites}

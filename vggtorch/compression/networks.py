@@ -19,7 +19,7 @@ from vggtorch.compression.sites import Site, find_depthwise, find_sites, run_onc
 from vggtorch.files import first_line
 from vggtorch.keras_graph import calls, graph_of, operation_copy, producer, producing_call
 from vggtorch.lowering import network_of
-from vggtorch.surgery import remade
+from vggtorch.surgery import cosines, remade, unfit_images
 
 COMPARED = 16  # whole images for the cosines that are returned
 BATCH = 8  # of crops
@@ -81,11 +81,8 @@ def networks_of(model: keras.Model, images: Photographs, keep: Sequence[str]) ->
     try:
         with counter:
             maps = run_once(original, example)
-    except RuntimeError as error:
-        raise ValueError(
-            f"{model.name!r} can't compute images of shape {tuple(example.shape[1:])} (C, H, W): "
-            f"{first_line(error)}"
-        ) from error
+    except (RuntimeError, ValueError) as error:
+        raise unfit_images(model, example, error) from error
     if not all(torch.isfinite(y).all() for y in maps):
         raise ValueError(
             f"{model.name!r} gives NaN or infinite values for these images: look at its weights, "
@@ -185,15 +182,8 @@ def likeness(networks: Networks, other: nn.Module, images: Tensor) -> dict[str, 
         for batch in images.split(BATCH // 4):  # whole images are that much larger
             maps = networks.original(batch), other(batch)
             for name, a, b in zip(networks.taps, *maps, strict=True):
-                sums[name] += float(_cosines(a.flatten(1), b.flatten(1)).sum())
+                sums[name] += float(cosines(a, b).sum())
     return {name: value / len(images) for name, value in sums.items()}
-
-
-def _cosines(a: Tensor, b: Tensor) -> Tensor:
-    """Of each pair of maps, 1 where both are 0; torch's own takes small ones for 0."""
-    sizes = [x.norm(dim=1, keepdim=True) for x in (a, b)]
-    units = [x / size.clamp_min(1e-30) for x, size in zip((a, b), sizes, strict=True)]
-    return torch.where(torch.cat(sizes, 1).amax(1) == 0, 1.0, (units[0] * units[1]).sum(1))
 
 
 def tapped_result(model: keras.Model, networks: Networks) -> nn.Module:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
 import keras
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vggtorch.keras_graph import data_format, raw_value
 from vggtorch.models import PREPROCESSING_SUFFIX, weight_set
@@ -51,6 +52,21 @@ class Photographs:
         ]
         return packed(torch.stack(crops))
 
+    def cropped(self, network: nn.Module) -> Photographs:
+        """The same with smaller crops, if a network takes them; a Dense layer behind Flatten can't.
+
+        What are no images stay whole.
+        """
+        smaller = dataclasses.replace(self, size=tuple(min(CROP, n) for n in self.size))
+        if len(self.size) != 2 or smaller.size == self.size:
+            return self
+        try:
+            with torch.no_grad():
+                network(smaller.crops(1, torch.Generator(), held_out=True))
+        except (RuntimeError, ValueError):
+            return self
+        return smaller
+
 
 def packed(x: Tensor) -> Tensor:
     """A batch in memory as convolutions like it best."""
@@ -78,11 +94,7 @@ def split(model: keras.Model, images: Any, seed: int) -> Photographs:
     order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(seed))
     pixels = pixels[order]
     held = max(2, len(pixels) // 10)
-    # Layers that know the size of the map they get can't take crops, only whole images.
-    sized = keras.layers.Flatten | keras.layers.Reshape
-    whole = pixels.ndim != 4 or any(isinstance(layer, sized) for layer in model.layers)
-    size = tuple(n if whole else min(CROP, n) for n in pixels.shape[2:])
-    return Photographs(pixels[held:], pixels[:held], size)
+    return Photographs(pixels[held:], pixels[:held], tuple(pixels.shape[2:]))
 
 
 def _check_values(images: np.ndarray, model: keras.Model) -> None:

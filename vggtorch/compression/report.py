@@ -66,7 +66,7 @@ class Compression:
         ]
         whole = LayerChange("whole network", None, (), self.before, self.after)
         for row in (*self.layers, whole):
-            ratio = f"1/{row.before / row.after:.2f}" if row.after < row.before else ""
+            ratio = f"1/{row.before / row.after:.2f}" if 0 < row.after < row.before else ""
             cells = (f"{scale * n:,.{digits}f}" for n in (row.before, row.after))
             ranks = ", ".join(map(str, row.ranks))
             lines.append((row.name, row.method or "", ranks, *cells, ratio))

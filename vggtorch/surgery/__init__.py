@@ -9,14 +9,16 @@ channels), `built_in` (preprocessing inside a model) and `freezing`. `channels` 
 which `channel_flow` follows through the graph by the `channel_rules` of the layers. How new layers
 get weights with which the network goes on working: `copying` (the same under other settings),
 `composition` (exact algebra of linear layers) and `distillation` (training on images without
-labels), with `region` (where the new layers sit), `coordinates` (in which they are trained),
-`schedule` (how fast) and `arguments` (images and effort, checked).
+labels), with `region` (where the new layers sit), `examples` (what they are trained on),
+`coordinates` (in which they are trained), `schedule` (how fast) and `arguments` (images and effort,
+checked).
 """
 
-from vggtorch.surgery.arguments import checked_effort, checked_images
+from vggtorch.surgery.arguments import checked_effort, checked_images, unfit_images
 from vggtorch.surgery.channels import deletable_channels, delete_channels
 from vggtorch.surgery.composition import Composition, compose_
 from vggtorch.surgery.distillation import Distillation, Loss, distill_, relative_error
+from vggtorch.surgery.examples import cosines
 from vggtorch.surgery.freezing import freeze_, unfreeze_
 from vggtorch.surgery.inputs import with_input
 from vggtorch.surgery.nesting import flatten, names_when_flat, rename
@@ -31,6 +33,7 @@ __all__ = [
     "checked_effort",
     "checked_images",
     "compose_",
+    "cosines",
     "deletable_channels",
     "delete_channels",
     "distill_",
@@ -48,6 +51,7 @@ __all__ = [
     "replace_where",
     "stack",
     "truncate",
+    "unfit_images",
     "unfreeze_",
     "with_input",
 ]

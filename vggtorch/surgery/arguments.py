@@ -9,8 +9,10 @@ from typing import Any
 
 import keras
 import numpy as np
+import torch
 
 from vggtorch.checks import is_whole, whole
+from vggtorch.files import first_line
 
 
 def checked_images(images: Any, original: keras.Model, fewest: int = 10) -> np.ndarray:
@@ -97,6 +99,14 @@ def _is_of_numbers(item: Any) -> bool:
     while isinstance(item, list | tuple) and item:
         item = item[0]
     return isinstance(item, Real)
+
+
+def unfit_images(model: keras.Model, images: torch.Tensor, error: Exception) -> ValueError:
+    """The error for images (N, C, H, W) whose size a model can't take."""
+    return ValueError(
+        f"{model.name!r} can't compute images of shape {tuple(images.shape[1:])} (C, H, W): "
+        f"{first_line(error)}"
+    )
 
 
 def checked_effort(steps: Any, seconds: Any, seed: Any) -> None:

@@ -7,19 +7,17 @@ and needs images, but no labels. The new layers alone change.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import keras
-import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vggtorch.keras_graph import data_format
+from vggtorch.keras_graph import data_format, functional, graph_of
 from vggtorch.surgery.arguments import checked_effort, checked_images
 from vggtorch.surgery.composition import compose_
 from vggtorch.surgery.coordinates import (
@@ -31,6 +29,17 @@ from vggtorch.surgery.coordinates import (
     measure_moments,
     part,
 )
+from vggtorch.surgery.examples import (
+    BATCH,
+    Examples,
+    check_maps,
+    check_targets,
+    cosines,
+    in_batches,
+    parts,
+    sized_examples,
+    wide,
+)
 from vggtorch.surgery.region import (
     Region,
     before_activation,
@@ -41,14 +50,12 @@ from vggtorch.surgery.region import (
 )
 from vggtorch.surgery.schedule import progress_of, rate_at
 from vggtorch.surgery.views import flat_view, viewed
-from vggtorch.surgery.wiring import Wiring, layer_names
+from vggtorch.surgery.wiring import Wiring, layer_names, needed
 
-CROP = 96  # height and width of the crops that the new layers are trained on
 CROPS = 320  # how many crops are drawn, once, if their maps take less than MEMORY
 MEMORY = 1 << 30  # bytes
 HELD_OUT = 64  # crops of images that the new layers aren't trained on
 COMPARED = 16  # of these images, whole, for the cosines that are returned
-BATCH = 16
 MOMENTS = 4 * BATCH  # of the crops, for least squares and for the coordinates of the training
 CHECK = 25  # steps from one look at the held-out crops to the next
 PATIENCE = 10  # looks without a better one before the training stops
@@ -79,19 +86,6 @@ class Distillation:
 
 
 @dataclass(frozen=True)
-class _Examples:
-    """Maps that enter the new layers, and the original's maps that should come of them."""
-
-    x: Tensor
-    targets: list[Tensor]
-
-    def batch(self, generator: torch.Generator) -> tuple[Tensor, list[Tensor]]:
-        """A batch drawn at random."""
-        which = torch.randint(len(self.x), (BATCH,), generator=generator).to(self.x.device)
-        return self.x[which], [t[which] for t in self.targets]
-
-
-@dataclass(frozen=True)
 class _Task:
     """What is trained, on what, and towards what.
 
@@ -105,16 +99,16 @@ class _Task:
     tail: nn.Module
     trained: list[Tensor]
     loss: Loss
-    train: _Examples
-    check: _Examples
+    train: Examples
+    check: Examples
 
     def maps(self, x: Tensor) -> list[Tensor]:
         """What the tail makes of what enters it."""
-        return _wide(self.tail(x))
+        return wide(self.tail(x))
 
     def error(self) -> float:
         """The loss over all held-out examples."""
-        return float(self.loss(_in_batches(self.tail, self.check.x), self.check.targets))
+        return float(self.loss(in_batches(self.tail, self.check.x), self.check.targets))
 
     def weights(self) -> list[Tensor]:
         """A copy of what the trained parameters hold now."""
@@ -129,39 +123,15 @@ class _Task:
 
 def relative_error(outputs: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
     """Absolute error of each map relative to its size; a mean in which deeper maps count more."""
-    pairs = zip(outputs, targets, strict=True)
-    errors = torch.stack([(y - t).abs().sum() / t.abs().sum() for y, t in pairs])
+    errors = torch.stack([_error(y, t) for y, t in zip(outputs, targets, strict=True)])
     weights = DEEPER ** torch.arange(len(errors), device=errors.device, dtype=errors.dtype)
     return errors @ weights / weights.sum()
 
 
-def _in_batches(graph: nn.Module, x: Tensor) -> list[Tensor]:
-    """Run a graph without gradients, a batch at a time; one tensor for each of its outputs."""
-    with torch.no_grad():
-        made = [_wide(graph(batch)) for batch in x.split(BATCH)]
-        return [torch.cat(parts) for parts in zip(*made, strict=True)]
-
-
-def _wide(maps: Sequence[Tensor]) -> list[Tensor]:
-    """Maps in float32 at least, because sums over those of a bfloat16 have three digits."""
-    return [y.to(torch.promote_types(y.dtype, torch.float32)) for y in maps]
-
-
-def _crops(images: Tensor, number: int, size: int, generator: torch.Generator) -> Tensor:
-    """Squares at random places of random images, (number, C, size, size), channels-last."""
-    high, wide = (min(size, n) for n in images.shape[2:])
-
-    def draw(below: int) -> list[int]:
-        return torch.randint(below, (number,), generator=generator).tolist()
-
-    places = zip(
-        draw(len(images)),
-        draw(images.shape[2] - high + 1),
-        draw(images.shape[3] - wide + 1),
-        strict=True,
-    )
-    crops = [images[i, :, top : top + high, left : left + wide] for i, top, left in places]
-    return torch.stack(crops).contiguous(memory_format=torch.channels_last)
+def _error(y: Tensor, t: Tensor) -> Tensor:
+    """Absolute error relative to the target's size; of a target of zeros, 0."""
+    size = t.abs().sum()
+    return torch.where(size > 0, (y - t).abs().sum() / size.clamp_min(1e-30), 0.0)
 
 
 @contextmanager
@@ -211,7 +181,7 @@ def distill_(
     Args:
         original: the network before the replacement; unchanged.
         result: the network with the new layers in place, all others named as in `original`.
-        new_layers: their names.
+        new_layers: their names; that of a nested model stands for all of its layers.
         images: (N, H, W, C), preprocessed, without labels; a hundred or more.
         match: layers of both networks whose outputs are to agree; by default the next three that
             make the map smaller (pools, strides).
@@ -229,12 +199,12 @@ def distill_(
     """
     begun = time.monotonic()
     checked_effort(steps, seconds, seed)
-    new_layers = list(dict.fromkeys(layer_names(new_layers, "distill_")))
-    paths = list(Wiring(result, "distill_").layers_by_path())
-    if any("/" in path for path in paths):  # nested models are seen as one graph
-        new_layers = _viewed(new_layers, result)
-        match = [match] if isinstance(match, str) else match
-        match = None if match is None else _viewed(match, result)
+    wiring = Wiring(result, "distill_")
+    new_layers = _inside(wiring, _full(wiring, layer_names(new_layers, "distill_")))
+    if match is not None:
+        match = _full(wiring, [match] if isinstance(match, str) else match)
+        match = [viewed(name) for name in match]
+    full_names = {viewed(path): path for path in wiring.layers_by_path()}
     original, result = flat_view(original, "distill_"), flat_view(result, "distill_")
     array = checked_images(images, original)
     region = find_region(original, result, new_layers)
@@ -249,108 +219,97 @@ def distill_(
             "lost; expected float32 or bfloat16, also mixed: distill in those."
         )
     generator = torch.Generator().manual_seed(seed)
-    prefix = keras.Function(original.inputs, [region.behind[name][0] for name in names])
-    held_out, shown = _parts(array, data_format(prefix), trained[0].device, generator)
-    # Layers that know the size of the map they get can't take crops, only whole images.
-    sized = keras.layers.Flatten | keras.layers.Reshape
-    whole = any(isinstance(operation, sized) for operation in prefix.operations)
-    size = max(shown.shape[2:]) if whole else CROP
-    examples = _examples_of(original, region, names, size, generator)
-    compared = list(dict.fromkeys([*names, list(region.behind)[-1]]))
+    layout = data_format(graph_of(original, "distill_"))
+    held_out, shown = parts(array, layout, trained[0].device, generator)
+    compared = {n: full_names.get(n, n) for n in (*names, list(region.behind)[-1])}
     compare = _comparison(original, result, region, compared)
-    full_names = {viewed(path): path for path in paths}
-
-    def cosines() -> dict[str, float]:
-        found = compare(held_out[:COMPARED])
-        return {full_names.get(name, name): value for name, value in found.items()}
-
+    begin = _beginning(original, result, region, names)
+    wanted = [region.behind[name][0] for name in names]
+    tail = part(begin[1], [region.behind[name][1] for name in names])
     with _only_trainable(trained, original, result):
-        one = examples(shown, 1)
+        one, examples = sized_examples(original, begin[0], wanted, shown, generator)
+        check_maps([compared[name] for name in names], one.targets, wide(tail(one.x)))
         each = sum(t.nbytes for t in (one.x, *one.targets))
-        wanted = max(MOMENTS, min(CROPS, steps * BATCH))  # no more than the steps will see
-        train = examples(shown, max(BATCH, min(wanted, MEMORY // each)))
+        number = max(MOMENTS, min(CROPS, steps * BATCH))  # no more than the steps will see
+        train = examples(shown, max(BATCH, min(number, MEMORY // each)))
         check = examples(held_out, min(HELD_OUT, len(train.x)))
-        tail = part(region.new[0], [region.behind[name][1] for name in names])
+        check_targets([compared[name] for name in names], train.targets)
         task = _Task(tail, trained, loss, train, check)
         moments = measure_moments(
             tail,
             trained,
             last_product(region),
-            part(region.old[0], [before_activation(region)]),
+            part(begin[0], [before_activation(region)]),
             train.x[:MOMENTS].split(BATCH),
             generator,
         )
         start = _start_from_the_best_(task, _starts(region, moments))
-        before = cosines()
+        before = compare(held_out[:COMPARED])
         taken = _descend_(task, coordinates_of(moments, trained), steps, begun + seconds, generator)
-        after = cosines()
+        after = compare(held_out[:COMPARED])
     return Distillation(start, before, after, taken, time.monotonic() - begun)
 
 
-def _parts(
-    images: np.ndarray, layout: str, device: torch.device, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    """A tenth of the images, drawn at random, and the others; (N, C, H, W)."""
-    pixels = torch.from_numpy(images).to(device)
-    if layout == "channels_last":
-        pixels = pixels.permute(0, 3, 1, 2)  # NHWC -> NCHW view
-    pixels = pixels[torch.randperm(len(pixels), generator=generator).to(device)]
-    return pixels[: len(pixels) // 10], pixels[len(pixels) // 10 :]
+def _beginning(
+    original: keras.Model, result: keras.Model, region: Region, names: Sequence[str]
+) -> tuple[keras.KerasTensor, keras.KerasTensor]:
+    """Where the trained part of each network begins, at the new layers or else at the images.
 
-
-def _examples_of(
-    original: keras.Model,
-    region: Region,
-    names: Sequence[str],
-    size: int,
-    generator: torch.Generator,
-) -> Callable[[Tensor, int], _Examples]:
-    """A function that makes so many examples of crops of images."""
-    reference = part(region.old[0], [region.behind[name][0] for name in names])
-    enter: nn.Module | None = None
-    if region.old[0] is not original.inputs[0]:
-        enter = part(original.inputs[0], [region.old[0]])
-
-    def examples(images: Tensor, number: int) -> _Examples:
-        x = _crops(images, number, size, generator)
-        x = x if enter is None else _in_batches(enter, x)[0]
-        return _Examples(x, _in_batches(reference, x))
-
-    return examples
+    At the images if some of what enters the layers behind goes around the new ones, as a shortcut
+    does in a residual network.
+    """
+    begin, ends = region.new[0], [region.behind[name][1] for name in names]
+    inputs = {id(tensor) for tensor in result.inputs}
+    if any(id(node.outputs[0]) in inputs for node in needed(ends, cut={id(begin)})):
+        return original.inputs[0], result.inputs[0]
+    return region.old[0], begin
 
 
 def _comparison(
     original: keras.Model,
     result: keras.Model,
     region: Region,
-    names: Sequence[str],
+    names: Mapping[str, str],
 ) -> Callable[[Tensor], dict[str, float]]:
-    """A function that gives the cosines of both networks' maps by layer, the mean over images."""
+    """A function that gives the cosines of both networks' maps, the mean over images.
+
+    `names` has, for the names of layers in the region, those that they are to be given by.
+    """
     deep = [
         part(model.inputs[0], [region.behind[name][i] for name in names])
         for i, model in enumerate((original, result))
     ]
 
-    def cosines(images: Tensor) -> dict[str, float]:
-        pairs = zip(names, *(_in_batches(graph, images) for graph in deep), strict=True)
-        return {
-            name: float(F.cosine_similarity(a.flatten(1), b.flatten(1)).mean())
-            for name, a, b in pairs
-        }
+    def means(images: Tensor) -> dict[str, float]:
+        pairs = zip(names.values(), *(in_batches(graph, images) for graph in deep), strict=True)
+        return {name: float(cosines(a, b).mean()) for name, a, b in pairs}
 
-    return cosines
+    return means
 
 
-def _viewed(names: Sequence[str], model: keras.Model) -> list[str]:
-    """The names of a model's layers in its view; others stay, and are refused there."""
-    wiring = Wiring(model, "distill_")
+def _full(wiring: Wiring, names: Sequence[str]) -> list[str]:
+    """The full names of a model's layers; names that none has stay, and are refused later."""
     known = wiring.layers_by_path()
     return [
-        viewed("/".join(wiring.route(n)))
-        if n in known or any(path.endswith(f"/{n}") for path in known)
-        else n
+        "/".join(wiring.route(n)) if any(f"/{path}".endswith(f"/{n}") for path in known) else n
         for n in names
     ]
+
+
+def _inside(wiring: Wiring, names: Sequence[str]) -> list[str]:
+    """The names of layers in a model's view; in the place of nested models, of all in them."""
+    layers = wiring.layers_by_path().items()
+    found: dict[str, None] = {}
+    for name in names:
+        inside = [
+            path
+            for path, layer in layers
+            if path.startswith(f"{name}/")
+            and functional(layer) is None
+            and not isinstance(layer, keras.layers.InputLayer)
+        ]
+        found.update(dict.fromkeys(inside or [name]))
+    return [viewed(path) for path in found]
 
 
 def _matched(region: Region, match: str | Sequence[str] | None) -> list[str]:

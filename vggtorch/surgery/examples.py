@@ -1,0 +1,137 @@
+"""What new layers are trained on: maps that enter them, and those that are to come of these."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import keras
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from vggtorch.surgery.arguments import unfit_images
+from vggtorch.surgery.coordinates import part
+
+CROP = 96  # height and width of the crops that the new layers are trained on
+BATCH = 16
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Maps that enter the new layers, and the original's maps that should come of them."""
+
+    x: Tensor
+    targets: list[Tensor]
+
+    def batch(self, generator: torch.Generator) -> tuple[Tensor, list[Tensor]]:
+        """A batch drawn at random."""
+        which = torch.randint(len(self.x), (BATCH,), generator=generator).to(self.x.device)
+        return self.x[which], [t[which] for t in self.targets]
+
+
+def in_batches(graph: nn.Module, x: Tensor) -> list[Tensor]:
+    """Run a graph without gradients, a batch at a time; one tensor for each of its outputs."""
+    with torch.no_grad():
+        made = [wide(graph(batch)) for batch in x.split(BATCH)]
+        return [torch.cat(parts) for parts in zip(*made, strict=True)]
+
+
+def wide(maps: Sequence[Tensor]) -> list[Tensor]:
+    """Maps in float32 at least, because sums over those of a bfloat16 have three digits."""
+    return [y.to(torch.promote_types(y.dtype, torch.float32)) for y in maps]
+
+
+def _crops(images: Tensor, number: int, size: int, generator: torch.Generator) -> Tensor:
+    """Squares at random places of random images, (number, C, size, size), channels-last."""
+    high, wide = (min(size, n) for n in images.shape[2:])
+
+    def draw(below: int) -> list[int]:
+        return torch.randint(below, (number,), generator=generator).tolist()
+
+    places = zip(
+        draw(len(images)),
+        draw(images.shape[2] - high + 1),
+        draw(images.shape[3] - wide + 1),
+        strict=True,
+    )
+    crops = [images[i, :, top : top + high, left : left + wide] for i, top, left in places]
+    return torch.stack(crops).contiguous(memory_format=torch.channels_last)
+
+
+def parts(
+    images: np.ndarray, layout: str, device: torch.device, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """A tenth of the images, drawn at random, and the others; (N, C, H, W)."""
+    pixels = torch.from_numpy(images).to(device)
+    if layout == "channels_last":
+        pixels = pixels.permute(0, 3, 1, 2)  # NHWC -> NCHW view
+    pixels = pixels[torch.randperm(len(pixels), generator=generator).to(device)]
+    return pixels[: len(pixels) // 10], pixels[len(pixels) // 10 :]
+
+
+def sized_examples(
+    original: keras.Model,
+    begin: keras.KerasTensor,
+    ends: Sequence[keras.KerasTensor],
+    images: Tensor,
+    generator: torch.Generator,
+) -> tuple[Examples, Callable[[Tensor, int], Examples]]:
+    """One example, and a function that makes so many of crops of images.
+
+    The crops are whole images where the network can't take others, such as one with a Dense layer
+    behind Flatten.
+    """
+    reference = part(begin, ends)
+    enter = None if begin is original.inputs[0] else part(original.inputs[0], [begin])
+
+    def examples(size: int, images: Tensor, number: int) -> Examples:
+        x = _crops(images, number, size, generator)
+        x = x if enter is None else in_batches(enter, x)[0]
+        return Examples(x, in_batches(reference, x))
+
+    whole = max(images.shape[2:])
+    try:
+        return examples(min(CROP, whole), images, 1), partial(examples, CROP)
+    except (RuntimeError, ValueError):
+        pass
+    try:
+        return examples(whole, images, 1), partial(examples, whole)
+    except (RuntimeError, ValueError) as error:
+        raise unfit_images(original, images, error) from error
+
+
+def check_maps(names: Sequence[str], targets: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
+    """Raise where the result's maps have other shapes than the original's."""
+    for name, y, t in zip(names, outputs, targets, strict=True):
+        if y.shape != t.shape:
+            raise ValueError(
+                f"The result gives maps of shape {tuple(y.shape[1:])} at {name!r}, where the "
+                f"original gives {tuple(t.shape[1:])}: expected new layers that put out what "
+                f"the replaced ones did."
+            )
+
+
+def check_targets(names: Sequence[str], targets: Sequence[Tensor]) -> None:
+    """Raise where there is nothing to learn from the original's maps."""
+    for name, t in zip(names, targets, strict=True):
+        if not t.isfinite().all():
+            raise ValueError(
+                f"The original gives NaN or infinite values at {name!r} for these images: look at "
+                f"its weights, and at whether the images are preprocessed as it expects."
+            )
+    if not any(t.any() for t in targets):
+        raise ValueError(
+            f"The original gives nothing but zeros at {', '.join(map(repr, names))} for these "
+            f"images: nothing can be learned from that. Name other layers, match=..., or look at "
+            f"its weights and at whether the images are preprocessed as it expects."
+        )
+
+
+def cosines(a: Tensor, b: Tensor) -> Tensor:
+    """Of each pair of maps, (N), 1 where both are 0; torch's own takes small ones for 0."""
+    pair = [x.flatten(1) for x in (a, b)]
+    sizes = [x.norm(dim=1, keepdim=True) for x in pair]
+    units = [x / size.clamp_min(1e-30) for x, size in zip(pair, sizes, strict=True)]
+    return torch.where(torch.cat(sizes, 1).amax(1) == 0, 1.0, (units[0] * units[1]).sum(1))
