@@ -91,12 +91,16 @@ def test_a_callback_may_end_the_run_which_is_then_at_its_end(config):
 def test_the_kept_epoch_is_best_in_what_is_monitored():
     best = {"val_loss": 1.0, "val_accuracy": 0.5, "val_auroc": 0.7, "val_calibration_error": 0.2}
     other = {"val_loss": 0.9, "val_accuracy": 0.4, "val_auroc": 0.8, "val_calibration_error": 0.3}
-    chosen = {m: loop._is_better(other, best, m) for m in ("accuracy", "auroc", "loss")}
-    assert chosen == {"accuracy": False, "auroc": True, "loss": True}
-    assert not loop._is_better(other, best, "calibration_error")
+
+    def chosen(*epochs):
+        return [loop._best(epochs, TrainConfig(monitor=m)) for m in ("accuracy", "auroc", "loss")]
+
+    assert chosen(best, other) == [0, 1, 1] and chosen(best, best) == [0, 0, 0]
+    assert loop._best([best, other], TrainConfig(monitor="calibration_error")) == 0
     nan = {**best, "val_loss": math.nan, "val_auroc": math.nan}
-    for metric in ("accuracy", "auroc", "loss"):  # a figure that isn't there is the worst
-        assert loop._is_better(best, nan, metric) and not loop._is_better(nan, best, metric)
+    # A figure that isn't there is the worst.
+    assert chosen(best, nan) == [0, 0, 0] and chosen(nan, best) == [1, 1, 1]
+    assert chosen({"loss": 1.0}, {"loss": 2.0}) == [1, 1, 1]
 
 
 def test_every_metric_has_a_figure(history):

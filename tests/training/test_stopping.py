@@ -99,7 +99,7 @@ def signalling(function: Callable, number: int, calls: int = 1) -> Callable:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("what", ["train_step_", "evaluate", "_is_better", "regularization"])
+@pytest.mark.parametrize("what", ["train_step_", "evaluate", "_best", "regularization"])
 def test_a_step_and_an_epoch_end_before_a_run_is_stopped(
     settings, expected, monkeypatch, number, what
 ):
@@ -112,7 +112,7 @@ def test_a_step_and_an_epoch_end_before_a_run_is_stopped(
     monkeypatch.undo()
     progress = checkpoints.read(Path(settings.output_dir) / "last.pt")["progress"]
     assert (progress["epoch"], progress["step"]) == {
-        "train_step_": (0, 1), "evaluate": (0, 3), "_is_better": (1, 0), "regularization": (0, 3),
+        "train_step_": (0, 1), "evaluate": (0, 3), "_best": (1, 0), "regularization": (0, 3),
     }[what]  # fmt: skip
     assert same(finetune(tiny.network(), Signalling(None), Signalling(None), settings), expected)
 

@@ -124,11 +124,6 @@ def _own_font(size: int) -> ImageFont.FreeTypeFont:
     return cast(ImageFont.FreeTypeFont, ImageFont.load_default(size))
 
 
-def _is_mark(character: str) -> bool:
-    """Whether it stands on the letter before it."""
-    return unicodedata.combining(character) != 0
-
-
 def _sheet(images: list[Any], texts: list[str]) -> Image.Image:
     """Images in rows, each with a line of text under it."""
     columns = math.ceil(math.sqrt(len(images)))
@@ -142,7 +137,8 @@ def _sheet(images: list[Any], texts: list[str]) -> Image.Image:
         sheet.paste(small, (left + (EDGE - small.width) // 2, top + (EDGE - small.height) // 2))
         line = visible(text)
         if font.getname() == _own_font(13).getname():  # which has plain letters alone
-            line = "".join(c for c in unicodedata.normalize("NFKD", line) if not _is_mark(c))
+            apart = unicodedata.normalize("NFKD", line)
+            line = "".join(c for c in apart if not unicodedata.combining(c))
         while draw.textlength(line, font) > EDGE:
             line = f"{line.rstrip('…')[:-1]}…"
         draw.text((left + EDGE // 2, top + EDGE + 2), line, "black", font, anchor="ma")

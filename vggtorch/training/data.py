@@ -333,19 +333,18 @@ class DatasetSource:
 
 def check_fits(source: Folder | DatasetSource | None, model: keras.Model) -> None:
     """See that a Dataset's images have the shape that the model takes; files are brought to it."""
-    shape = model.inputs[0].shape
-    if isinstance(source, Folder) and (len(shape) != 4 or shape[-1] not in (None, 3)):
+    expected = model.inputs[0].shape[1:]
+    sides = "x".join(str(edge or "any") for edge in expected)
+    if isinstance(source, Folder) and (len(expected) != 3 or expected[-1] not in (None, 3)):
         raise ValueError(
-            f"{model.name} takes {'x'.join(str(edge or 'any') for edge in shape[1:])}; files give "
-            f"RGB images, height x width x 3. Build the model for these, or pass a Dataset."
+            f"{model.name} takes {sides}; files give RGB images, height x width x 3. Build the "
+            f"model for these, or pass a Dataset."
         )
     if not isinstance(source, DatasetSource) or source.content_name is not None:
         return
-    expected = model.inputs[0].shape[1:]
     received = tuple(source[[(0, 0)]][0].shape[1:])
     pairs = zip(expected, received, strict=False)
     if len(received) != len(expected) or any(e not in (None, r) for e, r in pairs):
-        sides = "x".join(str(edge or "any") for edge in expected)
         hint = "Give PIL images, which are brought to the size, or resize them in the Dataset."
         if len(received) > len(expected):
             hint = "An item is one image, not a batch."

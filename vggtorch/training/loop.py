@@ -466,26 +466,18 @@ def _check_unvalidated(config: TrainConfig) -> None:
             )
 
 
-def _is_better(result: dict[str, float], best: dict[str, float], monitor: str) -> bool:
-    """Whether an epoch beats the best one; without validation the later one does."""
-    if "val_loss" not in result or result is best:
-        return True
-    sign = -1 if monitor in ("loss", "calibration_error") else 1
+def _best(epochs: Sequence[dict[str, float]], config: TrainConfig) -> int:
+    """The best of the epochs so far, the first of equal ones; without validation the last one."""
+    if not epochs or "val_loss" not in epochs[-1]:
+        return len(epochs) - 1
+    sign = -1 if config.monitor in ("loss", "calibration_error") else 1
 
-    def merits(figures: dict[str, float]) -> list[float]:
-        found = (sign * figures[f"val_{monitor}"], -figures["val_loss"])
+    def merits(epoch: int) -> list[float]:
+        figures = epochs[epoch]
+        found = (sign * figures[f"val_{config.monitor}"], -figures["val_loss"])
         return [-math.inf if math.isnan(merit) else merit for merit in found]
 
-    return merits(result) > merits(best)
-
-
-def _best(epochs: Sequence[dict[str, float]], config: TrainConfig) -> int:
-    """The best of the epochs so far."""
-    best = 0
-    for epoch, result in enumerate(epochs):
-        if _is_better(result, epochs[best], config.monitor):
-            best = epoch
-    return best
+    return max(range(len(epochs)), key=merits)
 
 
 def _is_stale(epochs: Sequence[dict[str, float]], config: TrainConfig) -> bool:

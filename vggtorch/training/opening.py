@@ -21,8 +21,8 @@ from vggtorch.training.folders import images_by_class
 from vggtorch.training.items import label_names
 from vggtorch.training.mixing import mixes
 from vggtorch.training.run import Images, RunData
-from vggtorch.training.splits import as_part, find_splits
-from vggtorch.training.tables import SPLITS, TablePart
+from vggtorch.training.splits import are_files, as_part, find_splits
+from vggtorch.training.tables import SPLITS
 from vggtorch.weight_sets import DataConfig
 
 NAMED = 12  # classes that the first lines list
@@ -66,7 +66,8 @@ def settle_config(
     if counts is None or not isinstance(shape, tuple) or len(shape) != 4:
         return TrainConfig(**settings)
     layers = [layer.name for layer in model.layers]
-    return planned(layers, *counts, similarity, settings, are_files=_are_files(train))
+    files = are_files(_training(train))
+    return planned(layers, *counts, similarity, settings, are_files=files)
 
 
 def _training(train: Images) -> Any:
@@ -77,14 +78,10 @@ def _training(train: Images) -> Any:
     return find_splits(as_path(train)).train if isinstance(train, str | Path) else train
 
 
-def _are_files(train: Images) -> bool:
-    return isinstance(_training(train), str | Path | TablePart)
-
-
 def _counts(train: Images, pattern: str | None) -> tuple[int, int] | None:
     """How many images and classes there are to learn from; None where the data doesn't say."""
     part = _training(train)
-    if isinstance(part, str | Path | TablePart):
+    if are_files(part):
         counts = images_by_class(as_part(part), pattern)
         return sum(counts.values()), len(counts)
     dataset = getattr(part, "dataset", part)

@@ -28,8 +28,8 @@ from vggtorch.training.folders import NAMED, images_by_class
 from vggtorch.training.items import is_stream, label_names
 from vggtorch.training.loaders import as_source, drawn
 from vggtorch.training.optimization import Parameters, make_optimizer, trained_parameters
-from vggtorch.training.splits import as_part, find_splits, tell_beside
-from vggtorch.training.tables import SPLITS, TablePart
+from vggtorch.training.splits import Splits, are_files, as_part, find_splits, tell_beside
+from vggtorch.training.tables import SPLITS
 from vggtorch.weight_sets import DataConfig
 
 if TYPE_CHECKING:
@@ -77,8 +77,8 @@ def read_data(
         ValueError: data that can't be right, or that contradicts the configuration.
     """
 
-    def read(given: Images | TablePart, augment: Augment) -> tuple[Any, BatchPlan]:
-        if isinstance(given, str | Path | TablePart):
+    def read(given: Any, augment: Augment) -> tuple[Any, BatchPlan]:
+        if are_files(given):
             folder = data.read_folder(
                 given, images, augment, config.on_unreadable, config.seed, config.label_pattern
             )
@@ -95,7 +95,9 @@ def read_data(
             )
         return as_source(given, config.seed, config.batch_size, images)
 
-    def judging(given: Images | TablePart) -> Any:
+    def judging(given: Any) -> Any:
+        if given is None:
+            return None
         source, plan = read(given, "none")
         return drawn(source, plan) if isinstance(given, DataLoader) else source
 
@@ -105,33 +107,33 @@ def read_data(
                 f"Received a {type(given).__name__} as data. Pass it by its name: config=..."
             )
     splits = _splits(train)
-    validating = splits.validation if validation is None else validation
-    if validating is not splits.validation is not None:
-        beside = splits.validation
-        which = f", {beside}" if isinstance(beside, str | Path | TablePart) else ""
+    beside = splits.validation
+    if validation is not None:
+        splits = splits._replace(validation=validation)
+    if splits.validation is not beside is not None:
+        which = f", {beside}" if are_files(beside) else ""
         warnings.warn(
             f"The data has images to validate on of its own{which}, which aren't used: those that "
             f"were passed as validation are.",
             stacklevel=4,
         )
-    _check_names(splits.train, validating, splits.test, config)
-    _tell_unused(splits.train, validating, splits.test, config)
+    _check_names(splits, config)
+    _tell_unused(splits, config)
     training, plan = read(splits.train, config.augment)
     if isinstance(training, Folder) and config.augment == "none" and config.cache_copies > 1:
         raise ValueError(
             f"Received cache_copies={config.cache_copies} with augment='none': the copies would be "
             f"equal. Choose an augmentation, or one copy."
         )
-    held = judging(validating) if validating is not None else None
+    held = judging(splits.validation)
     held_out = held is None and isinstance(training, Folder)
     if held_out:
         training, held = data.hold_out(training, config.validation_split)
         plan = data.shuffled(len(training), config.batch_size, config.seed)
     if config.sampling == "balanced":
         plan = balanced(labels_of(training), config.batch_size, config.seed)
-    test = judging(splits.test) if splits.test is not None else None
     held = _with_classes_of(training, held, "validation")
-    test = _with_classes_of(training, test, "test")
+    test = _with_classes_of(training, judging(splits.test), "test")
     for part, name in ((held, "validation"), (test, "test")):
         _tell_of_repeats(training, part, name)
     names = [source.classes for source in (training, held) if source is not None and source.classes]
@@ -139,31 +141,31 @@ def read_data(
     return RunData(training, held, plan, names[0] if names else (), test, held_out, by_loader)
 
 
-def _check_names(training: Any, validation: Any, test: Any, config: TrainConfig) -> None:
+def _check_names(splits: Splits, config: TrainConfig) -> None:
     """Refuse by the names of folders and files, before any image is read, what would be later."""
 
     def counted(given: Any) -> dict[str, int]:
-        if isinstance(given, str | Path | TablePart):
+        if are_files(given):
             return images_by_class(as_part(given), config.label_pattern)
         return dict.fromkeys(label_names(getattr(given, "dataset", given)), 0)
 
-    known = counted(training)
-    for part, name in ((validation, "validation"), (test, "test")):
+    known = counted(splits.train)
+    for part, name in ((splits.validation, "validation"), (splits.test, "test")):
         if part is not None:
-            are_files = isinstance(part, str | Path | TablePart)
-            _check_classes(tuple(known), tuple(counted(part)), name, may_lack=are_files)
-    if validation is None and isinstance(training, str | Path | TablePart):
+            _check_classes(tuple(known), tuple(counted(part)), name, may_lack=are_files(part))
+    if splits.validation is None and are_files(splits.train):
         data.check_hold_out(known, config.validation_split)
 
 
-def _tell_unused(training: Any, validation: Any, test: Any, config: TrainConfig) -> None:
+def _tell_unused(splits: Splits, config: TrainConfig) -> None:
     """Warn of settings for images in files, where the images are no files."""
-    are_files = [isinstance(p, str | Path | TablePart) for p in (training, validation, test)]
-    names = [] if are_files[0] else ["augment"]
-    names += [] if any(are_files) else ["label_pattern", "on_unreadable"]
-    names += [] if are_files[0] or validation is not None else ["validation_split"]
-    _tell_of_loaders(training, validation, test, config)
-    if validation is not None and config.validation_split != TrainConfig.validation_split:
+    names = [] if are_files(splits.train) else ["augment"]
+    names += [] if any(map(are_files, splits)) else ["label_pattern", "on_unreadable"]
+    names += (
+        [] if are_files(splits.train) or splits.validation is not None else ["validation_split"]
+    )
+    _tell_of_loaders(splits, config)
+    if splits.validation is not None and config.validation_split != TrainConfig.validation_split:
         warnings.warn(
             f"Without effect: validation_split={config.validation_split!r}, as the data has images "
             f"of its own to validate on.",
@@ -180,17 +182,17 @@ def _tell_unused(training: Any, validation: Any, test: Any, config: TrainConfig)
         )
 
 
-def _tell_of_loaders(training: Any, validation: Any, test: Any, config: TrainConfig) -> None:
+def _tell_of_loaders(splits: Splits, config: TrainConfig) -> None:
     """Warn of what a DataLoader says and what isn't followed, or what it doesn't let follow."""
-    loaders = [part for part in (training, validation, test) if isinstance(part, DataLoader)]
+    loaders = [part for part in splits if isinstance(part, DataLoader)]
     said = []
     workers = max((loader.num_workers for loader in loaders), default=0)
     if workers and not config.num_workers:
         said.append(f"the DataLoader's num_workers={workers} (pass it beside the data)")
     if any(loader.worker_init_fn is not None for loader in loaders):
         said.append("its worker_init_fn (what a Dataset draws is seeded by image and epoch)")
-    is_own = isinstance(training, DataLoader) and not is_stream(training)
-    if is_own and config.batch_size not in (TrainConfig.batch_size, training.batch_size):
+    is_own = isinstance(splits.train, DataLoader) and not is_stream(splits.train)
+    if is_own and config.batch_size not in (TrainConfig.batch_size, splits.train.batch_size):
         said.append(f"batch_size={config.batch_size} (the DataLoader's own batches train)")
     if said:
         warnings.warn(f"Not followed: {'; '.join(said)}.", stacklevel=6)
@@ -212,13 +214,7 @@ def _tell_of_repeats(training: Any, other: Any, name: str) -> None:
         )
 
 
-class _Given(NamedTuple):
-    train: Any
-    validation: Any = None
-    test: Any = None
-
-
-def _splits(given: Images) -> _Given:
+def _splits(given: Images) -> Splits:
     """What trains, validates and tests of what the user passed as one."""
     if isinstance(given, list | tuple) and given and _is_plain(given[0]):
         paths = isinstance(given[0], str | Path)
@@ -233,9 +229,9 @@ def _splits(given: Images) -> _Given:
     if isinstance(given, str | Path):
         splits = find_splits(as_path(given))
         tell_beside(Path(given), stacklevel=6)
-        return _Given(*splits)
+        return splits
     if not isinstance(given, Mapping):
-        return _Given(given)
+        return Splits(given)
     called = {name: SPLITS.get(str(name).lower()) for name in given}
     unknown = [name for name, part in called.items() if part is None]
     parts = {part: given[name] for name, part in called.items() if part is not None}
@@ -244,7 +240,7 @@ def _splits(given: Images) -> _Given:
             f"Received a dictionary of {', '.join(map(repr, given))}; expected train, and perhaps "
             f"validation and test, each once."
         )
-    return _Given(**parts)
+    return Splits(**parts)
 
 
 def _is_plain(one: Any) -> bool:

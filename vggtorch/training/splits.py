@@ -6,7 +6,7 @@ import re
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from vggtorch.paths import TABLES, as_path
 from vggtorch.training.folders import NAMED, has_images, subfolders
@@ -19,12 +19,17 @@ _OTHERS = ("eval", "evaluation", "holdout")
 class Splits(NamedTuple):
     """Where a data set's images stand: what trains, chooses the best epoch, is scored at the end.
 
-    Each is a folder, or a part of a table.
+    Each is a folder, a part of a table, or what a user passes for it.
     """
 
-    train: Path | TablePart
-    validation: Path | TablePart | None = None
-    test: Path | TablePart | None = None
+    train: Any
+    validation: Any = None
+    test: Any = None
+
+
+def are_files(part: Any) -> bool:
+    """Whether a part of the data is a folder or a table, and no Dataset."""
+    return isinstance(part, str | Path | TablePart)
 
 
 def find_splits(data: Path) -> Splits:
