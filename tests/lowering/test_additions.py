@@ -111,9 +111,8 @@ def test_a_convolution_takes_the_addition(block: Callable[[Any], Any]) -> None:
     network: Any = vt.to_torch(model_of(block)).eval()
     with torch.no_grad():
         network(torch.randn(2, 9, 9, 4))
-    runs = [
-        step.run for part in network._plan.plans.made.values() for s in part for step in s.steps
-    ]
+    ways = network._plan.plans.made.values()
+    runs = [step.run for way in ways for segment in way.segments for step in segment.steps]
     assert any(isinstance(run, FusedConv2d) and run.adds for run in runs)
 
 

@@ -113,16 +113,16 @@ def test_only_what_was_looked_at_since_the_last_change_is_taken_for_granted() ->
     assert [cache(None) for cache in caches] == [-1, 0]
     made.clear()
     a.data.fill_(0)
-    together = AllParameters(at_once=True)
-    together.look(caches)
+    together = AllParameters(caches, at_once=True)
+    together.look()
     assert [cache(None) for cache in caches] == [0, 0]
     a.data.fill_(1)
     b.data.fill_(1)
-    together.look(caches)
+    together.look()
     assert caches[0](None) == 1
-    together.look(caches)  # nothing has changed, but the second cache hasn't looked
+    together.look()  # nothing has changed, but the second cache hasn't looked
     assert [cache(None) for cache in caches] == [1, 1]
-    together.look(caches)
+    together.look()
     assert [cache(None) for cache in caches] == [1, 1]
     assert caches[0]("other settings") == 1
     assert made == [0, 1, 1, 1]

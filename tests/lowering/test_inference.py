@@ -79,7 +79,7 @@ def test_channels_first_as_to_torch_has_it() -> None:
     torch.testing.assert_close(engine(x.permute(0, 3, 1, 2)), model(x, training=False))
 
 
-@pytest.mark.parametrize("half", [None, torch.bfloat16])
+@pytest.mark.parametrize("half", [None, pytest.param(torch.bfloat16, marks=needs_onednn)])
 def test_maps_lie_in_memory_as_torchs_modules_give_them(half: torch.dtype | None) -> None:
     image = keras.Input((8, 8, 3))
     model = keras.Model(image, layers.Conv2D(4, 3, activation="relu")(image))

@@ -15,7 +15,8 @@ from keras import layers
 from small_vgg import randomise
 
 from vggtorch.lowering import FusedConv2d
-from vggtorch.lowering.trimming import PaddingConv2d
+from vggtorch.lowering.fused import PaddingConv2d
+from vggtorch.lowering.plan import Plan
 
 Build = Callable[[Any], Any]
 
@@ -196,3 +197,83 @@ def test_a_pool_pads_by_itself_what_is_not_negative(
     model, engine, runs = engine_and_kinds(build)
     assert any(isinstance(run, nn.ZeroPad2d) for run in runs) is not (inside and fits)
     check(model, engine)
+
+
+def narrowing(x: Any) -> Any:
+    """What is trimmed in each way: a stride taken over, pixels of a shortcut, padding inside."""
+    x = layers.Conv2D(6, 3, padding="same", activation="relu", name="first")(x)
+    x = layers.MaxPooling2D(3, 2, name="pool")(layers.ZeroPadding2D(1, name="pool_pad")(x))
+    y = layers.Conv2D(6, 3, padding="same", name="inner")(x)
+    x = layers.ReLU()(layers.Add()([x, y]))
+    x = layers.Conv2D(8, 1, strides=2, name="down")(x)
+    x = layers.ReLU(max_value=6, name="six")(layers.BatchNormalization(name="bn")(x))
+    x = layers.ZeroPadding2D(((0, 1), (0, 1)), name="pad")(x)
+    return layers.DepthwiseConv2D(3, strides=1, activation="relu", name="depthwise")(x)
+
+
+def change(name: str, attribute: str, value: Any) -> Callable[[Any], None]:
+    return lambda network: setattr(getattr(network, name), attribute, value)
+
+
+def write(name: str, number: float) -> Callable[[Any], None]:
+    return lambda network: getattr(network, name).weight.data[1].mul_(number)
+
+
+CHANGES: dict[str, Callable[[Any], None]] = {
+    "a stride": change("down", "stride", (1, 1)),
+    "one number as a stride": change("down", "stride", 3),
+    "one number as another's": change("inner", "stride", 1),
+    "a padding": change("inner", "padding", "same"),
+    "a dilation": change("depthwise", "dilation", (2, 2)),
+    "one number as a dilation": change("depthwise", "dilation", 1),
+    "more around": change("pad", "padding", (2, 1, 0, 1)),
+    "nothing around": change("pad", "padding", (0, 0, 0, 0)),
+    "more around a pool": change("pool_pad", "padding", (2, 2, 1, 1)),
+    "a pool": change("pool", "kernel_size", (2, 2)),
+    "limits": change("six", "max_val", 0.1),
+    "an epsilon": change("bn", "eps", 1.0),
+    "a wider kernel": lambda network: setattr(
+        network.down, "weight", nn.Parameter(torch.randn(8, 6, 3, 3))
+    ),
+    "weights of a stride": write("inner", 3.0),
+    "weights that pad": write("depthwise", 3.0),
+    "a weight that pads, replaced": lambda network: setattr(
+        network.depthwise, "weight", nn.Parameter(torch.randn(8, 1, 3, 3))
+    ),
+}
+SAY_THE_SAME = {"one number as another's", "a padding", "one number as a dilation"}
+
+
+@pytest.mark.filterwarnings("ignore:.*stand alone")
+@pytest.mark.parametrize("data_format", [None, "channels_first"])
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_network_follows_what_its_steps_were_made_for(name: str, data_format: str | None) -> None:
+    keras.utils.set_random_seed(0)
+    image = keras.Input((13, 14, 3))
+    network: Any = vt.to_torch(
+        randomise(keras.Model(image, narrowing(image))), data_format=data_format
+    ).eval()
+    x = torch.randn(3, 3, 13, 14) if data_format else torch.randn(3, 13, 14, 3)
+    found, expected = [], []
+    with torch.no_grad():
+        for _ in range(2):
+            found += [network(x), network(x)]
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(Plan, "takes", lambda self, inputs: False)
+                expected += [network(x)] * 2
+            CHANGES[name](network)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    is_same = found[0].shape == found[-1].shape and torch.allclose(found[0], found[-1], 1e-5, 1e-5)
+    assert is_same is (name in SAY_THE_SAME)
+
+
+def test_a_frozen_start_leaves_out_no_pixel_that_the_rest_takes() -> None:
+    image = keras.Input((9, 9, 3))
+    y = layers.Conv2D(4, 3, name="frozen", trainable=False)(image)
+    ends = layers.Conv2D(4, 1, strides=2)(y), layers.Conv2D(4, 3, strides=1, name="learns")(y)
+    model = randomise(keras.Model(image, ends))
+    network: Any = vt.to_torch(model, data_format="channels_first").train()
+    x = torch.randn(2, 3, 9, 9)
+    by_keras = model(x.permute(0, 2, 3, 1), training=True)
+    for one, expected in zip(network(x), by_keras, strict=True):
+        torch.testing.assert_close(one.permute(0, 2, 3, 1), expected, rtol=1e-5, atol=1e-5)

@@ -5,13 +5,13 @@ else a network has of Keras layers, and whether it still is so), `layer_modules`
 (what torch.nn has no exact module for), `sites`, `products` and `converters` (Keras layers as
 torch.nn's modules), `kernels` (what torch computes faster than its public functions do),
 `constants` (what is made of parameters once), `fused` (steps that do the work of several modules),
-`steps` (a torch.fx graph as a list of steps, and what makes it faster), `running` (how steps run:
-in groups, and again in backward), `plan` (all of it, and when it may run), `network` (the torch
-network), `calls` (what a call of a Keras layer takes and gives), `writing` (`to_torch`, which
-writes the graph down), `on_keras` (the network on Keras's own variables), `accelerating` (the Keras
-model itself runs it); `trimming` (pixels that nobody takes), `winograd`, `fixed` (steps whose
-weights never change), `recorded` (steps as graphs of oneDNN's) and `inference` (a model as it is
-now, prepared to answer fast, by these); and `exporting`.
+`steps` (a torch.fx graph as a list of steps), `trimming` (pixels that nobody takes), `fusing`
+(which steps run in place of the graph's), `running` (how they run: in groups, and again in
+backward), `plan` (all of it, and when it may run), `network` (the torch network), `calls` (what a
+call of a Keras layer takes and gives), `writing` (`to_torch`, which writes the graph down),
+`on_keras` (the network on Keras's own variables), `accelerating` (the Keras model itself runs it);
+`winograd`, `fixed` (steps whose weights never change), `recorded` (steps as graphs of oneDNN's) and
+`inference` (a model as it is now, prepared to answer fast, by these); and `exporting`.
 """
 
 from vggtorch.lowering.accelerating import accelerate_

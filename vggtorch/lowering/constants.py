@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -15,9 +17,9 @@ ROW = 2039
 ROWS = 16
 
 
-def parameter_versions(tensors: Iterable[Tensor]) -> list[tuple[int, int]]:
-    """Of each tensor its version, which writing to it counts up, and its address."""
-    return [(0 if p.is_inference() else p._version, p.data_ptr()) for p in tensors]
+def parameter_versions(tensors: Iterable[Tensor]) -> list[tuple[int, int, int]]:
+    """Of each tensor its version, which writing to it counts up, its address and its size."""
+    return [(0 if p.is_inference() else p._version, p.data_ptr(), p.nbytes) for p in tensors]
 
 
 class Snapshot:
@@ -33,16 +35,21 @@ class Snapshot:
     @torch.no_grad()
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self.versions = parameter_versions(tensors)
-        self.whole: list[Tensor] = []  # bytes of what is compared as it is
+        self.aliases = [tensor.detach() for tensor in tensors]  # which hold the memory below
+        self.whole: list[memoryview] = []  # what is compared as it is
         self.rows: list[Tensor] = []  # of large tensors
         self.scattered: list[Tensor] = []  # what lies in memory with gaps between
-        for tensor in tensors:
-            alias = tensor.detach()
+        for alias in self.aliases:
             if _is_dense(alias):
                 self._add(alias.as_strided((alias.numel(),), (1,)).view(torch.uint8))
             else:
                 self.scattered.append(alias)
-        self.kept = self._read()
+        # Copied to the same place each time: to get memory anew takes longer than to fill it.
+        self.copy = bytearray(sum(map(len, self.whole)))
+        ends = list(itertools.accumulate(map(len, self.whole), initial=0))
+        room = memoryview(self.copy)
+        self.places = [room[i:j] for i, j in itertools.pairwise(ends)]
+        self.kept = bytes(self._copied()), self._added_up()
 
     def _add(self, flat: Tensor) -> None:
         """Look at these bytes too, which lie one after the other."""
@@ -50,27 +57,42 @@ class Snapshot:
         if count >= ROWS:
             self.rows.append(flat[: count * 8 * ROW].view(torch.int64).view(count, ROW))
             flat = flat[count * 8 * ROW :]
-        self.whole.append(flat)
+        # Not as a numpy array: a storage that has been one can't be resized any more.
+        array = (ctypes.c_char * len(flat)).from_address(flat.data_ptr())
+        self.whole.append(memoryview(array).cast("B"))
 
-    def _read(self) -> Tensor:
-        found = [
-            *self.whole,
-            *(x.resolve_neg().contiguous().view(-1).view(torch.uint8) for x in self.scattered),
-            *(rows.sum(0).view(torch.uint8) for rows in self.rows),
-        ]
-        # In whole numbers of eight bytes: torch takes as long to compare each, whatever its size.
-        rest = torch.zeros(-sum(map(len, found)) % 8, dtype=torch.uint8, device="cpu")
-        return torch.cat([*found, rest]).view(torch.int64)
+    def _copied(self) -> bytearray:
+        """What is compared as it is. Python does that for small arrays much faster than torch."""
+        for place, bytes_now in zip(self.places, self.whole, strict=True):
+            place[:] = bytes_now
+        return self.copy
+
+    def _added_up(self) -> bytes:
+        """The sums of rows, and what doesn't lie in memory in a row."""
+        found = [rows.sum(0) for rows in self.rows]
+        found += [x.resolve_neg().contiguous() for x in self.scattered]
+        arrays: list[Any] = [x.view(-1).view(torch.uint8).numpy() for x in found]
+        return b"".join(arrays)
 
     @torch.no_grad()
     def is_same(self, tensors: Sequence[Tensor]) -> bool:
         """Whether these are the tensors and hold what they held."""
-        return self.versions == parameter_versions(tensors) and torch.equal(self._read(), self.kept)
+        return (
+            self.versions == parameter_versions(tensors)  # else the memory may be gone
+            and self._copied() == self.kept[0]
+            and self._added_up() == self.kept[1]
+        )
 
 
 def _is_dense(tensor: Tensor) -> bool:
     """Whether its numbers lie one after the other in memory, in some order, as they are."""
     return torch.ops.aten.is_non_overlapping_and_dense(tensor) and not tensor.is_neg()
+
+
+def product_modes() -> tuple[Any, ...]:
+    """What decides how a product on the CPU is computed, besides what is multiplied."""
+    cast = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
+    return cast, torch.backends.mkldnn.enabled
 
 
 class ParameterCache:
@@ -113,25 +135,28 @@ class AllParameters:
     """A look at the parameters of many caches at once, in place of each cache's own.
 
     Args:
+        caches: those of a network.
         at_once: False where something that isn't known runs between, and may write to parameters:
             then each cache looks at its own.
     """
 
-    def __init__(self, at_once: bool) -> None:
-        self.at_once = at_once
+    def __init__(self, caches: Sequence[ParameterCache], at_once: bool) -> None:
+        self.caches, self.at_once = caches, at_once
         self.snapshot: Snapshot | None = None
+        self.modes: Any = None
 
-    def look(self, caches: Sequence[ParameterCache]) -> None:
-        """Begin a call of the network that they belong to.
+    def look(self) -> None:
+        """Begin a call of the network.
 
-        As long as all are what they were, it counts as the same call, in which each cache looks
-        at its own parameters once.
+        As long as all are what they were, and so are the modes that a product asks for, it counts
+        as the same call, in which each cache looks at its own parameters once.
         """
         call: object = object()
         if self.at_once:
-            tensors = [tensor for cache in caches for tensor in cache.parameters()]
-            if self.snapshot is None or not self.snapshot.is_same(tensors):
-                self.snapshot = Snapshot(tensors)
+            tensors = [tensor for cache in self.caches for tensor in cache.parameters()]
+            modes = product_modes()
+            if self.snapshot is None or modes != self.modes or not self.snapshot.is_same(tensors):
+                self.snapshot, self.modes = Snapshot(tensors), modes
             call = self.snapshot
-        for cache in caches:
+        for cache in self.caches:
             cache.call = call

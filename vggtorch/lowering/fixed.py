@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -68,6 +69,14 @@ class FixedConv2d(FusedConv2d):
         if dtype not in self.prepared:
             self.prepared[dtype] = self.prepared_in(dtype, options)
         return self.prepared[dtype], *self.growth
+
+    def kernel_size(self) -> Sequence[int]:
+        """As `fused` has it."""
+        return self.fused.kernel_size()
+
+    def folded(self) -> tuple[Tensor, Tensor | None]:
+        """As `fused` has them."""
+        return self.fused.folded()
 
     def _one_by_one(self, *inputs: Tensor) -> Tensor:
         if self.dtype is None:

@@ -105,6 +105,10 @@ class Bounded:
         raise NotImplementedError
 
 
+# What a convolution computes in, its stride, padding, dilation and groups, and its constants.
+_Form = tuple[torch.dtype, tuple[Any, ...], tuple["PreparedConv2d", float, float]]
+
+
 class FusedConv2d(Bounded):
     """A convolution, and the batch norm, the addition and the ReLU or ReLU6 after it as one step.
 
@@ -131,28 +135,41 @@ class FusedConv2d(Bounded):
         self.conv, self.norm, self.activation, self.mixed = conv, norm, activation, mixed
         self.adds, self.workspace = adds, workspace
         self.constants = ParameterCache(self._constants, self.parameters)
+        # The form for the inputs of the present call that came last.
+        self.known: tuple[object, Any, _Form | None] = None, None, None
         self.kind = {nn.ReLU: "relu", nn.ReLU6: "relu6", type(None): "none"}[type(activation)]
 
     def __call__(
         self, inputs: Sequence[Tensor], bounds: Sequence[float | None]
     ) -> tuple[Tensor, float | None]:
         """The output and a bound of its magnitude."""
-        if not self.takes(*inputs):
+        form = self._form(inputs)
+        if form is None:
             return self._one_by_one(*inputs), None
-        conv, norm, dtype = self.conv, self.norm, self._dtype(inputs[0])
-        options: tuple[Any, ...] = conv.stride, conv.padding, conv.dilation, conv.groups
+        dtype, options, (prepared, gain, offset) = form
         x, *others = (t.to(dtype).contiguous(memory_format=torch.channels_last) for t in inputs)
-        eps = None if norm is None else norm.eps
-        prepared, gain, offset = self._made((dtype, options, eps), dtype, options)
-        known = None not in bounds
         # The bounds of many layers multiply up, so numbers are looked at before they are too large.
-        out = sum_bound(bounds, gain, offset) if known else math.inf
+        out = math.inf if None in bounds else sum_bound(bounds, gain, offset)
         if not out < SAFE:
             out = sum_bound([float(magnitude(t)) for t in (x, *others)], gain, offset)
         if not out < SAFE:  # also where it is NaN
             return self._one_by_one(*inputs), None
         y = self._convolved(x, others, prepared, options, out)
         return y, min(out, 6.0) if self.kind == "relu6" else out
+
+    def _form(self, inputs: Sequence[Tensor]) -> _Form | None:
+        """How it computes inputs such as these; None where its modules run one by one."""
+        call, key = self.constants.call, [(x.shape, x.dtype) for x in inputs]
+        known_in, known, form = self.known
+        if call is None or known_in is not call or known != key:
+            form = None
+            if self.takes(*inputs):
+                conv, norm, dtype = self.conv, self.norm, self._dtype(inputs[0])
+                options = conv.stride, conv.padding, conv.dilation, conv.groups
+                eps = None if norm is None else norm.eps
+                form = dtype, options, self._made((dtype, options, eps), dtype, options)
+            self.known = call, key, form
+        return form
 
     def parameters(self) -> list[Tensor]:
         """What its constants are made from."""
@@ -168,10 +185,24 @@ class FusedConv2d(Bounded):
         return (
             _is_usual(x, conv, self.mixed)
             and kernels.has_fused_ops(x, dtype)
-            and all(_is_like_output(other, x, conv, dtype) for other in others)
+            and all(self._is_like_output(other, x, dtype) for other in others)
             and (norm is None or not (norm.running_mean is None or norm.running_var is None))
             and (self.kind != "relu6" or _is_relu6(self.activation))
         )
+
+    def _is_like_output(self, other: Tensor, x: Tensor, dtype: torch.dtype) -> bool:
+        """Whether what is to be added has the shape and dtype of the convolution's output for x."""
+        conv = self.conv
+        # conv.kernel_size is only what it was made with.
+        sides: Any = x.shape[2:], self.kernel_size(), conv.stride, conv.padding, conv.dilation
+        size = [
+            (n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in zip(*sides, strict=True)
+        ]
+        return other.dtype == dtype and list(other.shape) == [len(x), len(conv.weight), *size]
+
+    def kernel_size(self) -> Sequence[int]:
+        """Rows and columns of the kernel that it computes with."""
+        return self.conv.weight.shape[2:]
 
     def _dtype(self, x: Tensor) -> torch.dtype:
         """What it computes in."""
@@ -244,6 +275,39 @@ class FusedConv2d(Bounded):
         return gain, offset
 
 
+class PaddingConv2d(FusedConv2d):
+    """A fused convolution that pads by itself, both sides alike.
+
+    Where one side needs a pixel less, the kernel of a depthwise convolution is larger by a row or
+    column of zeros on that side.
+
+    Args:
+        apart: the convolution of what `pad` gives.
+        conv: the same with its own padding.
+        pad: what goes before it.
+        zeros: how many columns are put to the left and right of the kernel, and rows to its top and
+            bottom.
+    """
+
+    def __init__(
+        self, apart: FusedConv2d, conv: nn.Conv2d, pad: nn.ZeroPad2d, zeros: tuple[int, ...]
+    ) -> None:
+        super().__init__(conv, apart.norm, apart.activation, apart.mixed, apart.adds)
+        self.apart, self.pad, self.zeros = apart, pad, zeros
+
+    def kernel_size(self) -> Sequence[int]:
+        high, wide = super().kernel_size()
+        left, right, top, bottom = self.zeros
+        return top + high + bottom, left + wide + right
+
+    def folded(self) -> tuple[Tensor, Tensor | None]:
+        weight, bias = super().folded()
+        return F.pad(weight, self.zeros), bias
+
+    def _one_by_one(self, x: Tensor, *others: Tensor) -> Tensor:
+        return self.apart._one_by_one(self.pad(x), *others)
+
+
 def _is_usual(x: Tensor, conv: nn.Conv2d, mixed: bool) -> bool:
     """Whether a convolution of x is one that our kernels compute as the module does."""
     return (
@@ -260,14 +324,6 @@ def _is_usual(x: Tensor, conv: nn.Conv2d, mixed: bool) -> bool:
 def _is_relu6(activation: Any) -> bool:
     """Whether an nn.ReLU6 still has its limits."""
     return (activation.min_val, activation.max_val) == (0, 6)
-
-
-def _is_like_output(other: Tensor, x: Tensor, conv: nn.Conv2d, dtype: torch.dtype) -> bool:
-    """Whether what is to be added has the shape and dtype of a convolution's output for x."""
-    kernel = conv.weight.shape[2:]  # conv.kernel_size is only what it was made with
-    sides: Any = (x.shape[2:], kernel, conv.stride, conv.padding, conv.dilation)
-    size = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in zip(*sides, strict=True)]
-    return other.dtype == dtype and list(other.shape) == [len(x), len(conv.weight), *size]
 
 
 def sum_bound(bounds: Sequence[float | None], gain: float, offset: float) -> float:

@@ -25,8 +25,7 @@ from vggtorch.lowering.plan import Plan, filled
 from vggtorch.lowering.recorded import Recorded
 from vggtorch.lowering.running import run_segments, run_steps
 from vggtorch.lowering.settings import graph_to_read
-from vggtorch.lowering.steps import Segment, Step, cut, in_plain_order, repeats
-from vggtorch.lowering.trimming import trimmed
+from vggtorch.lowering.steps import Segment, Step, in_plain_order, repeats
 from vggtorch.lowering.writing import check_data_format, network_of
 
 
@@ -76,7 +75,7 @@ def optimize_for_inference(
     Example:
         >>> import torch, vggtorch as vt
         >>> vgg = vt.VGG11(weights=None, include_top=False, input_shape=(32, 32, 3))
-        >>> engine = vt.optimize_for_inference(vgg, dtype=torch.bfloat16)
+        >>> engine = vt.optimize_for_inference(vgg, winograd=True)
         >>> engine(torch.rand(2, 32, 32, 3)).shape
         torch.Size([2, 1, 1, 512])
     """
@@ -127,12 +126,9 @@ class InferenceEngine:
     def __init__(self, plan: Plan, dtype: torch.dtype | None) -> None:
         self._plan, self._half = plan, dtype
         self._lock = threading.Lock()
-        plans = plan.plans
-        segments = plans.fast(len(plans.steps))
-        steps = trimmed([step for segment in segments for step in segment.steps], plans.outputs)
         self._segments = [
             replace(segment, steps=[_fixed(step, dtype) for step in segment.steps])
-            for segment in cut(steps, plans.inputs, plans.outputs, checkpoint=False)
+            for segment in plan.plans.fast(len(plan.plans.steps)).segments
         ]
         # What runs a segment, by its first and last output.
         self._parts: dict[tuple[int, int], list[Callable[[dict[int, Any]], None]]] = {}

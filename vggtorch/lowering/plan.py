@@ -6,7 +6,8 @@ others use gradients of our own. Both go through the batch in groups of images.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from operator import attrgetter
 from typing import Any, cast
 
 import keras
@@ -16,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from torch.utils._pytree import tree_leaves
 
-from vggtorch.lowering.constants import AllParameters
-from vggtorch.lowering.fused import FusedConv2d, TrainedLinear
+from vggtorch.lowering.fused import TrainedLinear
+from vggtorch.lowering.fusing import Plans
 from vggtorch.lowering.kernels import is_intercepted
 from vggtorch.lowering.layer_modules import KerasLayer, Place, SharedDropout
 from vggtorch.lowering.running import run_segments
@@ -28,10 +29,8 @@ from vggtorch.lowering.steps import (
     NORMS,
     STATELESS,
     Call,
-    Plans,
     Step,
     in_plain_order,
-    is_foreign,
     permutes,
     steps_of,
 )
@@ -46,7 +45,20 @@ _FUNCTIONS = {
     name: getattr(F, name)
     for name in ("conv2d", "linear", "batch_norm", "relu", "relu6", "max_pool2d")
 }
+_DEVICE, _LAYOUT, _IS_QUANTIZED = map(attrgetter, ("device", "layout", "is_quantized"))
 _WEIGHTED = (*CONVOLUTIONS, *LINEARS, *NORMS)
+# How modules were set up that stand in the steps in a form made for that.
+_SETTINGS: dict[type, Callable[[Any], Any]] = {
+    **dict.fromkeys(
+        CONVOLUTIONS, attrgetter("stride", "padding", "dilation", "groups", "padding_mode")
+    ),
+    nn.MaxPool2d: attrgetter(
+        "kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices"
+    ),
+    nn.ZeroPad2d: attrgetter("padding"),
+    nn.ReLU6: attrgetter("min_val", "max_val"),
+    **dict.fromkeys(NORMS, attrgetter("eps")),
+}
 _FORWARDS: dict[type, Any] = {
     kind: kind.forward  # type: ignore[union-attr]
     for kind in (*STATELESS, *NORMS, *DROPOUTS)
@@ -76,7 +88,7 @@ class Plan:
         outputs = tuple(x.index for x in tree_leaves(self.structure) if isinstance(x, Place))
         workspace = Workspace() if winograd else None
         self.plans = Plans(steps, tuple(range(len(inputs))), outputs, checkpoint, workspace)
-        self.parameters = AllParameters(at_once=not any(map(is_foreign, steps)))
+        self.settings = [(m, _settings(m)) for m in self.modules if type(m) in _SETTINGS]
         # Whether the maps that go in have their channels on axis 1, and so do those that come out.
         self.is_first = not any(permutes(step) and step.inputs[0] < len(inputs) for step in steps)
 
@@ -91,7 +103,7 @@ class Plan:
         return all(
             parent._modules.get(name) is child and type(child) is kind
             for parent, name, child, kind in self.children
-        )
+        ) and all(_settings(module) == settings for module, settings in self.settings)
 
     def in_order(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Sequence[Any]:
         """The inputs one after the other; none where they aren't what the network takes."""
@@ -108,7 +120,7 @@ class Plan:
             not _is_plain(x) or x.ndim != rank for x, rank in zip(inputs, self.ranks, strict=True)
         ):
             return False
-        return all(map(_has_plain_weights, self.weighted))
+        return _have_plain_weights(self.weighted)
 
     def is_watched(self) -> bool:
         """Whether somebody looks on when modules run, or has given one of them another forward."""
@@ -127,10 +139,9 @@ class Plan:
         """Run the network."""
         values: dict[int, Any] = dict(enumerate(inputs))
         plain = self.is_plain(inputs)
-        segments = self.plans.fast(self._settled(inputs), plain)
-        fused = self.plans.fused.values()
-        self.parameters.look([run.constants for run in fused if isinstance(run, FusedConv2d)])
-        run_segments(segments, values)
+        way = self.plans.fast(self._settled(inputs), plain)
+        way.parameters.look()
+        run_segments(way.segments, values)
         if plain:
             for number in self.plans.outputs:
                 values[number] = in_plain_order(values[number])
@@ -188,15 +199,31 @@ def _is_settled(step: Step, grad: bool) -> bool:
     )
 
 
+def _settings(module: nn.Module) -> tuple[Any, Any]:
+    """How a module is set up whose work the steps do in a form made for that."""
+    weight = module._parameters.get("weight")
+    return _SETTINGS[type(module)](module), None if weight is None else weight.shape
+
+
 def _is_plain(x: Any) -> bool:
-    plain = type(x) in (Tensor, nn.Parameter) and x.device.type == "cpu"
-    return plain and x.layout is torch.strided and not x.is_quantized
+    return isinstance(x, Tensor) and _are_plain([x])
 
 
-def _has_plain_weights(module: nn.Module) -> bool:
-    """Whether its weights are where its class puts them, and nothing but tensors on the CPU."""
-    tensors = (*module._parameters.values(), *module._buffers.values())
-    return "weight" in module._parameters and all(t is None or _is_plain(t) for t in tensors)
+def _have_plain_weights(modules: Sequence[nn.Module]) -> bool:
+    """Whether their weights are where their classes put them, and tensors on the CPU."""
+    tensors = [t for m in modules for t in (*m._parameters.values(), *m._buffers.values())]
+    return all("weight" in m._parameters for m in modules) and _are_plain(
+        [t for t in tensors if t is not None]
+    )
+
+
+def _are_plain(tensors: Sequence[Tensor]) -> bool:
+    return (
+        set(map(type, tensors)) <= {Tensor, nn.Parameter}
+        and set(map(_DEVICE, tensors)) <= {torch.device("cpu")}
+        and set(map(_LAYOUT, tensors)) <= {torch.strided}
+        and not any(map(_IS_QUANTIZED, tensors))
+    )
 
 
 def has_hooks(module: nn.Module) -> bool:

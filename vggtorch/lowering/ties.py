@@ -162,7 +162,8 @@ class Ties:
             if tie not in parted:
                 tie.sync()
         for module, layer in self.norms:
-            module.frozen = not layer.trainable
+            if module.frozen is layer.trainable:
+                module.frozen = not layer.trainable
 
     def find(self) -> None:
         """Let Keras follow `.to()`, which puts other buffers in place and registers nothing."""
