@@ -1,10 +1,22 @@
-"""Keras in another dtype, for comparisons that rounding must not blur."""
+"""Keras in another dtype, for comparisons that rounding must not blur; what oneDNN computes in."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import keras
+import pytest
+import torch
 from keras.src.backend.common import dtypes
+
+from vggtorch.lowering import has_fused_ops
+
+needs_onednn, needs_bfloat16 = (
+    pytest.mark.skipif(
+        not has_fused_ops(torch.empty(0), dtype), reason=f"oneDNN has no kernels for {dtype} here"
+    )
+    for dtype in (torch.float32, torch.bfloat16)
+)
+BFLOAT16 = pytest.param(torch.bfloat16, marks=needs_bfloat16)
 
 
 @contextmanager

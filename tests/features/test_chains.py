@@ -10,6 +10,7 @@ import pytest
 import torch
 from kept import kept_for_backward, plain_network
 from keras import layers
+from precision import BFLOAT16
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import vggtorch as vt
@@ -82,7 +83,7 @@ TAPS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, BFLOAT16])
 @pytest.mark.parametrize("taps", TAPS)
 def test_values_and_gradients_are_torchs(taps, dtype, runs):
     extractor = vt.FeatureExtractor(network(), taps, normalization=None)
@@ -247,7 +248,7 @@ def by_winograd(monkeypatch, winograd_always):
     return seen
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, BFLOAT16])
 @pytest.mark.parametrize("trainable", [False, True])
 def test_values_and_gradients_by_winograd(trainable, dtype, runs, by_winograd):
     settings = {"normalization": None, "trainable": trainable}

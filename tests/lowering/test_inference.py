@@ -15,13 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import vggtorch as vt  # isort: skip  (first: it selects Keras's torch backend)
 import keras
 from keras import layers
+from precision import BFLOAT16, needs_bfloat16, needs_onednn
 from small_vgg import assert_close, images, randomise, small_vgg
-
-from vggtorch.lowering.kernels import has_fused_ops
-
-needs_onednn = pytest.mark.skipif(
-    not has_fused_ops(torch.zeros(1), torch.bfloat16), reason="oneDNN with bfloat16 is missing"
-)
 
 
 def with_branches() -> keras.Model:
@@ -79,7 +74,7 @@ def test_channels_first_as_to_torch_has_it() -> None:
     torch.testing.assert_close(engine(x.permute(0, 3, 1, 2)), model(x, training=False))
 
 
-@pytest.mark.parametrize("half", [None, pytest.param(torch.bfloat16, marks=needs_onednn)])
+@pytest.mark.parametrize("half", [None, BFLOAT16])
 def test_maps_lie_in_memory_as_torchs_modules_give_them(half: torch.dtype | None) -> None:
     image = keras.Input((8, 8, 3))
     model = keras.Model(image, layers.Conv2D(4, 3, activation="relu")(image))
@@ -90,7 +85,7 @@ def test_maps_lie_in_memory_as_torchs_modules_give_them(half: torch.dtype | None
 
 
 @pytest.mark.slow
-@needs_onednn
+@needs_bfloat16
 @pytest.mark.parametrize("use_winograd", [False, True])
 def test_in_bfloat16_it_takes_and_gives_float32(
     use_winograd: bool, winograd_always: None, narrow: None
@@ -164,8 +159,9 @@ def test_a_layer_that_counts_runs_once_a_call() -> None:
             assert_close(engine(x), one)
 
 
-@needs_onednn
-@pytest.mark.parametrize("dtype, tolerance", [(None, 1e-6), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize(
+    "dtype, tolerance", [(None, 1e-6), pytest.param(torch.bfloat16, 2e-2, marks=needs_bfloat16)]
+)
 @pytest.mark.parametrize("make", [words, attention, masked_attention, with_weights_that_stay])
 def test_layers_that_run_as_keras_runs_them(
     make: Callable[[], keras.Model], dtype: torch.dtype | None, tolerance: float

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.multiprocessing
 import torch.nn.functional as F
+from precision import needs_bfloat16
 from small_vgg import assert_close, images, on_keras, small_vgg
 
 from vggtorch.lowering import fused, kernels
@@ -112,9 +113,7 @@ def test_reshapes_compute_in_the_policys_dtype_too() -> None:
         assert actual.dtype == expected.dtype
 
 
-@pytest.mark.skipif(
-    not kernels.has_fused_ops(torch.empty(0), torch.bfloat16), reason="needs oneDNN in bfloat16"
-)
+@needs_bfloat16
 @pytest.mark.parametrize(("rows", "inside"), [(4, torch.float32), (200, torch.bfloat16)])
 def test_a_few_rows_of_inference_are_not_worth_a_cast_of_the_weight(
     rows: int, inside: torch.dtype, monkeypatch: pytest.MonkeyPatch

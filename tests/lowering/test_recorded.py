@@ -11,16 +11,12 @@ import torch
 import vggtorch as vt  # isort: skip  (first: it selects Keras's torch backend)
 import keras
 from keras import layers
+from precision import needs_bfloat16, needs_onednn
 from small_vgg import FUSED, operations, randomise, small_vgg
 
-from vggtorch.lowering import has_fused_ops, kernels, recorded
+from vggtorch.lowering import kernels, recorded
 
-pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
-    pytest.mark.skipif(
-        not has_fused_ops(torch.zeros(1), torch.bfloat16), reason="oneDNN with bfloat16 is missing"
-    ),
-]
+pytestmark = [pytest.mark.usefixtures("one_thread"), needs_onednn]
 
 
 def branches(image: Any) -> Any:
@@ -58,7 +54,9 @@ def graphs(engine: Any) -> list[Any]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype, tolerance", [(None, 1e-6), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize(
+    "dtype, tolerance", [(None, 1e-6), pytest.param(torch.bfloat16, 2e-2, marks=needs_bfloat16)]
+)
 @pytest.mark.parametrize("use_winograd", [False, True])
 def test_graphs_compute_what_the_steps_do(
     dtype: torch.dtype | None, tolerance: float, use_winograd: bool

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from keras import layers
+from precision import needs_bfloat16
 from small_vgg import assert_close, dropout_vgg, images, small_vgg
 
 import vggtorch as vt
@@ -112,6 +113,7 @@ def test_frozen_layers_stay_and_the_rest_learns(frozen: str) -> None:
             assert_close(found[name], value, 1e-4)
 
 
+@needs_bfloat16
 def test_under_autocast_it_learns_in_bfloat16(counts: Counts) -> None:
     model = small_vgg()
     x = images(model)

@@ -14,9 +14,10 @@ import keras
 from keras import layers
 from small_vgg import randomise
 
-from vggtorch.lowering import FusedConv2d
+from vggtorch.lowering import FusedConv2d, has_fused_ops
 from vggtorch.lowering.fused import PaddingConv2d
 from vggtorch.lowering.plan import Plan
+from vggtorch.lowering.winograd import WinogradConv2d
 
 Build = Callable[[Any], Any]
 
@@ -277,3 +278,24 @@ def test_a_frozen_start_leaves_out_no_pixel_that_the_rest_takes() -> None:
     by_keras = model(x.permute(0, 2, 3, 1), training=True)
     for one, expected in zip(network(x), by_keras, strict=True):
         torch.testing.assert_close(one.permute(0, 2, 3, 1), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_what_pads_by_itself_may_be_computed_winograds_way(monkeypatch: Any) -> None:
+    """As in networks from when Keras had no padding of its own but zeros."""
+    ran = []
+    convolve = WinogradConv2d.__call__
+
+    def noted(self: WinogradConv2d, *args: Any) -> torch.Tensor:
+        ran.append(self)
+        return convolve(self, *args)
+
+    monkeypatch.setattr(WinogradConv2d, "__call__", noted)
+    image = keras.Input((28, 28, 192))
+    x = layers.Conv2D(192, 3, activation="relu")(layers.ZeroPadding2D(1)(image))
+    model = keras.Model(image, x)
+    images = torch.rand(1, 28, 28, 192)
+    expected = model(images, training=False)
+    with torch.no_grad():
+        found = vt.to_torch(model, winograd=True).eval()(images)
+    assert has_fused_ops(images, images.dtype) == bool(ran)
+    assert (found - expected).norm() <= 1e-5 * expected.norm()

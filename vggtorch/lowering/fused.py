@@ -292,7 +292,8 @@ class PaddingConv2d(FusedConv2d):
     def __init__(
         self, apart: FusedConv2d, conv: nn.Conv2d, pad: nn.ZeroPad2d, zeros: tuple[int, ...]
     ) -> None:
-        super().__init__(conv, apart.norm, apart.activation, apart.mixed, apart.adds)
+        modules = conv, apart.norm, apart.activation
+        super().__init__(*modules, apart.mixed, apart.adds, apart.workspace)
         self.apart, self.pad, self.zeros = apart, pad, zeros
 
     def kernel_size(self) -> Sequence[int]:

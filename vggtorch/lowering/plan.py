@@ -220,7 +220,7 @@ def _have_plain_weights(modules: Sequence[nn.Module]) -> bool:
 def _are_plain(tensors: Sequence[Tensor]) -> bool:
     return (
         set(map(type, tensors)) <= {Tensor, nn.Parameter}
-        and set(map(_DEVICE, tensors)) <= {torch.device("cpu")}
+        and {device.type for device in set(map(_DEVICE, tensors))} <= {"cpu"}
         and set(map(_LAYOUT, tensors)) <= {torch.strided}
         and not any(map(_IS_QUANTIZED, tensors))
     )
