@@ -50,6 +50,20 @@ def test_a_new_layer_that_is_a_model_is_distilled(path):
     assert all((a != b).any() for a, b in zip(before, new.get_weights(), strict=True))
 
 
+@pytest.mark.parametrize("shape", [(16,), (20, 16)])
+def test_networks_of_vectors_and_of_sequences_are_distilled(shape):
+    keras.utils.set_random_seed(0)
+    x = inputs = keras.Input(shape)
+    for name in ("one", "two", "three"):
+        x = kl.Dense(24, activation="relu", name=name)(x)
+    model = keras.Model(inputs, x)
+    new = [kl.Dense(8, name="narrow"), kl.Dense(24, activation="relu", name="new")]
+    result = replace(model, "two", new)
+    seen = np.random.default_rng(0).normal(size=(200, *shape))
+    found = distill_(model, result, ["narrow", "new"], seen, steps=50)
+    assert found.after["three"] > max(0.85, found.before["three"])
+
+
 def test_networks_that_know_the_size_of_their_maps_take_whole_images(monkeypatch):
     """A PReLU with a slope for every pixel, and a reshaping that is no layer."""
     monkeypatch.setattr(examples, "CROP", 12)

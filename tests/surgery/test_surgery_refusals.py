@@ -120,6 +120,10 @@ ERRORS = {
     "unknown in remove": (lambda m: remove(m, ["block1_conv1", "x"]), "no layer 'x'"),
     "unknown in freeze": (lambda m: freeze_(m, "block9"), "has no layer 'block9'"),
     "a model on itself": (lambda m: stack(m, m), "'vgg16' has been called before and belongs to"),
+    "a tensor": (
+        lambda m: truncate(m, m.get_layer("block1_pool").output),
+        "received <MaxPooling2D name=block1_pool, built=True>; pass its name",
+    ),
     "no names": (lambda m: truncate(m, []), "truncate received no layer names"),
     "no names to remove": (lambda m: remove(m, []), "remove received no layer names"),
     "no names to replace": (

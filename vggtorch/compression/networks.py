@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from vggtorch.compression.deletion import THROUGH
-from vggtorch.compression.photographs import Photographs, packed
-from vggtorch.compression.sites import Site, find_depthwise, find_sites, run_once
+from vggtorch.compression.photographs import Photographs
+from vggtorch.compression.sites import Site, find_sites, run_once
 from vggtorch.files import first_line
 from vggtorch.keras_graph import calls, graph_of, operation_copy, producer, producing_call
 from vggtorch.lowering import network_of
-from vggtorch.surgery import cosines, remade, unfit_images
+from vggtorch.surgery import cosines, packed, remade, unfit_images
 
 COMPARED = 16  # whole images for the cosines that are returned
 BATCH = 8  # of crops
@@ -88,14 +88,15 @@ def networks_of(model: keras.Model, images: Photographs, keep: Sequence[str]) ->
             f"{model.name!r} gives NaN or infinite values for these images: look at its weights, "
             f"and at whether the images are preprocessed as it expects."
         )
+    sites, depthwise = find_sites(model, original, keep)
     work = torch.fx.GraphModule(original, original.graph).eval()
     return Networks(
         original,
         work,
         _names(taps),
         len(model.outputs),
-        tuple(find_sites(model, original, keep)),
-        tuple(find_depthwise(model, original, keep)),
+        tuple(sites),
+        tuple(depthwise),
         counter.get_total_flops() // 2,
         tuple(example.shape[1:]),
     )

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from vggtorch.keras_graph import data_format, raw_value
 from vggtorch.models import PREPROCESSING_SUFFIX, weight_set
-from vggtorch.surgery import checked_images
+from vggtorch.surgery import checked_images, crops
 from vggtorch.weight_sets import weight_set_named
 
 CROP = 112  # height and width of the crops that layers are fitted to
@@ -42,15 +42,7 @@ class Photographs:
             which = torch.arange(number) % len(source)
         else:
             which = torch.randperm(len(source), generator=generator)[:number]
-        starts = [
-            torch.randint(whole - part + 1, (number,), generator=generator).tolist()
-            for whole, part in zip(source.shape[2:], self.size, strict=True)
-        ]
-        crops = [
-            source[(i, slice(None), *(slice(a, a + n) for a, n in zip(at, self.size, strict=True)))]
-            for i, *at in zip(which.tolist(), *starts, strict=True)
-        ]
-        return packed(torch.stack(crops))
+        return crops(source, which, self.size, generator)
 
     def cropped(self, network: nn.Module) -> Photographs:
         """The same with smaller crops, if a network takes them; a Dense layer behind Flatten can't.
@@ -66,11 +58,6 @@ class Photographs:
         except (RuntimeError, ValueError):
             return self
         return smaller
-
-
-def packed(x: Tensor) -> Tensor:
-    """A batch in memory as convolutions like it best."""
-    return x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x.contiguous()
 
 
 def split(model: keras.Model, images: Any, seed: int) -> Photographs:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -75,54 +75,37 @@ def run_once(network: torch.fx.GraphModule, example: Tensor) -> list[Tensor]:
 
 def find_sites(
     model: keras.Model, network: torch.fx.GraphModule, keep: Collection[str] = ()
-) -> list[Site]:
-    """The sites of a model in the order of its computation, those of the layers `keep` left out.
+) -> tuple[list[Site], list[Site]]:
+    """What can be replaced, and depthwise convolutions, through which a channel goes by itself.
+
+    Both in the order of the computation, those of the layers `keep` left out.
 
     Args:
         model: the Keras model.
         network: its torch network, channels first, after `run_once`.
         keep: layers that stay as they are.
     """
-
-    def wanted(layer: keras.Layer, module: nn.Module) -> bool:
-        if type(layer) not in (keras.layers.Conv2D, keras.layers.Dense):
-            return False
-        if isinstance(module, nn.Conv2d) and (module.groups > 1 or set(module.dilation) != {1}):
-            return False
-        weight = getattr(module, "weight", None)
-        return weight is not None and min(weight[0].numel(), len(weight)) >= SMALL
-
-    return _found(model, network, keep, wanted)
-
-
-def find_depthwise(
-    model: keras.Model, network: torch.fx.GraphModule, keep: Collection[str] = ()
-) -> list[Site]:
-    """Depthwise convolutions, through which a channel goes by itself, as sites of one input."""
-
-    def wanted(layer: keras.Layer, module: nn.Module) -> bool:
-        return type(layer) is keras.layers.DepthwiseConv2D and layer.depth_multiplier == 1
-
-    return _found(model, network, keep, wanted)
-
-
-def _found(
-    model: keras.Model,
-    network: torch.fx.GraphModule,
-    keep: Collection[str],
-    wanted: Callable[[keras.Layer, nn.Module], bool],
-) -> list[Site]:
-    layers = {layer.name: layer for layer in model.layers}
+    layers = {layer.name: layer for layer in model.layers if layer.name not in keep}
     nodes = [node for node in network.graph.nodes if node.op == "call_module"]
     times = Counter(node.target for node in nodes)
-    found = []
+    found: list[Site] = []
+    depthwise: list[Site] = []
     for node in nodes:
         layer, module = layers.get(node.meta.get("layer")), network.get_submodule(str(node.target))
-        if layer is None or layer.name in keep or not isinstance(module, nn.Conv2d | nn.Linear):
+        if times[node.target] > 1 or not isinstance(module, nn.Conv2d | nn.Linear):
             continue
-        if times[node.target] == 1 and wanted(layer, module):
+        if type(layer) is keras.layers.DepthwiseConv2D and layer.depth_multiplier == 1:
+            depthwise.append(_site(layer.name, node, module))
+        elif type(layer) in (keras.layers.Conv2D, keras.layers.Dense) and _is_large(module):
             found.append(_site(layer.name, node, module))
-    return found
+    return found, depthwise
+
+
+def _is_large(module: nn.Conv2d | nn.Linear) -> bool:
+    """Whether a replacement is worth it, and known: there is none with groups or dilation."""
+    if isinstance(module, nn.Conv2d) and (module.groups > 1 or set(module.dilation) != {1}):
+        return False
+    return min(module.weight[0].numel(), len(module.weight)) >= SMALL
 
 
 def _site(name: str, node: torch.fx.Node, module: Any) -> Site:
@@ -131,7 +114,7 @@ def _site(name: str, node: torch.fx.Node, module: Any) -> Site:
     dense = isinstance(module, nn.Linear)
     before: Any = node.args[0]
     read = before
-    while read.op == "call_module" and read.meta["layer"] == name:
+    while read.op == "call_module" and read.meta.get("layer") == name:
         read = read.args[0]
     return Site(
         name,

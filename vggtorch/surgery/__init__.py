@@ -18,7 +18,7 @@ from vggtorch.surgery.arguments import checked_effort, checked_images, unfit_ima
 from vggtorch.surgery.channels import deletable_channels, delete_channels
 from vggtorch.surgery.composition import Composition, compose_
 from vggtorch.surgery.distillation import Distillation, Loss, distill_, relative_error
-from vggtorch.surgery.examples import cosines
+from vggtorch.surgery.examples import cosines, crops, packed
 from vggtorch.surgery.freezing import freeze_, unfreeze_
 from vggtorch.surgery.inputs import with_input
 from vggtorch.surgery.nesting import flatten, names_when_flat, rename
@@ -34,6 +34,7 @@ __all__ = [
     "checked_images",
     "compose_",
     "cosines",
+    "crops",
     "deletable_channels",
     "delete_channels",
     "distill_",
@@ -41,6 +42,7 @@ __all__ = [
     "freeze_",
     "insert",
     "names_when_flat",
+    "packed",
     "progress_of",
     "rate_at",
     "relative_error",

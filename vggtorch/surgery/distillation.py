@@ -200,10 +200,10 @@ def distill_(
     begun = time.monotonic()
     checked_effort(steps, seconds, seed)
     wiring = Wiring(result, "distill_")
-    new_layers = _inside(wiring, _full(wiring, layer_names(new_layers, "distill_")))
+    new_layers = _inside(wiring, layer_names(new_layers, "distill_"))
     if match is not None:
-        match = _full(wiring, [match] if isinstance(match, str) else match)
-        match = [viewed(name) for name in match]
+        match = [match] if isinstance(match, str) else match
+        match = [viewed("/".join(wiring.route(name))) for name in match]
     full_names = {viewed(path): path for path in wiring.layers_by_path()}
     original, result = flat_view(original, "distill_"), flat_view(result, "distill_")
     array = checked_images(images, original)
@@ -287,20 +287,11 @@ def _comparison(
     return means
 
 
-def _full(wiring: Wiring, names: Sequence[str]) -> list[str]:
-    """The full names of a model's layers; names that none has stay, and are refused later."""
-    known = wiring.layers_by_path()
-    return [
-        "/".join(wiring.route(n)) if any(f"/{path}".endswith(f"/{n}") for path in known) else n
-        for n in names
-    ]
-
-
 def _inside(wiring: Wiring, names: Sequence[str]) -> list[str]:
     """The names of layers in a model's view; in the place of nested models, of all in them."""
     layers = wiring.layers_by_path().items()
     found: dict[str, None] = {}
-    for name in names:
+    for name in ("/".join(wiring.route(name)) for name in names):
         inside = [
             path
             for path, layer in layers
@@ -312,18 +303,17 @@ def _inside(wiring: Wiring, names: Sequence[str]) -> list[str]:
     return [viewed(path) for path in found]
 
 
-def _matched(region: Region, match: str | Sequence[str] | None) -> list[str]:
+def _matched(region: Region, match: Sequence[str] | None) -> list[str]:
     """The layers whose outputs are to agree, in the order of the network."""
     if match is None:
         return next_smaller(region)
-    wanted = [match] if isinstance(match, str) else list(match)
-    unknown = [name for name in wanted if name not in region.behind]
-    if unknown or not wanted:
+    unknown = [name for name in match if name not in region.behind]
+    if unknown or not match:
         raise ValueError(
-            f"Received match={wanted}; expected layers behind the new ones: "
+            f"Received match={match}; expected layers behind the new ones: "
             f"{list(region.behind)}. Not among them: {unknown}."
         )
-    return [name for name in region.behind if name in wanted]
+    return [name for name in region.behind if name in match]
 
 
 def _starts(region: Region, moments: Sequence[Moments]) -> dict[str, Callable[[], object]]:

@@ -43,21 +43,22 @@ def wide(maps: Sequence[Tensor]) -> list[Tensor]:
     return [y.to(torch.promote_types(y.dtype, torch.float32)) for y in maps]
 
 
-def _crops(images: Tensor, number: int, size: int, generator: torch.Generator) -> Tensor:
-    """Squares at random places of random images, (number, C, size, size), channels-last."""
-    high, wide = (min(size, n) for n in images.shape[2:])
+def crops(images: Tensor, which: Tensor, size: Sequence[int], generator: torch.Generator) -> Tensor:
+    """Parts (number, C, *size) at random places of the images whose numbers are in `which`."""
+    starts = [
+        torch.randint(whole - part + 1, (len(which),), generator=generator).tolist()
+        for whole, part in zip(images.shape[2:], size, strict=True)
+    ]
+    drawn = [
+        images[(i, slice(None), *(slice(a, a + n) for a, n in zip(at, size, strict=True)))]
+        for i, *at in zip(which.tolist(), *starts, strict=True)
+    ]
+    return packed(torch.stack(drawn))
 
-    def draw(below: int) -> list[int]:
-        return torch.randint(below, (number,), generator=generator).tolist()
 
-    places = zip(
-        draw(len(images)),
-        draw(images.shape[2] - high + 1),
-        draw(images.shape[3] - wide + 1),
-        strict=True,
-    )
-    crops = [images[i, :, top : top + high, left : left + wide] for i, top, left in places]
-    return torch.stack(crops).contiguous(memory_format=torch.channels_last)
+def packed(x: Tensor) -> Tensor:
+    """A batch in memory as convolutions like it best."""
+    return x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x.contiguous()
 
 
 def parts(
@@ -65,8 +66,8 @@ def parts(
 ) -> tuple[Tensor, Tensor]:
     """A tenth of the images, drawn at random, and the others; (N, C, H, W)."""
     pixels = torch.from_numpy(images).to(device)
-    if layout == "channels_last":
-        pixels = pixels.permute(0, 3, 1, 2)  # NHWC -> NCHW view
+    if pixels.ndim > 2 and layout == "channels_last":
+        pixels = pixels.movedim(-1, 1)  # NHWC -> NCHW view
     pixels = pixels[torch.randperm(len(pixels), generator=generator).to(device)]
     return pixels[: len(pixels) // 10], pixels[len(pixels) // 10 :]
 
@@ -86,14 +87,16 @@ def sized_examples(
     reference = part(begin, ends)
     enter = None if begin is original.inputs[0] else part(original.inputs[0], [begin])
 
-    def examples(size: int, images: Tensor, number: int) -> Examples:
-        x = _crops(images, number, size, generator)
+    def examples(size: Sequence[int], images: Tensor, number: int) -> Examples:
+        which = torch.randint(len(images), (number,), generator=generator)
+        x = crops(images, which, size, generator)
         x = x if enter is None else in_batches(enter, x)[0]
         return Examples(x, in_batches(reference, x))
 
-    whole = max(images.shape[2:])
+    whole = images.shape[2:]
+    smaller = [min(CROP, n) for n in whole] if len(whole) == 2 else whole
     try:
-        return examples(min(CROP, whole), images, 1), partial(examples, CROP)
+        return examples(smaller, images, 1), partial(examples, smaller)
     except (RuntimeError, ValueError):
         pass
     try:

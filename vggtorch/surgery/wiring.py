@@ -373,6 +373,8 @@ def distinct(tensors: Iterable[Tensor]) -> list[Tensor]:
 
 def layer_names(layers: str | Iterable[str], verb: str) -> list[str]:
     """The names that a user passed as a list, each of them once."""
+    if isinstance(layers, Tensor):  # such as model.get_layer("block5_pool").output
+        layers = producer(layers)
     if not isinstance(layers, Iterable) or isinstance(layers, bytes | Layer):
         what = f"{layers!r}; pass its name" if isinstance(layers, Layer) else repr(layers)
         raise ValueError(f"{verb} expects a layer's name or several names, received {what}.")
