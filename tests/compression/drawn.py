@@ -39,7 +39,7 @@ class Drawn:
         tensors = [self.conv()(inputs)]
         for _ in range(choose.randint(2, 7)):
             tensors.append(self.step(tensors, nests=True))
-        outputs = [self.head(tensors[-1]), *choose.sample(tensors, choose.choice([0, 0, 1]))]
+        outputs: Any = [self.head(tensors[-1]), *choose.sample(tensors, choose.choice([0, 0, 1]))]
         if choose.random() < 0.3:
             outputs = {str(i): y for i, y in enumerate(outputs)}
         self.model = keras.Model(inputs, outputs, name=choose.choice(["net", "forward"]))

@@ -91,7 +91,8 @@ def find_sites(
     found: list[Site] = []
     depthwise: list[Site] = []
     for node in nodes:
-        layer, module = layers.get(node.meta.get("layer")), network.get_submodule(str(node.target))
+        layer: Any = layers.get(node.meta.get("layer"))
+        module = network.get_submodule(str(node.target))
         if times[node.target] > 1 or not isinstance(module, nn.Conv2d | nn.Linear):
             continue
         if type(layer) is keras.layers.DepthwiseConv2D and layer.depth_multiplier == 1:
