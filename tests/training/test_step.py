@@ -66,7 +66,7 @@ def test_a_loss_that_is_not_finite_stops_and_the_checkpoint_is_good(config):
     train = tiny.dataset()
     train.tensors[0][13, 0, 0, 0] = math.nan
     config = dataclasses.replace(config, batch_size=1, checkpoint_steps=1)
-    with pytest.raises(FloatingPointError, match=r"The loss is nan .*That step was not taken"):
+    with pytest.raises(FloatingPointError, match=r"not taken\. .*last\.pt is good \(vt"):
         finetune(tiny.network(), train, config=config)
     content = checkpoints.read(Path(config.output_dir) / "last.pt")
     assert all(torch.isfinite(tensor).all() for tensor in content["variables"])
@@ -102,7 +102,8 @@ def test_a_gradient_that_is_not_finite_stops(config):
         ]
     )
     before = tiny.weights(model)
-    with pytest.raises(FloatingPointError, match="norm of its gradient .* in step 0 of epoch 0"):
+    words = r"its gradient .* in step 0 of epoch 0\. That step was not taken\. Begin a new run with"
+    with pytest.raises(FloatingPointError, match=words):
         finetune(model, tiny.dataset(), config=config)
     assert all(map(np.array_equal, tiny.weights(model), before))
 

@@ -121,7 +121,7 @@ class Folder:
         seed: where random augmentation starts.
         root: the folder or the table.
         contents: SHA-256 of each file.
-        stamps: size and time of each file when it was hashed; empty where nobody looked.
+        stamps: size and time of each file when it was hashed.
     """
 
     paths: tuple[Path, ...]
@@ -133,7 +133,7 @@ class Folder:
     seed: int
     root: Path
     contents: tuple[str, ...]
-    stamps: tuple[tuple[int, int], ...] = ()
+    stamps: tuple[tuple[int, int], ...]
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -145,8 +145,7 @@ class Folder:
     def _check_unchanged(self, index: int) -> None:
         """See that a file holds the image that the run began with."""
         path = self.paths[index]
-        is_old = not self.stamps or stamp_of(path) == self.stamps[index]
-        if not is_old and files.sha256(path) != self.contents[index]:
+        if stamp_of(path) != self.stamps[index] and files.sha256(path) != self.contents[index]:
             raise ValueError("it holds another image")
 
     def _image(self, index: int, augmentation: int) -> torch.Tensor:
@@ -264,7 +263,7 @@ def hold_out(folder: Folder, share: float) -> tuple[Folder, Folder]:
             paths=tuple(folder.paths[i] for i in chosen),
             labels=tuple(folder.labels[i] for i in chosen),
             contents=tuple(folder.contents[i] for i in chosen),
-            stamps=tuple(folder.stamps[i] for i in chosen) if folder.stamps else (),
+            stamps=tuple(folder.stamps[i] for i in chosen),
             digest=hashlib.sha256(folder.digest.encode() + mask.tobytes()).hexdigest(),
             augment=augment,
         )

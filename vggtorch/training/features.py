@@ -161,7 +161,9 @@ def _compute(
     with files.atomic(path, body=()) if is_main else contextlib.nullcontext(path) as temporary:
         layout: list[Any] = [None]
         if is_main:
-            shape = (copies, len(source), *_feature_shape(prefix, source))
+            images, _ = source[[(0, 0)]]
+            made = prefix.compute_output_shape(tuple(images.shape))
+            shape = (copies, len(source), *made[1:])
             _clear(path)
             _check_space(path.parent, shape, np.dtype(dtype).itemsize)
             with files.naming(path, OSError), temporary.open("wb") as file:
@@ -230,13 +232,6 @@ def _clear(path: Path) -> None:
             lock if name != path.name else contextlib.nullcontext(),
         ):
             left.unlink(missing_ok=True)
-
-
-def _feature_shape(
-    prefix: keras.Model, source: Folder | DatasetSource | Features
-) -> tuple[int, ...]:
-    images, _ = source[[(0, 0)]]
-    return tuple(prefix.compute_output_shape(tuple(images.shape))[1:])
 
 
 def _check_space(folder: Path, shape: tuple[int, ...], itemsize: int) -> None:

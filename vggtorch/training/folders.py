@@ -39,7 +39,7 @@ class Labelled(NamedTuple):
     path: Path
     label: int
     digest: str
-    stamp: tuple[int, int] = (0, 0)
+    stamp: tuple[int, int]
 
 
 @dataclass(frozen=True)

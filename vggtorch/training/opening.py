@@ -89,12 +89,6 @@ def _counts(train: Images, pattern: str | None) -> tuple[int, int] | None:
     return (len(dataset), len(classes)) if classes and hasattr(dataset, "__len__") else None
 
 
-def _changed(config: TrainConfig) -> set[str]:
-    """The settings that aren't the defaults."""
-    fields = dataclasses.fields(TrainConfig)
-    return {f.name for f in fields if getattr(config, f.name) != f.default}
-
-
 def _called(given: Any) -> str:
     """An optimizer or a loss of Keras by its name."""
     return visible(getattr(given, "name", getattr(given, "__name__", given)), 60)
@@ -135,7 +129,8 @@ def first_lines(
     is_frozen = frozen_end(model) is not model.inputs[0]
     if mixes(config) and config.cache and is_frozen:
         lines.append("Cached: nothing; frozen layers run in every step, as mixed images are new")
-    unused = [n for n in ("cache_copies", "cache_dtype", "cache_dir") if n in _changed(config)]
+    of_cache = ("cache_copies", "cache_dtype", "cache_dir")
+    unused = [n for n in of_cache if getattr(config, n) != getattr(TrainConfig, n)]
     if unused and not (config.cache and (is_frozen or config.unfreeze)):
         because = ", as no layer is frozen" if config.cache else ""
         lines.append(f"Cached: nothing{because}, so that nothing follows from {', '.join(unused)}")

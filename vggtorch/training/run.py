@@ -216,8 +216,9 @@ def _tell_of_repeats(training: Any, other: Any, name: str) -> None:
 
 def _splits(given: Images) -> Splits:
     """What trains, validates and tests of what the user passed as one."""
-    if isinstance(given, list | tuple) and given and _is_plain(given[0]):
-        paths = isinstance(given[0], str | Path)
+    # A list of paths, or of images and labels as Keras takes them, is no Dataset.
+    first = given[0] if isinstance(given, list | tuple) and given else None
+    if (paths := isinstance(first, str | Path)) or hasattr(first, "__array__"):
         raise ValueError(
             f"Received a {type(given).__name__} of {'paths' if paths else 'arrays'}; expected "
             + (
@@ -241,11 +242,6 @@ def _splits(given: Images) -> Splits:
             f"validation and test, each once."
         )
     return Splits(**parts)
-
-
-def _is_plain(one: Any) -> bool:
-    """Whether a list of such is no Dataset: of paths, or images and labels as Keras takes them."""
-    return isinstance(one, str | Path) or hasattr(one, "__array__")
 
 
 def _with_classes_of(training: Any, other: Any, name: str) -> Any:

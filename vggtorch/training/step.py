@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import warnings
+from pathlib import Path
 from typing import Any
 
 import keras
@@ -58,11 +59,12 @@ def train_step_(
     norm = accelerator.clip_grad_norm_(state.trained.values(), config.max_grad_norm or math.inf)
     loss, correct = accelerator.reduce(total).tolist()
     if not (math.isfinite(loss) and math.isfinite(norm)):
+        last = Path(config.output_dir, "last.pt")
+        good = f" {last} is good (vt.load_checkpoint_ takes its weights)." if last.exists() else ""
         raise FloatingPointError(
             f"The loss is {loss / batch.size:.4g} and the norm of its gradient {norm:.4g} in step "
-            f"{progress.step} of epoch {progress.epoch}. That step was not taken, and the last "
-            f"good checkpoint is in {config.output_dir}. Begin a new run from its weights "
-            f"(load_checkpoint_) with a lower learning_rate, a max_grad_norm or precision='fp32'."
+            f"{progress.step} of epoch {progress.epoch}. That step was not taken.{good} Begin a "
+            f"new run with a lower learning_rate, a max_grad_norm or precision='fp32'."
         )
     state.optimizer.step()
     if config.ema_decay is not None:

@@ -6,6 +6,7 @@ import csv
 import json
 import re
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,7 +24,8 @@ COLUMNS = {  # what each column may be called; the first is the name in messages
     "path": ("path", "file", "file_name", "filename", "file_path", "filepath", "image",
              "image_path"),
     "label": ("label", "class", "class_name", "category", "target"),
-    "split": ("split", "set", "subset", "is_valid"),
+    "split": ("split", "set", "subset"),
+    "is_valid": ("is_valid",),
 }  # fmt: skip
 _NUMBER = re.compile(r"[+-]?\d+(\.\d*)?")
 
@@ -133,17 +135,16 @@ def _row(table: Path, line: int, cells: Mapping[str, Any]) -> Row:
 
 
 def _meanings(table: Path, names: Iterable[str]) -> dict[str, str]:
-    """Name of a column -> what it means here; of `is_valid` its own name."""
+    """Name of a column -> what it means here."""
     names = list(names)
     found = _meanings_of(names)
-    for meaning in COLUMNS:
-        fitting = [n for n in names if found.get(n, "").replace("is_valid", "split") == meaning]
-        if len(fitting) > 1 or (not fitting and meaning != "split"):
-            raise ValueError(
-                f"{table} has the columns {', '.join(map(repr, names))}; expected one of paths and "
-                f"one of labels, named path and label (or {', '.join(COLUMNS['path'][1:])}; "
-                f"{', '.join(COLUMNS['label'][1:])}), and perhaps one named split."
-            )
+    count = Counter(found.get(name) for name in names)
+    if not count["path"] == count["label"] == 1 or count["split"] + count["is_valid"] > 1:
+        raise ValueError(
+            f"{table} has the columns {', '.join(map(repr, names))}; expected one of paths and "
+            f"one of labels, named path and label (or {', '.join(COLUMNS['path'][1:])}; "
+            f"{', '.join(COLUMNS['label'][1:])}), and perhaps one named split."
+        )
     if others := [name for name in names if name not in found]:
         shown = [repr(name) if name.strip() else "one without a name" for name in others]
         warnings.warn(
@@ -155,13 +156,9 @@ def _meanings(table: Path, names: Iterable[str]) -> dict[str, str]:
 
 def _meanings_of(names: Iterable[str]) -> dict[str, str]:
     """The names that mean something here, and what."""
-    found: dict[str, str] = {}
-    for name in names:
-        plain = name.strip().lower().replace(" ", "_")
-        for meaning, known in COLUMNS.items():
-            if plain in known:
-                found[name] = "is_valid" if plain == "is_valid" else meaning
-    return found
+    plain = {name: name.strip().lower().replace(" ", "_") for name in names}
+    known = {called: meaning for meaning, names in COLUMNS.items() for called in names}
+    return {name: known[called] for name, called in plain.items() if called in known}
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
