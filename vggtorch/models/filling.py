@@ -182,6 +182,21 @@ def best_weight_set(architecture: str) -> tuple[str, str]:
     raise OSError("No pretrained weights can be had.\n" + "\n".join(missing))
 
 
+def checkpoint_of(
+    source: str | PathLike, variables: Mapping[str, keras.Variable], name: str = ""
+) -> weights.Checkpoint:
+    """A file's checkpoint, or what a weight set has for the network with these variables.
+
+    Of several networks that have them, the one of the `name` is meant.
+    """
+    named = {key: v for key, v in variables.items() if key.partition("/")[0] in VGG_LAYERS}
+    shapes = {key: tuple(variable.shape) for key, variable in named.items()}
+    candidates = weights.identify(shapes) or list(ARCHITECTURES.values())
+    candidates = [a for a in candidates if a.name == name] or candidates
+    include_top = any(key.startswith(("fc1/", "fc2/", "predictions/")) for key in shapes)
+    return weights.converted(path_of(source, candidates, include_top=include_top))
+
+
 def path_of(
     source: str | PathLike, candidates: list[Architecture], *, include_top: bool = False
 ) -> Path:

@@ -20,7 +20,7 @@ from vggtorch import files, paths, weights
 from vggtorch.architectures import ARCHITECTURES
 from vggtorch.checks import check_model
 from vggtorch.keras_graph import all_layers, raw_value
-from vggtorch.models.filling import VGG_LAYERS, named_variables, path_of, settle_
+from vggtorch.models.filling import checkpoint_of, named_variables, settle_
 from vggtorch.models.leftovers import check, tell
 from vggtorch.models.matching import match
 from vggtorch.models.memory import (
@@ -130,35 +130,20 @@ def load_weights(
     _check_built(model, "load_weights")
     if not isinstance(partial, bool | np.bool_):
         raise ValueError(f"Received partial={partial!r}; expected True or False.")
-    prefixed = bool(prefixes_of(model))
-    if prefixed and isinstance(source, str) and source in WEIGHT_SETS:
-        return _load_networks_(model, source, None, partial)
-    variables = named_variables(model)
-    shapes = {
-        key: tuple(variable.shape)
-        for key, variable in variables.items()
-        if key.split("/")[0] in VGG_LAYERS
-    }
-    candidates = weights.identify(shapes) or list(ARCHITECTURES.values())
-    candidates = [a for a in candidates if a.name == model.name] or candidates
-    include_top = any(key.startswith(("fc1/", "fc2/", "predictions/")) for key in shapes)
+    prefixed, variables = bool(prefixes_of(model)), named_variables(model)
+    checkpoint = None  # where each network under a prefix has its own
     if isinstance(source, Mapping):
         plain = {k: raw_value(v) if isinstance(v, keras.Variable) else v for k, v in source.items()}
         checkpoint = weights.converted(plain if type(source) is dict else source)
+    elif not (prefixed and isinstance(source, str) and source in WEIGHT_SETS):
+        checkpoint = checkpoint_of(source, variables, model.name)
+    if checkpoint is None or (prefixed and not names_layers_of(model, checkpoint)):
+        networks = networks_of(model, source, checkpoint, partial=partial)
     else:
-        checkpoint = weights.converted(path_of(source, candidates, include_top=include_top))
-    if prefixed and not names_layers_of(model, checkpoint):
-        return _load_networks_(model, source, checkpoint, partial)
-    found = match(model, variables, checkpoint)
-    left = check(found, source, partial=partial)
-    return _loaded_(model, [Network("", variables, checkpoint, found, left)], partial)
-
-
-def _load_networks_(
-    model: keras.Model, source: Source, checkpoint: weights.Checkpoint | None, partial: bool
-) -> keras.Model | PartialLoad:
-    """Load a checkpoint of plain names, or each network's own, into networks under prefixes."""
-    return _loaded_(model, networks_of(model, source, checkpoint, partial=partial), partial)
+        found = match(model, variables, checkpoint)
+        left = check(found, source, partial=partial)
+        networks = [Network("", variables, checkpoint, found, left)]
+    return _loaded_(model, networks, partial)
 
 
 def _loaded_(
@@ -247,7 +232,8 @@ def save_weights(model: keras.Model, path: str | PathLike) -> None:
     """
     _check_built(model, "save_weights")
     if not isinstance(path, str | PathLike) or not str(path).endswith(ENDINGS):
-        whole = " (model.save(path) writes the whole model)" if _is_whole_model(path) else ""
+        is_whole = str(path).endswith(MODELS)
+        whole = " (model.save(path) writes the whole model)" if is_whole else ""
         raise ValueError(
             f"Received {path!r}; expected a name that ends in {', '.join(ENDINGS)}.{whole}"
         )
@@ -300,10 +286,6 @@ def _check_kept(model: keras.Model) -> None:
             f"lost: {weights.shortened(lost)}. Make them weights (self.add_weight), or buffers "
             f"with persistent=False where they are no state."
         )
-
-
-def _is_whole_model(path: Any) -> bool:
-    return isinstance(path, str | PathLike) and str(path).endswith((".keras", ".h5", ".hdf5"))
 
 
 MARGIN = 2**26  # bytes by which a configuration may ask for more weights than a file has

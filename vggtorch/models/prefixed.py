@@ -14,9 +14,7 @@ from typing import Any
 
 import keras
 
-from vggtorch import weights
-from vggtorch.architectures import ARCHITECTURES
-from vggtorch.models.filling import VGG_LAYERS, named_variables, path_of
+from vggtorch.models.filling import VGG_LAYERS, checkpoint_of, named_variables
 from vggtorch.models.leftovers import check
 from vggtorch.models.matching import Match, match
 from vggtorch.weight_sets import WEIGHT_SETS
@@ -83,7 +81,7 @@ def networks_of(
             for key, variable in named_variables(model).items()
             if key.startswith(prefix) and key.removeprefix(prefix).partition("/")[0] in VGG_LAYERS
         }
-        one = checkpoint or _published(str(source), variables)
+        one = checkpoint or checkpoint_of(str(source), variables)
         try:
             found = match(model, variables, one, prefix=prefix)
             left = check(found, source, partial=partial)
@@ -94,11 +92,3 @@ def networks_of(
             ) from error
         made.append(Network(prefix, variables, one, found, left))
     return made
-
-
-def _published(weight_set: str, variables: Mapping[str, keras.Variable]) -> Checkpoint:
-    """The published weights of the network that has these variables."""
-    shapes = {key: tuple(variable.shape) for key, variable in variables.items()}
-    top = any(key.startswith(("fc1/", "fc2/", "predictions/")) for key in shapes)
-    networks = weights.identify(shapes) or list(ARCHITECTURES.values())
-    return weights.converted(path_of(weight_set, networks, include_top=top))

@@ -270,7 +270,7 @@ def to_views(tensors: Mapping[str, torch.Tensor], form: str) -> dict[str, torch.
     if _fitting({key: kept[key] for key in vgg}) is None:  # a classifier of the user's own
         vgg = {key for key in vgg if key.startswith("features.")}
         vgg -= _appended(_shapes({key: kept[key] for key in vgg}))
-    converted = _converted({key: kept[key] for key in vgg}) if vgg else {}
+    converted = _views({key: kept[key] for key in vgg}) if vgg else {}
     return converted | {key: tensor for key, tensor in kept.items() if key not in vgg}
 
 
@@ -316,32 +316,24 @@ def _fitting(tensors: Mapping[str, torch.Tensor]) -> dict[str, Rule] | None:
 def _views(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Torchvision's named tensors as Keras's, fc1's kernel not flattened yet.
 
+    A convolution may have other numbers of channels than the network's own has. Whether the model
+    that they go into has the same ones is seen there.
+
     Raises ValueError, with both lists, where they are not those of a network.
     """
-    table = _fitting(tensors) or _choose(_shapes(tensors), "torch").table
+    table, shapes = _fitting(tensors), _shapes(tensors)
+    if table is None:
+        nearest = min(_candidates(shapes, "torch"), key=lambda c: c.misfits - len(c.differing))
+        table = {key: rule for key, rule in nearest.table.items() if key in tensors}
+        if (
+            nearest.unexpected
+            or nearest.missing
+            or any(key.startswith("classifier") for key in tensors)
+            or any(len(shapes[key]) != len(rule.split) for key, rule in table.items())
+        ):
+            _choose(shapes, "torch")  # which raises
+        table = {key: replace(rule, split=shapes[key]) for key, rule in table.items()}
     return {r.keras_key: r.to_view(tensors[key]) for key, r in table.items() if key in tensors}
-
-
-def _converted(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """As `_views`; a convolution may have other numbers of channels than the network's own has.
-
-    Whether the model that they go into has the same ones is seen there.
-    """
-    shapes = _shapes(tensors)
-    nearest = min(_candidates(shapes, "torch"), key=lambda c: c.misfits - len(c.differing))
-    present = {key: rule for key, rule in nearest.table.items() if key in tensors}
-    if (
-        _fitting(tensors) is not None
-        or nearest.unexpected
-        or nearest.missing
-        or any(key.startswith("classifier") for key in tensors)
-        or any(len(shapes[key]) != len(rule.split) for key, rule in present.items())
-    ):
-        return _views(tensors)  # which raises where they are no network's
-    return {
-        rule.keras_key: replace(rule, split=shapes[key]).to_view(tensors[key])
-        for key, rule in present.items()
-    }
 
 
 def traced(
