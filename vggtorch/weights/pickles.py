@@ -348,31 +348,20 @@ def _ordered(_: _Machine, arguments: list[_Value]) -> _Value:
     return _Value("ordered")
 
 
-def _counter(_: _Machine, arguments: list[_Value]) -> _Value:
-    if [value.kind for value in arguments] not in ([], ["dict"]):
-        raise ValueError("its pickle makes a Counter of what is no dict")
-    return _Value("counter")
+def _made(name: str, of: str) -> Callable[[_Machine, list[_Value]], _Value]:
+    """What makes a value of a kind of others, or of nothing."""
+
+    def make(_: _Machine, arguments: list[_Value]) -> _Value:
+        if any(value.kind != of for value in arguments):
+            raise ValueError(f"its pickle makes a {name} of what is no {of}")
+        return _Value(name)
+
+    return make
 
 
 def _set(_: _Machine, arguments: list[_Value]) -> _Value:
-    (items,) = arguments
-    if items.kind != "list":
-        raise ValueError("its pickle makes a set of what is no list")
-    _check_keys(items.content)
-    return _Value("set")
-
-
-def _size(_: _Machine, arguments: list[_Value]) -> _Value:
-    (items,) = arguments
-    if items.kind != "tuple":
-        raise ValueError("its pickle makes a torch.Size of what is no tuple")
-    return _Value("size")
-
-
-def _device(_: _Machine, arguments: list[_Value]) -> _Value:
-    if any(value.kind != "plain" for value in arguments):
-        raise ValueError("its pickle makes a device of what has no name")
-    return _Value("device")
+    _check_keys(item for value in arguments for item in value.content)
+    return _made("set", "list")(_, arguments)
 
 
 def _bytes(_: _Machine, arguments: list[_Value]) -> _Value:
@@ -393,11 +382,11 @@ def _parameter(_: _Machine, arguments: list[_Value]) -> _Value:
 
 _CALLS: dict[str, Callable[[_Machine, list[_Value]], _Value]] = {
     "collections OrderedDict": _ordered,
-    "collections Counter": _counter,
+    "collections Counter": _made("Counter", "dict"),
     "builtins set": _set,
     "__builtin__ set": _set,
-    "torch Size": _size,
-    "torch device": _device,
+    "torch Size": _made("Size", "tuple"),
+    "torch device": _made("device", "plain"),
     "_codecs encode": _bytes,
     "torch._utils _rebuild_tensor_v2": _Machine.tensor,
     "torch._utils _rebuild_tensor_v3": _Machine.tensor,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -57,7 +57,7 @@ def _imagenet() -> Iterator[Published]:
         ("vgg19_bn", 74.218, 91.842, "c79401a0",
          "f8249087e63bae61c6166bb23d7c26efe1b2a43fd9fb5cd60ac6ce00535ba312"),
     ):  # fmt: skip
-        yield Published(
+        first = Published(
             f"{name}-{torchvision}.pth",
             "imagenet",
             name,
@@ -68,20 +68,13 @@ def _imagenet() -> Iterator[Published]:
             (acc1, acc5),
             "BSD-3-Clause",
         )
+        yield first
         if timm:
             # The published hash of vgg13's is that of its other file.
             file = "pytorch_model.bin" if name == "vgg13" else "model.safetensors"
-            yield Published(
-                f"{name}.tv_in1k-{timm[:8]}{Path(file).suffix}",
-                "imagenet",
-                name,
-                True,
-                timm,
-                "hub",
-                f"timm/{name}.tv_in1k/{file}",
-                (acc1, acc5),
-                "BSD-3-Clause",
-            )
+            local = f"{name}.tv_in1k-{timm[:8]}{Path(file).suffix}"
+            address = f"timm/{name}.tv_in1k/{file}"
+            yield replace(first, file=local, sha256=timm, place="hub", address=address)
 
 
 PUBLISHED: dict[str, Published] = {
