@@ -133,7 +133,9 @@ class FeatureExtractor(nn.Module):
         """The value of each tap for images of the layout and range that were named."""
         compiling = torch.compiler.is_compiling() or torch.jit.is_tracing()
         if not compiling:
-            self.pixels.check(images, values=_on_cpu(images) or not self._is_checked)
+            # Looking at values costs no wait where there is no GPU.
+            on_cpu = isinstance(images, Tensor) and images.device.type == "cpu"
+            self.pixels.check(images, values=on_cpu or not self._is_checked)
             self._is_checked = True
             if not self.trainable and any(p.requires_grad for p in self.network.parameters()):
                 self.network.requires_grad_(False)  # the Keras model was frozen and unfrozen again
@@ -206,11 +208,6 @@ class FeatureExtractor(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles make their own."""
         return self.__dict__ | {"_made": None}
-
-
-def _on_cpu(images: Any) -> bool:
-    """Whether looking at the values costs no wait for a GPU."""
-    return isinstance(images, Tensor) and images.device.type == "cpu"
 
 
 def _checked_taps(taps: Sequence[str]) -> list[str]:

@@ -185,9 +185,7 @@ def _remember_anew(model: keras.Model, checkpoint: weights.Checkpoint, labelled:
     """
     network = _first_network(model)
     before = weight_set(network) or weight_set(model)
-    outputs = getattr(model, "outputs", None) or []  # a subclassed model has none
-    shape = keras.tree.flatten([t.shape for t in outputs]) if labelled else []
-    classes = (shape[-1] or 0) if len(outputs) == 1 and shape else 0
+    classes = _classes(model) if labelled else 0
     remember_checkpoint_(network, checkpoint, classes if network is model else 0)
     if network is not model and weight_set(model) is not None:
         remember_checkpoint_(model, checkpoint, classes)
@@ -197,6 +195,12 @@ def _remember_anew(model: keras.Model, checkpoint: weights.Checkpoint, labelled:
             f"longer remembers {before!r}: name it, preprocess(images, {before!r}), if they do.",
             stacklevel=4,
         )
+
+
+def _classes(model: keras.Model) -> int:
+    """The units of a model's one output, 0 where it has several, or none that one knows."""
+    outputs = getattr(model, "outputs", None) or []  # a subclassed model has none
+    return int(outputs[0].shape[-1] or 0) if len(outputs) == 1 else 0
 
 
 def _first_network(model: keras.Model) -> keras.Model:
@@ -362,9 +366,7 @@ def _remembering(model: keras.Model, path: Path) -> keras.Model:
             stacklevel=3,
         )
         return model
-    shape = keras.tree.flatten([tensor.shape for tensor in model.outputs])
-    labelled = network is model and len(model.outputs) == 1
-    remember_checkpoint_(network, checkpoint, shape[-1] or 0 if labelled else 0)
+    remember_checkpoint_(network, checkpoint, _classes(model) if network is model else 0)
     return model
 
 

@@ -78,101 +78,6 @@ def _connect(
     return x
 
 
-def _build(
-    architecture: Architecture,
-    weights: str | PathLike | None,
-    *,
-    include_top: bool,
-    input_tensor: keras.KerasTensor | None,
-    input_shape: tuple[int | None, ...] | None,
-    pooling: str | None,
-    classes: int,
-    classifier_activation: str | Callable | None,
-    name: str,
-    dropout: float,
-    include_preprocessing: bool,
-    prefix: str,
-) -> keras.Model:
-    if pooling not in (None, "avg", "max"):
-        raise ValueError(f"Received pooling={pooling!r}; expected None, 'avg' or 'max'.")
-    if not isinstance(dropout, Real) or not 0 <= dropout < 1:
-        raise ValueError(f"Received dropout={dropout!r}; expected a rate from 0 to below 1.")
-    if include_top:
-        classes = whole("classes", classes)
-    _check_shape(input_shape)
-    published = isinstance(weights, str) and weights in WEIGHT_SETS
-    if published and include_top and classes != CLASSES:
-        raise ValueError(
-            f"Received classes={classes} with weights={weights!r} and include_top=True, whose "
-            f"classifier has {CLASSES}. Use include_top=False and stack a head of your own, or "
-            f"weights=None."
-        )
-    if weights is not None and include_top and classifier_activation not in (None, "softmax"):
-        raise ValueError(
-            f"Received classifier_activation={classifier_activation!r} with pretrained weights; "
-            f"expected 'softmax', or None for logits."
-        )
-    sizes = input_shape if input_tensor is None else getattr(input_tensor, "shape", (None,))[1:]
-    if published and include_top and sizes and tuple(sizes) != SHAPES[_data_format()]:
-        raise ValueError(
-            f"Received images of {tuple(sizes)} with weights={weights!r} and include_top=True; "
-            f"this classifier reads a map of 7x7, which images of {SHAPES[_data_format()]} give. "
-            f"Use include_top=False and stack a head of your own, or take other sizes by adaptive "
-            f"pooling, as torchvision does: vt.with_input(vt.insert(vgg, 'block5_pool', "
-            f"keras.layers.AdaptiveAveragePooling2D(7)), {tuple(sizes)}), with the vgg of "
-            f"{SHAPES[_data_format()]}."
-        )
-    # The checkpoint first: what can't be had should cost no time.
-    checkpoint = weight_set = None
-    if weights is not None:
-        checkpoint = converted(path_of(weights, [architecture], include_top=include_top))
-        weight_set = checkpoint.weight_set
-    if include_preprocessing and weights is not None and weight_set is None:
-        raise ValueError(
-            f"include_preprocessing=True needs to know the preprocessing, and {weights!r} does not "
-            f"say which weight set it belongs to. Use include_preprocessing=False and preprocess()."
-        )
-
-    input_shape = obtain_input_shape(
-        input_shape,
-        default_size=224,
-        min_size=32,
-        data_format=keras.config.image_data_format(),
-        require_flatten=include_top,
-        weights="imagenet" if published else None,
-    )
-    # Random values that the checkpoint would replace are never made: the model is built without.
-    with keras.device("meta") if checkpoint else keras.device(device()):
-        if input_tensor is None:
-            inputs = image = layers.Input(shape=input_shape)
-        elif keras.backend.is_keras_tensor(input_tensor):
-            image, inputs = input_tensor, keras.utils.get_source_inputs(input_tensor)
-        else:
-            raise ValueError(
-                f"Received input_tensor of type {type(input_tensor).__name__}; expected a Keras "
-                f"tensor, such as keras.Input(shape=(160, 160, 3))."
-            )
-        if include_preprocessing:
-            known = weight_set or "imagenet"
-            image = as_layers(image, known, prefix)
-        outputs = _connect(
-            image,
-            architecture,
-            include_top=include_top,
-            pooling=pooling,
-            classes=classes,
-            classifier_activation=classifier_activation,
-            dropout=dropout,
-            prefix=prefix,
-        )
-        model = keras.Model(inputs, outputs, name=name)
-    if weights is not None and checkpoint is not None:
-        values = values_for(model, checkpoint, weights, backbone=not include_top, prefix=prefix)
-        fill_(model, values)
-        return remember_checkpoint_(model, checkpoint, classes if include_top else 0)
-    return model
-
-
 def _check_shape(shape: Any) -> None:
     """Refuse what is no shape of an image, and channels that are open."""
     sides = list(shape) if isinstance(shape, Sequence | np.ndarray) else []
@@ -222,20 +127,85 @@ def _constructor(plain_name: str) -> Callable[..., keras.Model]:
             if isinstance(value, str):
                 raise ValueError(f"Received {switch}={value!r}; expected True or False.")
         architecture = ARCHITECTURES[plain_name + ("_bn" if batch_norm else "")]
-        return _build(
-            architecture,
-            weights,
-            include_top=include_top,
-            input_tensor=input_tensor,
-            input_shape=input_shape,
-            pooling=pooling,
-            classes=classes,
-            classifier_activation=classifier_activation,
-            name=name or architecture.name,
-            dropout=dropout,
-            include_preprocessing=include_preprocessing,
-            prefix=prefix,
+        if pooling not in (None, "avg", "max"):
+            raise ValueError(f"Received pooling={pooling!r}; expected None, 'avg' or 'max'.")
+        if not isinstance(dropout, Real) or not 0 <= dropout < 1:
+            raise ValueError(f"Received dropout={dropout!r}; expected a rate from 0 to below 1.")
+        if include_top:
+            classes = whole("classes", classes)
+        _check_shape(input_shape)
+        published = isinstance(weights, str) and weights in WEIGHT_SETS
+        if published and include_top and classes != CLASSES:
+            raise ValueError(
+                f"Received classes={classes} with weights={weights!r} and include_top=True, whose "
+                f"classifier has {CLASSES}. Use include_top=False and stack a head of your own, or "
+                f"weights=None."
+            )
+        if weights is not None and include_top and classifier_activation not in (None, "softmax"):
+            raise ValueError(
+                f"Received classifier_activation={classifier_activation!r} with pretrained "
+                f"weights; expected 'softmax', or None for logits."
+            )
+        sizes = input_shape if input_tensor is None else getattr(input_tensor, "shape", (None,))[1:]
+        if published and include_top and sizes and tuple(sizes) != SHAPES[_data_format()]:
+            raise ValueError(
+                f"Received images of {tuple(sizes)} with weights={weights!r} and include_top=True; "
+                f"this classifier reads a map of 7x7, which images of {SHAPES[_data_format()]} "
+                f"give. Use include_top=False and stack a head of your own, or take other sizes by "
+                f"adaptive pooling, as torchvision does: vt.with_input(vt.insert(vgg, "
+                f"'block5_pool', keras.layers.AdaptiveAveragePooling2D(7)), {tuple(sizes)}), with "
+                f"the vgg of {SHAPES[_data_format()]}."
+            )
+        # The checkpoint first: what can't be had should cost no time.
+        checkpoint = weight_set = None
+        if weights is not None:
+            checkpoint = converted(path_of(weights, [architecture], include_top=include_top))
+            weight_set = checkpoint.weight_set
+        if include_preprocessing and weights is not None and weight_set is None:
+            raise ValueError(
+                f"include_preprocessing=True needs to know the preprocessing, and {weights!r} does "
+                f"not say which weight set it belongs to. Use include_preprocessing=False and "
+                f"preprocess()."
+            )
+
+        input_shape = obtain_input_shape(
+            input_shape,
+            default_size=224,
+            min_size=32,
+            data_format=keras.config.image_data_format(),
+            require_flatten=include_top,
+            weights="imagenet" if published else None,
         )
+        # Random values that the checkpoint would replace are never made.
+        with keras.device("meta") if checkpoint else keras.device(device()):
+            if input_tensor is None:
+                inputs = image = layers.Input(shape=input_shape)
+            elif keras.backend.is_keras_tensor(input_tensor):
+                image, inputs = input_tensor, keras.utils.get_source_inputs(input_tensor)
+            else:
+                raise ValueError(
+                    f"Received input_tensor of type {type(input_tensor).__name__}; expected a "
+                    f"Keras tensor, such as keras.Input(shape=(160, 160, 3))."
+                )
+            if include_preprocessing:
+                known = weight_set or "imagenet"
+                image = as_layers(image, known, prefix)
+            outputs = _connect(
+                image,
+                architecture,
+                include_top=include_top,
+                pooling=pooling,
+                classes=classes,
+                classifier_activation=classifier_activation,
+                dropout=dropout,
+                prefix=prefix,
+            )
+            model = keras.Model(inputs, outputs, name=name or architecture.name)
+        if weights is not None and checkpoint is not None:
+            values = values_for(model, checkpoint, weights, backbone=not include_top, prefix=prefix)
+            fill_(model, values)
+            return remember_checkpoint_(model, checkpoint, classes if include_top else 0)
+        return model
 
     title = plain_name.upper()
     build.__name__ = build.__qualname__ = title

@@ -202,11 +202,13 @@ def read(path: str | os.PathLike, *, whole_numbers: bool = False) -> Checkpoint:
     path = Path(path)
     if path.exists() and not path.is_file():
         raise ValueError(f"{path} is not a regular file; expected a checkpoint.")
-    if visible_name := _without_utf8(path):
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
         raise ValueError(
-            f"{visible_name} has a name that isn't UTF-8, which the libraries of these forms can't "
-            f"open. Rename it, or the folder."
-        )
+            f"{visible(path, 1000)} has a name that isn't UTF-8, which the libraries of these "
+            f"forms can't open. Rename it, or the folder."
+        ) from None
     with path.open("rb") as file:
         head = file.read(512)
     with ThreadPoolExecutor(1) as thread:  # hashing takes about as long as reading the values
@@ -240,15 +242,6 @@ def read(path: str | os.PathLike, *, whole_numbers: bool = False) -> Checkpoint:
     return Checkpoint(tensors, form, weight_set, path, form, **said_of(metadata))
 
 
-def _without_utf8(path: Path) -> str | None:
-    """A path whose name is no UTF-8 text, as it can be shown; None for all others."""
-    try:
-        str(path).encode()
-    except UnicodeEncodeError:
-        return visible(path, 1000)
-    return None
-
-
 def said_of(metadata: Mapping[str, str]) -> dict[str, Any]:
     """What a reader, or the metadata of a converted copy, says of a checkpoint."""
     return {
@@ -271,10 +264,7 @@ def from_memory(state: Mapping[str, Any]) -> Checkpoint:
     """
     if any(isinstance(value, np.ndarray) for value in state.values()):
         state = {k: _of_numpy(k, v) if isinstance(v, np.ndarray) else v for k, v in state.items()}
-    tensors, said = state_dicts.state_dict_in(state)
-    tensors, notes = _named(tensors, ours="writer" in said)
-    note = " ".join([said.get("note", ""), *notes]).strip()
-    said = {**said, "note": note} if note else said
+    tensors, said = _named(*state_dicts.state_dict_in(state))
     for key, reason in _wrong(tensors, whole_numbers=True).items():
         raise ValueError(f"The state_dict can't be loaded: {key} {reason}.")
     form = _form(tensors)
@@ -291,18 +281,19 @@ def _of_numpy(name: str, array: np.ndarray) -> torch.Tensor:
 
 
 def _named(
-    tensors: dict[str, torch.Tensor], *, ours: bool
-) -> tuple[dict[str, torch.Tensor], list[str]]:
-    """Tensors by plain names, where they have torch's, and what to tell the user.
+    tensors: dict[str, torch.Tensor], said: Mapping[str, str]
+) -> tuple[dict[str, torch.Tensor], Mapping[str, str]]:
+    """Tensors by plain names, where they have torch's, and what is said of them with a note.
 
-    In files of `ours`, that `save_weights` wrote, all whole numbers are weights. Numbers of 8 bits
-    are made float32, which has all their values.
+    In files that `save_weights` wrote all whole numbers are weights. Numbers of 8 bits are made
+    float32, which has all their values.
     """
+    ours = "writer" in said
     tensors = {key: t.float() if t.dtype in _FLOAT8 else t for key, t in tensors.items()}
     if any("/" in key for key in tensors):
-        return tensors, []
+        return tensors, said
     plain, note = state_dicts.plain_names(tensors, counters=ours)
-    notes = [note] if note else []
+    notes = [said.get("note"), note]
     counts = [
         key
         for key, tensor in plain.items()
@@ -313,7 +304,8 @@ def _named(
             f"Whole numbers that are no weights were left: {conversion.shortened(counts)}."
         )
         plain = {key: tensor for key, tensor in plain.items() if key not in counts}
-    return plain, notes
+    note = " ".join(filter(None, notes))
+    return plain, {**said, "note": note} if note else said
 
 
 def _read_values(
@@ -323,12 +315,7 @@ def _read_values(
     try:
         tensors, metadata = reader(path)
         if reader is not onnx.read:
-            tensors, notes = _named(tensors, ours="writer" in metadata)
-            if notes:
-                metadata = {
-                    **metadata,
-                    "note": " ".join([metadata.get("note", ""), *notes]).strip(),
-                }
+            tensors, metadata = _named(tensors, metadata)
         return tensors, metadata, _wrong(tensors, whole_numbers=whole_numbers)
     except UnsupportedError as error:
         raise ValueError(f"{path} can't be loaded: {files.first_line(error)}.") from error
