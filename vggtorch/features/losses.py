@@ -132,6 +132,17 @@ class PerceptualLoss(nn.Module):
                 raise ValueError(
                     f"Received {kind}={given!r}; expected weights by tap, {{'relu3_3': 1.0}}, say."
                 )
+            for tap, weight in (given or {}).items():
+                if tap not in extractor.taps:
+                    raise ValueError(
+                        f"Received a weight of {kind} for {tap!r}, which the extractor doesn't "
+                        f"tap. Its taps: {', '.join(extractor.taps)}."
+                    )
+                if not _is_weight(weight):
+                    raise ValueError(
+                        f"Received the weight {weight!r} for {tap!r}; expected a number of 0 or "
+                        f"more."
+                    )
         self.content, self.style = dict(content or {}), dict(style or {})
         if not _is_weight(total_variation):
             raise ValueError(
@@ -143,18 +154,6 @@ class PerceptualLoss(nn.Module):
                 "Received no weights; expected content={'relu3_3': 1.0}, say, or style or "
                 "total_variation."
             )
-        for kind, weights in (("content", self.content), ("style", self.style)):
-            for tap, weight in weights.items():
-                if tap not in extractor.taps:
-                    raise ValueError(
-                        f"Received a weight of {kind} for {tap!r}, which the extractor doesn't "
-                        f"tap. Its taps: {', '.join(extractor.taps)}."
-                    )
-                if not _is_weight(weight):
-                    raise ValueError(
-                        f"Received the weight {weight!r} for {tap!r}; expected a number of 0 or "
-                        f"more."
-                    )
         self.extractor = extractor
 
     def targets(self, content: Tensor | None = None, style: Tensor | None = None) -> Targets:

@@ -199,7 +199,8 @@ def _count(
     sizes = dict(counts)
     # The attention that runs on a CPU isn't among those that torch's counter knows.
     on_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    counter = FlopCounterMode(display=False, custom_mapping={on_cpu: _attention_flops})
+    known = {on_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)}
+    counter = FlopCounterMode(display=False, custom_mapping=known)
 
     def before(name: str) -> None:
         counts[name] -= counter.get_total_flops() // 2
@@ -215,11 +216,6 @@ def _count(
     with counter:
         _Watched(network, before, after).run(*inputs)
     return counts, shapes, sizes
-
-
-def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    """As torch counts them for the kernels of other devices, by the shapes."""
-    return int(sdpa_flop_count(query, key, value))
 
 
 def _time_layers(network: TorchNetwork, inputs: list[Tensor], repeats: int) -> dict[str, float]:

@@ -15,7 +15,7 @@ from vggtorch.architectures import CLASSES, GRID, WIDTHS, architecture_named
 from vggtorch.keras_graph import warn_of_older_form
 from vggtorch.models.filling import fill_, named_variables, path_of
 from vggtorch.models.leftovers import values_for
-from vggtorch.models.loading import load_model, save_weights
+from vggtorch.models.loading import ENDINGS, MODELS, load_model, save_weights
 from vggtorch.models.memory import remember_checkpoint_, remembered
 from vggtorch.models.torch_form import in_torch_form, names_in_torch
 from vggtorch.models.vgg import constructor
@@ -89,10 +89,7 @@ def convert(
         keras_named = replace(checkpoint, form="keras", tensors=tensors)
         values = values_for(model, keras_named, source, backbone=False)
         remember_checkpoint_(fill_(model, values), checkpoint, classes if top else 0)
-        if str(target).endswith(".weights.h5"):
-            save_weights(model, target)
-        else:
-            _save_whole(model, target, stacklevel=4)
+        _save(model, target, stacklevel=4)
     else:
         weights.write(target, written, checkpoint.weight_set, checkpoint.data_config)
     before = weights.traced(
@@ -118,14 +115,15 @@ def _convert_model(
         after = {old: (new, tuple(state[new].shape)) for new, old in names.items()}
     else:
         after = {key: (key, shape) for key, shape in before.items()}
-    if str(target).endswith((".keras", ".h5")) and not str(target).endswith(".weights.h5"):
-        _save_whole(model, target, stacklevel=5)
-    else:
-        save_weights(model, target)
+    _save(model, target, stacklevel=5)
     return [(key, before[key], *after[key]) for key in before if key in after]
 
 
-def _save_whole(model: keras.Model, target: str | PathLike, stacklevel: int) -> None:
+def _save(model: keras.Model, target: str | PathLike, stacklevel: int) -> None:
+    """Write a model whole where the ending is that of Keras's forms, and else its weights."""
+    if str(target).endswith(ENDINGS) or not str(target).endswith(MODELS):
+        save_weights(model, target)
+        return
     with files.atomic(target) as temporary:
         keras.saving.save_model(model, temporary)
     warn_of_older_form(target, remembered(model), stacklevel)
