@@ -9,9 +9,9 @@ import torch
 
 from vggtorch.models import (
     VGG11,
+    filling,
     load_weights,
     named_variables,
-    prefixed,
     preprocess,
     save_weights,
     weight_set,
@@ -61,7 +61,7 @@ def test_two_networks_in_one_model_load_published_weights(published, tmp_path, m
     for variable in both.variables:
         variable.assign(variable * 0)
     # No published file is fetched here: the checkpoint above stands for one.
-    monkeypatch.setattr(prefixed, "path_of", lambda *_, **__: path)
+    monkeypatch.setattr(filling, "path_of", lambda *_, **__: path)
     load_weights(both, "oxford")
     assert weight_set(both) == "oxford"
     with torch.no_grad():
