@@ -74,13 +74,13 @@ def test_other_linear_layers_and_networks_are_taken_or_refused(vgg, images, tmp_
     by_tensors = vt.LPIPS(vgg, own, normalization="imagenet")(images, images.flip(0))
     by_path = vt.LPIPS(vgg, tmp_path / "own.pth", normalization="imagenet")(images, images.flip(0))
     arrays = {name: weight.numpy() for name, weight in own.items()}
-    by_arrays = vt.LPIPS(vgg, arrays, normalization="imagenet")
+    by_arrays = vt.LPIPS(vgg, arrays, normalization="imagenet")  # type: ignore[arg-type]
     assert torch.equal(by_tensors, by_path)
     assert torch.equal(by_tensors, by_arrays(images, images.flip(0)))
     with pytest.raises(ValueError, match="ndarray; expected a tensor of images"):
         by_arrays(images.numpy(), images.numpy())
     with pytest.raises(ValueError, match=r"Received linear=\[1\]; expected a path"):
-        vt.LPIPS(vgg, [1], normalization="imagenet")
+        vt.LPIPS(vgg, [1], normalization="imagenet")  # type: ignore[arg-type]
     del own["lin2.model.1.weight"]
     with pytest.raises(ValueError, match=r"'lin2.model.1.weight' of shape \(1, 256, 1, 1\)"):
         vt.LPIPS(vgg, own, normalization="imagenet")

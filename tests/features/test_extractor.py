@@ -376,7 +376,7 @@ def test_options_that_cannot_be_are_refused(vgg):
         vt.FeatureExtractor(vgg, ["pool1"], normalization=None, value_range=(1, 0))
     for switch in ("trainable", "checkpoint", "winograd"):
         with pytest.raises(ValueError, match=f"Received {switch}='no'; expected True or False"):
-            vt.FeatureExtractor(vgg, ["pool1"], normalization=None, **{switch: "no"})
+            vt.FeatureExtractor(vgg, ["pool1"], normalization=None, **{switch: "no"})  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="architecture='vgg19' with a model, which is a network"):
         vt.FeatureExtractor(vgg, ["pool1"], normalization=None, architecture="vgg19")
 
