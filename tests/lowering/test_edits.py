@@ -207,6 +207,33 @@ def test_other_dtypes_are_refused_as_torch_refuses_them(dtype: torch.dtype) -> N
     assert str(fast.value) == str(plain.value)
 
 
+def test_other_inputs_than_the_last_are_taken_for_what_they_are() -> None:
+    """In dtype, number of images and size."""
+    first, second = keras.Input((6, 6, 3)), keras.Input((6, 6, 4))
+    x = layers.Add()([layers.Conv2D(4, 3, padding="same")(first), second])
+    network = to_torch(keras.Model([first, second], layers.ReLU()(x))).eval()
+    a, b = torch.randn(3, 6, 6, 3), torch.randn(3, 6, 6, 4)
+    with torch.no_grad():
+        for inputs in ((a, b), (a, b[:1]), (a, b), (a[:1, :4, :5], b[:1, :4, :5])):
+            assert_close(network(*inputs), one_by_one(network, *inputs), 1e-6)
+        assert network(a[:0], b[:0]).shape == (0, 6, 6, 4)
+        for wrong in (a.double(), a[..., :2]):
+            with pytest.raises(RuntimeError):
+                network(wrong, b)
+
+
+def test_under_autocast_and_without_it_again() -> None:
+    image = keras.Input((6, 6, 3))
+    network = to_torch(keras.Model(image, layers.Conv2D(4, 3, activation="relu")(image))).eval()
+    x = torch.randn(2, 6, 6, 3)
+    with torch.no_grad():
+        for enabled in (False, True, False):
+            with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+                found, expected = network(x), one_by_one(network, x)
+            assert found.dtype == expected.dtype == (torch.bfloat16 if enabled else torch.float32)
+            assert_close(found.float(), expected.float(), 1e-2 if enabled else 1e-6)
+
+
 def test_wrong_shapes_are_refused_as_torch_refuses_them() -> None:
     network = to_torch(small_vgg()).eval()
     for shape in ((2, 16, 16, 4), (16, 16, 3), (2, 16, 16)):

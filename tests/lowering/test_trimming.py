@@ -12,7 +12,7 @@ from torch import nn
 import vggtorch as vt  # isort: skip  (first: it selects Keras's torch backend)
 import keras
 from keras import layers
-from small_vgg import randomise
+from small_vgg import operations, randomise
 
 from vggtorch.lowering import FusedConv2d, has_fused_ops
 from vggtorch.lowering.fused import PaddingConv2d
@@ -268,10 +268,30 @@ def test_a_network_follows_what_its_steps_were_made_for(name: str, data_format: 
     assert is_same is (name in SAY_THE_SAME)
 
 
+def test_values_that_trimming_adds_are_no_others() -> None:
+    image = keras.Input((13, 14, 3))
+    network: Any = vt.to_torch(keras.Model(image, narrowing(image))).eval()
+    plans = network._current_plan().plans
+    steps = [step for part in plans.fast(len(plans.steps)).segments for step in part.steps]
+    numbers = [*plans.inputs, *(step.output for step in steps)]
+    assert len(numbers) == len(set(numbers))
+
+
+def test_what_pads_by_itself_takes_the_addition_behind_it() -> None:
+    image = keras.Input((7, 7, 4))
+    x = layers.DepthwiseConv2D(3)(layers.ZeroPadding2D(((0, 1), (0, 1)))(image))
+    model = keras.Model(image, layers.Add()([x, layers.Conv2D(4, 2)(image)]))
+    network, images = vt.to_torch(model).eval(), torch.randn(2, 7, 7, 4)
+    with torch.no_grad():
+        torch.testing.assert_close(network(images), model(images), rtol=1e-5, atol=1e-6)
+        ran = operations(network, images)
+    assert not has_fused_ops(images, images.dtype) or not {"aten::conv2d", "aten::pad"} & ran
+
+
 def test_a_frozen_start_leaves_out_no_pixel_that_the_rest_takes() -> None:
     image = keras.Input((9, 9, 3))
-    y = layers.Conv2D(4, 3, name="frozen", trainable=False)(image)
-    ends = layers.Conv2D(4, 1, strides=2)(y), layers.Conv2D(4, 3, strides=1, name="learns")(y)
+    y = layers.Conv2D(4, 3, trainable=False)(image)
+    ends = layers.Conv2D(4, 1, strides=2, trainable=False)(y), layers.Conv2D(4, 3, name="learns")(y)
     model = randomise(keras.Model(image, ends))
     network: Any = vt.to_torch(model, data_format="channels_first").train()
     x = torch.randn(2, 3, 9, 9)
