@@ -260,14 +260,17 @@ def test_layers_set_to_what_only_keras_does() -> None:
 def test_layers_of_any_name() -> None:
     """Also of one that the module itself would use."""
     x = image = keras.Input((4,), name="inputs")
-    names = ["steps", "forward", "data_format", "training", "outputs"]
+    names = ["steps", "forward", "data_format", "training", "outputs", "self", "meta", "_written"]
     for name in names:
         x = layers.Dense(4, name=name)(x)
     model = keras.Model(image, x)
     lowered = on_keras(model)
     assert_close(lowered(torch.ones(2, 4)).detach(), model(torch.ones(2, 4)).detach())
-    found = [name for name, _ in lowered.network.named_modules()][1:]
-    assert found == ["steps", "forward_", "data_format", "training_", "outputs"]
+    network = lowered.network
+    assert_close(network.forward(torch.ones(2, 4)).detach(), model(torch.ones(2, 4)).detach())
+    assert [name for name, _ in network.named_modules()][1:] == [
+        "steps", "forward_", "data_format", "training_", "outputs", "self_", "meta_", "_written_",
+    ]  # fmt: skip
 
 
 def test_masks_are_kept() -> None:

@@ -12,7 +12,7 @@ import operator
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import reduce
+from functools import cache, reduce
 from itertools import takewhile
 from typing import Any
 
@@ -465,10 +465,23 @@ class _Builder:
     def _add(self, name: str, module: nn.Module) -> str:
         """Add a child under a name that is free and that torch allows; the name it got."""
         name = name.replace(".", "_").replace("/", "_")
-        while keyword.iskeyword(name) or hasattr(self.root, name) or hasattr(TorchNetwork, name):
+        while (
+            keyword.iskeyword(name)
+            or name in _names_in_use()
+            or hasattr(self.root, name)
+            or hasattr(TorchNetwork, name)
+        ):
             name += "_"
         self.root.add_module(name, module)
         return name
+
+
+@cache
+def _names_in_use() -> set[str]:
+    """What the code of `forward` calls its network, and what each network has of its own."""
+    graph = torch.fx.Graph()
+    graph.output(None)
+    return {"self", *vars(TorchNetwork(nn.Module(), graph))}
 
 
 def _channels_last(rank: int) -> tuple[int, ...]:
