@@ -14,6 +14,7 @@ from small import L, images, vgg
 
 import vggtorch as vt
 from vggtorch.compression import photographs
+from vggtorch.compression.networks import networks_of
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.slow]
 
@@ -231,3 +232,11 @@ def test_layers_that_give_nothing_are_alike():
     assert found.times >= 2
     assert found.likeness["block1_pool"] > 0.7
     assert found.likeness["block3_pool"] == 1.0  # zeros, as before
+
+
+def test_the_products_of_attention_are_part_of_what_a_network_costs():
+    inputs = keras.Input((24, 24, 3))
+    tokens = L.Reshape((36, 32))(L.MaxPooling2D(4)(conv()(conv()(inputs))))
+    model = keras.Model(inputs, L.MultiHeadAttention(2, 16)(tokens, tokens))
+    total = networks_of(model, photographs.split(model, images(), 0), ()).total
+    assert total == vt.inspect(model, repeats=1).total.multiply_adds

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from keras import KerasTensor
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from vggtorch.compression.deletion import THROUGH
 from vggtorch.compression.photographs import Photographs
@@ -19,6 +18,7 @@ from vggtorch.compression.sites import Site, find_sites, run_once
 from vggtorch.files import first_line
 from vggtorch.keras_graph import calls, graph_of, operation_copy, producer, producing_call
 from vggtorch.lowering import network_of
+from vggtorch.measuring import operation_counter
 from vggtorch.surgery import cosines, packed, remade, unfit_images
 
 COMPARED = 16  # whole images for the cosines that are returned
@@ -77,7 +77,7 @@ def networks_of(model: keras.Model, images: Photographs, keep: Sequence[str]) ->
     for parameter in original.parameters():
         parameter.requires_grad_(False)
     example = images.held_out[:1]
-    counter = FlopCounterMode(display=False)
+    counter = operation_counter()
     try:
         with counter:
             maps = run_once(original, example)

@@ -7,8 +7,18 @@ Read `costs` first (`inspect`: parameters, multiply-adds, memory and time of eac
 
 from vggtorch.measuring.benchmark import Bench, bench
 from vggtorch.measuring.comparison import Comparison, compare
-from vggtorch.measuring.costs import Report, inspect
+from vggtorch.measuring.costs import Report, inspect, operation_counter
 from vggtorch.measuring.drawing import draw
 from vggtorch.measuring.timing import in_turns
 
-__all__ = ["Bench", "Comparison", "Report", "bench", "compare", "draw", "in_turns", "inspect"]
+__all__ = [
+    "Bench",
+    "Comparison",
+    "Report",
+    "bench",
+    "compare",
+    "draw",
+    "in_turns",
+    "inspect",
+    "operation_counter",
+]

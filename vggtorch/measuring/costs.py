@@ -190,6 +190,13 @@ def _names(network: TorchNetwork) -> list[str]:
     return list(dict.fromkeys(name for name in names if name is not None))
 
 
+def operation_counter() -> FlopCounterMode:
+    """torch's counter, which by itself doesn't know the attention that runs on a CPU."""
+    on_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    known = {on_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)}
+    return FlopCounterMode(display=False, custom_mapping=known)
+
+
 def _count(
     network: TorchNetwork, inputs: list[Tensor], channels_last: bool
 ) -> tuple[dict[str, int], dict[str, tuple[int, ...]], dict[str, int]]:
@@ -197,10 +204,7 @@ def _count(
     counts = dict.fromkeys(_names(network), 0)
     shapes: dict[str, tuple[int, ...]] = dict.fromkeys(counts, ())
     sizes = dict(counts)
-    # The attention that runs on a CPU isn't among those that torch's counter knows.
-    on_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    known = {on_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)}
-    counter = FlopCounterMode(display=False, custom_mapping=known)
+    counter = operation_counter()
 
     def before(name: str) -> None:
         counts[name] -= counter.get_total_flops() // 2

@@ -360,8 +360,9 @@ def _made(name: str, of: str) -> Callable[[_Machine, list[_Value]], _Value]:
 
 
 def _set(_: _Machine, arguments: list[_Value]) -> _Value:
+    made = _made("set", "list")(_, arguments)
     _check_keys(item for value in arguments for item in value.content)
-    return _made("set", "list")(_, arguments)
+    return made
 
 
 def _bytes(_: _Machine, arguments: list[_Value]) -> _Value:
