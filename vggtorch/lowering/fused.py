@@ -173,10 +173,10 @@ class FusedConv2d(Bounded):
 
     def parameters(self) -> list[Tensor]:
         """What its constants are made from."""
-        conv, norm = self.conv, self.norm
-        tensors = [conv.weight, conv.bias]
-        if norm is not None:
-            tensors += [norm.running_mean, norm.running_var, norm.weight, norm.bias]
+        weight = self.conv._parameters.get("weight")  # which is faster than by its attribute
+        tensors = [self.conv.weight if weight is None else weight, self.conv.bias]
+        if self.norm is not None:
+            tensors += (*self.norm._parameters.values(), *self.norm._buffers.values())
         return [tensor for tensor in tensors if tensor is not None]
 
     def takes(self, x: Tensor, *others: Tensor) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import keras
@@ -13,8 +13,9 @@ import torch
 from vggtorch import keras_graph
 from vggtorch.lowering.calls import WRITTEN
 
-# A layer, its attributes, how many these are, the names of those that count, and their values.
-_Taken = tuple[keras.Layer, dict[str, Any], int, list[str], list[Any]]
+# A layer, its attributes, how many these are, those that count as they were, what gets the values
+# of these at once, and what it got.
+_Taken = tuple[keras.Layer, dict[str, Any], int, dict[str, Any], Callable[[Any], Any], Any]
 
 
 class Settings:
@@ -48,12 +49,16 @@ class Settings:
         self._code = [(kind, *part) for kind in kinds for part in _code(kind).items()]
 
     def are_same(self) -> bool:
-        """Whether the layers still have these very objects as their attributes, and no new ones."""
-        return (
-            all(
-                len(own) == number and all(map(operator.is_, map(own.get, names), values))
-                for _, own, number, names, values in self._taken
+        """Whether the layers still have the same attributes, and no new ones."""
+        try:
+            same = all(
+                len(own) == number and values_of(own) == values
+                for _, own, number, _, values_of, values in self._taken
             )
+        except Exception:  # one is gone, or is an array, which doesn't compare as a whole
+            return False
+        return (
+            same
             and all(getattr(kind, name, None) is part for kind, name, part in self._code)
             and all(_variables(layer) == variables for layer, variables in self._variables)
             and all(_of_model(model) == of_model for model, of_model in self._models.items())
@@ -66,8 +71,8 @@ class Settings:
             return
         changed = [
             f"{layer.path or layer.name}.{name.removeprefix('_')}"
-            for layer, own, _, names, values in self._taken
-            for name, value in zip(names, values, strict=True)
+            for layer, own, _, was, *_ in self._taken
+            for name, value in was.items()
             if not _is_equal(own.get(name), value)
         ]
         changed += [
@@ -156,8 +161,10 @@ def _variables(layer: keras.Layer) -> list[int]:
 def _taken(layer: keras.Layer) -> _Taken:
     own = vars(layer)
     public = (name for name in own if name[0] != "_" and name not in ("call", "training"))
-    names = ["_dtype_policy", "call", *public]
-    return layer, own, len(own), names, [own.get(name) for name in names]
+    names = [name for name in ("_dtype_policy", "call", *public) if name in own]
+    values_of: Callable[[Any], Any] = operator.itemgetter(*names)
+    was = {"call": None} | {name: own[name] for name in names}
+    return layer, own, len(own), was, values_of, values_of(own)
 
 
 def _of_module(module: torch.nn.Module) -> dict[str, Any]:
