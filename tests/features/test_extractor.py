@@ -381,6 +381,15 @@ def test_options_that_cannot_be_are_refused(vgg):
         vt.FeatureExtractor(vgg, ["pool1"], normalization=None, architecture="vgg19")
 
 
+def test_unfreezing_the_module_around_a_frozen_extractor_is_said_to_have_no_effect(small, images):
+    extractor = vt.FeatureExtractor(small, ["block1_conv1"], normalization=None)
+    extractor(images)
+    torch.nn.Sequential(extractor).requires_grad_(True)
+    with pytest.warns(UserWarning, match="stay frozen here: make it with trainable=True"):
+        value = extractor(images)["block1_conv1"]
+    assert not value.requires_grad
+
+
 def test_a_frozen_extractor_says_that_it_stays_frozen(vgg):
     extractor = vt.FeatureExtractor(vgg, ["pool1"], normalization=None)
     with pytest.raises(ValueError, match="frozen. Make it with trainable=True"):

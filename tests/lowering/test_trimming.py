@@ -229,6 +229,9 @@ CHANGES: dict[str, Callable[[Any], None]] = {
     "one number as a dilation": change("depthwise", "dilation", 1),
     "more around": change("pad", "padding", (2, 1, 0, 1)),
     "nothing around": change("pad", "padding", (0, 0, 0, 0)),
+    "ones around": change("pad", "value", 1.0),
+    "ones around a pool": change("pool_pad", "value", 9.0),
+    "NaN around": change("pad", "value", torch.nan),
     "more around a pool": change("pool_pad", "padding", (2, 2, 1, 1)),
     "a pool": change("pool", "kernel_size", (2, 2)),
     "limits": change("six", "max_val", 0.1),
@@ -263,7 +266,7 @@ def test_a_network_follows_what_its_steps_were_made_for(name: str, data_format: 
                 patch.setattr(Plan, "takes", lambda self, inputs: False)
                 expected += [network(x)] * 2
             CHANGES[name](network)
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5, equal_nan=True)
     is_same = found[0].shape == found[-1].shape and torch.allclose(found[0], found[-1], 1e-5, 1e-5)
     assert is_same is (name in SAY_THE_SAME)
 

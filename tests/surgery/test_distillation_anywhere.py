@@ -118,3 +118,10 @@ def test_a_batch_of_zeros_has_no_error_and_no_gradient():
     assert float(error.detach()) == pytest.approx(0.75)
     assert y.grad is not None
     assert y.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("number", [np.nan, np.inf])
+def test_what_is_not_finite_is_no_small_error(number):
+    zeros, found = torch.zeros(1, 2), torch.tensor([[1.0, number]])
+    for pair in ((found, zeros), (found, zeros + 1), (zeros, found)):
+        assert not relative_error([pair[0]], [pair[1]]).isfinite()

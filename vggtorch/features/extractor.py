@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
+import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -138,7 +139,13 @@ class FeatureExtractor(nn.Module):
             self.pixels.check(images, values=on_cpu or not self._is_checked)
             self._is_checked = True
             if not self.trainable and any(p.requires_grad for p in self.network.parameters()):
-                self.network.requires_grad_(False)  # the Keras model was frozen and unfrozen again
+                self.network.requires_grad_(False)
+                warnings.warn(
+                    "The weights of this extractor were unfrozen, by the module that it is part of "
+                    "or with the layers of its Keras model. They stay frozen here: make it with "
+                    "trainable=True to train them.",
+                    stacklevel=2,
+                )
         x = self.pixels.normalise(images)
         weight = next((p for p in self.network.parameters() if p.is_floating_point()), None)
         if weight is not None:

@@ -55,7 +55,7 @@ _SETTINGS: dict[type, Callable[[Any], Any]] = {
     nn.MaxPool2d: attrgetter(
         "kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices"
     ),
-    nn.ZeroPad2d: attrgetter("padding"),
+    nn.ZeroPad2d: attrgetter("padding", "value"),
     nn.ReLU6: attrgetter("min_val", "max_val"),
     **dict.fromkeys(NORMS, attrgetter("eps")),
 }

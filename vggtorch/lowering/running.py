@@ -193,7 +193,8 @@ def run_steps(
             output, bounds[step.output] = step.run(inputs, known)
         else:
             output = step.run(*inputs)
-            if kind_of(step) in _NOT_LARGER:
+            # A padding's value is 0 unless somebody has set another.
+            if kind_of(step) in _NOT_LARGER and getattr(step.run, "value", 0) == 0:
                 bounds[step.output] = bounds.get(step.inputs[0])
         values[step.output] = output
         if sizes is not None and isinstance(output, Tensor):

@@ -90,7 +90,12 @@ def _pads_inside(steps: list[Step], needed: set[int], once: Once) -> list[Step]:
     result: list[Step] = []
     for step in steps:
         pad = makers.get(step.inputs[0]) if step.inputs else None
-        if pad is None or kind_of(pad) is not nn.ZeroPad2d or uses[pad.output] != 1:
+        if (
+            pad is None
+            or kind_of(pad) is not nn.ZeroPad2d
+            or pad.run.value != 0  # which somebody may have set
+            or uses[pad.output] != 1
+        ):
             result.append(step)
             continue
         run: PaddingConv2d | nn.MaxPool2d | None = None

@@ -129,9 +129,9 @@ def relative_error(outputs: Sequence[Tensor], targets: Sequence[Tensor]) -> Tens
 
 
 def _error(y: Tensor, t: Tensor) -> Tensor:
-    """Absolute error relative to the target's size; of a target of zeros, 0."""
+    """Absolute error relative to the target's size; of a target of zeros, 0 if it is finite."""
     size = t.abs().sum()
-    return torch.where(size > 0, (y - t).abs().sum() / size.clamp_min(1e-30), 0.0)
+    return (y - t).abs().sum() / torch.where(size == 0, torch.inf, size)
 
 
 @contextmanager
