@@ -41,8 +41,8 @@ def test_out_of_memory_runs_the_batch_in_pieces(config, monkeypatch):
     monkeypatch.setattr(step.F, "cross_entropy", small_gpu)
     config = dataclasses.replace(config, output_dir=config.output_dir + "2")
     with (
-        pytest.warns(UserWarning, match=r"from step 0 on, each batch of 6 runs in 2 pieces"),
-        pytest.warns(UserWarning, match=r"from step 0 on, each batch of 6 runs in 4 pieces"),
+        pytest.warns(UserWarning, match=r"from step 1 on, each batch of 6 runs in 2 pieces"),
+        pytest.warns(UserWarning, match=r"from step 1 on, each batch of 6 runs in 4 pieces"),
     ):
         history = finetune(tiny.network(dropout=0.0), tiny.dataset(), config=config)
     np.testing.assert_allclose(tiny.curve(history), expected, rtol=1e-5)
@@ -102,7 +102,7 @@ def test_a_gradient_that_is_not_finite_stops(config):
         ]
     )
     before = tiny.weights(model)
-    words = r"its gradient .* in step 0 of epoch 0\. That step was not taken\. Begin a new run with"
+    words = r"its gradient .* in step 1 of epoch 1\. That step was not taken\. Begin a new run with"
     with pytest.raises(FloatingPointError, match=words):
         finetune(model, tiny.dataset(), config=config)
     assert all(map(np.array_equal, tiny.weights(model), before))

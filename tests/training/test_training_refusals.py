@@ -62,7 +62,7 @@ def test_options_that_the_data_contradicts(images, config):
         finetune(tiny.network(), images, config=dataclasses.replace(config, cache_copies=2))
     model = tiny.network()
     model.trainable = False
-    with pytest.raises(ValueError, match="No layer of tiny trains in epoch 0. Unfreeze some"):
+    with pytest.raises(ValueError, match="No layer of tiny trains in epoch 1. Unfreeze some"):
         finetune(model, images, config=config)
 
 

@@ -54,7 +54,7 @@ def trained_parameters(model: keras.Model, config: TrainConfig) -> Parameters:
         freeze_for_(model, config, epoch)
         if not model.trainable_variables:
             raise ValueError(
-                f"No layer of {model.name} trains in epoch {epoch}. Unfreeze some "
+                f"No layer of {model.name} trains in epoch {epoch + 1}. Unfreeze some "
                 f"(vt.unfreeze_(model, since=name)), or freeze fewer."
             )
         before, chosen = chosen, chosen | {id(v) for v in model.trainable_variables}

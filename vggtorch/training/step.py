@@ -51,7 +51,7 @@ def train_step_(
                 ) from error
         progress.pieces *= 2
         warnings.warn(
-            f"The GPU's memory doesn't suffice: from step {progress.done} on, each batch of "
+            f"The GPU's memory doesn't suffice: from step {progress.done + 1} on, each batch of "
             f"{config.batch_size} runs in {progress.pieces} pieces.",
             stacklevel=3,
         )
@@ -63,8 +63,8 @@ def train_step_(
         good = f" {last} is good (vt.load_checkpoint_ takes its weights)." if last.exists() else ""
         raise FloatingPointError(
             f"The loss is {loss / batch.size:.4g} and the norm of its gradient {norm:.4g} in step "
-            f"{progress.step} of epoch {progress.epoch}. That step was not taken.{good} Begin a "
-            f"new run with a lower learning_rate, a max_grad_norm or precision='fp32'."
+            f"{progress.step + 1} of epoch {progress.epoch + 1}. That step was not taken.{good} "
+            f"Begin a new run with a lower learning_rate, a max_grad_norm or precision='fp32'."
         )
     state.optimizer.step()
     if config.ema_decay is not None:
