@@ -113,29 +113,6 @@ def test_a_loader_gives_its_own_batches(config):
 
 
 @pytest.mark.slow
-def test_bf16_and_back(images, config):
-    losses: list[list[float]] = []
-    for precision in ("fp32", "bf16", "fp32"):
-        folder = f"{config.output_dir}{len(losses)}"
-        changed = dataclasses.replace(config, precision=precision, output_dir=folder)
-        losses.append(tiny.curve(finetune(tiny.network(dropout=0.0), images, config=changed)))
-    assert losses[0] == losses[2] != losses[1]
-    np.testing.assert_allclose(losses[1], losses[0], rtol=0.1)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("freeze", [None, "block2_pool"])
-def test_the_evaluation_is_the_one_that_history_tells_of(images, config, precision, freeze):
-    config = dataclasses.replace(config, precision=precision, freeze=freeze)
-    history = finetune(tiny.network(), images, config=config)
-    best = history.epochs[history.kept_epoch]
-    assert history.evaluation is not None
-    assert history.evaluation.accuracy == best["val_accuracy"]
-    assert history.evaluation.loss == best["val_loss"]
-
-
-@pytest.mark.slow
 def test_two_processes_give_the_losses_of_one(images, tmp_path, one_thread):
     (tmp_path / "one").mkdir()
     (tmp_path / "two").mkdir()

@@ -172,7 +172,8 @@ metadata (`data_config`) of a model that is exported to ONNX.
   augmentation {config.augment}, seed {config.seed}
 - Made by {as_code(command)} with {version_text()}
 
-Epoch {history.kept_epoch + 1}, whose weights these are{_scaled(history)}:
+Epoch {history.kept_epoch + 1}, whose weights these are, as it trained in
+{config.precision}{_scaled(history)}:
 
 | figure | value |
 |---|---|

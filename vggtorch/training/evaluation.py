@@ -180,7 +180,7 @@ def evaluate(
     module.eval()
     for some, (images, labels) in zip(mine, loaded(source, mine, num_workers), strict=True):
         check_labels(labels, model)
-        with torch.no_grad(), accelerator.autocast():
+        with torch.no_grad():
             outputs = module(network_input(images, model, accelerator.device))
         found.append((some[0], outputs.float().cpu(), labels))
     found = sorted(gather_object(found), key=lambda part: part[0])

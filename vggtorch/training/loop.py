@@ -79,7 +79,8 @@ class History:
 
     Attributes:
         model: the trained Keras model, with the weights of `kept_epoch`.
-        epochs: loss, accuracy, val_loss, val_accuracy, learning_rate and seconds of each.
+        epochs: loss, accuracy, val_loss, val_accuracy, learning_rate and seconds of each, in the
+            precision of training.
         kept_epoch: the epoch (from 0) that is best on the validation images, in accuracy if
             `config.monitor` says nothing else; the last one without validation, and where
             `config.restore_best_weights` is False.
@@ -87,7 +88,7 @@ class History:
         config: what the run was told to do.
         data_config: how its images became what the model takes; the model remembers it.
         validation: the images that it was validated on.
-        evaluation: what that network said of them.
+        evaluation: what that network said of them, in the precision in which it predicts.
         test: the images that nothing was chosen by: those of a folder `test` beside `train`.
         test_evaluation: what that network said of these, once, at the end.
         temperature: what the last layer's weights were divided by at the end, after `epochs`; the
@@ -198,7 +199,7 @@ def _finetune(
     images = dataclasses.replace(images, label_names=read.classes)
     remember_(model, images)
     weight = class_weights(config, read.training, read.plan, classes)
-    state = first_state(model, config, accelerator.device, weight)
+    state = first_state(model, config, accelerator, weight)
     identity = identity_of(config, read, model, accelerator.mixed_precision)
     for part in parts:
         if isinstance(part, DatasetSource) and part.content_name is None:
@@ -397,6 +398,11 @@ class _Run:
         content = checkpoints.read(self.best)
         load_weights_(model, content, self.best)
         evaluation = content["evaluation"] and Evaluation(*content["evaluation"])
+        network = logits_network(model, model.inputs[0])
+        # Epochs were judged in the precision of training; the model predicts in its own.
+        is_rounded = self.accelerator.mixed_precision != "no" or config.cache_dtype != "float32"
+        if read.validation is not None and is_rounded:
+            evaluation = self._judged(network, read.validation)
         temperature = 1.0
         if config.temperature_scaling and evaluation is not None:
             temperature = fitted_temperature(evaluation)
@@ -404,7 +410,7 @@ class _Run:
             evaluation = Evaluation(evaluation.logits / temperature, evaluation.labels)
         tested = None
         if read.test is not None:
-            tested = self._judged(logits_network(model, model.inputs[0]), read.test)
+            tested = self._judged(network, read.test)
         history = History(
             model,
             progress.epochs,

@@ -108,7 +108,7 @@ def find_learning_rate(
     with frozen_layers_kept(model):
         try:
             weight = class_weights(config, read.training, read.plan, classes)
-            state = first_state(model, config, accelerator.device, weight)
+            state = first_state(model, config, accelerator, weight)
             freeze_for_(model, config, 0)
             with open_display(accelerator.is_main_process) as show:
                 stage = prepare(model, read, config, 0, accelerator, show)

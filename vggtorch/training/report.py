@@ -191,9 +191,10 @@ def _curves(history: History) -> str:
     head = "".join(f"<th>{_said(name)}</th>" for name in names)
     shown = " open" if len(history.epochs) <= SHORT else ""
     return (
-        f"<section><h2>Epochs</h2><div class=charts>{charts}</div><details{shown}><summary>As a "
-        f"table</summary><div class=wide><table><tr><th>epoch</th>{head}</tr>{rows}</table></div>"
-        f"</details></section>"
+        f"<section><h2>Epochs, as they trained in {history.config.precision}</h2>"
+        f"<div class=charts>{charts}</div><details{shown}><summary>As a table</summary>"
+        f"<div class=wide><table><tr><th>epoch</th>{head}</tr>{rows}</table></div></details>"
+        f"</section>"
     )
 
 

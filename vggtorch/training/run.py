@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from vggtorch import files
 from vggtorch.keras_graph import all_layers
+from vggtorch.lowering import has_fused_ops
 from vggtorch.models import held_tensors, settle_
 from vggtorch.paths import as_path
 from vggtorch.training import checkpoints, data
@@ -365,10 +366,12 @@ class RunState:
 def first_state(
     model: keras.Model,
     config: TrainConfig,
-    device: torch.device,
+    accelerator: Accelerator,
     class_weight: torch.Tensor | None = None,
 ) -> RunState:
     """The state in which a run begins, with the model on the device.
+
+    Warns where the device computes in bfloat16 much slower than in float32.
 
     Raises:
         ValueError: nothing trains, or the loss would have a part that finetune doesn't compute.
@@ -378,6 +381,15 @@ def first_state(
         raise ValueError(
             f"The layers {', '.join(active)} have an activity_regularizer, which finetune doesn't "
             f"add to the loss. Use Keras's fit, or layers without."
+        )
+    device, policies = accelerator.device, {layer.compute_dtype for layer in all_layers(model)}
+    instead = "dtype='float32' of the model" if "bfloat16" in policies else "precision='fp32'"
+    is_bf16 = accelerator.mixed_precision == "bf16" or "bfloat16" in policies
+    if is_bf16 and device.type == "cpu" and not has_fused_ops(torch.empty(0), torch.bfloat16):
+        warnings.warn(
+            f"This CPU has no instructions for bfloat16, so that training in it takes several "
+            f"times as long as in float32: {instead} is faster.",
+            stacklevel=4,
         )
     model.to(device)
     trained = trained_parameters(model, config)
