@@ -41,7 +41,7 @@ REPLACED_SIZE = 64  # of the colour crops on which the replacement is measured
 UNLABELLED = 10  # crops of each photograph to distil on
 DISTILL_STEPS, DISTILL_SECONDS = 150, 80.0  # whichever ends first
 BENCH_SIZE = 224
-BEST_FIRST = ("oxford", "imagenet")  # a package index carries the first
+EASIEST_FIRST = ("oxford", "imagenet")  # weight sets; a package index carries the first
 COMPRESS_TIMES, COMPRESS_STEPS, COMPRESS_SECONDS = 2, 60, 70.0
 STEPS = 6
 
@@ -349,7 +349,7 @@ pages on surgery, compression, features and torch's tools.</p>
 def _best_weights(console: Console) -> str:
     """The first weight set that can be had here."""
     reasons = []
-    for name in BEST_FIRST:
+    for name in EASIEST_FIRST:
         try:
             with console.status(f"Getting the {name} weights"):
                 vt.VGG16(weights=name, include_top=False)

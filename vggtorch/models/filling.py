@@ -31,8 +31,6 @@ from vggtorch.keras_graph import (
 )
 from vggtorch.weight_sets import WEIGHT_SETS
 
-BEST_FIRST = ("imagenet", "oxford")  # weight sets to fine-tune from
-
 VGG_LAYERS = frozenset(
     layer.name
     for architecture in ARCHITECTURES.values()
@@ -170,7 +168,7 @@ def best_weight_set(architecture: str) -> tuple[str, str]:
         OSError: none can be had; says what each place answered.
     """
     missing = []
-    for name in BEST_FIRST:
+    for name in ("imagenet", "oxford"):
         if not weights.publications(name, architecture):
             continue
         try:
