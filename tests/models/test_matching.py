@@ -89,11 +89,24 @@ def row() -> keras.Model:
     return keras.Sequential([keras.Input((4, 3)), layers.Dense(3, name="a"), cell], name="row")
 
 
+def held_twice() -> keras.Model:
+    """Layers that hold the kernel of the layer inside of them, which Keras writes for both."""
+    inner = [layers.Conv2D(4, 3, name="conv"), layers.Conv2D(5, 1, use_bias=False, name="last")]
+    around = [layers.SpectralNormalization(x, name=f"around_{x.name}") for x in inner]
+    return keras.Sequential([keras.Input((6, 6, 3)), *around])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(
     "build",
-    [*(pytest.param(b, marks=pytest.mark.slow) for b in (images, sequences)), nested, shared, row],
+    [
+        *(pytest.param(b, marks=pytest.mark.slow) for b in (images, sequences)),
+        nested,
+        shared,
+        row,
+        held_twice,
+    ],
 )
 def test_any_layers_survive_in_every_form(
     tmp_path: Path, build: Callable[[], keras.Model], form: str
@@ -133,6 +146,31 @@ def test_automatic_names_are_matched_by_their_order_and_that_is_said(
     other = keras.Model(image, layers.Dense(5)(layers.Dense(4)(x)))
     with pytest.raises(ValueError, match="does not fit the model"):
         vt.load_weights(other, path)
+
+
+def test_automatic_names_of_layers_that_are_two_modules_in_torch(tmp_path: Path) -> None:
+    def build() -> keras.Model:
+        body = [layers.SeparableConv2D(3, 1) for _ in range(11)]  # 10 comes after 9
+        return keras.Sequential([keras.Input((2, 2, 3)), *body])
+
+    model = filled(build())
+    vt.save_weights(model, tmp_path / "a.pth")
+    again = build()
+    with pytest.warns(UserWarning, match="separable_conv2d_depthwise is separable_conv2d_11_"):
+        vt.load_weights(again, tmp_path / "a.pth")
+    assert_same(again, model)
+
+
+def test_of_a_kernel_that_a_file_has_twice_the_inner_layers_is_loaded(tmp_path: Path) -> None:
+    """As by Keras, which reads the layer inside last."""
+    path = tmp_path / "a.weights.h5"
+    filled(held_twice()).save_weights(path)
+    with h5py.File(path, "r+") as file:
+        file["layers/spectral_normalization/layer/vars/0"][:] = 7
+    by_keras, ours = held_twice(), held_twice()
+    by_keras.load_weights(path)
+    assert_same(vt.load_weights(ours, path), by_keras)
+    assert (ours.get_weights()[0] == 7).all()
 
 
 @pytest.mark.slow

@@ -22,7 +22,7 @@ from typing import Literal
 import keras
 import torch
 
-from vggtorch.keras_graph import Functional, raw_value, state_of, to_snake_case
+from vggtorch.keras_graph import Functional, own_variables, raw_value, state_of, to_snake_case
 from vggtorch.models.rows import FEATURES, in_order
 from vggtorch.models.torch_form import places_of, torch_rules
 from vggtorch.weights import Checkpoint, Rule, Shape
@@ -105,7 +105,7 @@ def match(
         entries = _without_text(entries, slots, prefix)
         entries = _into_models(entries, slots)
     # VGG's layers, which is all that a network under a prefix has, have no automatic names.
-    automatic = {} if prefix else _automatic(model, ()) | _inside_layers(model, variables)
+    automatic = {} if prefix else _automatic(model) | _inside_layers(model, variables)
     entries, renamed = _in_order(entries, slots, automatic, variables, tensors)
     found = Match(renamed=renamed)
     for entry in entries:
@@ -115,9 +115,10 @@ def match(
     unnamed = [k for k in variables if k.partition("/")[0] in FEATURES and k not in found.names]
     if unnamed:
         _by_row(variables, tensors, entries, slots, found)
+    taken: set[str] = set()
     if checkpoint.ordered:
         depths = (None, 1) if checkpoint.ordered == "models" else (None,)
-        _by_place(model, variables, tensors, entries, found, depths)
+        taken = _by_place(model, variables, tensors, entries, found, depths)
     rules = {slot[0]: slot[1] for (kind, _), slot in slots.items() if kind == "torch"}
     for key, name in found.names.items():
         tensor = tensors[name]
@@ -131,7 +132,7 @@ def match(
             found.values[key] = tensor
         else:
             found.values[key] = rule.to_view(tensor).reshape(rule.keras_shape)
-    taken = set(found.names.values())
+    taken |= set(found.names.values())
     found.left = {
         e.key: ("/".join(e.path), tuple(tensors[e.key].shape))
         for e in entries
@@ -198,8 +199,7 @@ def _by_class(model: keras.Model, path: Path, place: Path) -> dict[Path, Path]:
     places: dict[Path, Path] = {}
     counts: dict[str, int] = {}
     for layer in model.layers:
-        kind = "Functional" if isinstance(layer, Functional) else type(layer).__name__
-        kind = to_snake_case(kind)
+        kind = _class_in_names(layer)
         count = counts[kind] = counts.get(kind, -1) + 1
         inner = (*place, f"{kind}_{count}" if count else kind)
         places[(*path, layer.name)] = inner
@@ -306,17 +306,23 @@ def _into_models(entries: list[_Entry], slots: Mapping[tuple[str, Path], Slot]) 
 # Automatic names
 
 
-def _automatic(model: keras.Model, path: Path) -> dict[Path, str]:
-    """The layers whose names Keras made up, `dense_1`, and what they are made of, `dense`."""
+def _automatic(model: keras.Model) -> dict[Path, str]:
+    """The layers whose names Keras made up, `dense_1`, and what they are made of, `dense`.
+
+    Also the two modules that a separable convolution is in torch.
+    """
     found: dict[Path, str] = {}
-    for layer in model.layers:
-        kind = "Functional" if isinstance(layer, Functional) else type(layer).__name__
-        base = to_snake_case(kind)
-        if _is_numbered(layer.name, base):
-            found[(*path, layer.name)] = base
-        if isinstance(layer, keras.Model):
-            found |= _automatic(layer, (*path, layer.name))
+    for (*path, name), layer in places_of(model, ()):
+        base = _class_in_names(layer)
+        if _is_numbered(name, base):
+            for part in ("", "_depthwise", "_pointwise"):
+                found[(*path, name + part)] = base + part
     return found
+
+
+def _class_in_names(layer: object) -> str:
+    """A layer's class as Keras has it in automatic names."""
+    return to_snake_case("Functional" if isinstance(layer, Functional) else type(layer).__name__)
 
 
 def _inside_layers(model: keras.Model, variables: Mapping[str, keras.Variable]) -> dict[Path, str]:
@@ -331,12 +337,16 @@ def _inside_layers(model: keras.Model, variables: Mapping[str, keras.Variable]) 
     return found
 
 
+_NUMBER = re.compile(r"_(\d+)(?=(?:_depthwise|_pointwise)?$)")
+
+
 def _is_numbered(name: str, base: str) -> bool:
-    return re.fullmatch(rf"{re.escape(base)}(_\d+)?", name) is not None
+    return base in (name, _NUMBER.sub("", name))
 
 
 def _number(name: str) -> int:
-    return int(name.rpartition("_")[2]) if name[-1].isdigit() and "_" in name else 0
+    match = _NUMBER.search(name)
+    return int(match[1]) if match else 0
 
 
 def _in_order(
@@ -440,20 +450,32 @@ def _by_place(
     entries: Iterable[_Entry],
     found: Match,
     depths: tuple[int | None, ...],
-) -> None:
+) -> set[str]:
     """Pair the weights of a layer, or of a nested model, in order where names say nothing.
 
     That is how Keras itself loads its files. A pair whose names are known to mean two things is
-    none, so that an order which differs is seen.
+    none, so that an order which differs is seen. A layer that holds a weight of one inside of it,
+    as SpectralNormalization does, has it in the file a second time.
+
+    Returns:
+        The names in the checkpoint of all that was paired.
     """
+    taken = set()
     of_keras = [entry for entry in entries if entry.kind == "keras"]
     fixed = {id(variable) for layer in model.layers for variable in state_of(layer)}
+    names = {id(variable): key for key, variable in variables.items()}
+    layers = dict(places_of(model, ()))
     for depth in depths:  # None: a layer by itself, 1: a layer with all that is inside
         cut = slice(0, depth)
-        for path in {tuple(key.split("/")[:-1])[cut] for key in variables}:
-            ours = [k for k in variables if tuple(k.split("/")[:-1])[cut] == path]
+        paths = {tuple(key.split("/")[:-1])[cut] for key in variables}
+        for path in sorted(paths, key=len, reverse=True):
+            ours = own = [k for k in variables if tuple(k.split("/")[:-1])[cut] == path]
             theirs = [entry for entry in of_keras if entry.path[cut] == path]
-            if len(ours) != len(theirs) or all(key in found.names for key in ours):
+            if all(key in found.names for key in own):
+                continue
+            if len(ours) < len(theirs) and isinstance(layer := layers.get(path), keras.Layer):
+                ours = [names[id(v)] for v in own_variables(layer) if id(v) in names]
+            if len(ours) != len(theirs):
                 continue
             orders = (
                 ours,
@@ -463,8 +485,10 @@ def _by_place(
             for order in orders:
                 pairs = list(zip(order, theirs, strict=True))
                 if all(_may_be(variables[k], k, tensors[e.key], e.name) for k, e in pairs):
-                    found.names |= {key: entry.key for key, entry in pairs}
+                    taken |= {entry.key for _, entry in pairs}
+                    found.names |= {k: e.key for k, e in pairs if k in own or k not in found.names}
                     break
+    return taken
 
 
 def _may_be(variable: keras.Variable, key: str, tensor: torch.Tensor, name: str) -> bool:
