@@ -114,3 +114,25 @@ def test_the_layout_is_that_of_the_models_layers_not_keras_default():
     maps = keras.Model(inputs, model.get_layer("conv").output)(images)
     extractor = vt.FeatureExtractor(model, ["conv_relu"], normalization=None)
     torch.testing.assert_close(extractor(images)["conv_relu"], maps.detach())
+
+
+@pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
+def test_channels_are_where_they_are_asked_for_behind_any_layer(data_format):
+    """Also behind a Reshape, and behind layers whose axis isn't that of the convolutions."""
+    own = {"data_format": data_format}
+    inputs = keras.Input((16, 12, 3) if data_format == "channels_last" else (3, 16, 12))
+    x = layers.Conv2D(4, 3, **own, name="conv")(inputs)
+    x = layers.BatchNormalization(name="norm")(x)
+    x = layers.Dense(5, activation="relu", name="dense")(x)
+    x = layers.GlobalMaxPooling2D(**own)(x)
+    x = layers.Reshape((2, 3, 4))(layers.Dense(24)(x))
+    model = keras.Model(inputs, layers.Dense(6, name="last")(x))
+    outputs = [layer.output for layer in model.layers]
+    names = [layer.name for layer in model.layers]
+    images = torch.rand(2, *inputs.shape[1:])
+    expected = dict(zip(names, keras.Model(inputs, outputs)(images), strict=True))
+    extractor = vt.FeatureExtractor(
+        model, ["conv", "norm", "dense_relu", "last"], normalization=None, **own
+    )
+    for tap, value in extractor(images).items():
+        torch.testing.assert_close(value, expected[tap.removesuffix("_relu")].detach())

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from vggtorch.architectures import architecture_named
 from vggtorch.features.frozen import with_little_kept
 from vggtorch.features.pixels import Pixels
+from vggtorch.keras_graph import Functional, graph_of
 from vggtorch.keras_graph import data_format as layout_of
-from vggtorch.keras_graph import graph_of
 from vggtorch.lowering import TorchNetwork, to_torch
 from vggtorch.models import constructor, data_config, weight_set
 from vggtorch.weight_sets import WEIGHT_SETS, WeightSet, weight_set_named
@@ -101,7 +101,9 @@ class FeatureExtractor(nn.Module):
             )
         model = source if given else self._load(source, architecture or "vgg16")
         expected, scaled = _normalization(model, normalization)
-        self.pixels = Pixels(value_range, data_format, _channels(model), expected, scaled)
+        graph = graph_of(model, "FeatureExtractor")
+        first = layout_of(graph) == "channels_first"
+        self.pixels = Pixels(value_range, data_format, _channels(graph, first), expected, scaled)
         self.trainable, self.checkpoint = trainable, checkpoint
         # A network that is loaded here has no other user, so its Keras variables may go.
         network = to_torch(
@@ -111,7 +113,7 @@ class FeatureExtractor(nn.Module):
             checkpoint=checkpoint,
             winograd=winograd,
         )
-        _tap_(network, self.taps)
+        _tap_(network, self.taps, "keras" if first else "first")
         self.network = network
         if not trainable:
             network.requires_grad_(False)
@@ -229,15 +231,13 @@ def _checked_taps(taps: Sequence[str]) -> list[str]:
     return taps
 
 
-def _channels(model: keras.Model) -> int:
-    """The channels of the model's one image; ValueError where it takes something else."""
-    graph = graph_of(model, "FeatureExtractor")
+def _channels(graph: Functional, first: bool) -> int:
+    """The channels of a graph's one image; ValueError where it takes something else."""
     shapes = [tuple(tensor.shape) for tensor in graph.inputs]
-    first = layout_of(graph) == "channels_first"
     channels = shapes[0][1 if first else -1] if len(shapes) == 1 and len(shapes[0]) == 4 else None
     if channels is None:
         raise ValueError(
-            f"Received the model {model.name!r} with inputs of shape {shapes}; expected one batch "
+            f"Received the model {graph.name!r} with inputs of shape {shapes}; expected one batch "
             f"of images, (N, H, W, channels)."
         )
     return channels
@@ -270,8 +270,11 @@ def _normalization(model: keras.Model, name: str | None) -> tuple[WeightSet | No
 # Taps
 
 
-def _tap_(network: TorchNetwork, taps: Sequence[str]) -> None:
-    """Let the network return the values of these layers in a dict, and drop what is behind them."""
+def _tap_(network: TorchNetwork, taps: Sequence[str], wanted: str) -> None:
+    """Let the network return the values of these layers in a dict, and drop what is behind them.
+
+    wanted: the order of axes with the channels in front, as `to_torch` notes it of each value.
+    """
     calls = _inline_(network)
     for node in network.graph.nodes:
         if node.op == "call_module":
@@ -288,8 +291,9 @@ def _tap_(network: TorchNetwork, taps: Sequence[str]) -> None:
     (end,) = (node for node in network.graph.nodes if node.op == "output")
     with network.graph.inserting_before(end):
         for tap, node in values.items():
-            if _channels_are_last(node):
-                values[tap] = network.graph.call_function(_channels_to_front, (node,))
+            if node.meta.get("axes", wanted) != wanted:
+                places = (-1, 1) if wanted == "first" else (1, -1)
+                values[tap] = network.graph.call_function(_with_axis_moved, (node, *places))
     end.args = (values,)
     network.graph.eliminate_dead_code()
     network.recompile()
@@ -364,24 +368,5 @@ def _layer(tap: str, calls: dict[str, list[torch.fx.Node]]) -> str:
     raise ValueError(f"No layer {tap!r} can be tapped.{hint} Layers: {', '.join(calls)}.")
 
 
-def _channels_are_last(node: torch.fx.Node) -> bool:
-    """Whether a value in `to_torch`'s channels-first graph has its channels last after all.
-
-    Layers that Keras runs, and some that work on the last axis, take and give them there; a
-    permutation before and behind them changes between the two.
-    """
-    while node.op != "placeholder":
-        if node.op == "call_method" and node.target == "permute":
-            order = node.args[1:]  # (0, last, 1, ...) brings the channels to axis 1
-            return bool(order[1] != len(order) - 1)
-        if node.op == "call_method" and node.target == "reshape":
-            return True
-        sources = node.all_input_nodes
-        if not sources:
-            return False
-        node = sources[0]
-    return False
-
-
-def _channels_to_front(value: Tensor) -> Tensor:
-    return value.movedim(-1, 1) if value.ndim > 2 else value  # (N, ..., C) -> (N, C, ...) view
+def _with_axis_moved(value: Tensor, source: int, target: int) -> Tensor:
+    return value.movedim(source, target) if value.ndim > 2 else value  # a view

@@ -175,11 +175,8 @@ def network_of(
 def _warn_of_penalties(model: keras.Model) -> None:
     """Say that a torch loop over the network leaves out what Keras's fit adds to the loss."""
     penalised = [v.path for v in model.trainable_variables if v.regularizer is not None]
-    penalised += [
-        layer.name
-        for layer in keras_graph.all_layers(model)
-        if layer.activity_regularizer is not None
-    ]
+    layers_inside = keras_graph.all_layers(model)
+    penalised += [x.name for x in layers_inside if x.activity_regularizer is not None]
     if penalised:
         warnings.warn(
             f"{model.name!r} has regularizers ({penalised[0]!r} first, {len(penalised)} in all), "
@@ -242,8 +239,8 @@ class _Builder:
         for tensor in inputs.values():
             names.append(_identifier(keras_graph.producer(tensor).name, names))
             node = self.graph.placeholder(names[-1])
-            node.meta["rank"] = len(tensor.shape)
             axes = "first" if self.outer == "first" and len(tensor.shape) > 2 else "keras"
+            node.meta |= {"rank": len(tensor.shape), "axes": axes}
             if self.outer == "last" and len(tensor.shape) > 2:
                 node = self._permuted(node, len(tensor.shape), to_first=True)
             self.values[id(tensor)] = {axes: node}
@@ -261,7 +258,9 @@ class _Builder:
 
     def _permuted(self, node: torch.fx.Node, rank: int, *, to_first: bool) -> torch.fx.Node:
         order = (0, rank - 1, *range(1, rank - 1)) if to_first else _channels_last(rank)
-        return self.graph.call_method("permute", (node, *order))
+        permuted = self.graph.call_method("permute", (node, *order))
+        permuted.meta["axes"] = "first" if to_first else "keras"
+        return permuted
 
     def _outgoing(self, tensor: keras.KerasTensor) -> torch.fx.Node:
         rank = len(tensor.shape)
@@ -324,7 +323,7 @@ class _Builder:
 
     def _set(self, tensor: keras.KerasTensor, axes: str, node: torch.fx.Node) -> None:
         self.values[id(tensor)] = {axes: node}
-        node.meta["axes"] = axes
+        node.meta |= {"axes": axes, "is_output": True}
 
     def _as_torch(self, call: keras_graph.Node) -> bool:
         """Write down a call of a layer that torch.nn has modules for."""
@@ -346,6 +345,7 @@ class _Builder:
             # leave that out, and the flat numbers, of the same shape, would be in another order.
             name = self._add(f"{layer.name}_permute", Permute(*_channels_last(rank)))
             known["keras"] = self.graph.call_module(name, (known["first"],))
+            known["keras"].meta["axes"] = "keras"
         axes = self._cheapest(tensors) if wanted[0] == "any" else wanted[0]
         node = self._cast(call, axes)
         for name, order in zip(self.names[key], wanted, strict=True):
@@ -353,6 +353,7 @@ class _Builder:
                 node = self._permuted(node, rank, to_first=order == "first")
                 axes = order
             node = self.graph.call_module(name, (node,))
+            node.meta["axes"] = axes
         self._set(call.outputs[0], axes, node)
         return True
 

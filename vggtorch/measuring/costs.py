@@ -211,7 +211,7 @@ def _count(
 
     def after(name: str, node: torch.fx.Node, output: Any) -> None:
         counts[name] += counter.get_total_flops() // 2
-        if "axes" in node.meta:  # what the layer puts out, not something on the way
+        if "is_output" in node.meta:  # of the layer, not something on the way
             sizes[name] += output.nbytes
             # NCHW -> NHWC where the model's maps are NHWC
             last = channels_last and node.meta["axes"] == "first" and output.ndim > 2
