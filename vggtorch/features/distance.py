@@ -100,11 +100,9 @@ class LPIPS(nn.Module):
                 f"expected as many of one size."
             )
         total = torch.zeros((), device=images.device)
-        last = self.extractor.pixels.data_format == "channels_last"
+        first = self.extractor.pixels.channels_first
         for i, tap in enumerate(TAPS):
-            a, b = features[tap], wanted[tap]
-            if last:
-                a, b = a.permute(0, 3, 1, 2), b.permute(0, 3, 1, 2)  # NHWC -> NCHW views
+            a, b = first(features[tap]), first(wanted[tap])
             difference = (_unit(a) - _unit(b)).square()
             weight: Tensor = getattr(self, f"lin{i}").to(difference.dtype)
             total = total + nn.functional.conv2d(difference, weight).mean((2, 3), keepdim=True)

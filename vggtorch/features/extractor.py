@@ -152,12 +152,16 @@ class FeatureExtractor(nn.Module):
         weight = next((p for p in self.network.parameters() if p.is_floating_point()), None)
         if weight is not None:
             x = x.to(weight.dtype)
-        if not (torch.compiler.is_compiling() or self.network.is_watched()):
+        runner: torch.fx.GraphModule = self.network
+        if not (compiling or self.network.is_watched()):
             # How images lie in memory decides how maps do, and to bring these into another order
             # than the fast way puts them out in takes longer.
             x = x.contiguous(memory_format=torch.channels_last)
+            autocast = torch.is_autocast_enabled(x.device.type)
+            if x.requires_grad and torch.is_grad_enabled() and type(x) is Tensor and not autocast:
+                runner = self._with_little_kept()
         try:
-            values = self._runner(x)(x)
+            values: dict[str, Tensor] = runner(x)
         except RuntimeError as error:
             if "too small" not in str(error):
                 raise
@@ -165,12 +169,7 @@ class FeatureExtractor(nn.Module):
                 f"Received images of {x.shape[2]}x{x.shape[3]}, which are too small for the layers "
                 f"up to {self.taps[-1]!r} ({error})."
             ) from error
-        if self.pixels.data_format == "channels_last":
-            values = {  # NCHW -> NHWC view
-                tap: value.permute(0, 2, 3, 1) if value.ndim == 4 else value
-                for tap, value in values.items()
-            }
-        return values
+        return {tap: self.pixels.as_given(value) for tap, value in values.items()}
 
     def train(self, mode: bool = True) -> FeatureExtractor:
         """As torch.nn.Module has it; frozen layers stay in inference."""
@@ -196,16 +195,9 @@ class FeatureExtractor(nn.Module):
             f"value_range={self.pixels.value_range}, data_format={self.pixels.data_format!r}"
         )
 
-    # Memory in backward
-
-    def _runner(self, x: Tensor) -> torch.fx.GraphModule:
-        """The network itself, or for gradients the same one in a form that keeps less."""
-        if torch.compiler.is_compiling() or torch.jit.is_tracing():
-            return self.network
-        frozen = not self.trainable and torch.is_grad_enabled() and x.requires_grad
-        if self.checkpoint or not frozen or type(x) is not Tensor:
-            return self.network
-        if torch.is_autocast_enabled(x.device.type) or self.network.is_watched():
+    def _with_little_kept(self) -> torch.fx.GraphModule:
+        """The network, if it is frozen in a form that keeps less for gradients."""
+        if self.checkpoint or self.trainable:
             return self.network
         code = self.network.code  # which is another one when somebody has edited the graph
         if self._made is None or self._made[0] != code:
@@ -288,7 +280,7 @@ def _tap_(network: TorchNetwork, taps: Sequence[str], wanted: str) -> None:
                 f"tap. Name a layer before or behind it."
             )
         values[tap] = calls[name][0]
-    (end,) = (node for node in network.graph.nodes if node.op == "output")
+    end = network.graph.output_node()
     with network.graph.inserting_before(end):
         for tap, node in values.items():
             if node.meta.get("axes", wanted) != wanted:
@@ -315,15 +307,12 @@ def _inline_(network: TorchNetwork) -> dict[str, list[torch.fx.Node]]:
     ]:
         for node, inner in nested:
             place = str(node.target)
-            values = dict(zip(_inputs(inner.graph), node.args, strict=True))
+            values = dict(zip(inner.graph.find_nodes(op="placeholder"), node.args, strict=True))
             with graph.inserting_before(node):
-                for step in inner.graph.nodes:
-                    if step.op == "output":
-                        given = torch.fx.map_arg(step.args[0], values.__getitem__)
-                    elif step.op != "placeholder":
-                        values[step] = copied = graph.node_copy(step, values.__getitem__)
-                        if step.op in ("call_module", "get_attr"):
-                            copied.target = f"{place}.{step.target}"
+                given: Any = graph.graph_copy(inner.graph, values)
+            for step in inner.graph.nodes:
+                if step.op == "call_module":
+                    values[step].target = f"{place}.{step.target}"
             if isinstance(given, torch.fx.Node):
                 node.replace_all_uses_with(given)
                 found.setdefault(place.replace(".", "/"), []).append(given)
@@ -337,10 +326,6 @@ def _inline_(network: TorchNetwork) -> dict[str, list[torch.fx.Node]]:
                 layers.add_module(name, child)
             network.add_submodule(place, layers)
     return found
-
-
-def _inputs(graph: torch.fx.Graph) -> list[torch.fx.Node]:
-    return [node for node in graph.nodes if node.op == "placeholder"]
 
 
 def _layer(tap: str, calls: dict[str, list[torch.fx.Node]]) -> str:

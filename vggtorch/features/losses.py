@@ -64,8 +64,10 @@ def _maps(values: Tensor) -> Tensor:
     return values if values.dtype == torch.float64 else values.float()
 
 
-def _is_weight(value: Any) -> bool:
-    return isinstance(value, Real) and 0 <= float(value) < inf
+def _check_weight(received: str, value: Any) -> None:
+    """See that a value, described as `received`, can be the weight of a term."""
+    if not (isinstance(value, Real) and 0 <= float(value) < inf):
+        raise ValueError(f"Received {received}; expected a number of 0 or more.")
 
 
 @dataclass(frozen=True)
@@ -138,16 +140,9 @@ class PerceptualLoss(nn.Module):
                         f"Received a weight of {kind} for {tap!r}, which the extractor doesn't "
                         f"tap. Its taps: {', '.join(extractor.taps)}."
                     )
-                if not _is_weight(weight):
-                    raise ValueError(
-                        f"Received the weight {weight!r} for {tap!r}; expected a number of 0 or "
-                        f"more."
-                    )
+                _check_weight(f"the weight {weight!r} for {tap!r}", weight)
         self.content, self.style = dict(content or {}), dict(style or {})
-        if not _is_weight(total_variation):
-            raise ValueError(
-                f"Received total_variation={total_variation!r}; expected a number of 0 or more."
-            )
+        _check_weight(f"{total_variation=}", total_variation)
         self.total_variation = float(total_variation)
         if not (self.content or self.style or total_variation):
             raise ValueError(
@@ -208,7 +203,7 @@ class PerceptualLoss(nn.Module):
                 )
             terms[f"style/{tap}"] = weight * (received - wanted).square().sum((1, 2)).mean()
         if self.total_variation:
-            first = self._channels_first(images)
+            first = self.extractor.pixels.channels_first(images)
             terms["total_variation"] = self.total_variation * total_variation(first).mean()
         return terms
 
@@ -226,9 +221,5 @@ class PerceptualLoss(nn.Module):
         return torch.stack([*self.terms(images, targets, style).values()]).sum()
 
     def _features(self, images: Tensor) -> dict[str, Tensor]:
-        features = self.extractor(images)
-        return {tap: self._channels_first(value) for tap, value in features.items()}
-
-    def _channels_first(self, value: Tensor) -> Tensor:
-        last = self.extractor.pixels.data_format == "channels_last" and value.ndim == 4
-        return value.permute(0, 3, 1, 2) if last else value  # NHWC -> NCHW view
+        first = self.extractor.pixels.channels_first
+        return {tap: first(value) for tap, value in self.extractor(images).items()}

@@ -117,12 +117,21 @@ class Pixels:
                 f"{self.value_range}, which look scaled to 0 to 1: pass value_range=(0, 1)."
             )
 
+    def channels_first(self, value: Tensor) -> Tensor:
+        """Images, or maps in their layout, as (N, C, H, W); other values as they are."""
+        last = self.data_format == "channels_last" and value.ndim == 4
+        return value.permute(0, 3, 1, 2) if last else value  # NHWC -> NCHW view
+
+    def as_given(self, value: Tensor) -> Tensor:
+        """Maps (N, C, H, W) in the layout of the images; other values as they are."""
+        last = self.data_format == "channels_last" and value.ndim == 4
+        return value.permute(0, 2, 3, 1) if last else value  # NCHW -> NHWC view
+
     def normalise(self, images: Tensor) -> Tensor:
         """The network's input, (N, C, H, W), in the arithmetic of the weight set's reference."""
         if not images.is_floating_point() or images.dtype in (torch.float16, torch.bfloat16):
             images = images.float()  # pixel values have more digits than these
-        if self.data_format == "channels_last":
-            images = images.permute(0, 3, 1, 2)  # NHWC -> NCHW view
+        images = self.channels_first(images)
         if not self.normalises:
             return images
         black, white = self.value_range
