@@ -227,6 +227,20 @@ def test_a_relu_that_overwrites_does_so(runs):
         assert off(received[tap], value) < 1e-5
 
 
+def test_maps_that_lie_in_memory_channels_first(runs):
+    first = {"data_format": "channels_first"}
+    image = keras.Input((3, 12, 10))
+    x = layers.Conv2D(4, 3, padding="same", **first)(image)
+    x = layers.ReLU()(layers.Reshape((4, 12, 10))(x))
+    model = keras.Model(image, layers.Conv2D(2, 3, name="last", **first)(x))
+    extractor = vt.FeatureExtractor(model, ["last"], normalization=None)
+    images = torch.rand(2, 3, 12, 10, generator=torch.Generator().manual_seed(0))
+    expected = values_and_gradient(lambda x: plain_network(extractor, x), images)
+    for mine, theirs in zip(values_and_gradient(extractor, images), expected, strict=True):
+        assert off(mine, theirs) < 1e-5
+    assert runs == [1, 2]
+
+
 def test_a_tap_that_is_overwritten_is_refused_as_torch_refuses_it():
     extractor = vt.FeatureExtractor(network(), ["a_relu"], normalization=None)
     value = extractor(torch.rand(1, 3, 30, 30).requires_grad_())["a_relu"]

@@ -8,7 +8,7 @@ over what nobody else has seen.
 # ruff: noqa: D102  (forward and backward do what their class says)
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
@@ -79,53 +79,44 @@ class FrozenConv2d:
         return self.forward([x], [bound])
 
     @torch.no_grad()
-    def prepare(self, shape: torch.Size) -> tuple[Any, bool]:
-        """The weight for the gradient of an output of this shape; whether it is a flipped one."""
-        conv, constants = self.conv, self.forward.constants
+    def gradient(self, shape: torch.Size, of_output: torch.Size) -> Callable[[Tensor], Tensor]:
+        """The gradient of an input of this shape from that of the output, with the weight now."""
+        conv: Any = self.conv
+        constants, workspace = self.forward.constants, self.forward.workspace
+        options = conv.stride, conv.padding, conv.dilation, conv.groups
+        # Padding of the gradient with which the flipped kernel gives one of the input's size.
+        sides = zip(conv.dilation, conv.weight.shape[2:], conv.padding, strict=True)
+        around = tuple(d * (k - 1) - p for d, k, p in sides)
+        flips = conv.stride == (1, 1) and conv.groups == 1 and min(around) >= 0
+        if flips:  # the convolution that is the gradient
+            options = (1, 1), around, conv.dilation, 1
         if self.made is None or self.made is not constants.made:
             weight: Any = self.forward.folded()[0]
-            if self._flips():
-                weight = weight.transpose(0, 1).flip(2, 3).contiguous()
-                options = (1, 1), self._padding(), conv.dilation, 1
-                if self.forward.workspace is None:
-                    weight = prepared_weight(weight, shape, *options)
+            if flips:
+                flipped = weight.transpose(0, 1).flip(2, 3).contiguous()
+                if workspace is None:
+                    weight = prepared_weight(flipped, of_output, *options)
                 else:
-                    weight = PreparedConv2d(partial(_without_bias, weight), options)
+                    weight = PreparedConv2d(lambda: (flipped, None), options)
             elif self.norm is None:  # backward is to have what forward had
                 weight = weight.clone()
             self.made, self.weight = constants.made, weight
-        return self.weight, self._flips()
+        weight = self.weight
 
-    def gradient(self, grad: Tensor, weight: Any, flipped: bool, shape: torch.Size) -> Tensor:
-        """The gradient of an input of this shape, from that of the output."""
-        conv, workspace = self.conv, self.forward.workspace
-        grad = grad.contiguous(memory_format=torch.channels_last)
-        if flipped:
+        def of_input(grad: Tensor) -> Tensor:
+            grad = grad.contiguous(memory_format=torch.channels_last)
+            if not flips:
+                return convolution_gradient(grad, weight, shape, options)
+            prepared = weight
             if workspace is not None:
                 if self.forward.prefers_winograd(grad):
-                    by_winograd = weight.for_winograd("none")(grad, self._padding(), workspace)
+                    by_winograd = weight.for_winograd("none")(grad, around, workspace)
                     if finite(by_winograd) is not None:
                         return cast(Tensor, by_winograd)
-                weight, _ = weight.for_onednn(grad.shape)
-            return conv2d(grad, weight, None, (1, 1), self._padding(), conv.dilation, 1)
-        # As in pool_gradient, x stands for its shape and layout.
-        x = torch.empty(shape, dtype=grad.dtype, memory_format=torch.channels_last)
-        of_x, _, _ = torch.ops.aten.convolution_backward(
-            grad, x, weight, None, conv.stride, pair(conv.padding), conv.dilation, False, (0, 0),
-            conv.groups, (True, False, False),
-        )  # fmt: skip
-        return cast(Tensor, of_x)
+                prepared, _ = weight.for_onednn(grad.shape)
+            return conv2d(grad, prepared, None, *options)
 
-    def _padding(self) -> tuple[int, int]:
-        """Around the gradient, so that the flipped kernel gives one of the input's size."""
-        conv = self.conv
-        sides = zip(conv.dilation, conv.weight.shape[2:], pair(conv.padding), strict=True)
-        down, across = (d * (k - 1) - p for d, k, p in sides)
-        return down, across
-
-    def _flips(self) -> bool:
-        conv = self.conv
-        return pair(conv.stride) == (1, 1) and conv.groups == 1 and min(self._padding()) >= 0
+        return of_input
 
 
 @dataclass
@@ -135,10 +126,6 @@ class Unit:
     conv: FrozenConv2d | None
     relu: nn.ReLU | None = None
     pool: nn.MaxPool2d | None = None
-
-
-def _without_bias(weight: Tensor) -> tuple[Tensor, None]:
-    return weight, None
 
 
 def units_of(children: Sequence[nn.Module], workspace: Workspace | None = None) -> list[Unit]:
@@ -158,38 +145,38 @@ def units_of(children: Sequence[nn.Module], workspace: Workspace | None = None) 
 
 
 def takes(children: Sequence[nn.Module], x: Tensor) -> bool:
-    """Whether the modules, of KINDS, are frozen, and the kernels take them and x."""
+    """Whether the modules can be a chain and are frozen, and the kernels take them and x."""
+    if not all(type(child) in KINDS for child in children):
+        return False
+    if len(children) == 1 and not isinstance(children[0], nn.Conv2d):  # no work to save
+        return False
     if x.ndim != 4 or len(x) == 0 or not has_fused_ops(x, x.dtype):
         return False
     channels, before = x.shape[1], None
     for child in children:
         if isinstance(child, nn.Conv2d):
-            if not can_freeze(child) or child.weight.shape[1] * child.groups != channels:
-                return False
+            fits = can_freeze(child) and child.weight.shape[1] * child.groups == channels
             channels = child.weight.shape[0]
+        elif isinstance(child, BatchNorm2d):
+            mean = child.running_mean
+            fits = before is nn.Conv2d and not child.learns
+            fits = fits and mean is not None and len(mean) == channels
+            fits = fits and not any(p.requires_grad for p in child.parameters())
         elif isinstance(child, nn.MaxPool2d):
-            if not has_disjoint_windows(child):
-                return False
-        elif isinstance(child, nn.ReLU):
-            if child.inplace:  # what it overwrites may be a tap
-                return False
-        elif isinstance(child, BatchNorm2d) and (
-            before is not nn.Conv2d
-            or child.learns
-            or child.running_mean is None
-            or len(child.running_mean) != channels
-            or any(p.requires_grad for p in child.parameters())
-        ):
+            fits = has_disjoint_windows(child)
+        else:
+            fits = not child.inplace  # what a ReLU overwrites may be a tap
+        tensors = (*child._parameters.values(), *child._buffers.values())
+        if not (fits and all(t is None or _goes_with(t, x) for t in tensors)):
             return False
         before = type(child)
-        for t in (*child._parameters.values(), *child._buffers.values()):
-            if t is not None and not (
-                type(t) in (Tensor, nn.Parameter)
-                and t.device == x.device
-                and (t.dtype == x.dtype or not t.is_floating_point())
-            ):
-                return False
     return True
+
+
+def _goes_with(t: Tensor, x: Tensor) -> bool:
+    """Whether a parameter or buffer is torch's own, and of the device and dtype of x."""
+    plain = type(t) in (Tensor, nn.Parameter) and t.device == x.device
+    return plain and (t.dtype == x.dtype or not t.is_floating_point())
 
 
 class Chain(torch.autograd.Function):
@@ -200,12 +187,12 @@ class Chain(torch.autograd.Function):
         ctx.units, ctx.children, ctx.gradients = units, children, []
         kept, y, bound = [x], x, None
         for unit in units:
-            shape, weight, flipped, pooled = y.shape, None, False, y.shape
+            shape, of_conv = y.shape, None
             if unit.conv is not None:
                 y, bound = unit.conv(y, bound)
-                weight, flipped = unit.conv.prepare(y.shape)
+                of_conv = unit.conv.gradient(shape, y.shape)
+            pooled = y.shape
             if unit.pool is not None:
-                pooled = y.shape
                 y, places = F.max_pool2d(y, pair(unit.pool.kernel_size), return_indices=True)
                 kept.append(places.to(torch.int32))
             if unit.relu is not None:
@@ -215,7 +202,7 @@ class Chain(torch.autograd.Function):
                     y = y.relu()
                 # NaN isn't stopped and passes its gradient on, as in torch's ReLU.
                 kept.append(y if unit is units[-1] else y <= 0)
-            ctx.gradients.append((shape, weight, flipped, pooled))
+            ctx.gradients.append((of_conv, pooled))
         ctx.save_for_backward(*kept)
         return y
 
@@ -230,7 +217,7 @@ class Chain(torch.autograd.Function):
             (of_x,) = torch.func.vjp(partial(_one_by_one, ctx.children), x.detach())[1](grad)
             return of_x, None, None
         pairs = zip(reversed(ctx.units), reversed(ctx.gradients), strict=True)
-        for unit, (shape, weight, flipped, pooled) in pairs:
+        for unit, (of_conv, pooled) in pairs:
             if unit.relu is not None and unit is ctx.units[-1]:
                 y, given = kept.pop(), grad
                 grad = given.contiguous(memory_format=torch.channels_last)
@@ -240,8 +227,8 @@ class Chain(torch.autograd.Function):
                 _stop_(grad, kept.pop())
             if unit.pool is not None:
                 grad = pool_gradient(grad, kept.pop(), pooled, pair(unit.pool.kernel_size))
-            if unit.conv is not None:
-                grad = unit.conv.gradient(grad, weight, flipped, shape)
+            if of_conv is not None:
+                grad = of_conv(grad)
         return grad, None, None
 
 
@@ -266,6 +253,23 @@ def _stop_(grad: Tensor, stopped: Tensor) -> None:
         torch.ops.aten.threshold_backward.grad_input(some, numbers, -0.5, grad_input=some)
 
 
+def convolution_gradient(
+    grad: Tensor,
+    weight: Tensor,
+    shape: Sequence[int],
+    options: Sequence[Any],
+    layout: torch.memory_format = torch.channels_last,
+) -> Tensor:
+    """The gradient of a convolution's input; `options` are stride, padding, dilation, groups."""
+    # Of x torch looks at the shape and the layout alone, so its memory is never touched.
+    x = torch.empty(shape, dtype=grad.dtype, device=grad.device, memory_format=layout)
+    *sizes, groups = options
+    of_x, _, _ = torch.ops.aten.convolution_backward(
+        grad, x, weight, None, *sizes, False, (0, 0), groups, (True, False, False)
+    )
+    return cast(Tensor, of_x)
+
+
 def pool_gradient(
     grad: Tensor,
     places: Tensor,
@@ -274,8 +278,7 @@ def pool_gradient(
     layout: torch.memory_format = torch.channels_last,
 ) -> Tensor:
     """The gradient of the input of a max pool, of this shape, by the places of the largest."""
-    # Of x torch looks at the shape and the layout alone, so its memory is never touched.
-    x = torch.empty(shape, dtype=grad.dtype, device=grad.device, memory_format=layout)
+    x = torch.empty(shape, dtype=grad.dtype, device=grad.device, memory_format=layout)  # as above
     of_x = torch.ops.aten.max_pool2d_with_indices_backward(
         grad, x, window, window, (0, 0), (1, 1), False, places.long()
     )

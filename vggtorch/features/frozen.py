@@ -21,6 +21,7 @@ from vggtorch.features.chains import (
     Chain,
     Unit,
     can_freeze,
+    convolution_gradient,
     has_disjoint_windows,
     pair,
     pool_gradient,
@@ -36,105 +37,75 @@ def with_little_kept(network: torch.fx.GraphModule) -> torch.fx.GraphModule:
     root: dict[str, Any] = {}
     graph = torch.fx.Graph()
     copies: dict[torch.fx.Node, torch.fx.Node] = {}
-    rows = {row[-1]: row for row in _rows(network)}
-    inside = {node for row in rows.values() for node in row[:-1]}
+    rows = _rows(network)
     for node in network.graph.nodes:
-        if node in inside:
-            continue
-        name = str(node.target)
-        if node in rows:
-            first, names = rows[node][0], [str(n.target) for n in rows[node]]
+        if node.op != "call_module":
+            copies[node] = graph.node_copy(node, copies.__getitem__)
+        elif row := rows.get(node):
             name = f"until_{node.name}"
-            root[name] = _Row(network, names, workspace)
-            copies[node] = graph.call_module(name, (copies[first.all_input_nodes[0]],))
-            continue
-        if node.op == "call_module":
-            root[name] = _Frozen(network, name)
-        elif node.op == "get_attr":
-            root[name] = getattr(network, name)
-        copies[node] = graph.node_copy(node, copies.__getitem__)
+            root[name] = _Frozen(network, [str(call.target) for call in row], workspace)
+            copies[node] = graph.call_module(
+                name, torch.fx.map_arg(row[0].args, copies.__getitem__)
+            )
     return torch.fx.GraphModule(root, graph)
 
 
-def _rows(network: torch.fx.GraphModule) -> list[list[torch.fx.Node]]:
-    """Calls of modules that can be in a chain, each the only one that takes what the last gives."""
+def _rows(network: torch.fx.GraphModule) -> dict[torch.fx.Node, list[torch.fx.Node]]:
+    """All calls of modules by the last one of each row: one call, or several that can be a chain.
 
-    def kind(node: torch.fx.Node) -> type | None:
-        if node.op != "call_module" or len(node.args) != 1 or node.kwargs:
-            return None
+    In a chain each call is the only one that takes what the last gives.
+    """
+    rows: dict[torch.fx.Node, list[torch.fx.Node]] = {}
+    kinds: dict[torch.fx.Node, type] = {}  # of those that can be in a chain
+    for node in network.graph.find_nodes(op="call_module"):
         child = network.get_submodule(str(node.target))
-        if type(child) is nn.MaxPool2d and not has_disjoint_windows(child):
-            return None
-        found = type(child) in KINDS and isinstance(node.args[0], torch.fx.Node)
-        return type(child) if found else None
-
-    def follows(row: list[torch.fx.Node]) -> torch.fx.Node | None:
-        users = list(row[-1].users)
-        if len(users) != 1 or kind(users[0]) is None:
-            return None
-        norm_alone = kind(users[0]) is BatchNorm2d and kind(row[-1]) is not nn.Conv2d
-        return None if norm_alone else users[0]
-
-    rows: list[list[torch.fx.Node]] = []
-    taken: set[torch.fx.Node] = set()
-    for node in network.graph.nodes:
-        if node in taken or kind(node) in (None, BatchNorm2d):
-            continue
-        row = [node]
-        while (after := follows(row)) is not None:
-            row.append(after)
-        taken.update(row)
-        if len(row) > 1 or kind(node) is nn.Conv2d:
-            rows.append(row)
+        source, *others = node.all_input_nodes
+        follows = source in kinds and len(source.users) == 1
+        fits = type(child) in KINDS and not others
+        if isinstance(child, nn.MaxPool2d):
+            fits = fits and has_disjoint_windows(child)
+        elif isinstance(child, BatchNorm2d):
+            fits = fits and follows and kinds[source] is nn.Conv2d
+        rows[node] = [*(rows.pop(source) if fits and follows else ()), node]
+        if fits:
+            kinds[node] = type(child)
     return rows
 
 
-class _Row(nn.Module):
+class _Frozen(nn.Module):
     """Children in a row as they stand in the network at each call: a chain, or one by one."""
 
     def __init__(
         self, network: nn.Module, names: Sequence[str], workspace: Workspace | None
     ) -> None:
         super().__init__()
-        self.workspace = workspace
+        self.names, self.workspace = names, workspace
         object.__setattr__(self, "network", network)  # not a child of its own child
-        self.one_by_one = [_Frozen(network, name) for name in names]
         self.children_then: list[nn.Module] = []
         self.units: list[Unit] = []
 
-    def forward(self, x: Tensor) -> Any:
-        network: Any = self.network
-        children = [network.get_submodule(one.name) for one in self.one_by_one]
-        if all(type(child) in KINDS for child in children) and takes(children, x):
-            if not all(map(operator.is_, children, self.children_then)) or not self.units:
-                self.children_then, self.units = children, units_of(children, self.workspace)
-            return Chain.apply(x, self.units, children)
-        for one in self.one_by_one:
-            x = one(x)
-        return x
-
-
-class _Frozen(nn.Module):
-    """A child as it stands in the network at each call, by a gradient of our own if it has one."""
-
-    def __init__(self, network: nn.Module, name: str) -> None:
-        super().__init__()
-        self.name = name
-        object.__setattr__(self, "network", network)  # not a child of its own child
-
     def forward(self, *values: Tensor) -> Any:
         network: Any = self.network
-        child = network.get_submodule(self.name)
-        if len(values) == 1:
-            (x,) = values
-            if type(child) is nn.Conv2d and can_freeze(child):
-                options = child.stride, child.padding, child.dilation, child.groups
-                return _Convolution.apply(x, child.weight, child.bias, *options)
-            if type(child) is nn.ReLU and not child.inplace:
-                return _ReLU.apply(x)
-            if type(child) is nn.MaxPool2d and has_disjoint_windows(child):
-                return _MaxPool.apply(x, pair(child.kernel_size))
-        return child(*values)
+        children = [network.get_submodule(name) for name in self.names]
+        if takes(children, values[0]):
+            if not all(map(operator.is_, children, self.children_then)) or not self.units:
+                self.children_then, self.units = children, units_of(children, self.workspace)
+            return Chain.apply(values[0], self.units, children)
+        for child in children:
+            values = (_run(child, *values),)
+        return values[0]
+
+
+def _run(child: nn.Module, *values: Tensor) -> Any:
+    """What a module gives, by a gradient of our own if it has one."""
+    if type(child) is nn.Conv2d and can_freeze(child):
+        options = child.stride, child.padding, child.dilation, child.groups
+        return _Convolution.apply(*values, child.weight, child.bias, *options)
+    if type(child) is nn.ReLU and not child.inplace:
+        return _ReLU.apply(*values)
+    if type(child) is nn.MaxPool2d and has_disjoint_windows(child):
+        return _MaxPool.apply(*values, pair(child.kernel_size))
+    return child(*values)
 
 
 def _layout(x: Tensor) -> torch.memory_format:
@@ -158,13 +129,7 @@ class _Convolution(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         (weight,) = ctx.saved_tensors
-        stride, padding, dilation, groups = ctx.options
-        # Of x torch looks at the shape and the layout alone, so its memory is never touched.
-        x = torch.empty(ctx.shape, dtype=grad.dtype, device=grad.device, memory_format=ctx.layout)
-        of_x, _, _ = torch.ops.aten.convolution_backward(
-            grad, x, weight, None, pair(stride), pair(padding), pair(dilation), False, (0, 0),
-            groups, (True, False, False),
-        )  # fmt: skip
+        of_x = convolution_gradient(grad, weight, ctx.shape, ctx.options, ctx.layout)
         return of_x, None, None, None, None, None, None
 
 
