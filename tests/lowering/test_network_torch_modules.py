@@ -64,6 +64,30 @@ def test_a_wrapped_module_is_the_child_itself():
     torch.testing.assert_close(network.eval()(X), model(X, training=False))
 
 
+def test_its_buffers_stay_one_where_the_network_is_moved():
+    model, module = wrapped()
+    network = vt.to_torch(model)
+    network._apply(torch.clone)  # what `.to()` does, without another device
+    network(X)
+    assert module[1].num_batches_tracked == 1
+    assert network.get_submodule("torch")[1].running_mean is module[1].running_mean
+    torch.testing.assert_close(network.eval()(X), model(X, training=False))
+    with pytest.warns(UserWarning, match="stand alone"):
+        network.double()
+    assert module[1].running_mean.dtype == torch.float32
+
+
+def test_its_buffers_move_with_what_keras_runs():
+    i = keras.Input((5, 4))
+    x = L.TorchModuleWrapper(nn.BatchNorm1d(5), output_shape=(None, 5, 4))(L.Masking()(i))
+    model = keras.Model(i, x)
+    network = vt.to_torch(model)
+    network._apply(torch.clone)
+    before = model.layers[-1].module.running_mean.data_ptr()
+    network._apply(torch.clone)
+    assert model.layers[-1].module.running_mean.data_ptr() != before
+
+
 @pytest.mark.parametrize("build", [lambda: wrapped()[0], inside])
 def test_its_parameters_are_honoured(build):
     model = build()

@@ -219,6 +219,7 @@ def _torch_module(site: Site) -> list[Piece]:
                 copied._parameters[name] = parameter
         if site.share:
             copied._buffers.update(part._buffers)
+            site.ties.wrapped.append((copied, part))
     return [Piece(module, "", "keras")]
 
 

@@ -282,7 +282,7 @@ def _parameters_from(modules: list[nn.Module], tensors: dict[int, Tensor]) -> It
 
     They read their own parameters, so a StatelessScope of Keras's variables doesn't reach them.
     """
-    places = [m._parameters for module in modules for m in module.modules()]
+    places = [module._parameters for module in modules]
     before = [dict(place) for place in places]
     try:
         for place in places:
@@ -375,12 +375,10 @@ class KerasLayer(Leaf):
         if all(keras_graph.raw_value(v) is t for v, t in zip(variables, mine, strict=True)):
             yield
             return
-        inside = keras_graph.all_layers(operation)
-        wrapped = [x.module for x in inside if isinstance(x, keras.layers.TorchModuleWrapper)]
         taken = {id(keras_graph.raw_value(v)): t for v, t in zip(variables, mine, strict=True)}
         with (
             keras.StatelessScope(list(zip(variables, mine, strict=True))) as scope,
-            _parameters_from(wrapped, taken),
+            _parameters_from(self._torch_modules(), taken),
         ):
             yield
         for variable, tensor in zip(variables, mine, strict=True):
@@ -388,6 +386,13 @@ class KerasLayer(Leaf):
             if value is not None and value is not tensor:  # moving statistics, counters of seeds
                 with torch.no_grad():
                     tensor.copy_(value)
+
+    def _torch_modules(self) -> list[nn.Module]:
+        """The modules of torch's inside of the layer, whose parameters are variables of Keras's."""
+        (operation,) = self.operation
+        inside = keras_graph.all_layers(operation) if isinstance(operation, keras.Layer) else ()
+        wrapped = [x.module for x in inside if isinstance(x, keras.layers.TorchModuleWrapper)]
+        return [part for module in wrapped for part in module.modules()]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> KerasLayer:
         """Take the Keras variables along to another device, and leave them alone otherwise."""
@@ -407,6 +412,9 @@ class KerasLayer(Leaf):
                 if name in self._buffers:  # torch has put another tensor there
                     tensor.data = getattr(self, name)
                     self._buffers[name] = tensor  # setattr would list it as a parameter
+            for buffer in (b for part in self._torch_modules() for b in part._buffers.values()):
+                if buffer is not None:
+                    buffer.data = fn(buffer)
         return self
 
     def _load_from_state_dict(

@@ -131,15 +131,26 @@ register_module_parameter_registration_hook(_registered)
 register_module_buffer_registration_hook(_registered)
 
 
+def _could_be(new: Tensor, own: Tensor) -> bool:
+    """Whether a tensor can lend its memory to another."""
+    return (new.dtype, new.shape, new.is_meta) == (own.dtype, own.shape, own.is_meta)
+
+
 @dataclass
 class Ties:
-    """All pairs of a network, and the batch norms whose Keras layers may be frozen.
+    """All pairs of a network, and what else it has in common with the Keras model.
 
     A copy of it has none: copies and pickles of a network stand alone.
+
+    Attributes:
+        pairs: of weights.
+        norms: batch norms, and the Keras layers that may be frozen.
+        wrapped: torch modules, and those of the Keras model that they are copies of.
     """
 
     pairs: list[Tie] = field(default_factory=list)
     norms: list[tuple[Any, keras.Layer]] = field(default_factory=list)
+    wrapped: list[tuple[nn.Module, nn.Module]] = field(default_factory=list)
 
     def watch(self) -> None:
         """From now on, let the Keras variables follow what torch registers in a tensor's place."""
@@ -169,6 +180,12 @@ class Ties:
         """Let Keras follow `.to()`, which puts other buffers in place and registers nothing."""
         for tie in self.pairs:
             tie.find()
+        for ours, theirs in self.wrapped:
+            for name, own in theirs._buffers.items():
+                new = ours._buffers.get(name)
+                if own is not None and new is not None and _could_be(new, own):
+                    own.data = new
+                    ours._buffers[name] = own
         self.sync()
 
     def __deepcopy__(self, memo: Any) -> Ties:
