@@ -28,7 +28,6 @@ from vggtorch.lowering.steps import (
     LINEARS,
     NORMS,
     STATELESS,
-    Call,
     Step,
     in_plain_order,
     permutes,
@@ -175,10 +174,10 @@ class Plan:
 
 def _is_settled(step: Step, grad: bool) -> bool:
     """Whether a step does what it does in inference; `grad`: whether parameters may learn."""
-    run: Any = step.run.target if isinstance(step.run, Call) else step.run
+    run, kind = step.target, type(step.target)
     if not isinstance(run, nn.Module):
         return True
-    run, kind = cast(Any, run), type(run)
+    run = cast(Any, run)
     if kind in NORMS:
         changes = run.learns
     elif kind is KerasLayer:

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from vggtorch.lowering.batch_norm import KerasBatchNorm
 from vggtorch.lowering.fused import Bounded, product_dtype
 from vggtorch.lowering.layer_modules import SamePad
-from vggtorch.lowering.steps import Call, Segment, Step, kind_of
+from vggtorch.lowering.steps import Segment, Step, kind_of
 
 # While images run through the convolutions in groups, a group's largest activation has about this
 # many bytes for each thread, so that the next layer still finds it in the cache.
@@ -174,7 +174,7 @@ class _Again(AbstractContextManager[None]):
 
 def _modules_of(step: Step) -> list[nn.Module]:
     """The module that a step runs, or those whose work it does."""
-    run = step.run.target if isinstance(step.run, Call) else step.run
+    run = step.target
     parts = [run] if isinstance(run, nn.Module) else getattr(run, "__dict__", {}).values()
     return [part for part in parts if isinstance(part, nn.Module)]
 

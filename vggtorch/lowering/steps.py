@@ -85,6 +85,11 @@ class Step:
     by_image: bool = False
     last_use: tuple[int, ...] = ()
 
+    @property
+    def target(self) -> Any:
+        """What runs, which a `Call` gives its arguments."""
+        return self.run.target if isinstance(self.run, Call) else self.run
+
 
 @dataclass(frozen=True)
 class Segment:
@@ -186,15 +191,12 @@ def steps_of(graph: torch.fx.Graph, modules: dict[str, nn.Module]) -> tuple[list
 
 def permutes(step: Step) -> bool:
     """Whether a step puts the axes of a value in another order."""
-    run = step.run
-    return isinstance(run, Call) and isinstance(run.target, Method) and run.target.name == "permute"
+    return isinstance(step.target, Method) and step.target.name == "permute"
 
 
 def kind_of(step: Step) -> Any:
     """The class of a step's module, or of what does its work, exactly; the function of a call."""
-    if isinstance(step.run, Call):
-        return step.run.target
-    return type(step.run)
+    return step.target if isinstance(step.run, Call) else type(step.run)
 
 
 def is_by_image(step: Step, kinds: tuple[type, ...]) -> bool:
@@ -219,7 +221,7 @@ def repeats(step: Step) -> bool:
     Modules that aren't known, Keras's layers among them, may draw random numbers, or count, in
     their own way; and a layer of Keras may take the mask off its input.
     """
-    run = step.run.target if isinstance(step.run, Call) else step.run
+    run = step.target
     return not isinstance(run, nn.Module) or type(run) in (*BY_IMAGE_IN_INFERENCE, *STATELESS)
 
 
@@ -228,7 +230,7 @@ def is_foreign(step: Step) -> bool:
 
     Modules and functions that aren't known may, the user's and Keras's layers among them.
     """
-    run = step.run.target if isinstance(step.run, Call) else step.run
+    run = step.target
     if isinstance(run, Method):
         return run.name not in METHODS
     if not isinstance(run, nn.Module):
