@@ -111,7 +111,7 @@ def test_a_convolution_takes_the_addition(block: Callable[[Any], Any]) -> None:
     network: Any = vt.to_torch(model_of(block)).eval()
     with torch.no_grad():
         network(torch.randn(2, 9, 9, 4))
-    ways = network._plan.plans.made.values()
+    ways = network._plan.ways.made.values()
     runs = [step.run for way in ways for segment in way.segments for step in segment.steps]
     assert any(isinstance(run, FusedConv2d) and run.adds for run in runs)
 

@@ -153,7 +153,7 @@ def test_a_weight_is_prepared_for_one_image_and_for_several() -> None:
     for count in (1, 4, 1, 3):
         with torch.no_grad():
             network(torch.randn(count, 14, 14, 16))
-    (way,) = network._plan.plans.made.values()
+    (way,) = network._plan.ways.made.values()
     (segment,) = way.segments
     (fused,) = (s.run for s in segment.steps if isinstance(s.run, FusedConv2d))
     prepared, *_ = fused.constants.made

@@ -185,7 +185,7 @@ def test_evaluation_lets_go_of_the_memory(monkeypatch: pytest.MonkeyPatch) -> No
     gradient(module, kernel, x)
     plan = module.network._plan
     assert plan is not None
-    (step,) = (run for run in plan.plans.fused.values() if isinstance(run, TrainedLinear))
+    (step,) = (run for run in plan.ways.fused.values() if isinstance(run, TrainedLinear))
     assert step.gradients.memory is not None
     with torch.no_grad():
         module.eval()(x)

@@ -274,9 +274,9 @@ def test_a_network_follows_what_its_steps_were_made_for(name: str, data_format: 
 def test_values_that_trimming_adds_are_no_others() -> None:
     image = keras.Input((13, 14, 3))
     network: Any = vt.to_torch(keras.Model(image, narrowing(image))).eval()
-    plans = network._current_plan().plans
-    steps = [step for part in plans.fast(len(plans.steps)).segments for step in part.steps]
-    numbers = [*plans.inputs, *(step.output for step in steps)]
+    ways = network._current_plan().ways
+    steps = [step for part in ways.with_settled(len(ways.steps)).segments for step in part.steps]
+    numbers = [*ways.inputs, *(step.output for step in steps)]
     assert len(numbers) == len(set(numbers))
 
 

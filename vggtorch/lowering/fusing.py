@@ -55,7 +55,7 @@ class Way:
 
 
 @dataclass(frozen=True)
-class Plans:
+class Ways:
     """The steps of a network, and each way to run it.
 
     Attributes:
@@ -73,7 +73,7 @@ class Plans:
     fused: dict[Any, Any] = field(default_factory=dict)  # by the modules that are in one
     made: dict[tuple[int, bool], Way] = field(default_factory=dict)
 
-    def fast(self, settled: int, plain: bool = False) -> Way:
+    def with_settled(self, settled: int, plain: bool = False) -> Way:
         """What runs where so many of the first steps run as in inference.
 
         `plain`: maps that torch's modules would give in plain order are so where that can be told.

@@ -128,7 +128,7 @@ class InferenceEngine:
         self._lock = threading.Lock()
         self._segments = [
             replace(segment, steps=[_fixed(step, dtype) for step in segment.steps])
-            for segment in plan.plans.fast(len(plan.plans.steps)).segments
+            for segment in plan.ways.with_settled(len(plan.ways.steps)).segments
         ]
         # What runs a segment, by its first and last output.
         self._parts: dict[tuple[int, int], list[Callable[[dict[int, Any]], None]]] = {}
@@ -147,7 +147,7 @@ class InferenceEngine:
             values: dict[int, Any] = dict(enumerate(inputs))
             run_segments(self._segments, values, self._run)
         plain = self._plan.is_plain(inputs)
-        for number in self._plan.plans.outputs:
+        for number in self._plan.ways.outputs:
             if self._half is not None:
                 values[number] = cast_from(self._half, values[number])
             if plain:

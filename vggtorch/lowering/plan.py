@@ -18,7 +18,7 @@ from torch.nn.modules import module as torch_module
 from torch.utils._pytree import tree_leaves
 
 from vggtorch.lowering.fused import TrainedLinear
-from vggtorch.lowering.fusing import Plans
+from vggtorch.lowering.fusing import Ways
 from vggtorch.lowering.kernels import is_intercepted
 from vggtorch.lowering.layer_modules import KerasLayer, Place, SharedDropout
 from vggtorch.lowering.running import run_segments
@@ -86,7 +86,7 @@ class Plan:
         steps, self.structure = steps_of(graph, dict(root.named_modules(remove_duplicate=False)))
         outputs = tuple(x.index for x in tree_leaves(self.structure) if isinstance(x, Place))
         workspace = Workspace() if winograd else None
-        self.plans = Plans(steps, tuple(range(len(inputs))), outputs, checkpoint, workspace)
+        self.ways = Ways(steps, tuple(range(len(inputs))), outputs, checkpoint, workspace)
         self.settings = [(m, _settings(m)) for m in self.modules if type(m) in _SETTINGS]
         # Whether the maps that go in have their channels on axis 1, and so do those that come out.
         self.is_first = not any(permutes(step) and step.inputs[0] < len(inputs) for step in steps)
@@ -138,11 +138,11 @@ class Plan:
         """Run the network."""
         values: dict[int, Any] = dict(enumerate(inputs))
         plain = self.is_plain(inputs)
-        way = self.plans.fast(self._settled(inputs), plain)
+        way = self.ways.with_settled(self._settled(inputs), plain)
         way.parameters.look()
         run_segments(way.segments, values)
         if plain:
-            for number in self.plans.outputs:
+            for number in self.ways.outputs:
                 values[number] = in_plain_order(values[number])
         return filled(self.structure, values)
 
@@ -155,9 +155,9 @@ class Plan:
 
     def release(self) -> None:
         """Let go of the memory that is kept for gradients."""
-        if self.plans.workspace is not None:
-            self.plans.workspace.release()
-        for run in self.plans.fused.values():
+        if self.ways.workspace is not None:
+            self.ways.workspace.release()
+        for run in self.ways.fused.values():
             if isinstance(run, TrainedLinear):
                 run.gradients.release()
 
@@ -166,10 +166,10 @@ class Plan:
         grad = torch.is_grad_enabled()
         if grad and any(x.requires_grad for x in inputs):
             return 0
-        for i, step in enumerate(self.plans.steps):
+        for i, step in enumerate(self.ways.steps):
             if not _is_settled(step, grad):
                 return i
-        return len(self.plans.steps)
+        return len(self.ways.steps)
 
 
 def _is_settled(step: Step, grad: bool) -> bool:
