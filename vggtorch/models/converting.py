@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from math import isqrt
 from os import PathLike
 
@@ -17,7 +18,7 @@ from vggtorch.models.filling import fill_, named_variables, path_of
 from vggtorch.models.leftovers import values_for
 from vggtorch.models.loading import ENDINGS, MODELS, load_model, save_weights
 from vggtorch.models.memory import remember_checkpoint_, remembered
-from vggtorch.models.torch_form import in_torch_form, names_in_torch
+from vggtorch.models.torch_form import in_torch_form
 from vggtorch.models.vgg import constructor
 from vggtorch.weights import Shape
 
@@ -108,15 +109,17 @@ def _convert_model(
 ) -> list[tuple[str, Shape, str, Shape]]:
     """As `convert`, of a model that was saved whole."""
     model = load_model(source)
-    before = {key: tuple(variable.shape) for key, variable in named_variables(model).items()}
+    tensors = {key: variable.value for key, variable in named_variables(model).items()}
+    written, names = tensors, {key: key for key in tensors}
     if str(target).endswith((".pth", ".bin")):
-        timm = str(target).endswith(".bin")
-        state, names = in_torch_form(model, timm=timm), names_in_torch(model, timm=timm)
-        after = {old: (new, tuple(state[new].shape)) for new, old in names.items()}
-    else:
-        after = {key: (key, shape) for key, shape in before.items()}
+        in_torch = partial(in_torch_form, model, timm=str(target).endswith(".bin"))
+        written = in_torch(tensors)
+        names = {old: new for new, old in weights.traced(tensors, in_torch).items()}
     _save(model, target, stacklevel=5)
-    return [(key, before[key], *after[key]) for key in before if key in after]
+    return [
+        (old, tuple(tensors[old].shape), names[old], tuple(written[names[old]].shape))
+        for old in tensors
+    ]
 
 
 def _save(model: keras.Model, target: str | PathLike, stacklevel: int) -> None:

@@ -255,11 +255,10 @@ def save_weights(model: keras.Model, path: str | PathLike) -> None:
             with h5py.File(temporary, "r+") as file:  # Keras looks at no attribute of the root
                 notes = {"vggtorch_weight_set": name, "vggtorch_data_config": said}
                 file.attrs.update({key: text for key, text in notes.items() if text is not None})
-    elif str(path).endswith((".pth", ".bin")):
-        tensors = in_torch_form(model, timm=str(path).endswith(".bin"))
-        weights.write(path, tensors, name, said)
     else:
         tensors = {key: variable.value for key, variable in named_variables(model).items()}
+        if not str(path).endswith(".safetensors"):
+            tensors = in_torch_form(model, tensors, timm=str(path).endswith(".bin"))
         weights.write(path, tensors, name, said)
 
 

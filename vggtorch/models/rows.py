@@ -11,15 +11,13 @@ import re
 from collections.abc import Iterable, Mapping
 
 from vggtorch.architectures import ARCHITECTURES
+from vggtorch.weights import NORM
 
 FEATURES = frozenset(layer.name for a in ARCHITECTURES.values() for layer in a.features())
 
 Path = tuple[str, ...]
 Shape = tuple[int, ...]
 Layer = dict[str, Shape]  # the weights of one layer by Keras's names, as Keras has them
-
-_NORM = {"weight": "gamma", "bias": "beta", "running_mean": "moving_mean"}
-_NORM |= {"running_var": "moving_variance"}
 
 
 def in_order(
@@ -56,7 +54,7 @@ def in_order(
 def _as_keras(layer: Layer) -> Layer:
     """The weights of a convolution or a batch norm of torch as Keras has them."""
     if "running_mean" in layer:
-        return {_NORM.get(name, name): shape for name, shape in layer.items()}
+        return {NORM.get(name, name): shape for name, shape in layer.items()}
     kernel = layer.get("weight", ())
     if len(kernel) != 4:
         return layer

@@ -82,59 +82,49 @@ def _rule(
 ) -> Rule:
     """The rule of one weight; `flat` is the map (H, W, C) whose values are the layer's inputs."""
 
-    def rule(name: str, split: Shape, order: Shape, torch_shape: Shape | None = None) -> Rule:
-        return Rule(f"{prefix}{name}", key, torch_shape or split, split, order, shape)
-
     def same(name: str) -> Rule:
         return weights.unmoved(f"{prefix}{name}", key, shape)
+
+    def kernel(name: str, flattened: Shape = ()) -> Rule:
+        return weights.kernel(f"{prefix}{name}", key, shape, flattened)
+
+    def depthwise(name: str) -> Rule:
+        *spatial, channels, multiplier = shape
+        split, order = (channels, multiplier, *spatial), (*range(2, len(shape)), 0, 1)
+        torch_shape = (channels * multiplier, 1, *spatial)
+        return Rule(f"{prefix}{name}", key, torch_shape, split, order, shape)
 
     def vector(name: str) -> Rule:
         if flat is None or shape != (prod(flat),):
             return same(name)
         *grid, channels = flat
-        return rule(name, (channels, *grid), (*range(1, len(flat)), 0), shape)
+        order = (*range(1, len(flat)), 0)
+        return Rule(f"{prefix}{name}", key, shape, (channels, *grid), order, shape)
 
-    def depthwise(name: str) -> Rule:
-        *spatial, channels, multiplier = shape
-        split = (channels, multiplier, *spatial)
-        return rule(
-            name, split, (*range(2, len(split)), 0, 1), (channels * multiplier, 1, *spatial)
-        )
-
-    rank = len(shape)
-    # The last two axes exchanged and brought to the front: (..., I, O) -> (O, I, ...).
-    reversed_shape, order = (*shape[:-3:-1], *shape[:-2]), (*range(2, rank), 1, 0)
     if isinstance(layer, layers.DepthwiseConv1D | layers.DepthwiseConv2D) and tail == "kernel":
         return depthwise(".weight")
     if isinstance(layer, layers.SeparableConv1D | layers.SeparableConv2D):
         if tail == "depthwise_kernel":
             return depthwise("_depthwise.weight")
-        if tail == "pointwise_kernel":
-            return rule("_pointwise.weight", reversed_shape, order)
-        if tail == "bias":
-            return vector("_pointwise.bias")
-    if isinstance(layer, layers.Dense) and tail == "kernel" and flat and shape[0] == prod(flat):
-        *grid, channels = flat
-        split, units = (shape[1], channels, *grid), shape[::-1]
-        return rule(".weight", split, (*range(2, len(split)), 1, 0), units)
+        return (
+            kernel("_pointwise.weight") if tail == "pointwise_kernel" else same("_pointwise.bias")
+        )
     if isinstance(layer, (*_CONVOLUTIONS, layers.Dense)) and tail == "kernel":
-        return rule(".weight", reversed_shape, order)
-    if isinstance(layer, layers.PReLU) and tail == "alpha":
-        count, ones = max(shape), (1,) * (rank - 1)
-        if rank == 1:
+        return kernel(".weight", flat if flat and shape[0] == prod(flat) else ())
+    if isinstance(layer, layers.PReLU):
+        count, ones = max(shape), (1,) * (len(shape) - 1)
+        if not ones:
             return vector(".weight")
         if shape in ((count, *ones), (*ones, count)):  # one for each channel
-            return rule(".weight", (count,), (0,))
+            return Rule(f"{prefix}.weight", key, (count,), (count,), (0,), shape)
     if isinstance(layer, _NORMS):
-        names = {"gamma": "weight", "beta": "bias", "scale": "weight"}
-        names |= {"moving_mean": "running_mean", "moving_variance": "running_var"}
+        names = {ours: theirs for theirs, ours in weights.NORM.items()} | {"scale": "weight"}
         return vector(f".{names.get(tail, tail)}")
     if isinstance(layer, layers.TorchModuleWrapper):
         return same(f".{tail}")
     if isinstance(layer, layers.Embedding | LayerScale) and tail in ("embeddings", "gamma"):
         return same(".weight")
-    plain = tail.replace("/", "_").replace(".", "_")
-    return same(f".{plain}")
+    return same(f".{tail.replace('/', '_').replace('.', '_')}")
 
 
 def _flat_inputs(model: keras.Model) -> dict[int, Shape]:
@@ -178,13 +168,19 @@ def _flattened(layer: keras.Layer, size: tuple[int | None, ...]) -> Shape | None
     return known if last else (*known[1:], known[0])  # Keras flattens (H, W, C) from (C, H, W) too
 
 
-def in_torch_form(model: keras.Model, *, timm: bool = False) -> dict[str, torch.Tensor]:
+def in_torch_form(
+    model: keras.Model, tensors: Mapping[str, torch.Tensor], *, timm: bool = False
+) -> dict[str, torch.Tensor]:
     """A model's weights by torchvision's names (or timm's), and by `to_torch`'s where it has none.
+
+    Args:
+        model: any model.
+        tensors: its weights by the names of `named_variables`.
+        timm: by timm's names instead of torchvision's.
 
     Raises:
         ValueError: a layer whose name would be taken for something else when it is read.
     """
-    tensors = {key: variable.value for key, variable in named_variables(model).items()}
     part = _torchvision_part(tensors)
     convert = weights.keras_to_timm if timm else weights.keras_to_torchvision
     state = convert({key: tensors[key] for key in part}) if part else {}
@@ -192,26 +188,15 @@ def in_torch_form(model: keras.Model, *, timm: bool = False) -> dict[str, torch.
     for rule in torch_rules(model, torchvision=bool(part)):
         if rule.keras_key in part:
             continue
-        if rule.torch_key in state:
-            raise _unclear(rule.keras_key)
+        taken = rule.torch_key in state
         state[rule.torch_key] = rule.to_torch(tensors[rule.keras_key])
-        if rule.torch_key.endswith(".running_var"):
-            module = rule.torch_key.removesuffix(".running_var")
-            state[f"{module}.num_batches_tracked"] = torch.tensor(0)
-        if not weights.is_plain_name(rule.torch_key, theirs, state):
-            raise _unclear(rule.keras_key)
-    return state
-
-
-def names_in_torch(model: keras.Model, *, timm: bool = False) -> dict[str, str]:
-    """The names that `in_torch_form` gives -> those of the model's weights."""
-    tensors = {key: variable.value for key, variable in named_variables(model).items()}
-    part = _torchvision_part(tensors)
-    convert = weights.keras_to_timm if timm else weights.keras_to_torchvision
-    vgg = {key: tensor for key, tensor in tensors.items() if key in part}
-    names = weights.traced(vgg, convert) if vgg else {}
-    rules = torch_rules(model, torchvision=bool(part))
-    return names | {r.torch_key: r.keras_key for r in rules if r.keras_key not in part}
+        if taken or not weights.is_plain_name(rule.torch_key, theirs, state):
+            raise ValueError(
+                f"The layer {rule.keras_key.rsplit('/', 1)[0]!r} has a name that would be taken "
+                f"for another layer's, or for a wrapper's, in a file of torch's form. Rename it, "
+                f"or save to .safetensors or .weights.h5, which keep Keras's names."
+            )
+    return weights.with_counters(state)
 
 
 def _torchvision_part(tensors: Mapping[str, torch.Tensor]) -> set[str]:
@@ -221,11 +206,3 @@ def _torchvision_part(tensors: Mapping[str, torch.Tensor]) -> set[str]:
         if weights.identify(part):
             return set(part)
     return set()
-
-
-def _unclear(key: str) -> ValueError:
-    return ValueError(
-        f"The layer {key.rsplit('/', 1)[0]!r} has a name that would be taken for another layer's, "
-        f"or for a wrapper's, in a file of torch's form. Rename it, or save to .safetensors or "
-        f".weights.h5, which keep Keras's names."
-    )

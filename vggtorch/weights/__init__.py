@@ -11,17 +11,20 @@ names), `conversion` (pure maps between torchvision's names and layouts and Kera
 
 from vggtorch.weights.archives import check_archive
 from vggtorch.weights.conversion import (
+    NORM,
     Rule,
     Shape,
     architecture_of,
     identify,
     keras_to_timm,
     keras_to_torchvision,
+    kernel,
     rules,
     shortened,
     to_keras,
     traced,
     unmoved,
+    with_counters,
 )
 from vggtorch.weights.copies import converted, verify
 from vggtorch.weights.hub import file_from_hub, folder_from_hub, folder_to_hub
@@ -31,6 +34,7 @@ from vggtorch.weights.sources import Checkpoint, fetch, find, local_copies, read
 from vggtorch.weights.state_dicts import is_plain_name
 
 __all__ = [
+    "NORM",
     "PUBLISHED",
     "Checkpoint",
     "Published",
@@ -48,6 +52,7 @@ __all__ = [
     "is_plain_name",
     "keras_to_timm",
     "keras_to_torchvision",
+    "kernel",
     "local_copies",
     "publications",
     "read",
@@ -58,5 +63,6 @@ __all__ = [
     "unmoved",
     "unpickled",
     "verify",
+    "with_counters",
     "write",
 ]

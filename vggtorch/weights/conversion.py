@@ -67,29 +67,40 @@ def unmoved(torch_key: str, keras_key: str, shape: Shape) -> Rule:
     return Rule(torch_key, keras_key, shape, shape, tuple(range(len(shape))), shape)
 
 
-def _vector(torch_key: str, keras_key: str, size: int) -> Rule:
-    return unmoved(torch_key, keras_key, (size,))
+def kernel(torch_key: str, keras_key: str, shape: Shape, flattened: Shape = ()) -> Rule:
+    """The rule of a kernel, whose last two axes in Keras are the first in torch: (O, I, ...).
+
+    Args:
+        torch_key: its name in torch.
+        keras_key: its name in Keras.
+        shape: in Keras, (..., I, O).
+        flattened: of a matrix (in, out) the map (H, W, C) that it reads, which torch flattens as
+            (C, H, W).
+    """
+    axes = (*flattened, shape[-1]) if flattened else shape
+    split, order = (*axes[:-3:-1], *axes[:-2]), (*range(2, len(axes)), 1, 0)
+    return Rule(torch_key, keras_key, shape[::-1] if flattened else split, split, order, shape)
+
+
+# The weights of a batch norm: torch's name -> Keras's.
+NORM = {
+    "weight": "gamma",
+    "bias": "beta",
+    "running_mean": "moving_mean",
+    "running_var": "moving_variance",
+}
+_VECTORS = {"conv": {"bias": "bias"}, "dense": {"bias": "bias"}, "batch_norm": NORM, "pool": {}}
 
 
 def _layer_rules(layer: Layer, grid: int) -> Iterable[Rule]:
     out, path, name = layer.outputs, layer.torch_path, layer.name
     if layer.kind == "conv":
-        oihw = (out, layer.inputs, 3, 3)
-        hwio = (3, 3, layer.inputs, out)
-        yield Rule(f"{path}.weight", f"{name}/kernel", oihw, oihw, (2, 3, 1, 0), hwio)
-        yield _vector(f"{path}.bias", f"{name}/bias", out)
-    elif layer.kind == "batch_norm":
-        yield _vector(f"{path}.weight", f"{name}/gamma", out)
-        yield _vector(f"{path}.bias", f"{name}/beta", out)
-        yield _vector(f"{path}.running_mean", f"{name}/moving_mean", out)
-        yield _vector(f"{path}.running_var", f"{name}/moving_variance", out)
+        yield kernel(f"{path}.weight", f"{name}/kernel", (3, 3, layer.inputs, out))
     elif layer.kind == "dense":
-        # fc1 reads the last feature map: torchvision flattens it CHW, Keras HWC.
-        chw = (WIDTHS[-1], grid, grid) if name == "fc1" else (layer.inputs,)
-        order = (2, 3, 1, 0) if name == "fc1" else (1, 0)
-        torch_shape, keras_shape = (out, layer.inputs), (layer.inputs, out)
-        yield Rule(f"{path}.weight", f"{name}/kernel", torch_shape, (out, *chw), order, keras_shape)
-        yield _vector(f"{path}.bias", f"{name}/bias", out)
+        last_map = (grid, grid, WIDTHS[-1]) if name == "fc1" else ()
+        yield kernel(f"{path}.weight", f"{name}/kernel", (layer.inputs, out), last_map)
+    for theirs, ours in _VECTORS[layer.kind].items():
+        yield unmoved(f"{path}.{theirs}", f"{name}/{ours}", (out,))
 
 
 def rules(
@@ -207,14 +218,19 @@ def keras_to_torchvision(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch
         ValueError: tensors that have no place in the network, or other shapes, with both lists.
     """
     table = _choose(_shapes(tensors), "keras").table
-    converted = {}
-    for key, rule in table.items():
-        if key in tensors:
-            converted[rule.torch_key] = rule.to_torch(tensors[key])
-            if rule.torch_key.endswith(".running_var"):
-                module = rule.torch_key.removesuffix(".running_var")
-                converted[f"{module}.num_batches_tracked"] = torch.tensor(0)
-    return converted
+    return with_counters(
+        {rule.torch_key: rule.to_torch(tensors[k]) for k, rule in table.items() if k in tensors}
+    )
+
+
+def with_counters(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A state_dict with what torch's batch norms count, which Keras does not have, at 0."""
+    counted = {}
+    for key, tensor in state.items():
+        counted[key] = tensor
+        if key.endswith(".running_var"):
+            counted[f"{key.removesuffix('running_var')}num_batches_tracked"] = torch.tensor(0)
+    return counted
 
 
 def _shapes(tensors: Mapping[str, torch.Tensor]) -> dict[str, Shape]:
@@ -351,62 +367,55 @@ def traced(
     return {key: names[i] for key, i in came.items() if i}
 
 
+# The layers of the classifier by timm's names, whose fc1 and fc2 are convolutions.
 _TIMM = {
-    "pre_logits.fc1.": "classifier.0.",
-    "pre_logits.fc2.": "classifier.3.",
-    "head.fc.": "classifier.6.",
+    "pre_logits.fc1": "classifier.0",
+    "pre_logits.fc2": "classifier.3",
+    "head.fc": "classifier.6",
 }
 
 
 def _timm_to_torchvision(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """timm's names as torchvision's; its fc1 and fc2 are convolutions, (4096, 512, 7, 7)."""
+    """timm's names as torchvision's, and its kernels of (4096, 512, 7, 7) as matrices."""
     renamed = {}
     for key, tensor in tensors.items():
-        prefix = next((p for p in _TIMM if key.startswith(p)), None)
-        if prefix:
-            key = key.replace(prefix, _TIMM[prefix])
-            tensor = tensor.flatten(1) if tensor.ndim > 1 else tensor
-        renamed[key] = tensor
+        layer = key.rpartition(".")[0]
+        flat = layer in _TIMM and tensor.ndim > 1
+        renamed[_TIMM.get(layer, layer) + key.removeprefix(layer)] = (
+            tensor.flatten(1) if flat else tensor
+        )
     return renamed
 
 
 def keras_to_timm(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Keras's named tensors as timm's, whose fc1 and fc2 are convolutions.
-
-    Raises ValueError as `keras_to_torchvision` does.
-    """
+    """Keras's named tensors as timm's; raises ValueError as `keras_to_torchvision` does."""
+    names = {ours: theirs for theirs, ours in _TIMM.items()}
+    channels = {"classifier.0.weight": WIDTHS[-1], "classifier.3.weight": HIDDEN}
     renamed = {}
     for key, tensor in keras_to_torchvision(tensors).items():
-        prefix = next((p for p, theirs in _TIMM.items() if key.startswith(theirs)), None)
-        if prefix:
-            key = key.replace(_TIMM[prefix], prefix)
-            if key in ("pre_logits.fc1.weight", "pre_logits.fc2.weight"):
-                channels = WIDTHS[-1] if "fc1" in key else HIDDEN
-                grid = isqrt(tensor.shape[1] // channels)
-                tensor = tensor.reshape(-1, channels, grid, grid)  # (O, I) -> (O, C, H, W)
-        renamed[key] = tensor
+        if inputs := channels.get(key):
+            grid = isqrt(tensor.shape[1] // inputs)
+            tensor = tensor.reshape(-1, inputs, grid, grid)  # (O, I) -> (O, C, H, W)
+        layer = key.rpartition(".")[0]
+        renamed[names.get(layer, layer) + key.removeprefix(layer)] = tensor
     return renamed
 
 
 def _onnx_to_torchvision(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """A graph's layers, which have an order and no names that we know, as torchvision's."""
-    convolutions = [key for key in tensors if key.startswith("conv") and key.endswith(".weight")]
-    for architecture in ARCHITECTURES.values():
-        paths = [
-            layer.torch_path
-            for layer in (*architecture.features(), *architecture.classifier())
-            if layer.kind in ("conv", "dense")
-        ]
-        if not architecture.batch_norm and len(paths) - 3 == len(convolutions):
-            renamed = {}
-            for key, tensor in tensors.items():
-                kind, _, variable = key.partition(".")
-                index = int(kind.removeprefix("conv").removeprefix("dense"))
-                index += len(convolutions) if kind.startswith("dense") else 0
-                if index < len(paths):
-                    renamed[f"{paths[index]}.{variable}"] = tensor
-            return renamed
-    raise ValueError(
-        f"Received a graph with {len(convolutions)} convolutions; expected 8, 10, 13 or 16, as "
-        f"VGG11, 13, 16 and 19 have."
-    )
+    count = sum(key.startswith("conv") and key.endswith(".weight") for key in tensors)
+    plain = {sum(a.depths): a for a in ARCHITECTURES.values() if not a.batch_norm}
+    if count not in plain:
+        raise ValueError(
+            f"Received a graph with {count} convolutions; expected 8, 10, 13 or 16, as VGG11, 13, "
+            f"16 and 19 have."
+        )
+    names = [*(f"conv{i}" for i in range(count)), "dense0", "dense1", "dense2"]
+    layers = (*plain[count].features(), *plain[count].classifier())
+    paths = dict(zip(names, (x.torch_path for x in layers if x.kind != "pool"), strict=True))
+    renamed = {}
+    for key, tensor in tensors.items():
+        layer, _, variable = key.partition(".")
+        if layer in paths:
+            renamed[f"{paths[layer]}.{variable}"] = tensor
+    return renamed
