@@ -27,23 +27,31 @@ _LARGEST = ARCHITECTURES["vgg19_bn"]
 _ORDER = [layer.name for layer in (*_LARGEST.features(), *_LARGEST.classifier())]
 
 
-def check(
-    found: Match, source: object, *, backbone: bool = False, partial: bool = False
-) -> list[str]:
-    """See that what is left over on both sides may be, or raise ValueError with the lists.
+def matched(
+    model: keras.Model,
+    variables: Mapping[str, keras.Variable],
+    checkpoint: Checkpoint,
+    source: object,
+    *,
+    prefix: str = "",
+    backbone: bool = False,
+    partial: bool = False,
+) -> Match:
+    """What `match` finds, where what is left over on both sides may be, or ValueError with both.
 
     A published VGG checkpoint may go beyond a model that was cut out of its network, and knows
     nothing of layers that the user added; apart from that every name must be on both sides.
 
     Args:
-        found: what `match` has given.
-        source: the file, or a dict of tensors.
+        model: any Keras model.
+        variables: those of its weights that shall get values.
+        checkpoint: what `weights.converted` gave of the source.
+        source: the user's words for it: the file, or a dict of tensors.
+        prefix: of the network's layers; `variables` are named without it.
         backbone: the model is VGG's convolutions, and the file's other layers are its head.
         partial: whatever belongs together is enough.
-
-    Returns:
-        Names in the checkpoint that were left and that a user would not expect to be.
     """
+    found = match(model, variables, checkpoint, prefix=prefix)
     title = "The state_dict" if isinstance(source, Mapping) else repr(str(source))
     in_file = [*(layer or key for key, (layer, _) in found.left.items())]
     in_file += map(_layer, found.names)
@@ -56,7 +64,7 @@ def check(
             f"load_weights(model.get_layer(name), ...).{_advice_of_keras(source)}"
         )
     if partial:
-        return []
+        return found
     left, missing = _unexpected(found, backbone), found.missing
     if backbone or VGG_LAYERS.issuperset(in_file):
         missing = [key for key in missing if _layer(key) in VGG_LAYERS]
@@ -68,7 +76,7 @@ def check(
             f"Shapes that differ: {weights.shortened(found.differing) or 'none'}."
             f"{_advice(missing, in_file, found)}{_advice_of_keras(source)}"
         )
-    return [key for key in found.left if not _is_expected(key, found)]
+    return found
 
 
 def _unexpected(found: Match, backbone: bool) -> list[str]:
@@ -151,23 +159,23 @@ def values_for(
     """
     named = named_variables(model)
     variables = {key.removeprefix(prefix): v for key, v in named.items() if raw_value(v).is_meta}
-    found = match(model, variables, checkpoint, prefix=prefix)
-    left = check(found, source, backbone=backbone)
-    tell(checkpoint, found, left)
+    found = matched(model, variables, checkpoint, source, prefix=prefix, backbone=backbone)
+    tell(found)
     return {prefix + key: value for key, value in found.values.items()}
 
 
-def tell(checkpoint: Checkpoint, found: Match, left: list[str]) -> None:
-    """Warn of what a user may not expect."""
-    if checkpoint.note:
-        warnings.warn(checkpoint.note, stacklevel=4)
+def tell(found: Match, *, partial: bool = False) -> None:
+    """Warn of what a user may not expect; what a `partial` load left stands in its report."""
+    if found.checkpoint.note:
+        warnings.warn(found.checkpoint.note, stacklevel=4)
     if found.renamed:
         warnings.warn(
             f"Names differ and were matched by their order, since all shapes agree: "
             f"{weights.shortened(found.renamed)}.",
             stacklevel=4,
         )
-    if left:
+    left = [key for key in found.left if not _is_expected(key, found)]
+    if left and not partial:
         layers = _once(found.left[key][0] or key for key in left)
         warnings.warn(
             f"These layers of the file are not Dense layers of a head, and were left: "

@@ -21,15 +21,15 @@ from vggtorch.architectures import ARCHITECTURES
 from vggtorch.checks import check_model
 from vggtorch.keras_graph import all_layers, raw_value
 from vggtorch.models.filling import checkpoint_of, named_variables, settle_
-from vggtorch.models.leftovers import check, tell
-from vggtorch.models.matching import match
+from vggtorch.models.leftovers import matched, tell
+from vggtorch.models.matching import Match
 from vggtorch.models.memory import (
     data_config,
     remember_checkpoint_,
     remembered,
     weight_set,
 )
-from vggtorch.models.prefixed import Network, names_layers_of, networks_of, prefixes_of
+from vggtorch.models.prefixed import names_layers_of, networks_of, prefixes_of
 from vggtorch.models.torch_form import in_torch_form
 from vggtorch.models.vgg import constructor
 from vggtorch.weight_sets import WEIGHT_SETS, DataConfig
@@ -140,23 +140,19 @@ def load_weights(
     if checkpoint is None or (prefixed and not names_layers_of(model, checkpoint)):
         networks = networks_of(model, source, checkpoint, partial=partial)
     else:
-        found = match(model, variables, checkpoint)
-        left = check(found, source, partial=partial)
-        networks = [Network("", variables, checkpoint, found, left)]
+        networks = [matched(model, variables, checkpoint, source, partial=partial)]
     return _loaded_(model, networks, partial)
 
 
-def _loaded_(
-    model: keras.Model, networks: list[Network], partial: bool
-) -> keras.Model | PartialLoad:
+def _loaded_(model: keras.Model, networks: list[Match], partial: bool) -> keras.Model | PartialLoad:
     """Give a model what was found for it, all of it or, with `partial`, a part."""
     for one in networks:
-        tell(one.checkpoint, one.found, one.left)
+        tell(one, partial=partial)
     for one in networks:
-        for key, value in one.found.values.items():
+        for key, value in one.values.items():
             one.variables[key].assign(value)
     settle_(model)
-    values = {one.prefix + key for one in networks for key in one.found.values}
+    values = {one.prefix + key for one in networks for key in one.values}
     variables = named_variables(model)
     # The layer that sees the image decides what the model expects of one.
     if not partial or next(iter(variables)) in values:
@@ -165,7 +161,7 @@ def _loaded_(
         return model
     loaded = {id(variables[key]) for key in values}
     unused = [
-        [*one.found.left, *(n for key, n in one.found.names.items() if key not in one.found.values)]
+        [*one.left, *(n for key, n in one.names.items() if key not in one.values)]
         for one in networks
     ]
     return PartialLoad(
@@ -173,7 +169,7 @@ def _loaded_(
         loaded=tuple(key for key in variables if key in values),
         left=tuple(name for name in unused[0] if all(name in names for names in unused)),
         kept=tuple(key for key, variable in variables.items() if id(variable) not in loaded),
-        differing=tuple(one.prefix + text for one in networks for text in one.found.differing),
+        differing=tuple(one.prefix + text for one in networks for text in one.differing),
     )
 
 

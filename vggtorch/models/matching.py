@@ -15,9 +15,9 @@ Whether what is left over may be, `leftovers` says.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Literal
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
 
 import keras
 import torch
@@ -34,43 +34,55 @@ Slot = tuple[str, Rule | None]  # a weight of the model, and how torch's axes be
 _KNOWN = frozenset({"kernel", "bias", "gamma", "beta", "moving_mean", "moving_variance"})
 
 
-@dataclass
+@dataclass(frozen=True)
 class Match:
     """What belongs together, and what is left on either side.
 
     Attributes:
-        values: name of a model's weight -> its tensor, in Keras's layout.
+        prefix: of the names of the layers, where they are those of one network in the model.
+        variables: the model's weights by their names, without the prefix.
+        checkpoint: what they are loaded from.
         names: name of a model's weight -> the tensor's name in the checkpoint.
+        values: name of a model's weight -> its tensor, in Keras's layout.
+        differing: of weights whose shapes differ, the name and both shapes.
         left: what no weight of the model has: a tensor's name in the checkpoint -> the layer that
             it belongs to, by the names of the network itself, and its shape.
         missing: names of the model's weights that the checkpoint doesn't have.
-        differing: of weights whose shapes differ, the name and both shapes.
         renamed: layers whose automatic names differ, "dense is dense_1".
     """
 
-    values: dict[str, torch.Tensor] = field(default_factory=dict)
-    names: dict[str, str] = field(default_factory=dict)
-    left: dict[str, tuple[str, Shape]] = field(default_factory=dict)
-    missing: list[str] = field(default_factory=list)
-    differing: list[str] = field(default_factory=list)
-    renamed: list[str] = field(default_factory=list)
+    prefix: str
+    variables: Mapping[str, keras.Variable]
+    checkpoint: Checkpoint
+    names: dict[str, str]
+    values: dict[str, torch.Tensor]
+    differing: list[str]
+    left: dict[str, tuple[str, Shape]]
+    missing: list[str]
+    renamed: list[str]
 
 
 @dataclass(frozen=True)
 class _Entry:
-    """One tensor of a checkpoint: its layer, its variable, and whether it has torch's axes."""
+    """One tensor of a checkpoint: its layer, its variable, and its shape."""
 
     key: str
-    kind: Literal["keras", "torch"]
     path: Path
     name: str
+    shape: Shape
 
     @classmethod
-    def of(cls, key: str) -> _Entry:
-        """An entry by its name: `layer/kernel` is Keras's, `layer.weight` torch's."""
-        kind: Literal["keras", "torch"] = "keras" if "/" in key else "torch"
-        *path, name = key.split("/" if kind == "keras" else ".")
-        return cls(key, kind, tuple(path), name)
+    def of(cls, key: str, tensor: torch.Tensor) -> _Entry:
+        *path, name = key.split("/" if "/" in key else ".")
+        return cls(key, tuple(path), name, tuple(tensor.shape))
+
+    @property
+    def is_torchs(self) -> bool:
+        """Whether it has torch's axes: `layer/kernel` is Keras's name, `layer.weight` torch's."""
+        return "/" not in self.key
+
+
+Pairs = dict[str, tuple[_Entry, Rule | None]]  # a weight's name -> its tensor, how its axes move
 
 
 def match(
@@ -91,57 +103,58 @@ def match(
     Raises:
         ValueError: several networks in the checkpoint could be the model's.
     """
-    tensors = checkpoint.tensors
-    slots = _slots(model, variables, checkpoint, {}, prefix)
-    entries = [_Entry.of(key) for key in tensors]
+    layers = places_of(model)
+    slots = _slots(model, variables, checkpoint, prefix)
+    places = {path[:-1] for path in slots}
+    entries = [_Entry.of(key, tensor) for key, tensor in checkpoint.tensors.items()]
     if checkpoint.unnamed:
-        places = _by_class(model, (), ())
-        by_place = _slots(model, variables, checkpoint, places)
-        entries = _without_prefix(entries, by_place, prefix, checkpoint.origin)
-        names = {place: path for path, place in places.items()}
+        written = _by_class(layers)
+        by_class = {written.get(path, path) for path in places}
+        entries = _without_prefix(entries, by_class, prefix, checkpoint.origin)
+        names = {place: path for path, place in written.items()}
         entries = [replace(entry, path=names.get(entry.path, entry.path)) for entry in entries]
     else:
-        entries = _without_prefix(entries, slots, prefix, checkpoint.origin)
-        entries = _without_text(entries, slots, prefix)
-        entries = _into_models(entries, slots)
+        entries = _without_prefix(entries, places, prefix, checkpoint.origin)
+        entries = _without_text(entries, places, prefix)
+        entries = _into_models(entries, places)
     # VGG's layers, which is all that a network under a prefix has, have no automatic names.
-    automatic = {} if prefix else _automatic(model) | _inside_layers(model, variables)
-    entries, renamed = _in_order(entries, slots, automatic, variables, tensors)
-    found = Match(renamed=renamed)
+    automatic = {} if prefix else _automatic(layers) | _inside_layers(layers, variables)
+    entries, renamed = _in_order(entries, slots, places, automatic, variables)
+    pairs: Pairs = {}
     for entry in entries:
-        slot = slots.get((entry.kind, (*entry.path, entry.name))) or _nearly(entry, slots)
-        if slot is not None and slot[0] not in found.names:
-            found.names[slot[0]] = entry.key
-    unnamed = [k for k in variables if k.partition("/")[0] in FEATURES and k not in found.names]
-    if unnamed:
-        _by_row(variables, tensors, entries, slots, found)
-    taken: set[str] = set()
+        slot = slots.get((*entry.path, entry.name)) or _nearly(entry, slots)
+        if slot is not None and slot[0] not in pairs:
+            pairs[slot[0]] = entry, slot[1]
+    if any(key.partition("/")[0] in FEATURES and key not in pairs for key in variables):
+        renamed += _by_row(variables, entries, slots, pairs)
+    taken = {entry.key for entry, _ in pairs.values()}
     if checkpoint.ordered:
         depths = (None, 1) if checkpoint.ordered == "models" else (None,)
-        taken = _by_place(model, variables, tensors, entries, found, depths)
-    rules = {slot[0]: slot[1] for (kind, _), slot in slots.items() if kind == "torch"}
-    for key, name in found.names.items():
-        tensor = tensors[name]
-        rule = rules.get(key) if "/" not in name else None
+        taken = _by_place(model, layers, variables, entries, pairs, depths)
+    values: dict[str, torch.Tensor] = {}
+    differing = []
+    for key, (entry, rule) in pairs.items():
+        tensor = checkpoint.tensors[entry.key]
         expected = tuple(variables[key].shape) if rule is None else rule.torch_shape
-        if differing := _other_dtype(tensor, variables[key]):
-            found.differing.append(f"{key} {differing}")
-        elif tuple(tensor.shape) != expected:
-            found.differing.append(f"{key} has {tuple(tensor.shape)}, expected {expected}")
-        elif rule is None:
-            found.values[key] = tensor
+        if other := _other_dtype(tensor, variables[key]):
+            differing.append(f"{key} {other}")
+        elif entry.shape != expected:
+            differing.append(f"{key} has {entry.shape}, expected {expected}")
         else:
-            found.values[key] = rule.to_view(tensor).reshape(rule.keras_shape)
-    taken |= set(found.names.values())
-    found.left = {
-        e.key: ("/".join(e.path), tuple(tensors[e.key].shape))
-        for e in entries
-        if e.key not in taken
-    }
+            values[key] = tensor if rule is None else rule.to_view(tensor).reshape(rule.keras_shape)
     # A layer that stands in the model and in one nested in it has one weight under two names.
-    known = {id(variables[key]) for key in found.names}
-    found.missing = [key for key, variable in variables.items() if id(variable) not in known]
-    return found
+    known = {id(variables[key]) for key in pairs}
+    return Match(
+        prefix,
+        variables,
+        checkpoint,
+        names={key: entry.key for key, (entry, _) in pairs.items()},
+        values=values,
+        differing=differing,
+        left={e.key: ("/".join(e.path), e.shape) for e in entries if e.key not in taken},
+        missing=[key for key, variable in variables.items() if id(variable) not in known],
+        renamed=renamed,
+    )
 
 
 def _other_dtype(tensor: torch.Tensor, variable: keras.Variable) -> str | None:
@@ -153,21 +166,21 @@ def _other_dtype(tensor: torch.Tensor, variable: keras.Variable) -> str | None:
     return f"has dtype {names[0]}, expected {names[1]}"
 
 
-def _nearly(entry: _Entry, slots: Mapping[tuple[str, Path], Slot]) -> Slot | None:
+def _nearly(entry: _Entry, slots: Mapping[Path, Slot]) -> Slot | None:
     """The weight that a tensor of torch's names belongs to but for what is no part of a name.
 
     A layer whose name torch's modules have already, such as `add`, ends in an underscore there; and
     the names of layers inside of a layer, which became a part of the variable's, have numbers.
     """
-    if entry.kind != "torch" or not entry.path:
+    if not (entry.is_torchs and entry.path):
         return None
+
+    def plain(name: str) -> str:
+        return re.sub(r"_\d+(?=_)", "", name)
+
     path = (*entry.path[:-1], entry.path[-1].rstrip("_"))
-    name = re.sub(r"_\d+(?=_)", "", entry.name)
-    found = [
-        slot
-        for (kind, where), slot in slots.items()
-        if (kind, where[:-1]) == ("torch", path) and re.sub(r"_\d+(?=_)", "", where[-1]) == name
-    ]
+    name = plain(entry.name)
+    found = [slot for (*p, n), slot in slots.items() if (*p,) == path and plain(n) == name]
     return found[0] if len(found) == 1 else None
 
 
@@ -175,36 +188,31 @@ def _slots(
     model: keras.Model,
     variables: Mapping[str, keras.Variable],
     checkpoint: Checkpoint,
-    places: Mapping[Path, Path],
-    prefix: str = "",
-) -> dict[tuple[str, Path], Slot]:
+    prefix: str,
+) -> dict[Path, Slot]:
     """The places that a model has for tensors of Keras's names and for those of torch's.
 
-    `places` has what a layer is called by in the checkpoint instead of its name.
+    Where both have one name for a weight, its axes are the same too.
     """
-    slots: dict[tuple[str, Path], Slot] = {}
-    for key in variables:
-        *path, name = key.split("/")
-        slots["keras", (*places.get(tuple(path), tuple(path)), name)] = key, None
+    slots: dict[Path, Slot] = {tuple(key.split("/")): (key, None) for key in variables}
     torchvision = checkpoint.origin in ("torchvision", "timm")
     for rule in torch_rules(model, torchvision=torchvision):
         key = rule.keras_key.removeprefix(prefix)
         if key in variables:
-            slots["torch", tuple(rule.torch_key.removeprefix(prefix).split("."))] = key, rule
+            path = tuple(rule.torch_key.removeprefix(prefix).split("."))
+            slots.setdefault(path, (key, rule))
     return slots
 
 
-def _by_class(model: keras.Model, path: Path, place: Path) -> dict[Path, Path]:
+def _by_class(layers: Mapping[Path, keras.Layer]) -> dict[Path, Path]:
     """A layer's full name -> its place as Keras 2 wrote it: by its class, `conv2d_1`."""
-    places: dict[Path, Path] = {}
-    counts: dict[str, int] = {}
-    for layer in model.layers:
-        kind = _class_in_names(layer)
-        count = counts[kind] = counts.get(kind, -1) + 1
-        inner = (*place, f"{kind}_{count}" if count else kind)
-        places[(*path, layer.name)] = inner
-        if isinstance(layer, keras.Model):
-            places |= _by_class(layer, (*path, layer.name), inner)
+    places: dict[Path, Path] = {(): ()}
+    counts: Counter[Path] = Counter()
+    for path, layer in layers.items():
+        place = (*places[path[:-1]], _class_in_names(layer))
+        count = counts[place]
+        counts[place] += 1
+        places[path] = (*place[:-1], f"{place[-1]}_{count}") if count else place
     return places
 
 
@@ -212,7 +220,7 @@ def _by_class(model: keras.Model, path: Path, place: Path) -> dict[Path, Path]:
 
 
 def _without_prefix(
-    entries: list[_Entry], slots: Mapping[tuple[str, Path], Slot], wanted: str, origin: str
+    entries: list[_Entry], places: Collection[Path], wanted: str, origin: str
 ) -> list[_Entry]:
     """The entries without the name of the model around the network, or of a wrapper's attribute.
 
@@ -222,17 +230,14 @@ def _without_prefix(
         ValueError: several networks in the checkpoint fit as well.
     """
 
-    def stripped(entry: _Entry, prefix: Path) -> _Entry:
-        if entry.path[: len(prefix)] != prefix:
-            return entry
-        return _Entry(entry.key, entry.kind, entry.path[len(prefix) :], entry.name)
+    def stripped(path: Path, prefix: Path) -> Path:
+        return path[len(prefix) :] if path[: len(prefix)] == prefix else path
 
-    places = {(kind, path[:-1]) for kind, path in slots}
     prefixes = {entry.path[:n] for entry in entries for n in range(len(entry.path))}
-    found: dict[Path, int] = {}
-    for prefix in sorted(prefixes | {()}, key=lambda p: (len(p), p)):
-        under = [stripped(entry, prefix) for entry in entries]
-        found[prefix] = len({(e.kind, e.path) for e in under} & places)
+    found = {
+        prefix: len({stripped(entry.path, prefix) for entry in entries}.intersection(places))
+        for prefix in sorted(prefixes | {()}, key=lambda p: (len(p), p))
+    }
     most = max(found.values())
     best = [prefix for prefix, count in found.items() if count == most]
     if () in best or not most:
@@ -249,18 +254,16 @@ def _without_prefix(
             f"tensors.items() if k.startswith({begin!r})}})), or all of them into a model that "
             f"holds networks of these names."
         )
-    return [stripped(entry, best[0]) for entry in entries]
+    return [replace(entry, path=stripped(entry.path, best[0])) for entry in entries]
 
 
-def _without_text(
-    entries: list[_Entry], slots: Mapping[tuple[str, Path], Slot], wanted: str
-) -> list[_Entry]:
+def _without_text(entries: list[_Entry], places: Collection[Path], wanted: str) -> list[_Entry]:
     """The entries of a network whose layers have a prefix in the file, without it.
 
     Raises:
         ValueError: there are several such networks, and none has the `wanted` prefix.
     """
-    ours = {path[0] for _, path in slots}
+    ours = {path[0] for path in places if path}
     theirs = {entry.path[-1]: None for entry in entries if entry.path}
     if FEATURES.isdisjoint(ours) or not ours.isdisjoint(theirs):
         return entries
@@ -274,14 +277,13 @@ def _without_text(
             f"Build the model with one of them, prefix={next(iter(found))!r}."
         )
     prefix = wanted if wanted in found else next(iter(found))
+    return [
+        replace(entry, path=(*entry.path[:-1], *(p.removeprefix(prefix) for p in entry.path[-1:])))
+        for entry in entries
+    ]
 
-    def plain(path: Path) -> Path:
-        return (*path[:-1], path[-1].removeprefix(prefix)) if path else path
 
-    return [replace(entry, path=plain(entry.path)) for entry in entries]
-
-
-def _into_models(entries: list[_Entry], slots: Mapping[tuple[str, Path], Slot]) -> list[_Entry]:
+def _into_models(entries: list[_Entry], places: Collection[Path]) -> list[_Entry]:
     """The entries of a model that was flat, with the names of nested models where they are now.
 
     Not those of a network alone, which has its own way into the one that is nested: nobody has
@@ -289,52 +291,44 @@ def _into_models(entries: list[_Entry], slots: Mapping[tuple[str, Path], Slot]) 
     """
     if all(entry.path and entry.path[-1] in FEATURES for entry in entries):
         return entries
-    places = {(kind, path[:-1]) for kind, path in slots}
-    inside: dict[tuple[str, Path], list[Path]] = {}
-    for kind, path in places:
+    inside: dict[Path, list[Path]] = {}
+    for path in places:
         for n in range(1, len(path)):
-            inside.setdefault((kind, path[n:]), []).append(path)
+            inside.setdefault(path[n:], []).append(path)
 
-    def nested(entry: _Entry) -> _Entry:
-        found = inside.get((entry.kind, entry.path), [])
-        alone = (entry.kind, entry.path) not in places and len(found) == 1
-        return replace(entry, path=found[0]) if alone else entry
+    def nested(path: Path) -> Path:
+        found = inside.get(path, [])
+        return found[0] if path not in places and len(found) == 1 else path
 
-    return [nested(entry) for entry in entries]
+    return [replace(entry, path=nested(entry.path)) for entry in entries]
 
 
 # Automatic names
 
 
-def _automatic(model: keras.Model) -> dict[Path, str]:
-    """The layers whose names Keras made up, `dense_1`, and what they are made of, `dense`.
-
-    Also the two modules that a separable convolution is in torch.
-    """
-    found: dict[Path, str] = {}
-    for (*path, name), layer in places_of(model, ()):
-        base = _class_in_names(layer)
-        if _is_numbered(name, base):
-            for part in ("", "_depthwise", "_pointwise"):
-                found[(*path, name + part)] = base + part
-    return found
-
-
-def _class_in_names(layer: object) -> str:
+def _class_in_names(layer: keras.Layer) -> str:
     """A layer's class as Keras has it in automatic names."""
     return to_snake_case("Functional" if isinstance(layer, Functional) else type(layer).__name__)
 
 
-def _inside_layers(model: keras.Model, variables: Mapping[str, keras.Variable]) -> dict[Path, str]:
+def _automatic(layers: Mapping[Path, keras.Layer]) -> dict[Path, str]:
+    """The layers whose names Keras made up, `dense_1`, and what they are made of, `dense`.
+
+    Also the two modules that a separable convolution is in torch.
+    """
+    return {
+        (*path, name + part): base + part
+        for (*path, name), layer in layers.items()
+        if _is_numbered(name, base := _class_in_names(layer))
+        for part in ("", "_depthwise", "_pointwise")
+    }
+
+
+def _inside_layers(layers: Mapping[Path, keras.Layer], variables: Iterable[str]) -> dict[Path, str]:
     """The layers inside of layers, whose numbers Keras made up: `forward_lstm_1`."""
-    outer = {path for path, _ in places_of(model, ())}
-    found: dict[Path, str] = {}
-    for key in variables:
-        path = tuple(key.split("/")[:-1])
-        for n in range(1, len(path) + 1):
-            if path[:n] not in outer:
-                found[path[:n]] = re.sub(r"_\d+$", "", path[n - 1])
-    return found
+    paths = [tuple(key.split("/")[:-1]) for key in variables]
+    every = {path[:n] for path in paths for n in range(1, len(path) + 1)}
+    return {path: re.sub(r"_\d+$", "", path[-1]) for path in every - layers.keys()}
 
 
 _NUMBER = re.compile(r"_(\d+)(?=(?:_depthwise|_pointwise)?$)")
@@ -351,40 +345,32 @@ def _number(name: str) -> int:
 
 def _in_order(
     entries: list[_Entry],
-    slots: Mapping[tuple[str, Path], Slot],
+    slots: Mapping[Path, Slot],
+    places: Collection[Path],
     automatic: Mapping[Path, str],
     variables: Mapping[str, keras.Variable],
-    tensors: Mapping[str, torch.Tensor],
 ) -> tuple[list[_Entry], list[str]]:
     """The entries with the model's automatic names in the place of the checkpoint's.
 
     Nothing is renamed unless there are as many on both sides and all their shapes agree.
     """
-    names: dict[Path, str] = {}
-    for kind in ("keras", "torch"):
-        theirs = {entry.path for entry in entries if entry.kind == kind}
-        ours = {path[:-1] for of, path in slots if of == kind}
-        names |= _renaming(theirs, ours, automatic, (), ())
-    if not names:
-        return entries, []
+    names = _renaming({entry.path for entry in entries}, set(places), automatic, (), ())
 
     def renamed(path: Path) -> Path:
         return tuple(names.get(path[: n + 1], path[n]) for n in range(len(path)))
 
-    ours_of = {(kind, path[:-1]) for kind, path in slots}
-    after = []
-    for entry in entries:
-        path = renamed(entry.path)
-        if path != entry.path:
-            if (entry.kind, path) not in ours_of:
+    after = [replace(entry, path=renamed(entry.path)) for entry in entries]
+    for new, old in zip(after, entries, strict=True):
+        if new.path == old.path:
+            continue
+        if new.path not in places:
+            return entries, []
+        # Weights without names of their own are looked at where they are paired by place.
+        if slot := slots.get((*new.path, new.name)):
+            key, rule = slot
+            expected = tuple(variables[key].shape) if rule is None else rule.torch_shape
+            if new.shape != expected:
                 return entries, []
-            # Weights without names of their own are looked at where they are paired by place.
-            if slot := slots.get((entry.kind, (*path, entry.name))):
-                key, rule = slot
-                expected = tuple(variables[key].shape) if rule is None else rule.torch_shape
-                if tuple(tensors[entry.key].shape) != expected:
-                    return entries, []
-        after.append(_Entry(entry.key, entry.kind, path, entry.name))
     return after, [f"{'/'.join(old)} is {'/'.join(renamed(old))}" for old in names]
 
 
@@ -418,37 +404,31 @@ def _renaming(
 
 def _by_row(
     variables: Mapping[str, keras.Variable],
-    tensors: Mapping[str, torch.Tensor],
     entries: Iterable[_Entry],
-    slots: Mapping[tuple[str, Path], Slot],
-    found: Match,
-) -> None:
-    """Pair VGG's convolutions with those of a file that calls them otherwise."""
-    entries = list(entries)
+    slots: Mapping[Path, Slot],
+    pairs: Pairs,
+) -> list[str]:
+    """Pair VGG's convolutions with those of a file that calls them otherwise; returns which."""
     row = in_order(
         {key: tuple(variable.shape) for key, variable in variables.items()},
-        ((e.path, e.name, e.kind == "torch", tuple(tensors[e.key].shape)) for e in entries),
+        ((e.path, e.name, e.is_torchs, e.shape) for e in entries),
     )
-    names = {
-        key: name for key, name in found.names.items() if key.partition("/")[0] not in FEATURES
-    }
-    for entry in entries:
-        if entry.path in row:
-            slot = slots.get((entry.kind, (row[entry.path], entry.name)))
-            if slot is not None:
-                names[slot[0]] = entry.key
     if row:
-        found.names = names
-        pairs = {"/".join(path): name for path, name in row.items()}
-        found.renamed += [f"{old} is {new}" for old, new in pairs.items() if old != new]
+        for key in [key for key in pairs if key.partition("/")[0] in FEATURES]:
+            del pairs[key]
+    for entry in entries:
+        if entry.path in row and (slot := slots.get((row[entry.path], entry.name))):
+            pairs[slot[0]] = entry, slot[1]
+    named = {"/".join(path): name for path, name in row.items()}
+    return [f"{old} is {new}" for old, new in named.items() if old != new]
 
 
 def _by_place(
     model: keras.Model,
+    layers: Mapping[Path, keras.Layer],
     variables: Mapping[str, keras.Variable],
-    tensors: Mapping[str, torch.Tensor],
     entries: Iterable[_Entry],
-    found: Match,
+    pairs: Pairs,
     depths: tuple[int | None, ...],
 ) -> set[str]:
     """Pair the weights of a layer, or of a nested model, in order where names say nothing.
@@ -458,23 +438,21 @@ def _by_place(
     as SpectralNormalization does, has it in the file a second time.
 
     Returns:
-        The names in the checkpoint of all that was paired.
+        The names in the checkpoint of all that is paired.
     """
-    taken = set()
-    of_keras = [entry for entry in entries if entry.kind == "keras"]
+    twice = set()
     fixed = {id(variable) for layer in model.layers for variable in state_of(layer)}
     names = {id(variable): key for key, variable in variables.items()}
-    layers = dict(places_of(model, ()))
     for depth in depths:  # None: a layer by itself, 1: a layer with all that is inside
         cut = slice(0, depth)
-        paths = {tuple(key.split("/")[:-1])[cut] for key in variables}
-        for path in sorted(paths, key=len, reverse=True):
-            ours = own = [k for k in variables if tuple(k.split("/")[:-1])[cut] == path]
-            theirs = [entry for entry in of_keras if entry.path[cut] == path]
-            if all(key in found.names for key in own):
+        paths = {key: tuple(key.split("/")[:-1])[cut] for key in variables}
+        for path in sorted(set(paths.values()), key=len, reverse=True):
+            ours = own = [key for key in variables if paths[key] == path]
+            theirs = [e for e in entries if e.path[cut] == path and not e.is_torchs]
+            if all(key in pairs for key in own):
                 continue
-            if len(ours) < len(theirs) and isinstance(layer := layers.get(path), keras.Layer):
-                ours = [names[id(v)] for v in own_variables(layer) if id(v) in names]
+            if len(ours) < len(theirs) and path in layers:
+                ours = [names[id(v)] for v in own_variables(layers[path]) if id(v) in names]
             if len(ours) != len(theirs):
                 continue
             orders = (
@@ -483,15 +461,15 @@ def _by_place(
                 sorted(ours, key=lambda key: id(variables[key]) in fixed),
             )
             for order in orders:
-                pairs = list(zip(order, theirs, strict=True))
-                if all(_may_be(variables[k], k, tensors[e.key], e.name) for k, e in pairs):
-                    taken |= {entry.key for _, entry in pairs}
-                    found.names |= {k: e.key for k, e in pairs if k in own or k not in found.names}
+                both = list(zip(order, theirs, strict=True))
+                if all(_may_be(variables[key], key, entry) for key, entry in both):
+                    twice |= {entry.key for key, entry in both if key in pairs and key not in own}
+                    pairs |= {k: (e, None) for k, e in both if k in own or k not in pairs}
                     break
-    return taken
+    return twice | {entry.key for entry, _ in pairs.values()}
 
 
-def _may_be(variable: keras.Variable, key: str, tensor: torch.Tensor, name: str) -> bool:
+def _may_be(variable: keras.Variable, key: str, entry: _Entry) -> bool:
     ours = key.rpartition("/")[2]
-    other = ours != name and ours in _KNOWN and name in _KNOWN
-    return not other and tuple(variable.shape) == tuple(tensor.shape)
+    other = ours != entry.name and ours in _KNOWN and entry.name in _KNOWN
+    return not other and tuple(variable.shape) == entry.shape

@@ -8,27 +8,27 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from os import PathLike
 from typing import Any
 
 import keras
 
 from vggtorch.models.filling import VGG_LAYERS, checkpoint_of, named_variables
-from vggtorch.models.leftovers import check
-from vggtorch.models.matching import Match, match
+from vggtorch.models.leftovers import matched
+from vggtorch.models.matching import Match
+from vggtorch.models.rows import FEATURES
 from vggtorch.weight_sets import WEIGHT_SETS
 from vggtorch.weights import Checkpoint
 
 
 def prefixes_of(model: keras.Model) -> list[str]:
     """What stands before the names of VGG's layers in a model, once for each network in it."""
-    names = {key.partition("/")[0]: None for key in named_variables(model)}
+    names = dict.fromkeys(key.partition("/")[0] for key in named_variables(model))
     if not VGG_LAYERS.isdisjoint(names):
         return []
-    ends = [(name, layer) for name in names for layer in VGG_LAYERS if name.endswith(layer)]
-    blocks = [(name, layer) for name, layer in ends if layer.startswith("block")]
-    return list(dict.fromkeys(name.removesuffix(layer) for name, layer in blocks))
+    return list(
+        dict.fromkeys(n.removesuffix(end) for n in names for end in FEATURES if n.endswith(end))
+    )
 
 
 def names_layers_of(model: keras.Model, checkpoint: Checkpoint) -> bool:
@@ -37,32 +37,13 @@ def names_layers_of(model: keras.Model, checkpoint: Checkpoint) -> bool:
     return any(layer.name in parts for layer in model.layers if layer.weights)
 
 
-@dataclass(frozen=True)
-class Network:
-    """One network under a prefix, and what of a checkpoint belongs to it.
-
-    Attributes:
-        prefix: of the names of its layers.
-        variables: its weights by the names that they would have without it.
-        checkpoint: what they are loaded from.
-        found: what belongs together.
-        left: names that a user would not expect to be left.
-    """
-
-    prefix: str
-    variables: Mapping[str, keras.Variable]
-    checkpoint: Checkpoint
-    found: Match
-    left: list[str]
-
-
 def networks_of(
     model: keras.Model,
     source: str | PathLike | Mapping[str, Any],
     checkpoint: Checkpoint | None,
     *,
     partial: bool = False,
-) -> list[Network]:
+) -> list[Match]:
     """Each network of a model under a prefix, with what belongs to it.
 
     Args:
@@ -74,7 +55,7 @@ def networks_of(
     Raises:
         ValueError: a network's weights aren't those of the checkpoint; names the prefix.
     """
-    made = []
+    found = []
     for prefix in prefixes_of(model):
         variables = {
             key.removeprefix(prefix): variable
@@ -83,12 +64,10 @@ def networks_of(
         }
         one = checkpoint or checkpoint_of(str(source), variables)
         try:
-            found = match(model, variables, one, prefix=prefix)
-            left = check(found, source, partial=partial)
+            found.append(matched(model, variables, one, source, prefix=prefix, partial=partial))
         except ValueError as error:
             title = repr(source) if str(source) in WEIGHT_SETS else "The checkpoint"
             raise ValueError(
                 f"{title} does not fit the network with the prefix {prefix!r}: {error}"
             ) from error
-        made.append(Network(prefix, variables, one, found, left))
-    return made
+    return found

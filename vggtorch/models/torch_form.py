@@ -12,7 +12,7 @@ file without torchvision's names is that of `to_torch`, whose Flatten is Keras's
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from math import prod
 
 import keras
@@ -49,7 +49,7 @@ def torch_rules(model: keras.Model, *, torchvision: bool) -> list[Rule]:
         torchvision: the file has torchvision's names too, so that flattened maps are (C, H, W).
     """
     flat = _flat_inputs(model) if torchvision else {}
-    places = dict(places_of(model, ()))
+    places = places_of(model)
     found = []
     for key, variable in named_variables(model).items():
         parts = key.split("/")
@@ -62,14 +62,15 @@ def torch_rules(model: keras.Model, *, torchvision: bool) -> list[Rule]:
     return found
 
 
-def places_of(
-    model: keras.Model, path: tuple[str, ...]
-) -> Iterator[tuple[tuple[str, ...], object]]:
-    """The layers of a model that are no models, those of nested models too, by their full names."""
+def places_of(model: keras.Model, path: tuple[str, ...] = ()) -> dict[tuple[str, ...], keras.Layer]:
+    """The layers of a model by their full names, nested models and then the layers in them too."""
+    places = {}
     for layer in model.layers:
+        place = (*path, layer.name)
+        places[place] = layer
         if isinstance(layer, keras.Model):
-            yield from places_of(layer, (*path, layer.name))
-        yield (*path, layer.name), layer
+            places |= places_of(layer, place)
+    return places
 
 
 def rule_of(layer: object, variable: keras.Variable) -> Rule:
