@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Collection
 from pathlib import Path
 
 from vggtorch.weights.state_dicts import UnsupportedError
@@ -11,8 +10,18 @@ from vggtorch.weights.state_dicts import UnsupportedError
 LARGEST_TEXT = 1 << 24  # bytes of a configuration; that of VGG19 has 20,000
 
 
-def refuse_others(names: Collection[str]) -> None:
-    """Raise for the archives that others write, which are whole and hold no plain weights."""
+def check_members(path: Path, archive: zipfile.ZipFile) -> list[str]:
+    """The names of an archive's members.
+
+    Raises:
+        UnsupportedError: others write such archives, which are whole and hold no plain weights.
+        ValueError: two parsers could understand the archive differently, or it unpacks to more than
+            it is.
+    """
+    members = archive.infolist()
+    names = [member.filename for member in members]
+    if len(set(names)) != len(names):
+        raise ValueError("a member of the archive is there twice")
     last = {name.rpartition("/")[2] for name in names}
     if "constants.pkl" in last:
         raise UnsupportedError(
@@ -29,21 +38,6 @@ def refuse_others(names: Collection[str]) -> None:
             "it holds NumPy's arrays. Load them under the names of the model's weights: "
             "vt.load_weights(model, {'block1_conv1/kernel': numpy.load(path)[name], ...})"
         )
-
-
-def check_members(path: Path, archive: zipfile.ZipFile) -> list[str]:
-    """The names of an archive's members.
-
-    Raises:
-        UnsupportedError: others write such archives.
-        ValueError: two parsers could understand the archive differently, or it unpacks to more than
-            it is.
-    """
-    members = archive.infolist()
-    names = [member.filename for member in members]
-    if len(set(names)) != len(names):
-        raise ValueError("a member of the archive is there twice")
-    refuse_others(names)
     if any(member.compress_type != zipfile.ZIP_STORED for member in members):
         raise UnsupportedError(
             "its members are compressed, which neither PyTorch nor Keras does. Unpack it, and load "

@@ -45,9 +45,7 @@ def converted(source: str | os.PathLike | Mapping[str, Any]) -> Checkpoint:
         OSError: the file can't be read.
     """
     if isinstance(source, Mapping):
-        checkpoint = sources.from_memory(source)
-        tensors = conversion.to_keras(checkpoint.tensors, checkpoint.form)
-        return replace(checkpoint, form="keras", tensors=tensors)
+        return _in_keras_form(sources.from_memory(source))
     path = Path(source).resolve()
     copy = _place(path)
     if found := _read_copy(copy):
@@ -62,11 +60,15 @@ def converted(source: str | os.PathLike | Mapping[str, Any]) -> Checkpoint:
             return found or _make_copy(path, copy)
     except OSError as error:
         warnings.warn(f"Loading stays slow: {error}", stacklevel=2)
-    checkpoint = sources.read(path, whole_numbers=True)
-    tensors = conversion.to_keras(checkpoint.tensors, checkpoint.form)
+    found = _in_keras_form(sources.read(path, whole_numbers=True))
     # Some are mapped from the user's file, which may change; those of the model must not.
-    tensors = {key: tensor.clone() for key, tensor in tensors.items()}
-    return replace(checkpoint, form="keras", tensors=tensors)  # its origin stays
+    return replace(found, tensors={key: tensor.clone() for key, tensor in found.tensors.items()})
+
+
+def _in_keras_form(checkpoint: Checkpoint) -> Checkpoint:
+    """A checkpoint with Keras's tensors; its origin stays."""
+    tensors = conversion.to_keras(checkpoint.tensors, checkpoint.form)
+    return replace(checkpoint, form="keras", tensors=tensors)
 
 
 def _place(source: Path) -> Path:
@@ -94,8 +96,7 @@ def _read_copy(copy: Path) -> Checkpoint | None:
         origin: Any = metadata["form"]
         if origin != "keras":  # there fc1 may be a convolution of the user's
             tensors = conversion.flattened(tensors)
-        weight_set, said = metadata.get("weight_set"), sources.said_of(metadata)
-        return Checkpoint(tensors, "keras", weight_set, copy, origin, **said)
+        return Checkpoint(tensors, "keras", copy, origin, **sources.said_of(metadata))
     return None
 
 
@@ -113,16 +114,7 @@ def _make_copy(source: Path, copy: Path) -> Checkpoint:
         key: tensor.movedim(-1, 0) if key.endswith("/kernel") else tensor
         for key, tensor in tensors.items()
     }
-    metadata = {"source": str(source), "form": checkpoint.form}
-    said = {
-        "weight_set": checkpoint.weight_set,
-        "data_config": checkpoint.data_config,
-        "note": checkpoint.note,
-        "ordered": checkpoint.ordered,
-        "unnamed": "yes" if checkpoint.unnamed else None,
-        "whole": "yes" if checkpoint.whole else None,
-    }
-    metadata |= {name: text for name, text in said.items() if text}
+    metadata = {"source": str(source), "form": checkpoint.form, **checkpoint.said}
     with files.atomic(copy) as temporary:
         safetensors.write(temporary, stored, metadata)
         if _place(source) != copy:

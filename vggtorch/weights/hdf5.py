@@ -6,10 +6,9 @@ file as a script, with a time limit, and maps the values itself:
     python -P hdf5.py FILE
 
 prints as JSON, in `spans`, each weight's name -> [byte where its values begin, shape, dtype], and
-beside it what the file says of the model: `config`, `weight_set`, `data_config`, and `unnamed` and
-`ordered` as `sources.Checkpoint` has them. What is wrong with the file is one line on standard
-error; the exit status 3 says that it is whole, but nothing that is read here. FILE may be a .keras
-archive.
+beside it the model's `config`, where it is there, and in `said` what a `sources.Checkpoint` has
+beside its tensors. What is wrong with the file is one line on standard error; the exit status 3
+says that it is whole, but nothing that is read here. FILE may be a .keras archive.
 
 Names are `layer/variable`, with the nested model's name before them. Keras's own form has no names
 of variables: they are `kernel` and `bias`, or batch norm's, where there is no doubt, and numbers.
@@ -149,7 +148,11 @@ def _texts(group: h5py.Group, name: str) -> list[str]:
     else:
         parts = (f"{name}{i}" for i in range(len(group.attrs)))
         listed = [text for part in parts for text in group.attrs.get(part, ())]
-    return [text.decode() if isinstance(text, bytes) else str(text) for text in listed]
+    return list(map(_text, listed))
+
+
+def _text(value: Any) -> str:
+    return value.decode() if isinstance(value, bytes) else str(value)
 
 
 def _weights_of_legacy(layer: str, group: h5py.Group) -> dict[str, Span]:
@@ -182,14 +185,14 @@ def found(path: str) -> dict[str, Any]:
     """
     spans: dict[str, Span] = {}
     with _opened(path) as root:
-        unnamed, said, ordered = False, {}, "models"
-        layers: list[tuple[str, dict[str, Span]]]
+        said = {"ordered": "models"}
         if "layers" in root:
-            ordered = "layers"
             walked = list(_layers_of_keras3(root, ""))
             layers = [(name, listed) for name, listed, _ in walked]
             layers += _own_of_keras3(root)
-            unnamed = not all(named for _, _, named in walked)
+            said = {"ordered": "layers"}
+            if not all(named for _, _, named in walked):
+                said["unnamed"] = "yes"
         elif "layer_names" in root.attrs or "model_weights" in root or "layer_names0" in root.attrs:
             layers = list(_layers_of_legacy(root))
         else:
@@ -204,17 +207,11 @@ def found(path: str) -> dict[str, Any]:
                     f"(model.load_weights(path))"
                 )
             spans.update(variables)
-        for name in ("model_config", "vggtorch_weight_set", "vggtorch_data_config"):
-            text = root.attrs.get(name)
-            said[name] = text.decode() if isinstance(text, bytes) else text
-    return {
-        "spans": spans,
-        "config": said["model_config"],
-        "weight_set": said["vggtorch_weight_set"],
-        "data_config": said["vggtorch_data_config"],
-        "unnamed": unnamed,
-        "ordered": ordered,
-    }
+        for name in ("weight_set", "data_config"):
+            if f"vggtorch_{name}" in root.attrs:
+                said[name] = _text(root.attrs[f"vggtorch_{name}"])
+        config = _text(root.attrs["model_config"]) if "model_config" in root.attrs else None
+    return {"spans": spans, "config": config, "said": said}
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import urllib.error
 import urllib.request
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -179,14 +179,13 @@ def _knock() -> None:
     """
     from huggingface_hub import constants
 
-    with suppress(urllib.error.HTTPError):  # an answer
-        try:
-            urllib.request.urlopen(constants.ENDPOINT, timeout=PATIENCE).close()
-        except urllib.error.HTTPError:
-            raise
-        except OSError as error:
-            reason = files.first_line(getattr(error, "reason", None) or error)
-            raise OSError(f"{constants.ENDPOINT} can't be reached ({reason})") from error
+    try:
+        urllib.request.urlopen(constants.ENDPOINT, timeout=PATIENCE).close()
+    except urllib.error.HTTPError:
+        pass  # an answer
+    except OSError as error:
+        reason = files.first_line(getattr(error, "reason", None) or error)
+        raise OSError(f"{constants.ENDPOINT} can't be reached ({reason})") from error
 
 
 @contextmanager

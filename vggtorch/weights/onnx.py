@@ -98,33 +98,32 @@ def _weights(
 
 def _fields(buffer: memoryview) -> Iterator[tuple[int, int | memoryview]]:
     """The fields of a protobuf message: number and value; ValueError where it breaks its frame."""
-    position, end = 0, len(buffer)
-
-    def varint() -> int:
-        nonlocal position
-        value = shift = 0
-        while position < end and shift < 70:
-            byte = buffer[position]
-            position += 1
-            value |= (byte & 127) << shift
-            if byte < 128:
-                return value
-            shift += 7
-        raise ValueError("a number in it has no end")
-
-    while position < end:
-        tag = varint()
-        wire = tag & 7
-        if wire == 0:
-            yield tag >> 3, varint()
-            continue
-        if wire not in (1, 2, 5):
+    position = 0
+    while position < len(buffer):
+        tag, position = _varint(buffer, position)
+        field, wire = tag >> 3, tag & 7
+        if wire not in (0, 1, 2, 5):
             raise ValueError(f"a field in it has the unknown wire type {wire}")
-        length = varint() if wire == 2 else {1: 8, 5: 4}[wire]
-        if length > end - position:
+        length = {1: 8, 5: 4}.get(wire, 0)
+        if wire in (0, 2):
+            length, position = _varint(buffer, position)
+        if wire == 0:
+            yield field, length
+            continue
+        if length > len(buffer) - position:
             raise ValueError("a field in it is longer than the rest of the file: truncated")
-        yield tag >> 3, buffer[position : position + length]
+        yield field, buffer[position : position + length]
         position += length
+
+
+def _varint(buffer: memoryview, position: int) -> tuple[int, int]:
+    """A number of seven bits in each byte, the lowest first, and the position behind it."""
+    value = 0
+    for i, byte in enumerate(buffer[position : position + 10]):
+        value |= (byte & 127) << 7 * i
+        if byte < 128:
+            return value, position + i + 1
+    raise ValueError("a number in it has no end")
 
 
 def _bytes(value: int | memoryview) -> memoryview:
@@ -145,15 +144,11 @@ def _integers(buffer: memoryview, field: int) -> list[int]:
             continue
         if isinstance(value, int):
             numbers.append(value)
-        else:
-            position = 0
-            while position < len(value):
-                stop = position
-                while stop < len(value) and value[stop] > 127:
-                    stop += 1
-                byte = bytes(value[position : stop + 1])
-                numbers.append(sum((b & 127) << (7 * i) for i, b in enumerate(byte[:10])))
-                position = stop + 1
+            continue
+        position = 0
+        while position < len(value):
+            one, position = _varint(value, position)
+            numbers.append(one)
     return numbers
 
 

@@ -93,7 +93,7 @@ def unpickled(path: Path, *, mmap: bool = False) -> Any:
 def _check_archive(path: Path, archive: zipfile.ZipFile) -> None:
     names = archives.check_members(path, archive)
     pickles = [name for name in names if name.rpartition("/")[2] == "data.pkl"]
-    if len(pickles) != 1 or any(name.endswith("/constants.pkl") for name in names):
+    if len(pickles) != 1:
         raise ValueError("it isn't one of torch.save's archives, which hold one data.pkl")
     member = archive.getinfo(pickles[0])
     if member.file_size > LARGEST_PICKLE:
@@ -176,7 +176,7 @@ class _Machine:
 
     def _step(self, name: str, argument: Any) -> None:
         if name in _PLAIN:
-            self._push(_plain(_CONSTANTS.get(name, argument)))
+            self.stack.append(_plain(_CONSTANTS.get(name, argument)))
         elif name in ("BINPUT", "LONG_BINPUT"):
             self.memo[argument] = self.stack[-1]
         elif name in ("BINGET", "LONG_BINGET"):
@@ -184,15 +184,15 @@ class _Machine:
         elif name == "MARK":
             self.marks.append(len(self.stack))
         elif name in _EMPTY:
-            self._push(_Value(_EMPTY[name], []))
+            self.stack.append(_Value(_EMPTY[name], []))
         elif name in ("TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"):
-            items = self._marked() if name == "TUPLE" else self._popped(int(name[5:]))
-            self._push(self._grown(_Value("tuple", []), items, items))
+            items = self._popped(int(name[5:]) if name[5:] else None)
+            self.stack.append(self._grown(_Value("tuple", []), items, items))
         elif name in ("APPEND", "APPENDS"):
-            items = self._popped(1) if name == "APPEND" else self._marked()
+            items = self._popped(1 if name == "APPEND" else None)
             self._grown(self._target("list"), items, items)
         elif name in ("SETITEM", "SETITEMS"):
-            items = self._popped(2) if name == "SETITEM" else self._marked()
+            items = self._popped(2 if name == "SETITEM" else None)
             if len(items) % 2:
                 raise ValueError("its pickle is broken")
             _check_keys(items[::2])
@@ -205,41 +205,35 @@ class _Machine:
                     f"torch.save(model.state_dict(), path), or pass what torch makes of the file, "
                     f"if you trust it: torch.load(path, weights_only=False)"
                 )
-            self._push(_Value("global", argument))
+            self.stack.append(_Value("global", argument))
         elif name == "REDUCE":
             function, arguments = self._popped(2)
             if function.kind != "global" or arguments.kind != "tuple":
                 raise ValueError("its pickle calls what is no function")
             made = _CALLS[function.content](self, arguments.content)
-            self._push(self._grown(made, [arguments]))
+            self.stack.append(self._grown(made, [arguments]))
         elif name == "BUILD":
             (state,) = self._popped(1)
             if state.kind != "dict":
                 raise ValueError("its pickle sets attributes of what has none")
             self._grown(self._target("ordered"), [state])
         elif name == "BINPERSID":
-            self._push(self._storage(*self._popped(1)))
+            self.stack.append(self._storage(*self._popped(1)))
         elif name not in ("PROTO", "STOP"):
             raise UnsupportedError(
                 f"its pickle has the instruction {name}, which torch.save doesn't write. Read it "
                 f"by what wrote it, if you trust it, and pass the dict of tensors"
             )
 
-    def _push(self, value: _Value) -> None:
-        self.stack.append(value)
+    def _popped(self, count: int | None) -> list[_Value]:
+        """The last values of the stack, as many as asked for or all that are behind the last mark.
 
-    def _popped(self, count: int) -> list[_Value]:
-        """The last values of the stack, as many as asked for, behind the last mark."""
-        begin = len(self.stack) - count
-        if begin < (self.marks[-1] if self.marks else 0):
+        Those asked for are behind the mark too.
+        """
+        mark = self.marks[-1] if self.marks else 0
+        begin = self.marks.pop() if count is None else len(self.stack) - count
+        if begin < mark:
             raise ValueError("its pickle is broken")
-        items = self.stack[begin:]
-        del self.stack[begin:]
-        return items
-
-    def _marked(self) -> list[_Value]:
-        """The values behind the last mark."""
-        begin = self.marks.pop()
         items = self.stack[begin:]
         del self.stack[begin:]
         return items

@@ -14,7 +14,6 @@ import sys
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -68,14 +67,13 @@ def read_zip(path: Path) -> tuple[Tensors, Mapping[str, str]]:
     names = archives.check_archive(path)
     if "model.weights.h5" in names:
         with zipfile.ZipFile(path) as archive:
-            config = json.loads(archive.read("config.json"))
-            # The member's own header stands before it, in which two lengths vary.
+            config = archive.read("config.json").decode()
             member = archive.getinfo("model.weights.h5")
-            with path.open("rb") as file:
-                file.seek(member.header_offset + 26)
-                start = file.tell() + 4 + sum(struct.unpack("<HH", file.read(4)))
-            tensors, said = _h5_tensors(path, start)
-            return tensors, {**said, **_remembered(config), "whole": "yes"}
+        # The member's own header stands before it, in which two lengths vary.
+        with path.open("rb") as file:
+            file.seek(member.header_offset + 26)
+            start = file.tell() + 4 + sum(struct.unpack("<HH", file.read(4)))
+        return read_h5(path, start, config)
     if not any(name.endswith("data.pkl") for name in names):
         raise UnsupportedError("the archive holds neither PyTorch's nor Keras's weights")
     return state_dicts.state_dict_in(pickles.unpickled(path, mmap=True))
@@ -97,15 +95,17 @@ _H5_DTYPES = {
 }  # fmt: skip
 
 
-def read_h5(path: Path) -> tuple[Tensors, Mapping[str, str]]:
-    """Keras's .weights.h5 and its legacy .h5."""
-    return _h5_tensors(path, 0)
+def read_h5(
+    path: Path, start: int = 0, config: str | None = None
+) -> tuple[Tensors, Mapping[str, str]]:
+    """Keras's .weights.h5 and its legacy .h5, mapped.
 
+    Another process finds the weights, since damaged files crash or hang the HDF5 library (hdf5.py).
 
-def _h5_tensors(path: Path, start: int) -> tuple[Tensors, dict[str, str]]:
-    """The weights in Keras's forms of HDF5, mapped; `start` is where the form begins in the file.
-
-    Another process finds them, since damaged files crash or hang the HDF5 library (hdf5.py).
+    Args:
+        path: the file.
+        start: where the form begins in it.
+        config: the model's configuration, where it stands elsewhere.
     """
     script = Path(__file__).with_name("hdf5.py")
     try:
@@ -131,18 +131,18 @@ def _h5_tensors(path: Path, start: int) -> tuple[Tensors, dict[str, str]]:
     for key, (offset, shape, code) in found["spans"].items():
         if code not in _H5_DTYPES:
             raise UnsupportedError(f"{key} has dtype {code}, expected numbers as torch has them")
-        begin, length = start + offset, math.prod(shape) * _H5_DTYPES[code].itemsize
+        dtype = _H5_DTYPES[code]
+        begin, length = start + offset, math.prod(shape) * dtype.itemsize
         if begin < 0 or begin + length > size:
             raise ValueError(f"{key} claims more values than are stored")
-        tensors[key] = _mapped(storage, begin, length, _H5_DTYPES[code], shape)
-    said = {}
-    if found["config"]:
-        said = {**_remembered(json.loads(found["config"])), "whole": "yes"}
-    said |= {name: found[name] for name in ("weight_set", "data_config") if found[name]}
-    said["ordered"] = found["ordered"]
-    if found["unnamed"]:
-        said["unnamed"] = "yes"
-    return tensors, said
+        values = torch.empty(0, dtype=dtype)
+        if length:  # on a storage of its own: a copy of it must not take the whole file along
+            values.set_(storage[begin : begin + length])
+        tensors[key] = values.reshape(shape)
+    config = found["config"] if config is None else config
+    if config is None:
+        return tensors, found["said"]
+    return tensors, {**_remembered(json.loads(config)), **found["said"], "whole": "yes"}
 
 
 def _remembered(config: object) -> dict[str, str]:
@@ -172,15 +172,3 @@ def _remembered(config: object) -> dict[str, str]:
         return {}
     told = {"weight_set": str(found.pop())} if found else {}
     return told | ({"data_config": next(iter(whole))} if whole else {})
-
-
-def _mapped(
-    storage: Any, begin: int, length: int, dtype: torch.dtype, shape: list[int]
-) -> torch.Tensor:
-    """A tensor on a stretch of a mapped file.
-
-    Its storage is its own: copying or pickling one tensor must not take the whole file along.
-    """
-    if not length:
-        return torch.empty(shape, dtype=dtype)
-    return torch.empty(0, dtype=dtype).set_(storage[begin : begin + length]).reshape(shape)

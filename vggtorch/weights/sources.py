@@ -44,6 +44,10 @@ _FLOAT8 = (
 )  # fmt: skip
 
 
+# What a file says of its tensors: fields of Checkpoint that are texts, under the same names.
+_SAID = ("weight_set", "ordered", "unnamed", "note", "data_config", "whole")
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """What a file holds.
@@ -55,30 +59,40 @@ class Checkpoint:
             "features.0.weight". `timm`: "pre_logits.fc1.weight". `torch`: another network's,
             such as that of `to_torch`, "block1_conv1.weight". `onnx`: "conv0.weight",
             "dense0.weight" in graph order, laid out as torch does, (O, I, H, W) and (out, in).
-        weight_set: whose preprocessing they expect, where the file or its hash tells.
         path: the file; of tensors in memory, what messages call them.
         origin: the form that the file has; `form` is another one once they are converted.
+        weight_set: whose preprocessing they expect, where the file or its hash tells.
         ordered: how far weights whose names differ may be told apart by their order, which is
             Keras's: within each layer (`layers`), or in whole nested models too (`models`); None
             where the order means nothing.
-        unnamed: its layers are called by their class and their place in the model, as Keras 2 wrote
-            them: "conv2d_1/kernel".
+        unnamed: "yes" where its layers are called by their class and their place in the model, as
+            Keras 2 wrote them: "conv2d_1/kernel".
         note: what a user should hear of the file, such as which part of it was not taken.
         data_config: all that the model whose weights they are expected of an image, as the JSON of
             `DataConfig.as_dict`, where the file tells.
-        whole: the file holds the model itself, as Keras's .keras and .h5 do.
+        whole: "yes" where the file holds the model itself, as Keras's .keras and .h5 do.
     """
 
     tensors: dict[str, torch.Tensor]
     form: Form
-    weight_set: str | None
     path: Path
     origin: Form
+    weight_set: str | None = None
     ordered: str | None = None
-    unnamed: bool = False
+    unnamed: str | None = None
     note: str | None = None
     data_config: str | None = None
-    whole: bool = False
+    whole: str | None = None
+
+    @property
+    def said(self) -> dict[str, str]:
+        """What is said of the tensors, as the metadata of a file has it."""
+        return {name: text for name in _SAID if (text := getattr(self, name))}
+
+
+def said_of(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """Fields of a Checkpoint by what a reader, or the metadata of a converted copy, says."""
+    return {name: metadata.get(name) for name in _SAID}
 
 
 # Finding
@@ -227,30 +241,17 @@ def read(path: str | os.PathLike, *, whole_numbers: bool = False) -> Checkpoint:
     for key in tensors:
         if key in wrong:
             raise ValueError(f"{path}: {visible(key)} {wrong[key]}.")
-    weight_set = published.weight_set if published else metadata.get("weight_set")
-    if weight_set is not None:
-        try:
-            weight_set_named(weight_set)
-        except ValueError as error:
-            raise ValueError(f"{path} is damaged: {error}") from error
-    if "data_config" in metadata:
-        try:
+    if published:
+        metadata = {**metadata, "weight_set": published.weight_set}
+    try:
+        if "weight_set" in metadata:
+            weight_set_named(metadata["weight_set"])
+        if "data_config" in metadata:
             hash(DataConfig.from_dict(json.loads(metadata["data_config"])))
-        except Exception as error:  # whatever hostile text makes
-            raise ValueError(f"{path} is damaged: {files.first_line(error)}") from error
+    except Exception as error:  # whatever hostile text makes
+        raise ValueError(f"{path} is damaged: {files.first_line(error)}") from error
     form = "onnx" if reader is onnx.read else _form(tensors)
-    return Checkpoint(tensors, form, weight_set, path, form, **said_of(metadata))
-
-
-def said_of(metadata: Mapping[str, str]) -> dict[str, Any]:
-    """What a reader, or the metadata of a converted copy, says of a checkpoint."""
-    return {
-        "ordered": metadata.get("ordered"),
-        "unnamed": "unnamed" in metadata,
-        "note": metadata.get("note"),
-        "data_config": metadata.get("data_config"),
-        "whole": "whole" in metadata,
-    }
+    return Checkpoint(tensors, form, path, form, **said_of(metadata))
 
 
 def from_memory(state: Mapping[str, Any]) -> Checkpoint:
@@ -268,8 +269,7 @@ def from_memory(state: Mapping[str, Any]) -> Checkpoint:
     for key, reason in _wrong(tensors, whole_numbers=True).items():
         raise ValueError(f"The state_dict can't be loaded: {key} {reason}.")
     form = _form(tensors)
-    path = Path("state_dict")
-    return Checkpoint(tensors, form, said.get("weight_set"), path, form, **said_of(said))
+    return Checkpoint(tensors, form, Path("state_dict"), form, **said_of(said))
 
 
 def _of_numpy(name: str, array: np.ndarray) -> torch.Tensor:
