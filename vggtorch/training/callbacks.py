@@ -10,6 +10,7 @@ import keras
 
 from vggtorch.training.config import TrainConfig
 from vggtorch.training.evaluation import Evaluation
+from vggtorch.weights import shortened
 
 if TYPE_CHECKING:
     from vggtorch.training.loop import History
@@ -102,9 +103,8 @@ def check_unfrozen(model: keras.Model, trained: Collection[int]) -> None:
     known = {id(model.variables[i]) for i in trained}
     if others := [v.path for v in model.trainable_variables if id(v) not in known]:
         raise ValueError(
-            f"{', '.join(others[:4])}{', ...' if len(others) > 4 else ''} was unfrozen while the "
-            f"run trained, and its optimizer doesn't have it. Say it beforehand: "
-            f"freeze='block5_pool', unfreeze=((2, 'block5_conv1'),), say."
+            f"{shortened(others, 4)} was unfrozen while the run trained, and its optimizer doesn't "
+            f"have it. Say it beforehand, by freeze='block5_pool', unfreeze=((2, 'block5_conv1'),)."
         )
 
 

@@ -3,6 +3,8 @@
 This file imports nothing heavy, so that `vggtorch finetune --help` needs neither Keras nor torch.
 """
 
+# ruff: noqa: RUF009  (what `_option` returns is a dataclass's field, and no default)
+
 from __future__ import annotations
 
 import math
@@ -107,9 +109,8 @@ class TrainConfig:
     gradient_accumulation_steps: int = _option(
         1, "Pieces that a process runs its part of a batch in, to need less memory."
     )
-    optimizer: str | Callable[..., Any] = field(
-        default="adamw",
-        metadata={"help": "Name of one in torch.optim; sgd has a momentum of 0.9."},
+    optimizer: str | Callable[..., Any] = _option(
+        "adamw", "Name of one in torch.optim; sgd has a momentum of 0.9."
     )
     learning_rate: float = _option(1e-3, "Learning rate of the head, at the end of the warm-up.")
     layer_decay: float = _option(
@@ -118,9 +119,8 @@ class TrainConfig:
     warmup: float = _option(
         0.1, "Share of all steps in which the learning rate rises, before cosine or constant."
     )
-    schedule: str | Callable[..., Any] = field(
-        default="cosine",
-        metadata={"help": "Of the learning rate: cosine, constant or one of torch's schedulers."},
+    schedule: str | Callable[..., Any] = _option(
+        "cosine", "Of the learning rate: cosine, constant or one of torch's schedulers."
     )
     weight_decay: float = _option(0.01, "Weight decay of kernels; biases and norms have none.")
     label_smoothing: float = _option(0.0, "Share of the target spread over all classes.")
@@ -143,10 +143,7 @@ class TrainConfig:
     metrics: tuple[str, ...] = _option(
         (), f"Figures of each epoch's validation: {', '.join(METRICS[1:-1])}."
     )
-    monitor: Metric = field(
-        default="accuracy",
-        metadata={"help": "What the best epoch is best in, on validation images."},
-    )
+    monitor: Metric = _option("accuracy", "What the best epoch is best in, on validation images.")
     temperature_scaling: bool = _option(
         False, "Divide logits so that probabilities fit the validation images; kept in the model."
     )
@@ -167,11 +164,8 @@ class TrainConfig:
     interpolation: Literal["bilinear", "bicubic"] | None = _option(
         None, "Of resizing; by default the model's, which is bilinear where it says none."
     )
-    augment: Augment = field(
-        default="none",
-        metadata={
-            "help": "Mirror images; crop them at random too; TrivialAugment on top (folders only)."
-        },
+    augment: Augment = _option(
+        "none", "Mirror images; crop them at random too; TrivialAugment on top (folders only)."
     )
     on_unreadable: Literal["skip", "stop"] = _option(
         "stop", "Stop at an image of a folder that can't be read, or skip it."
@@ -212,7 +206,8 @@ class TrainConfig:
             for name in names.split():
                 number = _number(name, getattr(self, name), is_right, expected)
                 object.__setattr__(self, name, number)
-        _check_pattern(self.label_pattern)
+        if self.label_pattern is not None:
+            checked_pattern(self.label_pattern)
         for metric in self.metrics:
             if metric not in METRICS:
                 raise ValueError(
@@ -231,7 +226,8 @@ def _check_kind(name: str, value: Any, hint: Any) -> None:
     kinds = (hint, *typing.get_args(hint))
     if value is None and type(None) in kinds:
         return
-    if choices := [choice for kind in kinds for choice in _choices(kind)]:
+    literals = [kind for kind in kinds if typing.get_origin(kind) is Literal]
+    if choices := [choice for literal in literals for choice in typing.get_args(literal)]:
         if value not in choices:
             meant = _meant(value, choices)
             listed = ", ".join(map(repr, choices))
@@ -363,23 +359,20 @@ def _check_class_weight(given: Any) -> None:
         )
 
 
-def _check_pattern(pattern: str | None) -> None:
-    """See that a pattern of labels is a regular expression with a group."""
+def checked_pattern(pattern: str) -> re.Pattern[str]:
+    """A pattern of labels, which is a regular expression with a group."""
     try:
-        groups = 1 if pattern is None else re.compile(pattern).groups
+        found = re.compile(pattern)
     except re.error as error:
         raise ValueError(
             f"Received label_pattern={pattern!r}, which isn't a regular expression: {error}."
         ) from error
-    if not groups:
+    if not found.groups:
         raise ValueError(
             f"Received label_pattern={pattern!r}; expected a group around the label, as in "
             f"'^(.+)_[0-9]+' for cat_12.jpg."
         )
-
-
-def _choices(hint: Any) -> tuple:
-    return typing.get_args(hint) if typing.get_origin(hint) is Literal else ()
+    return found
 
 
 def _is_whole(value: float) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import glob
 import os
-import re
 import unicodedata
 import warnings
 from collections import Counter
@@ -18,14 +17,12 @@ from typing import Literal, NamedTuple
 from vggtorch import files
 from vggtorch.models import SEVERAL_FRAMES, PixelGate, read_image
 from vggtorch.paths import SUFFIXES, as_path, check_data
+from vggtorch.training.config import checked_pattern
 from vggtorch.training.tables import SPLITS, TablePart, is_table, ordered, read_rows
+from vggtorch.weights import shortened
 
 PIXELS_AT_ONCE = 2**26  # decoded at the same time while a folder is checked; about half a GB
 NAMED = 10  # files that a message lists; it counts the others
-_PATTERN = (
-    "Expected a regular expression whose first group is the label, such as '^(.+)_[0-9]+' for "
-    "cat_12.jpg."
-)
 SYSTEM_FOLDERS = {  # of macOS's archives, of Synology's drives, of the drives of Linux and Windows
     "__macosx", "@eadir", "#recycle", "lost+found", "$recycle.bin", "system volume information",
 }  # fmt: skip
@@ -136,14 +133,7 @@ def _of_names(folder: Path, pattern: str) -> Found:
 
     As fastai's `from_name_re` has it.
     """
-    try:
-        expression = re.compile(pattern)
-    except re.error as error:
-        raise ValueError(
-            f"label_pattern={pattern!r} isn't a regular expression: {error}. {_PATTERN}"
-        ) from error
-    if not expression.groups:
-        raise ValueError(f"label_pattern={pattern!r} has no group. {_PATTERN}")
+    expression = checked_pattern(pattern)
     check_data(folder)
     files_there, left_out = images_under(folder)
     labels = [(path, expression.search(path.name)) for path in files_there]
@@ -151,7 +141,8 @@ def _of_names(folder: Path, pattern: str) -> Found:
     if unlabelled or not labels:
         raise ValueError(
             f"label_pattern={pattern!r} finds no label in {len(unlabelled)} of {len(labels)} "
-            f"images in {folder}: {', '.join(unlabelled[:NAMED])}. {_PATTERN}"
+            f"images in {folder}: {', '.join(unlabelled[:NAMED])}. Expected that its first group "
+            f"is the label, as in '^(.+)_[0-9]+' for cat_12.jpg."
         )
     names = ordered(match[1] for _, match in labels if match)
     classes = _several(names, f"label_pattern={pattern!r} finds")
@@ -286,7 +277,7 @@ def _check_filled(part: Path | TablePart, classes: Sequence[str], filled: set[in
     # A rare class may be missing from a part of a table that doesn't train.
     if empty and not (isinstance(part, TablePart) and part.split in ("validation", "test")):
         raise ValueError(
-            f"No images for {', '.join(empty[:NAMED])}{', ...' if len(empty) > NAMED else ''} in "
+            f"No images for {shortened(empty, NAMED)} in "
             f"{part}. Expected {', '.join(sorted(SUFFIXES))} files of every class: add some, or "
             f"remove the {'class' if isinstance(part, TablePart) else 'subfolder'}."
         )

@@ -11,9 +11,9 @@ from vggtorch import surgery
 from vggtorch.keras_graph import calls, graph_of, producer, without_activation
 from vggtorch.lowering import OnKeras, between
 from vggtorch.models import remember_, remembered
-from vggtorch.text import visible
 from vggtorch.training.config import TrainConfig
 from vggtorch.training.data import seeded
+from vggtorch.weights import shortened
 
 
 def tutorial_head(classes: int) -> list[keras.Layer]:
@@ -172,11 +172,10 @@ def class_names(
         )
     renamed = [f"{old} is {new}" for old, new in zip(before, classes, strict=False) if old != new]
     if renamed:
-        shown = f"{', '.join(map(visible, renamed[:4]))}{', ...' if len(renamed) > 4 else ''}"
         warnings.warn(
-            f"The classes of {model.name} were others: {shown} from now on. What its head has "
-            f"learned of them is unlearned first; a new one has nothing to unlearn (head='linear', "
-            f"cut='block5_pool', say).",
+            f"The classes of {model.name} were others: {shortened(renamed, 4)} from now on. What "
+            f"its head has learned of them is unlearned first; a new one has nothing to unlearn "
+            f"(head='linear', cut='block5_pool', say).",
             stacklevel=5,
         )
     return classes or tuple(map(str, range(shape[1])))

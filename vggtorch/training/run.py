@@ -32,6 +32,7 @@ from vggtorch.training.optimization import Parameters, make_optimizer, trained_p
 from vggtorch.training.splits import Splits, are_files, as_part, find_splits, tell_beside
 from vggtorch.training.tables import SPLITS
 from vggtorch.weight_sets import DataConfig
+from vggtorch.weights import shortened
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -257,9 +258,8 @@ def _with_classes_of(training: Any, other: Any, name: str) -> Any:
         return other
     if absent := sorted(set(training.classes) - set(other.classes)):
         warnings.warn(
-            f"No images of {', '.join(absent[:NAMED])}{', ...' if len(absent) > NAMED else ''} in "
-            f"the {name} data, whose figures say nothing of "
-            f"{'it' if len(absent) == 1 else 'them'}.",
+            f"No images of {shortened(absent, NAMED)} in the {name} data, whose figures say "
+            f"nothing of {'it' if len(absent) == 1 else 'them'}.",
             stacklevel=5,
         )
     return data.with_classes(other, training.classes)

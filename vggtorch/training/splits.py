@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from vggtorch.paths import TABLES, as_path
 from vggtorch.training.folders import NAMED, has_images, subfolders
 from vggtorch.training.tables import SPLITS, TablePart, is_table, read_rows
+from vggtorch.weights import shortened
 
 # What parts of the data are called elsewhere, of which it isn't plain what they are for.
 _OTHERS = ("eval", "evaluation", "holdout")
@@ -101,15 +102,14 @@ def tell_beside(data: Path, stacklevel: int) -> None:
         )
     if others and train and len(found) > 1:
         warnings.warn(
-            f"Left out of {data}: the folders {', '.join(others[:NAMED])}"
-            f"{', ...' if len(others) > NAMED else ''}, which are neither for training, nor for "
-            f"validation, nor for testing by their names ({', '.join(SPLITS)}).",
+            f"Left out of {data}: the folders {shortened(others, NAMED)}, which are neither for "
+            f"training, nor for validation, nor for testing by their names ({', '.join(SPLITS)}).",
             stacklevel=stacklevel,
         )
     elif others and train and len(inside := subfolders(train)) > 1 and not has_images(train):
         warnings.warn(
             f"{train} is taken for a class, as {others[0]} beside it is. If the folders in it are "
-            f"the classes ({', '.join(path.name for path in inside[:NAMED])}), pass {train}.",
+            f"the classes ({shortened([path.name for path in inside], NAMED)}), pass {train}.",
             stacklevel=stacklevel,
         )
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from vggtorch.paths import SUFFIXES, TABLES, check_data
 from vggtorch.text import visible
+from vggtorch.weights import shortened
 
 JSON = frozenset({".jsonl", ".ndjson"})
 SPLITS = {
@@ -104,9 +105,8 @@ def _tell_of_quantities(path: Path, labels: set[str]) -> None:
     if all(map(_NUMBER.fullmatch, labels)) and any("." in label for label in labels):
         shown = ordered(labels)
         warnings.warn(
-            f"The labels in {path} are numbers ({', '.join(shown[:3])}"
-            f"{', ...' if len(shown) > 3 else ''}). Each of the {len(shown)} becomes a class; a "
-            f"quantity isn't predicted here.",
+            f"The labels in {path} are numbers ({shortened(shown, 3)}). Each of the {len(shown)} "
+            f"becomes a class; a quantity isn't predicted here.",
             stacklevel=1,
         )
 
