@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import itertools
 import os
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,7 +28,7 @@ from torch.utils.data import default_collate
 from vggtorch import files
 from vggtorch.models import data_config, fitted, preprocess, read_image
 from vggtorch.training.config import Augment, TrainConfig
-from vggtorch.training.folders import read_classes, stamp_of
+from vggtorch.training.folders import Labelled, read_classes, stamp_of
 from vggtorch.training.items import (
     as_array,
     as_images,
@@ -112,53 +113,52 @@ class Folder:
     """Images with labels: of a folder as torchvision's ImageFolder has it, or of a table.
 
     Attributes:
-        paths: the image files, sorted.
-        labels: index into `classes` for each path.
+        images: the files, sorted, with their labels, and how they were found.
         classes: their names, sorted.
         digest: SHA-256 over names and contents of all files.
         data_config: what the images are brought to.
         augment: what augmentations other than 0 do to an image.
         seed: where random augmentation starts.
         root: the folder or the table.
-        contents: SHA-256 of each file.
-        stamps: size and time of each file when it was hashed.
     """
 
-    paths: tuple[Path, ...]
-    labels: tuple[int, ...]
+    images: tuple[Labelled, ...]
     classes: tuple[str, ...]
     digest: str
     data_config: DataConfig
     augment: Augment
     seed: int
     root: Path
-    contents: tuple[str, ...]
-    stamps: tuple[tuple[int, int], ...]
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """The image files."""
+        return tuple(image.path for image in self.images)
+
+    @property
+    def labels(self) -> tuple[int, ...]:
+        """The index into `classes` of each."""
+        return tuple(image.label for image in self.images)
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self.images)
 
     def __getitem__(self, keys: Sequence[Key]) -> tuple[torch.Tensor, torch.Tensor]:
         images = torch.stack([self._image(*key) for key in keys])
-        return images, torch.tensor([self.labels[index] for index, _ in keys])
-
-    def _check_unchanged(self, index: int) -> None:
-        """See that a file holds the image that the run began with."""
-        path = self.paths[index]
-        if stamp_of(path) != self.stamps[index] and files.sha256(path) != self.contents[index]:
-            raise ValueError("it holds another image")
+        return images, torch.tensor([self.images[index].label for index, _ in keys])
 
     def _image(self, index: int, augmentation: int) -> torch.Tensor:
         from torchvision.transforms.v2 import functional as F
 
-        size = self.data_config.size
+        (path, _, digest, stamp), size = self.images[index], self.data_config.size
         assert size is not None
         try:
-            self._check_unchanged(index)
-            picture = read_image(self.paths[index])
+            if stamp_of(path) != stamp and files.sha256(path) != digest:
+                raise ValueError("it holds another image")
+            picture = read_image(path)
         except (OSError, ValueError) as error:
             raise ValueError(
-                f"{self.paths[index]} could be read when training began and now can't ({error}). "
+                f"{path} could be read when training began and now can't ({error}). "
                 f"Put it back, and resume the run."
             ) from error
         if augmentation == 0 or self.augment in ("none", "flip"):
@@ -207,26 +207,16 @@ def read_folder(
         label = "" if part is root and label_pattern is None else f"{classes[image.label]}\0"
         path = os.path.relpath(image.path, base)
         digest.update(os.fsencode(f"{label}{path}\0{image.digest}\n"))
-    return Folder(
-        tuple(image.path for image in images),
-        tuple(image.label for image in images),
-        tuple(classes),
-        digest.hexdigest(),
-        images_as,
-        augment,
-        seed,
-        root,
-        tuple(image.digest for image in images),
-        tuple(image.stamp for image in images),
-    )
+    return Folder(tuple(images), tuple(classes), digest.hexdigest(), images_as, augment, seed, root)
 
 
 def with_classes(folder: Folder, classes: tuple[str, ...]) -> Folder:
     """The same images with the labels that they have among these classes."""
     places = [classes.index(name) for name in folder.classes]
-    labels = tuple(places[label] for label in folder.labels)
-    digest = hashlib.sha256(repr((folder.digest, labels, classes)).encode()).hexdigest()
-    return dataclasses.replace(folder, labels=labels, classes=classes, digest=digest)
+    images = tuple(image._replace(label=places[image.label]) for image in folder.images)
+    found = dataclasses.replace(folder, images=images, classes=classes)
+    digest = hashlib.sha256(repr((folder.digest, found.labels, classes)).encode()).hexdigest()
+    return dataclasses.replace(found, digest=digest)
 
 
 def _held(images: int, share: float) -> int:
@@ -257,13 +247,9 @@ def hold_out(folder: Folder, share: float) -> tuple[Folder, Folder]:
         held[members[: _held(len(members), share)]] = True
 
     def part(mask: np.ndarray, augment: Augment) -> Folder:
-        chosen = np.flatnonzero(mask)
         return dataclasses.replace(
             folder,
-            paths=tuple(folder.paths[i] for i in chosen),
-            labels=tuple(folder.labels[i] for i in chosen),
-            contents=tuple(folder.contents[i] for i in chosen),
-            stamps=tuple(folder.stamps[i] for i in chosen),
+            images=tuple(itertools.compress(folder.images, mask)),
             digest=hashlib.sha256(folder.digest.encode() + mask.tobytes()).hexdigest(),
             augment=augment,
         )

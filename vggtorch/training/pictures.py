@@ -80,8 +80,8 @@ def inputs(images: Folder | DatasetSource, count: int = 6) -> str:
     step = max(1, len(images) // count)
     figures = []
     for index in range(0, len(images), step)[:count]:
-        name = "/".join(images.paths[index].parts[-2:])
-        before = np.asarray(read_image(images.paths[index]))
+        name = "/".join(images.images[index].path.parts[-2:])
+        before = np.asarray(read_image(images.images[index].path))
         (after,), _ = images[[(index, 0)]]
         sizes = f"{before.shape[1]}x{before.shape[0]} to {after.shape[1]}x{after.shape[0]}"
         figures.append(
@@ -133,7 +133,7 @@ def _caption(
         )
     name = f"image {index}"
     if isinstance(images, Folder):
-        name = "/".join(images.paths[index].parts[-2:])
+        name = "/".join(images.images[index].path.parts[-2:])
     predicted = int(found.logits[index].argmax())
     answer = (
         "right"

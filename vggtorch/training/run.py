@@ -204,9 +204,8 @@ def _tell_of_repeats(training: Any, other: Any, name: str) -> None:
     """Warn of files that train and are to judge what was learned, too."""
     if not (isinstance(training, Folder) and isinstance(other, Folder)):
         return
-    known = dict(zip(training.contents, training.paths, strict=True))
-    pairs = zip(other.contents, other.paths, strict=True)
-    repeats = [(path, known[content]) for content, path in pairs if content in known]
+    known = {image.digest: image.path for image in training.images}
+    repeats = [(image.path, known[image.digest]) for image in other.images if image.digest in known]
     if repeats:
         first, same = repeats[0]
         warnings.warn(
