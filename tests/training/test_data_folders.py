@@ -93,7 +93,10 @@ def test_a_folder_that_can_t_be_looked_into_is_an_error(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("pattern", "message"),
-    [("^[a-z]+_", "expected a group around the label"), ("^(.+", "isn't a regular expression: missing")],
+    [
+        ("^[a-z]+_", "expected a group around the label"),
+        ("^(.+", "isn't a regular expression: missing"),
+    ],
 )
 def test_patterns_that_find_no_labels(tmp_path, pattern, message):
     tiny.pictures(tmp_path)

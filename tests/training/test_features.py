@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator
 
 from vggtorch.training import data, features, loaders
+from vggtorch.training.config import TrainConfig
 from vggtorch.training.identity import network_digest
 from vggtorch.training.loop import finetune
 
@@ -20,13 +21,14 @@ def prefix_of(model):
     return keras.Model(model.inputs, features.frozen_end(model))
 
 
-def cached(model, source, folder, *, prefix=None, **changed):
-    options = {
-        "weights": None, "copies": 1, "dtype": "float32", "num_workers": 0,
-        "advance": lambda images: None,
-    }  # fmt: skip
+def cached(model, source, folder, *, prefix=None, cache_dtype="float32", **changed):
     return features.cached_features(
-        prefix or prefix_of(model), source, folder, accelerator=Accelerator(), **options | changed
+        prefix or prefix_of(model),
+        source,
+        TrainConfig(cache_dir=str(folder), cache_dtype=cache_dtype),
+        accelerator=Accelerator(),
+        advance=lambda images: None,
+        **{"weights": None, "copies": 1} | changed,
     )
 
 
@@ -143,13 +145,15 @@ def test_what_is_frozen_in_all_epochs_runs_once(config, images, monkeypatch):
 @pytest.mark.slow
 def test_half_precision(folder, tmp_path):
     model = frozen()
-    full, half = (cached(model, folder, tmp_path / "f", dtype=d) for d in ("float32", "float16"))
+    full, half = (
+        cached(model, folder, tmp_path / "f", cache_dtype=d) for d in ("float32", "float16")
+    )
     assert half.values.dtype == np.float16
     assert half[[(3, 0)]][0].dtype == torch.float32
     torch.testing.assert_close(half[[(3, 0)]][0], full[[(3, 0)]][0], rtol=1e-3, atol=1e-3)
     model.get_layer("block2_conv1").kernel.assign(model.get_layer("block2_conv1").kernel * 1e7)
     with pytest.raises(ValueError, match="half precision ends at 65504. Set cache_dtype='float32'"):
-        cached(model, folder, tmp_path / "f", dtype="float16")
+        cached(model, folder, tmp_path / "f", cache_dtype="float16")
 
 
 def count_runs(monkeypatch):
@@ -196,7 +200,7 @@ def test_anything_that_matters_makes_another_cache(folder, tmp_path, monkeypatch
     elif what == "copies":
         options = {"copies": 3}
     elif what == "dtype":
-        options["dtype"] = "float16"
+        options["cache_dtype"] = "float16"
     elif what == "preprocessing":
         options["weights"] = "oxford"
     elif what == "file":

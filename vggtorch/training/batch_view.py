@@ -15,15 +15,14 @@ from vggtorch.checks import whole
 from vggtorch.keras_graph import graph_of
 from vggtorch.text import visible
 from vggtorch.training.config import TrainConfig
-from vggtorch.training.data import check_fits, check_labels, images_for
+from vggtorch.training.data import check_labels
 from vggtorch.training.features import frozen_end
-from vggtorch.training.heads import with_head
 from vggtorch.training.mixing import mixed, mixes
-from vggtorch.training.opening import settle_config
+from vggtorch.training.opening import read_and_fit, settle_config
 from vggtorch.training.optimization import freeze_for_, frozen_layers_kept
 from vggtorch.training.pictures import pixels
 from vggtorch.training.reading import Batch, shared_batches
-from vggtorch.training.run import Images, make_accelerator, read_data
+from vggtorch.training.run import Images, make_accelerator
 from vggtorch.training.stages import Stage
 
 # Where systems have one of them, the first that there is draws the labels.
@@ -73,10 +72,7 @@ def show_batch(
     count, epoch = whole("count", count), whole("epoch", epoch, least=0)
     graph_of(model, "show_batch")
     config = settle_config(model, train, config, settings)
-    read = read_data(train, None, config, images_for(model, config))
-    check_fits(read.training, model)
-    if config.head is not None:
-        model = with_head(model, config, len(read.classes))
+    model, read = read_and_fit(model, train, None, config)
     with frozen_layers_kept(model):
         freeze_for_(model, config, epoch)
         kept = config.cache and not mixes(config) and frozen_end(model) is not model.inputs[0]

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import keras
 import numpy as np
@@ -19,6 +19,7 @@ from filelock import FileLock, Timeout
 
 from vggtorch import files, keras_graph
 from vggtorch.lowering import between
+from vggtorch.training.config import TrainConfig
 from vggtorch.training.data import (
     DatasetSource,
     Folder,
@@ -86,16 +87,14 @@ class Features:
 def cached_features(
     prefix: keras.Model,
     source: Folder | DatasetSource | Features,
-    folder: Path,
+    config: TrainConfig,
     *,
     weights: str | None,
     copies: int,
-    dtype: Literal["float32", "float16"],
-    num_workers: int,
     accelerator: Any,
     advance: Callable[[int], None],
 ) -> Features:
-    """What `prefix` makes of every image, computed once and kept in `folder`.
+    """What `prefix` makes of every image, computed once and kept where the configuration says.
 
     The file's name is a hash of all that its content depends on, so that it can't be stale, the
     file takes that name only when it's whole, and it ends in its own SHA-256: one that was damaged
@@ -104,11 +103,9 @@ def cached_features(
     Args:
         prefix: the frozen part of a network.
         source: the images, or what the layers below made of them.
-        folder: where the file goes.
+        config: says where the file goes and in which precision, and how many processes read images.
         weights: the weight set whose preprocessing the network expects.
         copies: augmentations of each image, from 0, the plain one.
-        dtype: what the features are kept in.
-        num_workers: processes that read images.
         accelerator: accelerate.Accelerator.
         advance: is told how many more images are done.
 
@@ -122,10 +119,11 @@ def cached_features(
         images, labels = source.digest, source.labels.tolist()
     else:
         images, labels = fingerprint(source, copies)
-    half = dtype == "float16"
+    is_half = config.cache_dtype == "float16"
     network = network_digest(prefix, flags=False, values=True)
-    recipe = [images, weights, copies, half, accelerator.mixed_precision, network]
+    recipe = [images, weights, copies, is_half, accelerator.mixed_precision, network]
     key = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()
+    folder = Path(config.cache_dir or Path(config.output_dir) / "features")
     path = folder / f"{key[:32]}.npy"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -136,9 +134,7 @@ def cached_features(
         ) from error
     with FileLock(f"{path}.lock") if accelerator.is_main_process else contextlib.nullcontext():
         if broadcast_object_list([accelerator.is_main_process and not _is_whole(path)])[0]:
-            _compute(
-                prefix, source, path, weights, copies, dtype, num_workers, accelerator, advance
-            )
+            _compute(prefix, source, path, config, weights, copies, accelerator, advance)
         accelerator.wait_for_everyone()
     return Features(np.load(path, mmap_mode="r"), torch.tensor(labels), key)
 
@@ -147,16 +143,15 @@ def _compute(
     prefix: keras.Model,
     source: Folder | DatasetSource | Features,
     path: Path,
+    config: TrainConfig,
     weights: str | None,
     copies: int,
-    dtype: str,
-    num_workers: int,
     accelerator: Any,
     advance: Callable[[int], None],
 ) -> None:
     from accelerate.utils import broadcast_object_list
 
-    is_main = accelerator.is_main_process
+    is_main, dtype = accelerator.is_main_process, np.dtype(config.cache_dtype)
     # Only writing fails for want of room; what the images and the network raise keeps its name.
     with files.atomic(path, body=()) if is_main else contextlib.nullcontext(path) as temporary:
         layout: list[Any] = [None]
@@ -165,19 +160,19 @@ def _compute(
             made = prefix.compute_output_shape(tuple(images.shape))
             shape = (copies, len(source), *made[1:])
             _clear(path)
-            _check_space(path.parent, shape, np.dtype(dtype).itemsize)
+            _check_space(path.parent, shape, dtype.itemsize)
             with files.naming(path, OSError), temporary.open("wb") as file:
-                described = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
+                described = {"descr": dtype.str, "fortran_order": False, "shape": shape}
                 np.lib.format.write_array_header_1_0(file, described)
                 layout = [(temporary, file.tell(), shape)]
         # All processes write to the file that the main process made, each its own images. Writing
         # to a memory map would kill the process where the disk is full.
         temporary, begin, shape = broadcast_object_list(layout)[0]
-        size = int(np.prod(shape[2:])) * np.dtype(dtype).itemsize  # of one image, in bytes
+        size = int(np.prod(shape[2:])) * dtype.itemsize  # of one image, in bytes
         keys = [some for copy in range(copies) for some in in_order(len(source), 32, copy)]
         mine = keys[accelerator.process_index :: accelerator.num_processes]
         module = between(prefix.inputs[0], prefix.outputs[0]).eval()
-        for some, (images, _) in zip(mine, loaded(source, mine, num_workers), strict=True):
+        for some, (images, _) in zip(mine, loaded(source, mine, config.num_workers), strict=True):
             try:
                 with torch.no_grad(), accelerator.autocast():
                     outputs = module(as_input(images.to(accelerator.device), weights))
@@ -187,7 +182,7 @@ def _compute(
                     f"images at a time ({error}). Set a smaller image_size, or cache=False."
                 ) from error
             found = outputs.float().cpu().numpy()
-            if dtype == "float16" and np.abs(found).max() > np.finfo(np.float16).max:
+            if dtype == np.float16 and np.abs(found).max() > np.finfo(np.float16).max:
                 raise ValueError(
                     f"Features reach {np.abs(found).max():.3g}, and half precision ends at 65504. "
                     f"Set cache_dtype='float32'."

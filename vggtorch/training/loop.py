@@ -35,17 +35,15 @@ from vggtorch.training.data import (
     DatasetSource,
     Folder,
     Source,
-    check_fits,
     check_labels,
-    images_for,
 )
 from vggtorch.training.display import Display, open_display
 from vggtorch.training.evaluation import Evaluation, evaluate
 from vggtorch.training.folders import check_apart
-from vggtorch.training.heads import check_frozen, class_names, logits_network, with_head
+from vggtorch.training.heads import class_names, logits_network
 from vggtorch.training.identity import check_identity, identity_of
 from vggtorch.training.mixing import mixes
-from vggtorch.training.opening import first_lines, settle_config
+from vggtorch.training.opening import first_lines, read_and_fit, settle_config
 from vggtorch.training.optimization import averaged, freeze_for_
 from vggtorch.training.reading import clear_errors, shared_batches
 from vggtorch.training.run import (
@@ -57,7 +55,6 @@ from vggtorch.training.run import (
     load_weights_,
     locked,
     make_accelerator,
-    read_data,
     restore_,
     state_dict,
 )
@@ -181,16 +178,10 @@ def _finetune(
     trackers: Trackers,
 ) -> History:
     """What `finetune` does, in a folder that no other run is at work in."""
-    images = images_for(model, config)
-    read = read_data(train, validation, config, images)
-    parts = (read.training, read.validation, read.test)
-    for part in parts:
-        check_fits(part, model)
+    model, read = read_and_fit(model, train, validation, config)
+    images = read.training.data_config
     if read.validation is None:
         _check_unvalidated(config)
-    if config.head is not None:
-        whole, model = model, with_head(model, config, len(read.classes))
-        check_frozen(whole, model, config)
     if config.temperature_scaling:
         check_temperature(model)
     before = () if config.head else images.label_names
@@ -201,7 +192,7 @@ def _finetune(
     weight = class_weights(config, read.training, read.plan, classes)
     state = first_state(model, config, accelerator, weight)
     identity = identity_of(config, read, model, accelerator.mixed_precision)
-    for part in parts:
+    for part in (read.training, read.validation, read.test):
         if isinstance(part, DatasetSource) and part.content_name is None:
             check_labels(torch.tensor(part.plain[1]), model)
     steps = read.steps(config.epochs)

@@ -15,12 +15,13 @@ from vggtorch.paths import as_path
 from vggtorch.text import visible
 from vggtorch.training.advice import Plan, Similarity, planned
 from vggtorch.training.config import ELSEWHERE, NO_SETTINGS, TrainConfig
-from vggtorch.training.data import Folder
+from vggtorch.training.data import Folder, check_fits, images_for
 from vggtorch.training.features import frozen_end
 from vggtorch.training.folders import images_by_class
+from vggtorch.training.heads import check_frozen, with_head
 from vggtorch.training.items import label_names
 from vggtorch.training.mixing import mixes
-from vggtorch.training.run import Images, RunData
+from vggtorch.training.run import Images, RunData, read_data
 from vggtorch.training.splits import are_files, as_part, find_splits
 from vggtorch.training.tables import SPLITS
 from vggtorch.weight_sets import DataConfig
@@ -87,6 +88,24 @@ def _counts(train: Images, pattern: str | None) -> tuple[int, int] | None:
     dataset = getattr(part, "dataset", part)
     classes = label_names(dataset)
     return (len(dataset), len(classes)) if classes and hasattr(dataset, "__len__") else None
+
+
+def read_and_fit(
+    model: keras.Model, train: Images, validation: Images | None, config: TrainConfig
+) -> tuple[keras.Model, RunData]:
+    """The model that trains, with its new head if there is to be one, and data that fit it.
+
+    Raises:
+        ValueError: data that can't be right, or that the model or the configuration contradicts.
+    """
+    read = read_data(train, validation, config, images_for(model, config))
+    for part in (read.training, read.validation, read.test):
+        check_fits(part, model)
+    if config.head is None:
+        return model, read
+    whole, model = model, with_head(model, config, len(read.classes))
+    check_frozen(whole, model, config)
+    return model, read
 
 
 def _called(given: Any) -> str:

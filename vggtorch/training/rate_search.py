@@ -16,14 +16,14 @@ from vggtorch.keras_graph import graph_of
 from vggtorch.models import held_tensors
 from vggtorch.training.balance import class_weights
 from vggtorch.training.config import TrainConfig
-from vggtorch.training.data import BatchPlan, Key, check_fits, images_for
+from vggtorch.training.data import BatchPlan, Key
 from vggtorch.training.display import open_display
-from vggtorch.training.heads import class_names, with_head
+from vggtorch.training.heads import class_names
 from vggtorch.training.mixing import mixes
-from vggtorch.training.opening import settle_config
+from vggtorch.training.opening import read_and_fit, settle_config
 from vggtorch.training.optimization import freeze_for_, frozen_layers_kept, set_learning_rate_
 from vggtorch.training.reading import shared_batches
-from vggtorch.training.run import Images, assign_, first_state, make_accelerator, read_data
+from vggtorch.training.run import Images, assign_, first_state, make_accelerator
 from vggtorch.training.stages import Stage, prepare
 from vggtorch.training.step import train_step_
 
@@ -94,10 +94,7 @@ def find_learning_rate(
         )
     graph_of(model, "find_learning_rate")
     config = settle_config(model, train, config, settings)
-    read = read_data(train, None, config, images_for(model, config))
-    check_fits(read.training, model)
-    if config.head is not None:
-        model = with_head(model, config, len(read.classes))
+    model, read = read_and_fit(model, train, None, config)
     classes = class_names(model, read.classes, is_part=read.is_part)
     accelerator = make_accelerator(config.precision)
     device = model.variables[0].value.device

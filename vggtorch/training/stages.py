@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import keras
@@ -97,11 +96,9 @@ def prepare(
             found = cached_features(
                 prefix,
                 found,
-                Path(config.cache_dir or Path(config.output_dir) / "features"),
+                config,
                 weights=arithmetic_of(model),
                 copies=copies,
-                dtype=config.cache_dtype,
-                num_workers=config.num_workers,
                 accelerator=accelerator,
                 advance=show.advance,
             )
