@@ -62,7 +62,7 @@ def test_parts_of_which_none_trains_are_refused(tmp_path):
 def test_images_beside_the_parts_are_said(tmp_path):
     Image.new("RGB", (9, 9)).save(folders_in(tmp_path, "train/a", "train/b") / "0.png")
     with pytest.warns(UserWarning, match="Left out of .*: the images beside train, which"):
-        tell_beside(tmp_path, stacklevel=1)
+        tell_beside(tmp_path)
 
 
 def test_an_evaluation_never_takes_what_trained(tmp_path):

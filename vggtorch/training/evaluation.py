@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +17,7 @@ from vggtorch.training.data import Source, check_labels, in_order
 from vggtorch.training.heads import logits_network
 from vggtorch.training.reading import loaded
 from vggtorch.training.step import network_input
+from vggtorch.training.telling import tell
 
 
 @dataclass(frozen=True)
@@ -124,9 +124,8 @@ class Evaluation:
             return self.top_k_accuracy(5)
         found = getattr(self, name)
         if name == "auroc" and np.isnan(found):
-            warnings.warn(
+            tell(
                 "The images to judge on are of one class alone, for which there is no auroc.",
-                stacklevel=2,
             )
         return found
 

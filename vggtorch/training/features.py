@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import json
 import shutil
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +29,7 @@ from vggtorch.training.data import (
 )
 from vggtorch.training.identity import network_digest
 from vggtorch.training.reading import loaded
+from vggtorch.training.telling import tell
 
 
 def frozen_end(model: keras.Model) -> keras.KerasTensor:
@@ -212,7 +212,7 @@ def _is_whole(path: Path) -> bool:
             left -= len(block) or left
         whole = digest.digest() == file.read()
     if not whole:
-        warnings.warn(f"{path} isn't as it was written, and is made anew.", stacklevel=2)
+        tell(f"{path} isn't as it was written, and is made anew.")
     return whole
 
 

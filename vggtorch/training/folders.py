@@ -6,7 +6,6 @@ import contextlib
 import glob
 import os
 import unicodedata
-import warnings
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +18,7 @@ from vggtorch.models import SEVERAL_FRAMES, PixelGate, read_image
 from vggtorch.paths import SUFFIXES, as_path, check_data
 from vggtorch.training.config import checked_pattern
 from vggtorch.training.tables import SPLITS, TablePart, is_table, ordered, read_rows
+from vggtorch.training.telling import tell
 from vggtorch.weights import shortened
 
 PIXELS_AT_ONCE = 2**26  # decoded at the same time while a folder is checked; about half a GB
@@ -240,12 +240,11 @@ def read_classes(
             )
         if on_unreadable == "stop":
             raise ValueError(f"{message} Mend or remove them, or pass on_unreadable='skip'.")
-        warnings.warn(f"{message} They are left out.", stacklevel=3)
+        tell(f"{message} They are left out.")
     if frames := sum(check.has_frames for check in checked):
-        warnings.warn(
+        tell(
             f"{_number(frames, 'file')} in {part} with several frames or pages: of each the first "
             f"is read.",
-            stacklevel=3,
         )
     good = [
         Labelled(path, label, check.digest, check.stamp)
@@ -291,11 +290,10 @@ def _tell_alike(part: Path | TablePart, classes: Sequence[str]) -> None:
     several = [names for names in alike.values() if len(names) > 1]
     if several:
         first, second = map(ascii, several[0][:2])
-        warnings.warn(
+        tell(
             f"{part} has classes whose names differ in capitals or in how letters are coded alone: "
             f"{first} and {second}{', say' if len(several) > 1 else ''}. They are taken for "
             f"different classes; rename one if they are the same.",
-            stacklevel=4,
         )
 
 
@@ -306,11 +304,10 @@ def _tell_nested(folder: Path, classes: Sequence[str]) -> None:
         return
     (same,) = inside
     if len(same) > 1:
-        warnings.warn(
+        tell(
             f"{classes[0]} and {classes[1]} in {folder} are taken for classes, and have the same "
             f"folders: {', '.join(same[:NAMED])}. If these are the classes, pass one of the outer "
             f"folders, {folder / classes[0]}, say.",
-            stacklevel=4,
         )
 
 
@@ -326,11 +323,10 @@ def _tell_contradictions(
     ]
     if pairs:
         image, same = pairs[0]
-        warnings.warn(
+        tell(
             f"{_number(len(pairs), 'image')} in {part} of the same content as one of another "
             f"class: {image.path} ({classes[image.label]}) is {same.path} ({classes[same.label]}), "
             f"say. One of the two labels is wrong.",
-            stacklevel=4,
         )
 
 
@@ -386,7 +382,7 @@ def _refuse(error: OSError) -> None:
 def tell_left_out(part: object, left_out: Counter[str]) -> None:
     """Warn of files that aren't read."""
     if left_out:
-        warnings.warn(f"Left out of {part}: {_counted(left_out)}.", stacklevel=4)
+        tell(f"Left out of {part}: {_counted(left_out)}.")
 
 
 def _counted(left_out: Counter[str]) -> str:

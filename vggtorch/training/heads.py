@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-
 import keras
 from keras import layers
 
@@ -13,6 +11,7 @@ from vggtorch.lowering import OnKeras, between
 from vggtorch.models import remember_, remembered
 from vggtorch.training.config import TrainConfig
 from vggtorch.training.data import seeded
+from vggtorch.training.telling import tell
 from vggtorch.weights import shortened
 
 
@@ -172,11 +171,10 @@ def class_names(
         )
     renamed = [f"{old} is {new}" for old, new in zip(before, classes, strict=False) if old != new]
     if renamed:
-        warnings.warn(
+        tell(
             f"The classes of {model.name} were others: {shortened(renamed, 4)} from now on. What "
             f"its head has learned of them is unlearned first; a new one has nothing to unlearn "
             f"(head='linear', cut='block5_pool', say).",
-            stacklevel=5,
         )
     return classes or tuple(map(str, range(shape[1])))
 

@@ -6,7 +6,6 @@ Hugging Face's `datasets` and WebDataset give dictionaries.
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from os import PathLike
 from typing import Any
@@ -18,6 +17,7 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset
 
 from vggtorch.models import fitted, to_rgb
 from vggtorch.text import visible
+from vggtorch.training.telling import tell
 from vggtorch.weight_sets import DataConfig
 
 IMAGES = ("image", "img", "pixel_values", "jpg", "jpeg", "png", "webp", "pil")
@@ -255,10 +255,9 @@ class Kept(Dataset):
             self.items.append((array, int(as_labels([label]))))
         if not self.items:
             raise ValueError(f"Received an empty {type(stream).__name__}; expected images.")
-        warnings.warn(
+        tell(
             f"Read {len(self.items)} images of {type(stream).__name__} into memory "
             f"({size / 2**20:.0f} MiB). Every epoch sees them so, in an order of its own.",
-            stacklevel=4,
         )
 
     def __len__(self) -> int:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,7 +48,6 @@ from vggtorch.training.optimization import averaged, freeze_for_
 from vggtorch.training.reading import clear_errors, shared_batches
 from vggtorch.training.run import (
     Images,
-    Progress,
     RunData,
     RunState,
     first_state,
@@ -165,84 +164,52 @@ def finetune(
         tracked(config, accelerator) as trackers,
     ):
         check_run(config.output_dir, config.resume)  # once no other run can still write there
-        return _finetune(model, train, validation, config, accelerator, callbacks, trackers)
-
-
-def _finetune(
-    model: keras.Model,
-    train: Images,
-    validation: Images | None,
-    config: TrainConfig,
-    accelerator: Accelerator,
-    callbacks: Sequence[Any],
-    trackers: Trackers,
-) -> History:
-    """What `finetune` does, in a folder that no other run is at work in."""
-    model, read = read_and_fit(model, train, validation, config)
-    images = read.training.data_config
-    if read.validation is None:
-        _check_unvalidated(config)
-    if config.temperature_scaling:
-        check_temperature(model)
-    before = () if config.head else images.label_names
-    classes = class_names(model, read.classes, is_part=read.is_part, before=before)
-    read = read._replace(classes=classes if read.classes else ())
-    images = dataclasses.replace(images, label_names=read.classes)
-    remember_(model, images)
-    weight = class_weights(config, read.training, read.plan, classes)
-    state = first_state(model, config, accelerator, weight)
-    identity = identity_of(config, read, model, accelerator.mixed_precision)
-    for part in (read.training, read.validation, read.test):
-        if isinstance(part, DatasetSource) and part.content_name is None:
-            check_labels(torch.tensor(part.plain[1]), model)
-    steps = read.steps(config.epochs)
-    state = dataclasses.replace(state, scheduler=make_scheduler(config, state.optimizer, steps))
-    run = _Run(
-        model,
-        config,
-        read,
-        classes,
-        images,
-        state,
-        identity,
-        steps,
-        accelerator,
-        callbacks,
-        trackers,
-    )
-    run.carry_on()
-    run.train()
-    return run.outcome()
+        model, read = read_and_fit(model, train, validation, config)
+        images = read.training.data_config
+        if read.validation is None:
+            _check_unvalidated(config)
+        if config.temperature_scaling:
+            check_temperature(model)
+        before = () if config.head else images.label_names
+        classes = class_names(model, read.classes, is_part=read.is_part, before=before)
+        read = read._replace(classes=classes if read.classes else ())
+        images = dataclasses.replace(images, label_names=read.classes)
+        remember_(model, images)
+        weight = class_weights(config, read.training, read.plan, classes)
+        state = first_state(model, config, accelerator, weight)
+        identity = identity_of(config, read, model, accelerator.mixed_precision)
+        for part in (read.training, read.validation, read.test):
+            if isinstance(part, DatasetSource) and part.content_name is None:
+                check_labels(torch.tensor(part.plain[1]), model)
+        steps = read.steps(config.epochs)
+        state = dataclasses.replace(state, scheduler=make_scheduler(config, state.optimizer, steps))
+        run = _Run(
+            config, read, classes, images, state, identity, steps, accelerator, callbacks, trackers
+        )
+        run.carry_on()
+        run.train()
+        return run.outcome()
 
 
 @dataclass(frozen=True)
 class _Run:
-    """A run from its first step to what comes out of it.
+    """A run from its first step to what comes out of it."""
 
-    Attributes:
-        model: what trains, with its head.
-        config: what the run was told to do.
-        read: its images.
-        classes: the names of the model's outputs.
-        images: how its images become what the model takes.
-        state: all that changes.
-        identity: what a checkpoint must say to be this run's.
-        steps: how many there are in all epochs.
-        accelerator: processes, device and precision.
-        callbacks, trackers: the user's.
-    """
-
-    model: keras.Model
     config: TrainConfig
     read: RunData
-    classes: tuple[str, ...]
-    images: DataConfig
+    classes: tuple[str, ...]  # the names of the model's outputs
+    images: DataConfig  # how images become what the model takes
     state: RunState
-    identity: dict[str, Any]
-    steps: int
+    identity: dict[str, Any]  # what a checkpoint must say to be this run's
+    steps: int  # of all epochs
     accelerator: Accelerator
     callbacks: Sequence[Any]
     trackers: Trackers
+
+    @property
+    def model(self) -> keras.Model:
+        """What trains, with its head."""
+        return self.state.model
 
     @property
     def last(self) -> Path:
@@ -277,7 +244,7 @@ class _Run:
         with (
             stoppable(self.accelerator.num_processes) as stop,
             open_display(self.accelerator.is_main_process) as show,
-            left_behind(self.last, progress, self.save, show, self.accelerator),
+            self._left_behind(show),
             clear_errors(config.num_workers),
         ):
             freeze_for_(self.model, config, progress.epoch)
@@ -300,6 +267,21 @@ class _Run:
                 self._end_epoch(stage, began, stop, show)
                 stop.agree(self.accelerator)
         self.accelerator.wait_for_everyone()
+
+    @contextmanager
+    def _left_behind(self, show: Display) -> Iterator[None]:
+        """Leave a checkpoint where the run is stopped, and say that it can be carried on."""
+        try:
+            yield
+        except (Interrupted, Terminated):
+            self.save()
+            progress = self.state.progress
+            show.say(
+                f"Stopped in epoch {progress.epoch + 1} after {progress.step} steps; {self.last} "
+                f"holds the run, and the same call with `resume` carries it on."
+            )
+            self.accelerator.wait_for_everyone()  # the launcher ends all when the first has ended
+            raise
 
     def _goes_on(self) -> bool:
         """Whether there is something left to train."""
@@ -432,23 +414,6 @@ class _Run:
             "input": f"{height}x{width}",
             **{f"{name}_images": len(part) for name, part in parts.items() if part is not None},
         }
-
-
-@contextmanager
-def left_behind(
-    last: Path, progress: Progress, save: Callable[[], None], show: Display, accelerator: Any
-) -> Iterator[None]:
-    """Leave a checkpoint where a run is stopped, and say that it can be carried on."""
-    try:
-        yield
-    except (Interrupted, Terminated):
-        save()
-        show.say(
-            f"Stopped in epoch {progress.epoch + 1} after {progress.step} steps; {last} holds the "
-            f"run, and the same call with `resume` carries it on."
-        )
-        accelerator.wait_for_everyone()  # the launcher ends all when the first has ended
-        raise
 
 
 def _check_unvalidated(config: TrainConfig) -> None:

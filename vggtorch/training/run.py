@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +30,7 @@ from vggtorch.training.loaders import as_source, drawn
 from vggtorch.training.optimization import Parameters, make_optimizer, trained_parameters
 from vggtorch.training.splits import Splits, are_files, as_part, find_splits, tell_beside
 from vggtorch.training.tables import SPLITS
+from vggtorch.training.telling import tell
 from vggtorch.weight_sets import DataConfig
 from vggtorch.weights import shortened
 
@@ -114,10 +114,9 @@ def read_data(
         splits = splits._replace(validation=validation)
     if splits.validation is not beside is not None:
         which = f", {beside}" if are_files(beside) else ""
-        warnings.warn(
+        tell(
             f"The data has images to validate on of its own{which}, which aren't used: those that "
             f"were passed as validation are.",
-            stacklevel=4,
         )
     _check_names(splits, config)
     _tell_unused(splits, config)
@@ -168,19 +167,17 @@ def _tell_unused(splits: Splits, config: TrainConfig) -> None:
     )
     _tell_of_loaders(splits, config)
     if splits.validation is not None and config.validation_split != TrainConfig.validation_split:
-        warnings.warn(
+        tell(
             f"Without effect: validation_split={config.validation_split!r}, as the data has images "
             f"of its own to validate on.",
-            stacklevel=5,
         )
     given = [n for n in names if getattr(config, n) != getattr(TrainConfig, n)]
     if given:
-        warnings.warn(
+        tell(
             f"Without effect on a Dataset: "
             f"{', '.join(f'{name}={getattr(config, name)!r}' for name in given)}. It augments "
             f"images itself (torchvision.transforms.v2), has labels of its own, and is split by "
             f"torch.utils.data.random_split.",
-            stacklevel=5,
         )
 
 
@@ -197,7 +194,7 @@ def _tell_of_loaders(splits: Splits, config: TrainConfig) -> None:
     if is_own and config.batch_size not in (TrainConfig.batch_size, splits.train.batch_size):
         said.append(f"batch_size={config.batch_size} (the DataLoader's own batches train)")
     if said:
-        warnings.warn(f"Not followed: {'; '.join(said)}.", stacklevel=6)
+        tell(f"Not followed: {'; '.join(said)}.")
 
 
 def _tell_of_repeats(training: Any, other: Any, name: str) -> None:
@@ -208,10 +205,9 @@ def _tell_of_repeats(training: Any, other: Any, name: str) -> None:
     repeats = [(image.path, known[image.digest]) for image in other.images if image.digest in known]
     if repeats:
         first, same = repeats[0]
-        warnings.warn(
+        tell(
             f"{len(repeats)} of {len(other)} {name} images are files of the training data again, "
             f"so that the {name} figures are too good: {first} is {same}, say.",
-            stacklevel=5,
         )
 
 
@@ -230,7 +226,7 @@ def _splits(given: Images) -> Splits:
         )
     if isinstance(given, str | Path):
         splits = find_splits(as_path(given))
-        tell_beside(Path(given), stacklevel=6)
+        tell_beside(Path(given))
         return splits
     if not isinstance(given, Mapping):
         return Splits(given)
@@ -256,10 +252,9 @@ def _with_classes_of(training: Any, other: Any, name: str) -> Any:
     if training.classes == other.classes:
         return other
     if absent := sorted(set(training.classes) - set(other.classes)):
-        warnings.warn(
+        tell(
             f"No images of {shortened(absent, NAMED)} in the {name} data, whose figures say "
             f"nothing of {'it' if len(absent) == 1 else 'them'}.",
-            stacklevel=5,
         )
     return data.with_classes(other, training.classes)
 
@@ -385,10 +380,9 @@ def first_state(
     instead = "dtype='float32' of the model" if "bfloat16" in policies else "precision='fp32'"
     is_bf16 = accelerator.mixed_precision == "bf16" or "bfloat16" in policies
     if is_bf16 and device.type == "cpu" and not has_fused_ops(torch.empty(0), torch.bfloat16):
-        warnings.warn(
+        tell(
             f"This CPU has no instructions for bfloat16, so that training in it takes several "
             f"times as long as in float32: {instead} is faster.",
-            stacklevel=4,
         )
     model.to(device)
     trained = trained_parameters(model, config)

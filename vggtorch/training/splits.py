@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,6 +10,7 @@ from typing import Any, NamedTuple
 from vggtorch.paths import TABLES, as_path
 from vggtorch.training.folders import NAMED, has_images, subfolders
 from vggtorch.training.tables import SPLITS, TablePart, is_table, read_rows
+from vggtorch.training.telling import tell
 from vggtorch.weights import shortened
 
 # What parts of the data are called elsewhere, of which it isn't plain what they are for.
@@ -91,26 +91,23 @@ def _check_classes(data: Path, found: Mapping[str, Path], others: Sequence[str])
         )
 
 
-def tell_beside(data: Path, stacklevel: int) -> None:
+def tell_beside(data: Path) -> None:
     """Warn of what stands beside the parts of the data and is none of them, or might be one."""
     found, others = _parts_in(data)
     train = found.get("train")
     if train and (len(found) > 1 or not others) and has_images(data):
-        warnings.warn(
+        tell(
             f"Left out of {data}: the images beside {train.name}, which are in no folder of it.",
-            stacklevel=stacklevel,
         )
     if others and train and len(found) > 1:
-        warnings.warn(
+        tell(
             f"Left out of {data}: the folders {shortened(others, NAMED)}, which are neither for "
             f"training, nor for validation, nor for testing by their names ({', '.join(SPLITS)}).",
-            stacklevel=stacklevel,
         )
     elif others and train and len(inside := subfolders(train)) > 1 and not has_images(train):
-        warnings.warn(
+        tell(
             f"{train} is taken for a class, as {others[0]} beside it is. If the folders in it are "
             f"the classes ({shortened([path.name for path in inside], NAMED)}), pass {train}.",
-            stacklevel=stacklevel,
         )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from vggtorch.training.mixing import mixed
 from vggtorch.training.optimization import update_average_
 from vggtorch.training.reading import Batch
 from vggtorch.training.run import RunState
+from vggtorch.training.telling import tell
 
 
 def train_step_(
@@ -50,10 +50,9 @@ def train_step_(
                     f"or a smaller batch_size."
                 ) from error
         progress.pieces *= 2
-        warnings.warn(
+        tell(
             f"The GPU's memory doesn't suffice: from step {progress.done + 1} on, each batch of "
             f"{config.batch_size} runs in {progress.pieces} pieces.",
-            stacklevel=3,
         )
         torch.cuda.empty_cache()
     norm = accelerator.clip_grad_norm_(state.trained.values(), config.max_grad_norm or math.inf)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import re
-import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any, NamedTuple
 
 from vggtorch.paths import SUFFIXES, TABLES, check_data
 from vggtorch.text import visible
+from vggtorch.training.telling import tell
 from vggtorch.weights import shortened
 
 JSON = frozenset({".jsonl", ".ndjson"})
@@ -95,8 +95,7 @@ def read_rows(path: Path) -> list[Row]:
     _tell_of_quantities(path, {row.label for row in rows.values()})
     if twice:
         rows_do = "A row repeats another" if twice == 1 else f"{twice} rows repeat others"
-        # From here, so that it is said once of a table that is looked into several times.
-        warnings.warn(f"{rows_do} in {path}; each counts once.", stacklevel=1)
+        tell(f"{rows_do} in {path}; each counts once.")
     return list(rows.values())
 
 
@@ -104,10 +103,9 @@ def _tell_of_quantities(path: Path, labels: set[str]) -> None:
     """Warn of labels that are numbers and not whole, which may be meant as quantities."""
     if all(map(_NUMBER.fullmatch, labels)) and any("." in label for label in labels):
         shown = ordered(labels)
-        warnings.warn(
+        tell(
             f"The labels in {path} are numbers ({shortened(shown, 3)}). Each of the {len(shown)} "
             f"becomes a class; a quantity isn't predicted here.",
-            stacklevel=1,
         )
 
 
@@ -147,9 +145,8 @@ def _meanings(table: Path, names: Iterable[str]) -> dict[str, str]:
         )
     if others := [name for name in names if name not in found]:
         shown = [repr(name) if name.strip() else "one without a name" for name in others]
-        warnings.warn(
+        tell(
             f"Columns of {table} that say nothing here: {', '.join(shown)}.",
-            stacklevel=1,
         )
     return found
 

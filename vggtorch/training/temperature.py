@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
-
 import keras
 import torch
 
 from vggtorch.keras_graph import calls, graph_of
 from vggtorch.training.evaluation import Evaluation
 from vggtorch.training.heads import last_layer
+from vggtorch.training.telling import tell
 
 LIMITS = (1e-2, 1e2)  # of what logits are divided by
 
@@ -32,10 +31,9 @@ def fitted_temperature(evaluation: Evaluation) -> float:
 
     low, high = 1 / LIMITS[1], 1 / LIMITS[0]
     if not slope(low) < 0 < slope(high):
-        warnings.warn(
+        tell(
             f"No temperature could be fitted on {len(labels)} validation images, of which "
             f"{evaluation.accuracy:.0%} are right: it stays 1. More images would tell.",
-            stacklevel=2,
         )
         return 1.0
     for _ in range(60):

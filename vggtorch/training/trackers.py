@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import json
 import os
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from vggtorch import files
 from vggtorch.training.config import TrainConfig
 from vggtorch.training.optimization import name_of
+from vggtorch.training.telling import tell
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -170,9 +170,8 @@ def _read(path: Path) -> dict[str, _Told]:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, TypeError, AttributeError) as error:
-        warnings.warn(
+        tell(
             f"{path} can't be read ({files.first_line(error)}): the trackers begin other runs.",
-            stacklevel=5,
         )
         return {}
 
@@ -190,10 +189,9 @@ def _go_on(name: str, run: str | None) -> dict[str, Any]:
             reason = "it was deleted"
         except Exception as error:  # MLflow's own, or that of its store
             reason = files.first_line(error)
-        warnings.warn(
+        tell(
             f"MLflow's run {run} can't be carried on ({reason}): another one begins, with all "
             f"epochs.",
-            stacklevel=5,
         )
     return {}
 
