@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -65,13 +65,7 @@ FASTAI = "Howard and Gugger, fastai: A Layered API for Deep Learning, 2020"
 
 Similarity = Literal["similar", "different"]
 
-# Of each image all is seen, and its mirror image.
-_FEW_IMAGES: dict[str, Any] = {
-    "augment": "flip", "cache_copies": 2, "batch_size": 64, "label_smoothing": 0.1,
-    "crop_pct": 1.0,
-}  # fmt: skip
-# Freeze all, run the frozen layers once for each image and its mirror image, train the head.
-_FROZEN: dict[str, Any] = {**_FEW_IMAGES, "epochs": 30, "restore_best_weights": False}
+_OF_A_HEAD: dict[str, Any] = {"epochs": 30, "batch_size": 64}  # where it trains alone
 _QUARTERS = Reason(
     "Pool each feature map to its mean and maximum under the head, and its quarters to means.",
     "So any image size fits, and the head still knows roughly where something is, which whole "
@@ -159,27 +153,32 @@ def advise(images: int, classes: int, similarity: Similarity | None = None) -> P
             f"'different', or None."
         )
     each = images // classes
-    options, reasons = (_of_few if each < FEW else _of_many)(each, similarity)
-    pooled = _QUARTERS
-    if options["head"] != "multilevel":
-        pooled = Reason(
-            "Pool each feature map to its mean and maximum under the head.",
-            "So the head has thousands of weights rather than millions, and any image size fits.",
-            FASTAI,
-            {"head": options["head"]},
-        )
-    whole = (_WHOLE,) if "crop_pct" in options else ()
-    return Plan(**options, reasons=(*reasons, pooled, *whole, _SMOOTHED))
+    return (_of_few if each < FEW else _of_many)(each, similarity)
 
 
-def _of_few(each: int, similarity: Similarity | None) -> tuple[dict[str, Any], list[Reason]]:
-    """The settings for few images of each class, and why: everything frozen, a head alone."""
+def _plan(reasons: Sequence[Reason], **others: Any) -> Plan:
+    """The plan that consists of these decisions, and of settings beside them."""
+    settings = {name: value for reason in reasons for name, value in reason.settings.items()}
+    # How a model's images were cropped goes before, and a decision of it holds where it fits that.
+    return Plan(**settings | {"crop_mode": None} | others, reasons=tuple(reasons))
+
+
+def _pooled(head: str) -> Reason:
+    if head == "multilevel":
+        return _QUARTERS
+    return Reason(
+        "Pool each feature map to its mean and maximum under the head.",
+        "So the head has thousands of weights rather than millions, and any image size fits.",
+        FASTAI,
+        {"head": head},
+    )
+
+
+def _of_few(each: int, similarity: Similarity | None) -> Plan:
+    """The plan for few images of each class: everything frozen, a head alone."""
     is_similar = similarity != "different"
     cut = "block5_pool" if is_similar else "block4_pool"
     head = "multilevel" if similarity is None else "linear" if is_similar else "mlp"
-    options: dict[str, Any] = {"cut": cut, "head": head, "freeze": cut, **_FROZEN}
-    if each >= FEWER:
-        options["validation_split"] = 0.1
     specific = Reason(
         f"Cut at {cut}.",
         "The images are like ImageNet's, so its most specific features fit."
@@ -198,51 +197,54 @@ def _of_few(each: int, similarity: Similarity | None) -> tuple[dict[str, Any], l
         {"freeze": cut, "head": head, "unfreeze": ()},
     )
     where = _LEVELS if similarity is None else specific
-    return options, [frozen, where, _CACHED, *([_TENTH] if each >= FEWER else []), _LAST]
+    tenth = [_TENTH] if each >= FEWER else []
+    reasons = [frozen, where, _CACHED, *tenth, _LAST, _pooled(head), _WHOLE, _SMOOTHED]
+    return _plan(reasons, cut=cut, **_OF_A_HEAD)
 
 
-def _of_many(each: int, similarity: Similarity | None) -> tuple[dict[str, Any], list[Reason]]:
-    """The settings for many images of each class, and why: blocks are unfrozen from the top."""
+def _of_many(each: int, similarity: Similarity | None) -> Plan:
+    """The plan for many images of each class: blocks are unfrozen from the top."""
     is_similar = similarity != "different"
     since = "block5_conv1" if is_similar else "block3_conv1"
-    options: dict[str, Any] = {
-        "cut": "block5_pool",
-        "head": "multilevel" if similarity is None else "mlp",
-        "freeze": "block5_pool",
-        "augment": "flip" if is_similar else "crop",
-        "epochs": 20,
-        "unfreeze": ((3, since),) if is_similar else ((3, "block5_conv1"), (6, since)),
-        "learning_rate": 3e-4,
-        "layer_decay": 0.3 if is_similar else 0.5,
-        "max_grad_norm": 1.0,
-        "label_smoothing": 0.1,
-    }
+    unfreeze = ((3, since),) if is_similar else ((3, "block5_conv1"), (6, since))
+    decay = 0.3 if is_similar else 0.5
     enough = {
         "similar": "as the images are like ImageNet's, the last block is enough.",
         "different": "as the images aren't like ImageNet's, all but edges and textures should.",
         None: "what the last block knows is the most specific.",
     }[similarity]
-    return options, [
+    reasons = [
         Reason(
             "Begin with all pretrained layers frozen, for 3 epochs.",
             "The gradients of a new head are large and random at first, and would destroy "
             "what the layers under it know.",
             KERAS,
-            {"freeze": "block5_pool", "unfreeze": options["unfreeze"]},
+            {"freeze": "block5_pool", "unfreeze": unfreeze},
         ),
         Reason(
             f"Then unfreeze from the top, down to {since}.",
             f"{each} images of each class suffice to adapt whole blocks; {enough}",
             f"{CS231N}; {ULMFIT}",
-            {"unfreeze": options["unfreeze"]},
+            {"unfreeze": unfreeze},
         ),
         Reason(
-            f"Each block learns {options['layer_decay']} times as fast as the one above it.",
+            f"Each block learns {decay} times as fast as the one above it.",
             "The lower a layer, the more general it is and the less it has to change.",
             ULMFIT,
-            {"layer_decay": options["layer_decay"]},
+            {"layer_decay": decay},
         ),
+        _pooled("multilevel" if similarity is None else "mlp"),
+        _SMOOTHED,
     ]
+    augment = "flip" if is_similar else "crop"
+    return _plan(
+        reasons,
+        cut="block5_pool",
+        augment=augment,
+        epochs=20,
+        learning_rate=3e-4,
+        max_grad_norm=1.0,
+    )
 
 
 def planned(
@@ -270,10 +272,8 @@ def planned(
             CS231N,
             {"freeze": last, "head": "multilevel", "unfreeze": ()},
         )
-        options = {"cut": last, "head": "multilevel", "freeze": last, **_FROZEN}
-        plan = Plan(
-            **options, reasons=(frozen, _LEVELS, _CACHED, _LAST, _QUARTERS, _WHOLE, _SMOOTHED)
-        )
+        reasons = [frozen, _LEVELS, _CACHED, _LAST, _QUARTERS, _WHOLE, _SMOOTHED]
+        plan = _plan(reasons, cut=last, **_OF_A_HEAD)
     if not are_files:
         plan = _of_dataset(plan)
     changed = dict(given)
