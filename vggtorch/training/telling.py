@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import warnings
+from pathlib import Path
 
-import vggtorch
-
-PACKAGE = os.path.dirname(vggtorch.__file__)
+PACKAGE = str(Path(__file__).parents[1])
 
 
 def tell(text: str) -> None:
