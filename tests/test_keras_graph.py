@@ -161,9 +161,10 @@ def check_training_context() -> None:
 
 def check_masks() -> None:
     tokens = keras.Input((3,), dtype="int32")
-    assert keras_graph.has_mask(kl.Embedding(5, 2, mask_zero=True)(tokens))
-    assert not keras_graph.has_mask(kl.Embedding(5, 2)(tokens))
-    assert keras_graph.has_mask(kl.Embedding(5, 2, mask_zero=True)(torch.tensor([[1, 0]])))
+    assert keras_graph.keras_mask(kl.Embedding(5, 2, mask_zero=True)(tokens)) is not None
+    assert keras_graph.keras_mask(kl.Embedding(5, 2)(tokens)) is None
+    values = kl.Embedding(5, 2, mask_zero=True)(torch.tensor([[1, 0]]))
+    assert keras_graph.keras_mask(values).tolist() == [[True, False]]
 
 
 def check_operation_kinds() -> None:

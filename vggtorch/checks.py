@@ -1,17 +1,9 @@
-"""What users pass to several functions, checked, and refused in the same words everywhere."""
+"""Whole numbers that users pass to several functions, refused in the same words everywhere."""
 
 from __future__ import annotations
 
 from numbers import Integral
 from typing import Any
-
-import keras
-
-
-def check_model(model: object, verb: str) -> None:
-    """Raise ValueError unless `model` is a Keras model; `verb` is the function that was called."""
-    if not isinstance(model, keras.Model):
-        raise ValueError(f"{verb} needs a Keras model, received {type(model).__name__}.")
 
 
 def is_whole(value: Any) -> bool:

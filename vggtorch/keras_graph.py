@@ -3,8 +3,9 @@
 Keras has no public way to walk the graph of a model, to give a variable another tensor as its
 value, or to make a layer again from its config with functions of the user's. What vggtorch needs
 of that stands here and nowhere else, so that a Keras release which changes one of these parts
-fails in `tests/test_keras_graph.py`, which names them all, and is mended in this file. Two of
-Keras's rules that several rooms compute by stand at the end: padding "same" and batch norm.
+fails in `tests/test_keras_graph.py`, which names them all, and is mended in this file. Every name
+without an underscore is for other files, those that are imported here too. Two of Keras's rules
+that several rooms compute by stand at the end: padding "same" and batch norm.
 """
 
 from __future__ import annotations
@@ -17,74 +18,18 @@ from typing import Any
 import keras
 import torch
 from keras import KerasTensor
-from keras.src.applications.convnext import LayerScale
-from keras.src.applications.imagenet_utils import obtain_input_shape
+from keras.src.applications.convnext import LayerScale as LayerScale
+from keras.src.applications.imagenet_utils import obtain_input_shape as obtain_input_shape
 from keras.src.backend.common import global_state
 from keras.src.backend.common.masking import get_keras_mask
-from keras.src.backend.common.stateless_scope import in_stateless_scope
+from keras.src.backend.common.stateless_scope import in_stateless_scope as in_stateless_scope
 from keras.src.layers.layer import CallContext
 from keras.src.models.functional import Functional, functional_like_constructor
 from keras.src.ops.node import Node
 from keras.src.saving.serialization_lib import SafeModeScope
-from keras.src.utils.naming import to_snake_case
+from keras.src.utils.naming import to_snake_case as to_snake_case
 
 from vggtorch.weight_sets import DataConfig
-
-__all__ = [
-    "FeaturesModel",
-    "Functional",
-    "ImagenetModel",
-    "LayerScale",
-    "Node",
-    "OxfordModel",
-    "PlainModel",
-    "all_layers",
-    "calls",
-    "calls_of",
-    "data_format",
-    "device",
-    "filled",
-    "functional",
-    "give_seed_generator_",
-    "graph_of",
-    "has_mask",
-    "in_stateless_scope",
-    "input_structure",
-    "is_plain_functional",
-    "keras_mask",
-    "lambda_output_shape",
-    "layers_as_given",
-    "mark_",
-    "marked",
-    "model_class",
-    "obtain_input_shape",
-    "operation_copy",
-    "operation_kind",
-    "output_structure",
-    "override_call_",
-    "own_variables",
-    "producer",
-    "producing_call",
-    "raw_value",
-    "reads_training",
-    "rematerializes",
-    "remembers",
-    "reset_seed_",
-    "safe_mode_off",
-    "same_padding",
-    "scale_and_shift",
-    "seed_generators",
-    "set_value_",
-    "standardize_inputs",
-    "state_of",
-    "to_snake_case",
-    "torch_dtype",
-    "track_variables_",
-    "training_context",
-    "warn_of_older_form",
-    "without_activation",
-]
-
 
 # Models that remember what they expect of an image
 #
@@ -196,6 +141,12 @@ def remembers(model: Any) -> bool:
 # The graph of a model
 
 
+def check_model(model: object, verb: str) -> None:
+    """Raise ValueError unless `model` is a Keras model; `verb` is the function that was called."""
+    if not isinstance(model, keras.Model):
+        raise ValueError(f"{verb} needs a Keras model, received {type(model).__name__}.")
+
+
 def functional(model: Any) -> Functional | None:
     """The Functional graph that a model runs; None if it runs code of its own, or isn't a model.
 
@@ -221,19 +172,18 @@ def graph_of(model: Any, verb: str) -> Functional:
     graph = functional(model)
     if graph is not None:
         return graph
+    check_model(model, verb)
     if isinstance(model, keras.Sequential) and type(model).call is keras.Sequential.call:
         raise ValueError(
             f"The Sequential model {model.name!r} has no graph yet, which {verb} needs: it doesn't "
             f"know its input shape. Begin it with keras.Input(...) or call "
             f"model.build(input_shape) first."
         )
-    if isinstance(model, keras.Model):
-        raise ValueError(
-            f"{model.name!r} is a subclassed model ({type(model).__name__}): how its layers are "
-            f"wired is known only to its call(). {verb} needs a Functional or Sequential model; "
-            f"build one from keras.Input."
-        )
-    raise ValueError(f"{verb} needs a Keras model, received {type(model).__name__}.")
+    raise ValueError(
+        f"{model.name!r} is a subclassed model ({type(model).__name__}): how its layers are "
+        f"wired is known only to its call(). {verb} needs a Functional or Sequential model; "
+        f"build one from keras.Input."
+    )
 
 
 def calls(graph: keras.Function) -> list[Node]:
@@ -380,13 +330,8 @@ def training_context(operation: Any, training: bool) -> Iterator[None]:
 
 
 def keras_mask(tensor: KerasTensor) -> KerasTensor | None:
-    """The mask that a symbolic tensor carries to the layers that read it."""
+    """The mask that a tensor carries to the layers that read it, as an Embedding's may."""
     return get_keras_mask(tensor)
-
-
-def has_mask(tensor: KerasTensor) -> bool:
-    """Whether a symbolic tensor carries a mask, such as an Embedding's with mask_zero=True."""
-    return get_keras_mask(tensor) is not None
 
 
 def state_of(operation: Any) -> list[keras.Variable]:

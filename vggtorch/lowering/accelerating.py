@@ -89,7 +89,7 @@ def accelerate_(
         if set_apart or graph is None or mask is not None or undecided or watched:
             return type(model).call(model, inputs, training=training, mask=mask)
         values = keras_graph.standardize_inputs(graph, inputs)
-        if any(x is None or x.is_meta or keras_graph.has_mask(x) for x in values):
+        if any(x is None or x.is_meta or keras_graph.keras_mask(x) is not None for x in values):
             return type(model).call(model, inputs, training=training, mask=mask)
         if not mode.begin(module, bool(training)):  # a call in the other mode is under way
             return type(model).call(model, inputs, training=training, mask=mask)

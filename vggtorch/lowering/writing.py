@@ -286,7 +286,7 @@ class _Builder:
 
     def _step(self, call: keras_graph.Node) -> None:
         last = next(reversed(self.graph.nodes), None)
-        masked = any(map(keras_graph.has_mask, call.input_tensors))
+        masked = any(keras_graph.keras_mask(t) is not None for t in call.input_tensors)
         # Keras doesn't show on a nested model's output a mask that begins inside or passes through.
         hidden = any(id(t) in self.hidden for t in call.input_tensors)
         if hidden or masks_inside(call.operation, masked):

@@ -17,9 +17,9 @@ import torch
 
 from vggtorch import paths, weights
 from vggtorch.architectures import ARCHITECTURES, Architecture
-from vggtorch.checks import check_model
 from vggtorch.keras_graph import (
     all_layers,
+    check_model,
     device,
     own_variables,
     raw_value,

@@ -18,8 +18,7 @@ import numpy as np
 
 from vggtorch import files, paths, weights
 from vggtorch.architectures import ARCHITECTURES
-from vggtorch.checks import check_model
-from vggtorch.keras_graph import all_layers, raw_value
+from vggtorch.keras_graph import all_layers, check_model, raw_value
 from vggtorch.models.filling import checkpoint_of, named_variables, settle_
 from vggtorch.models.leftovers import matched, tell
 from vggtorch.models.matching import Match

@@ -13,9 +13,9 @@ from typing import Any
 
 import keras
 
-from vggtorch.checks import check_model
 from vggtorch.keras_graph import (
     calls,
+    check_model,
     data_format,
     functional,
     graph_of,
