@@ -17,23 +17,15 @@ import typer
 
 import vggtorch as vt
 from vggtorch import commands, files, paths, training_commands
-from vggtorch.architectures import ARCHITECTURES
-from vggtorch.options import ArchitectureName, Weights, as_options, is_given, wrong_usage
+from vggtorch.options import ArchitectureName, Model, Weights, as_options, is_given, wrong_usage
 from vggtorch.text import LONGEST_MESSAGE, table, terminal_width, visible, visible_lines
 from vggtorch.training import Interrupted, Terminated
 
 Cost = Literal["multiply-adds", "seconds"]
-Model = Annotated[
-    str,
-    typer.Argument(
-        metavar="MODEL", help="A run's folder, a .keras file, hf://owner/name or a network's name."
-    ),
-]
-CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 app = typer.Typer(
     help="Transfer learning and model surgery on pretrained VGG networks.",
-    context_settings=CONTEXT,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
@@ -227,17 +219,13 @@ def compress(
     paths.check_out(out, (".keras",))
     if images < 1:
         raise ValueError(f"Received --images {images}; expected 20 at least, better a few hundred.")
-    from vggtorch.models import constructor, model_from_name
     from vggtorch.training import image_files
 
     found_there = image_files([folder])
     number = min(images, len(found_there))
     # From all folders alike.
     chosen = [found_there[i * len(found_there) // number] for i in range(number)]
-    if model in ARCHITECTURES:
-        network = constructor(model)(weights=weights, include_top=top)
-    else:
-        network = model_from_name(model)
+    network = commands.network(model, weights, include_top=top)
     try:
         small, found = vt.compress(
             network, times, vt.preprocess(chosen, network),
@@ -292,11 +280,7 @@ def export(
     paths.check_model(model)
     paths.check_weights(weights)
     paths.check_out(path, paths.EXPORTED, "")
-    from vggtorch.models import constructor, model_from_name
-
-    named = model in ARCHITECTURES
-    network = constructor(model)(weights=weights) if named else model_from_name(model)
-    vt.export(network, path)
+    vt.export(commands.network(model, weights), path)
     _show(f"Wrote {path}.")
 
 
@@ -356,6 +340,17 @@ def _take_any_character(stream: Any) -> None:
         stream.reconfigure(errors="backslashreplace")
 
 
+def _in_words(error: Exception) -> str:
+    """What is said of an error that isn't one of usage."""
+    if isinstance(error, ValueError | OSError | ImportError | FloatingPointError):
+        return as_options(str(error))
+    if isinstance(error, MemoryError):
+        return "the memory doesn't suffice"
+    # An error of ours, or of what we stand on.
+    reason = f"{type(error).__name__}: {files.first_line(error)}"
+    return f"unexpected {reason} (--debug shows where it comes from)"
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status, 0 if all went well and 2 for a wrong usage."""
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -385,19 +380,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             message = _carry_on(arguments)
     except Terminated:
         message, status = _carry_on(arguments), 143
-    except (ValueError, OSError, ImportError, FloatingPointError) as error:
+    except Exception as error:
         if debug:
             raise
-        message, status = as_options(str(error)), 1
-    except MemoryError:
-        if debug:
-            raise
-        message, status = "the memory doesn't suffice", 1
-    except Exception as error:  # an error of ours, or of what we stand on
-        if debug:
-            raise
-        reason = f"{type(error).__name__}: {files.first_line(error)}"
-        message, status = f"unexpected {reason} (--debug shows where it comes from)", 1
+        message, status = _in_words(error), 1
     finally:
         warnings.formatwarning = plain
     print(f"vggtorch: {visible(message, LONGEST_MESSAGE)}", file=sys.stderr)

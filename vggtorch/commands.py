@@ -15,7 +15,7 @@ import typer
 import vggtorch as vt
 from vggtorch import files, paths
 from vggtorch.architectures import ARCHITECTURES
-from vggtorch.options import Architecture, Weights, is_given
+from vggtorch.options import Architecture, Model, Weights, is_given
 from vggtorch.text import figure_text, table, terminal_width, visible, visible_lines
 
 if TYPE_CHECKING:
@@ -23,12 +23,6 @@ if TYPE_CHECKING:
 
 Images = Annotated[
     list[str], typer.Argument(metavar="IMAGES...", help="Files, folders and patterns ('*.jpg').")
-]
-Trained = Annotated[
-    str,
-    typer.Argument(
-        metavar="MODEL", help="A run's folder, a .keras file, hf://owner/name or a network's name."
-    ),
 ]
 BatchSize = Annotated[int, typer.Option("--batch-size", "-b", help="Images at a time.")]
 UNREADABLE = 10  # that a message names
@@ -80,8 +74,7 @@ def predict(
     paths.check_images(images)
     if out is not None:
         paths.check_out(out, paths.PREDICTIONS)
-    network = _network(model, weights)
-    found = vt.predict_files(network, images, top=top, batch_size=batch_size)
+    found = vt.predict_files(network(model, weights), images, top=top, batch_size=batch_size)
     if out is not None:
         problems = vt.write_predictions(found, out)
         print(f"Wrote {visible(out)}.")
@@ -98,7 +91,7 @@ def predict(
 
 
 def evaluate(
-    model: Trained,
+    model: Model,
     data: Annotated[
         str,
         typer.Argument(
@@ -126,9 +119,9 @@ def evaluate(
     paths.check_data(data)
     if out is not None:
         paths.check_out(out, (".json", ".html"))
-    network = _network(model, "imagenet")
+    trained = network(model, "imagenet")
     found, source = vt.evaluate_folder(
-        network,
+        trained,
         data,
         batch_size=batch_size,
         num_workers=num_workers,
@@ -146,7 +139,7 @@ def evaluate(
         cells.append([f"  {visible(row.name)}", str(row.images), *figures_of])
     print(table(cells, 1, terminal_width()))
     if out is not None and out.endswith(".html"):
-        vt.write_test_report(network, source, found, out)
+        vt.write_test_report(trained, source, found, out)
         print(f"Wrote {visible(out)}.")
     elif out is not None:
         # JSON has no NaN, which the AUROC of one class alone is.
@@ -161,7 +154,7 @@ def evaluate(
 
 def extract_features(
     context: typer.Context,
-    model: Trained,
+    model: Model,
     images: Images,
     layer: Annotated[str, typer.Option(help="Whose output is taken.")] = "block5_pool",
     out: Annotated[
@@ -180,10 +173,10 @@ def extract_features(
     paths.check_weights(weights)
     _check_order(images)
     paths.check_images(images)
-    network = _network(model, weights, include_top=False)
+    trunk = network(model, weights, include_top=False)
     process, processes = (int(os.environ.get(n, d)) for n, d in (("RANK", 0), ("WORLD_SIZE", 1)))
     problems = vt.write_features(
-        network,
+        trunk,
         images,
         out,
         layer=layer,
@@ -236,14 +229,11 @@ def refuse_for_models(context: typer.Context, model: str | None, names: Sequence
     """
     if model is None:
         return
-    refused = ("architecture",) if model in ARCHITECTURES else names
-    for name in names:
-        if name in refused and is_given(context, name):
-            value = context.params[name]
-            received = f"{name}={value}" if isinstance(value, bool) else f"{name}={value!r}"
+    for name in ("architecture",) if model in ARCHITECTURES else names:
+        if name in names and is_given(context, name):
             raise ValueError(
-                f"Received {received} with the model {model}, which says that itself. Leave one of "
-                f"them out."
+                f"Received {name}={context.params[name]!r} with the model {model}, which says that "
+                f"itself. Leave one of them out."
             )
 
 
@@ -275,7 +265,7 @@ def _is_model(name: str) -> bool:
     return known or any(Path(name, kept).is_file() for kept in ("model.keras", "last.pt"))
 
 
-def _network(name: str, weights: str, *, include_top: bool = True) -> keras.Model:
+def network(name: str, weights: str, *, include_top: bool = True) -> keras.Model:
     """A pretrained network by its name, or what else stands for a model."""
     from vggtorch.models import constructor, model_from_name
 

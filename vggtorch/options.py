@@ -20,6 +20,12 @@ if TYPE_CHECKING:  # a type checker can't read choices that are made while the p
 else:
     ArchitectureName = Literal[tuple(ARCHITECTURES)]
 Architecture = Annotated[ArchitectureName, typer.Option(help="The pretrained network.")]
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL", help="A run's folder, a .keras file, hf://owner/name or a network's name."
+    ),
+]
 Weights = Annotated[
     str, typer.Option(help="An architecture's weights: a weight set's name or a path.")
 ]
