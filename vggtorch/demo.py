@@ -178,22 +178,19 @@ def _fit(base: keras.Model, weight_set: str, data: tuple[np.ndarray, ...]) -> fl
     return float(model.evaluate(test, test_labels, batch_size=32, verbose=0)[1])
 
 
-def _cosine(a: np.ndarray, b: np.ndarray) -> float:
-    """Mean cosine between the feature maps of the same images, (N, H, W, C)."""
-    a, b = a.reshape(len(a), -1), b.reshape(len(b), -1)
-    norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
-    return float(np.mean((a * b).sum(axis=1) / norms))
+def _likeness(original: keras.Model, other: keras.Model, images: np.ndarray) -> float:
+    """Mean cosine between the last maps that two networks have of the same images."""
+    maps = (model.predict(images, verbose=0) for model in (original, other))
+    a, b = (torch.from_numpy(values).flatten(1) for values in maps)
+    return float(torch.cosine_similarity(a, b).mean())
 
 
 def _replace(
-    original: keras.Model, weight_set: str, photos: Mapping[str, Image.Image], console: Console
+    original: keras.Model, unlabelled: np.ndarray, held_out: np.ndarray, console: Console
 ) -> tuple[dict[str, float], str]:
     """How alike block5_pool is after one 5x5 took the place of two convolutions; a drawing."""
-    held_out = vt.preprocess(_coloured(photos, 1, 2), weight_set)
-    unlabelled = vt.preprocess(_coloured(photos, 0, UNLABELLED), weight_set)
-    expected = keras.ops.convert_to_numpy(original.predict(held_out, verbose=0))
     names = ["block1_conv1", "block1_conv2"]
-    similarity, drawing = {}, ""
+    similarity = {}
     for how in ("random", "composed", "distilled"):
         with console.status(f"one 5x5 for two 3x3, {how}"):
             conv = keras.layers.Conv2D(64, 5, padding="same", activation="relu", name="block1_conv")
@@ -205,37 +202,29 @@ def _replace(
                     original, replaced, "block1_conv", unlabelled,
                     steps=DISTILL_STEPS, seconds=DISTILL_SECONDS,
                 )  # fmt: skip
-            received = keras.ops.convert_to_numpy(replaced.predict(held_out, verbose=0))
-        similarity[how] = _cosine(expected, received)
+            similarity[how] = _likeness(original, replaced, held_out)
         console.print(f"{how:10} cosine {similarity[how]:.3f}")
     bottom = vt.truncate(original, "block2_pool")
-    drawing = vt.draw(vt.truncate(replaced, "block2_pool"), before=bottom)
-    return similarity, drawing
+    return similarity, vt.draw(vt.truncate(replaced, "block2_pool"), before=bottom)
 
 
 def _compress(
-    original: keras.Model, weight_set: str, photos: Mapping[str, Image.Image]
+    original: keras.Model, unlabelled: np.ndarray, held_out: np.ndarray
 ) -> tuple[float, float]:
     """How alike block5_pool is with half the multiply-adds, and how many times as fast it runs."""
-    held_out = vt.preprocess(_coloured(photos, 1, 2), weight_set)
-    unlabelled = vt.preprocess(_coloured(photos, 0, UNLABELLED), weight_set)
     small, _ = vt.compress(
         original, COMPRESS_TIMES, unlabelled, steps=COMPRESS_STEPS, seconds=COMPRESS_SECONDS
     )
-    expected, received = (
-        keras.ops.convert_to_numpy(model.predict(held_out, verbose=0))
-        for model in (original, small)
-    )
     images = torch.from_numpy(held_out[:8])
-    networks = [vt.to_torch(model).eval() for model in (original, small)]
+    networks = {name: vt.to_torch(m).eval() for name, m in (("a", original), ("b", small))}
     with torch.inference_mode():
         before, after = in_turns(
-            {str(i): partial(network, images) for i, network in enumerate(networks)},
+            {name: partial(network, images) for name, network in networks.items()},
             repeats=9,
             device=images.device,
         ).values()
     ratios = [a / b for a, b in zip(before, after, strict=True)]
-    return _cosine(expected, received), statistics.median(ratios)
+    return _likeness(original, small, held_out), statistics.median(ratios)
 
 
 def _speed(model: keras.Model) -> dict[str, float]:
@@ -420,10 +409,12 @@ def run(page: str | Path = "vggtorch-demo.html") -> DemoResult:
     with _step(console, 4, "Replace block1_conv1 and block1_conv2 by one 5x5 convolution"):
         shape = (REPLACED_SIZE, REPLACED_SIZE, 3)
         original = vt.VGG16(weights=weight_set, include_top=False, input_shape=shape)
-        similarity, drawing = _replace(original, weight_set, photos, console)
+        unlabelled = np.asarray(vt.preprocess(_coloured(photos, 0, UNLABELLED), weight_set))
+        held_out = np.asarray(vt.preprocess(_coloured(photos, 1, 2), weight_set))
+        similarity, drawing = _replace(original, unlabelled, held_out, console)
 
     with _step(console, 5, f"Compress: 1/{COMPRESS_TIMES} of the multiply-adds, seeing the same"):
-        compressed = _compress(original, weight_set, photos)
+        compressed = _compress(original, unlabelled, held_out)
         console.print(f"cosine {compressed[0]:.3f}, {compressed[1]:.2f} times as fast")
 
     with _step(console, 6, "Speed on this machine"), console.status("timing in turns"):

@@ -17,6 +17,7 @@ from vggtorch.weight_sets import WEIGHT_SETS
 
 TABLES = frozenset({".csv", ".tsv", ".jsonl", ".ndjson"})  # of paths and labels
 OTHER_TABLES = frozenset({".json", ".parquet", ".feather", ".arrow", ".xlsx", ".xls", ".txt"})
+PACKED = frozenset({".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar"})
 HUB = "hf://"  # as Keras writes it
 _HUB_ELSEWHERE = re.compile(  # how others write it
     r"(?:hf[-_]hub:|hub:|huggingface:|(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/)(.+)"
@@ -147,9 +148,9 @@ def check_data(path: str | os.PathLike) -> None:
     if path.is_dir() or (path.is_file() and path.suffix.lower() in TABLES):
         return
     if path.exists():
-        what = f"{path} isn't a folder." + (
-            " It's an archive: unpack it." if _is_packed(path) else ""
-        )
+        what = f"{path} isn't a folder."
+        if path.suffix.lower() in PACKED:
+            what += " It's an archive: unpack it."
         if path.suffix.lower() in OTHER_TABLES:
             what += " It may be a table of another form: write it as CSV (pandas' `to_csv` does)."
     else:
@@ -256,7 +257,3 @@ def near(path: str | os.PathLike) -> str:
         if found.exists():
             return f" Perhaps {found}?"
     return ""
-
-
-def _is_packed(path: Path) -> bool:
-    return path.suffix.lower() in (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar")

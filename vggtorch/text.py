@@ -13,7 +13,6 @@ import shlex
 import shutil
 import sys
 import textwrap
-import unicodedata
 from collections.abc import Sequence
 
 LONGEST_NAME = 200  # characters of a name that are shown
@@ -75,9 +74,9 @@ def in_markdown(text: object) -> str:
     >>> in_markdown("<b>*cat*</b>")
     '&lt;b&gt;\\*cat\\*&lt;/b&gt;'
     """
-    escaped = re.sub(r"([\\`*_{}\[\]()#+!|~$^-])", r"\\\1", visible(text).replace("&", "&amp;"))
-    escaped = re.sub(r"^(\d+)\.", r"\1\.", escaped)  # would begin a numbered list
-    return escaped.replace("<", "&lt;").replace(">", "&gt;")
+    escaped = html.escape(visible(text), quote=False)
+    escaped = re.sub(r"([\\`*_{}\[\]()#+!|~$^-])", r"\\\1", escaped)
+    return re.sub(r"^(\d+)\.", r"\1\.", escaped)  # would begin a numbered list
 
 
 def as_code(text: object) -> str:
@@ -123,8 +122,9 @@ def columns_of(text: str) -> int:
     """
     if text.isascii():
         return len(text)
-    wide = sum(unicodedata.east_asian_width(character) in "WF" for character in text)
-    return len(text) + wide - sum(map(bool, map(unicodedata.combining, text)))
+    from rich.cells import cell_len  # which only some commands need
+
+    return cell_len(text)
 
 
 def shortened(text: object, columns: int) -> str:
