@@ -209,12 +209,9 @@ class Chain(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
         x, *kept = ctx.saved_tensors
-        if torch.is_grad_enabled():  # create_graph=True: this gradient is to have one
-            y = _one_by_one(ctx.children, x)
-            (of_x,) = torch.autograd.grad(y, x, grad, create_graph=True)
-            return of_x, None, None
-        if stands_for_many(grad):
-            (of_x,) = torch.func.vjp(partial(_one_by_one, ctx.children), x.detach())[1](grad)
+        # With create_graph=True this gradient is to have one.
+        if torch.is_grad_enabled() or stands_for_many(grad):
+            (of_x,) = torch.func.vjp(partial(_one_by_one, ctx.children), x)[1](grad)
             return of_x, None, None
         pairs = zip(reversed(ctx.units), reversed(ctx.gradients), strict=True)
         for unit, (of_conv, pooled) in pairs:

@@ -22,8 +22,13 @@ from vggtorch.lowering import TorchNetwork, to_torch
 from vggtorch.models import constructor, data_config, weight_set
 from vggtorch.weight_sets import WEIGHT_SETS, WeightSet, weight_set_named
 
-# How papers and other projects name the layers of VGG: relu1_2, conv1_2, pool1.
-_SHORT_NAME = re.compile(r"(relu|conv)([1-5])_([1-4])|pool([1-5])")
+# How papers and other projects name the layers of VGG, behind a nested model's name or alone.
+_SHORT_NAMES = (
+    (r"(^|.*/)conv([1-5])_([1-4])", r"\1block\2_conv\3"),
+    (r"(^|.*/)relu([1-5])_([1-4])", r"\1block\2_relu\3"),  # behind a batch norm
+    (r"(^|.*/)relu([1-5])_([1-4])", r"\1block\2_conv\3_relu"),
+    (r"(^|.*/)pool([1-5])", r"\1block\2_pool"),
+)
 
 
 class FeatureExtractor(nn.Module):
@@ -336,16 +341,9 @@ def _layer(tap: str, calls: dict[str, list[torch.fx.Node]]) -> str:
         if len(inside) > 1:
             raise ValueError(f"{tap!r} is the name of several layers: {', '.join(inside)}.")
         return inside[0]
-    model, _, last = tap.rpartition("/")
-    if short := _SHORT_NAME.fullmatch(last):
-        kind, block, number, pool = short.groups()
-        meant = {
-            "conv": [f"block{block}_conv{number}"],
-            "relu": [f"block{block}_relu{number}", f"block{block}_conv{number}_relu"],
-            None: [f"block{pool}_pool"],
-        }[kind]
-        for name in meant:
-            name = f"{model}/{name}" if model else name
+    for short, full in _SHORT_NAMES:
+        if found := re.fullmatch(short, tap):
+            name = found.expand(full)
             if any(known == name or known.endswith(f"/{name}") for known in calls):
                 return _layer(name, calls)
     near = difflib.get_close_matches(tap, calls, n=3)

@@ -177,9 +177,8 @@ class PerceptualLoss(nn.Module):
             raise ValueError(
                 "Received targets and style images; pass both to targets(content, style)."
             )
-        missing = {*self.content} - {*targets.content}, {*self.style} - {*targets.style}
-        for kind, taps in zip(("content", "style"), missing, strict=True):
-            if taps:
+        for kind in ("content", "style"):
+            if taps := {*getattr(self, kind)} - {*getattr(targets, kind)}:
                 raise ValueError(
                     f"The targets have no {kind}, which {sorted(taps)} are compared with. Pass "
                     f"{kind} images to targets()."
