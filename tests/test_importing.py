@@ -14,7 +14,7 @@ import tiny
 from fresh import ROOT, run
 
 import vggtorch as vt
-from vggtorch.keras_graph import OxfordModel
+from vggtorch.keras_graph import model_class
 from vggtorch.models import remember_
 from vggtorch.weight_sets import DataConfig
 
@@ -24,7 +24,7 @@ def saved(tmp_path_factory):
     """A file with a model of a class of ours."""
     path = tmp_path_factory.mktemp("saved") / "tiny.keras"
     model = tiny.network()
-    OxfordModel(model.inputs, model.outputs).save(path)
+    model_class(DataConfig("oxford"))(model.inputs, model.outputs).save(path)
     return str(path)
 
 

@@ -29,7 +29,7 @@ from keras.src.ops.node import Node
 from keras.src.saving.serialization_lib import SafeModeScope
 from keras.src.utils.naming import to_snake_case as to_snake_case
 
-from vggtorch.weight_sets import DataConfig
+from vggtorch.weight_sets import WEIGHT_SETS, DataConfig
 
 # Models that remember what they expect of an image
 #
@@ -49,6 +49,7 @@ def marked(layer: Any) -> DataConfig:
     return found if isinstance(found, DataConfig) else DataConfig()
 
 
+@keras.saving.register_keras_serializable("vggtorch", "PlainModel")  # of no weight set
 class _ImageModel(Functional):
     """A Functional model whose class remembers what it expects of an image.
 
@@ -102,35 +103,26 @@ def _unpickled(method: str, content: tuple[Any, ...]) -> keras.Model:
     return model
 
 
-def _named(name: str, base: type, config: DataConfig) -> type[Functional]:
-    content = {
-        "__module__": Functional.__module__,
-        "__qualname__": name,
-        "__doc__": base.__doc__,
-        "data_config": config,
-    }
-    made = type(Functional.__name__, (base,), content)
-    keras.saving.register_keras_serializable("vggtorch", name)(made)
-    return made
-
-
-ImagenetModel = _named("ImagenetModel", _ImageModel, DataConfig("imagenet"))
-FeaturesModel = _named("FeaturesModel", _ImageModel, DataConfig("features"))
-OxfordModel = _named("OxfordModel", _ImageModel, DataConfig("oxford"))
-PlainModel = _named("PlainModel", _ImageModel, DataConfig())  # of no weight set
-
-_CLASSES: dict[DataConfig, type[Functional]] = {
-    DataConfig(): Functional,
-    **{c.data_config: c for c in (ImagenetModel, FeaturesModel, OxfordModel)},  # type: ignore[attr-defined]
-}
+_CLASSES: dict[DataConfig, type[Functional]] = {DataConfig(): Functional}
 
 
 def model_class(config: DataConfig) -> type[Functional]:
     """The class of the models that remember `config`; the same class for the same configuration."""
     if config not in _CLASSES:
-        base = _CLASSES[DataConfig(config.weight_set)] if config.weight_set else PlainModel
-        _CLASSES[config] = _named(base.__qualname__, base, config)
+        name = f"{(config.weight_set or 'plain').capitalize()}Model"
+        content = {
+            "__module__": Functional.__module__,
+            "__qualname__": name,
+            "__doc__": _ImageModel.__doc__,
+            "data_config": config,
+        }
+        made = type(Functional.__name__, (_ImageModel,), content)
+        _CLASSES[config] = keras.saving.register_keras_serializable("vggtorch", name)(made)
     return _CLASSES[config]
+
+
+for _weight_set in WEIGHT_SETS:  # Keras knows their names from now on
+    model_class(DataConfig(_weight_set))
 
 
 def remembers(model: Any) -> bool:
