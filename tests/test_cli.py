@@ -259,6 +259,32 @@ def test_debug_shows_where_an_error_comes_from():
         main(["inspect", "vgg17", "--debug"])
 
 
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (MemoryError(), "the memory doesn't suffice"),
+        (KeyError("a\nb"), "unexpected KeyError: 'a\\nb' (--debug shows where it comes from)"),
+        (FloatingPointError("The loss is NaN."), "The loss is NaN."),
+    ],
+)
+def test_an_error_that_is_no_mistake_of_the_users_is_one_line_too(
+    error, message, monkeypatch, capsys
+):
+    def check_model(name):
+        raise error
+
+    monkeypatch.setattr(cli.paths, "check_model", check_model)
+    assert main(["inspect", "vgg11"]) == 1
+    assert capsys.readouterr().err == f"vggtorch: {message}\n"
+
+
+def test_bench_takes_a_size_only_where_the_model_leaves_it_open(tmp_path, capsys):
+    tiny.network().save(tmp_path / "tiny.keras")
+    assert main(["bench", str(tmp_path / "tiny.keras"), "--size", "32"]) == 1
+    error = capsys.readouterr().err
+    assert "Received --size 32 with " in error and "takes (16, 16, 3). Leave it out." in error
+
+
 def test_version_is_the_packages(capsys):
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"vggtorch {vt.__version__}\n"

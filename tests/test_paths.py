@@ -132,6 +132,12 @@ def test_a_path_that_is_much_like_another_is_named(place):
         paths.check_out("gone.svg", (".svg",))
 
 
+def test_a_folder_that_nothing_can_be_written_to_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(paths.os, "access", lambda *_: False)
+    with pytest.raises(OSError, match=f"nothing can be written into {tmp_path}"):
+        paths.check_out(tmp_path / "a.svg", (".svg",))
+
+
 def test_the_home_folder_is_pointed_at(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "photos").mkdir()

@@ -53,6 +53,8 @@ def test_pixels_of_other_ranges_and_layouts_are_the_same_images(vgg, peer, image
     )
     received = ours(pixels, pixels.flip(0))
     torch.testing.assert_close(received, expected, rtol=1e-4, atol=1e-6)
+    half = copy.deepcopy(ours).bfloat16()(pixels, pixels.flip(0))
+    torch.testing.assert_close(half, expected, rtol=0.05, atol=0)
 
 
 @pytest.mark.slow

@@ -399,6 +399,12 @@ def test_a_frozen_extractor_says_that_it_stays_frozen(vgg):
     assert all(p.requires_grad for p in open_.requires_grad_(True).parameters())
 
 
+def test_it_says_what_it_adds_to_its_network(vgg):
+    extractor = vt.FeatureExtractor(vgg, ["pool1"], normalization=None, value_range=(0, 255))
+    expected = "taps=['pool1'], normalization=None, value_range=(0, 255), data_format='channels_f"
+    assert expected in repr(extractor)
+
+
 def test_arithmetic_of_rgb_is_refused_for_other_channels():
     grey = keras.Sequential([keras.Input((8, 8, 1)), keras.layers.Conv2D(4, 3, name="a")])
     with pytest.raises(ValueError, match="'oxford' for images of 1 channels; it is for RGB"):

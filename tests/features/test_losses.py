@@ -94,6 +94,8 @@ def test_layouts_and_reduced_precision_give_the_same(vgg, images):
 def test_what_cannot_be_compared_is_refused(extractor, images):
     with pytest.raises(ValueError, match="Received no weights"):
         vt.PerceptualLoss(extractor)
+    with pytest.raises(ValueError, match="Received extractor of type Sequential; expected vt.Fea"):
+        vt.PerceptualLoss(torch.nn.Sequential(), {"relu1_2": 1})  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="'relu4_3', which the extractor doesn't tap"):
         vt.PerceptualLoss(extractor, {"relu4_3": 1})
     with pytest.raises(ValueError, match="a number of 0 or more"):
