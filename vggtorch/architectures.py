@@ -80,6 +80,11 @@ ARCHITECTURES: dict[str, Architecture] = {
     for name, depths in _DEPTHS.items()
 }
 
+# The names of VGG's layers in network order. The largest network has those of all others.
+_LARGEST = ARCHITECTURES["vgg19_bn"]
+FEATURES = tuple(layer.name for layer in _LARGEST.features())
+LAYERS = (*FEATURES, *(layer.name for layer in _LARGEST.classifier()))
+
 
 def architecture_named(name: str) -> Architecture:
     """The network of this name; ValueError where there is none."""

@@ -14,10 +14,10 @@ import torch
 from vggtorch import files, paths, weights
 from vggtorch.architectures import CLASSES, GRID, WIDTHS, architecture_named
 from vggtorch.keras_graph import warn_of_older_form
-from vggtorch.models.filling import fill_, named_variables, path_of
-from vggtorch.models.leftovers import values_for
+from vggtorch.models.filling import named_variables, path_of
+from vggtorch.models.leftovers import fill_from_
 from vggtorch.models.loading import ENDINGS, MODELS, load_model, save_weights
-from vggtorch.models.memory import remember_checkpoint_, remembered
+from vggtorch.models.memory import remembered
 from vggtorch.models.torch_form import in_torch_form
 from vggtorch.models.vgg import constructor
 from vggtorch.weights import Shape
@@ -88,8 +88,7 @@ def convert(
                 weights=None, include_top=top, classes=classes, input_shape=(size, size, 3)
             )
         keras_named = replace(checkpoint, form="keras", tensors=tensors)
-        values = values_for(model, keras_named, source, backbone=False)
-        remember_checkpoint_(fill_(model, values), checkpoint, classes if top else 0)
+        fill_from_(model, keras_named, source, classes=classes if top else 0)
         _save(model, target, stacklevel=4)
     else:
         weights.write(target, written, checkpoint.weight_set, checkpoint.data_config)

@@ -16,7 +16,7 @@ import keras
 import torch
 
 from vggtorch import paths, weights
-from vggtorch.architectures import ARCHITECTURES, Architecture
+from vggtorch.architectures import ARCHITECTURES, LAYERS, Architecture
 from vggtorch.keras_graph import (
     all_layers,
     check_model,
@@ -30,12 +30,6 @@ from vggtorch.keras_graph import (
     track_variables_,
 )
 from vggtorch.weight_sets import WEIGHT_SETS
-
-VGG_LAYERS = frozenset(
-    layer.name
-    for architecture in ARCHITECTURES.values()
-    for layer in (*architecture.features(), *architecture.classifier())
-)
 
 
 def named_variables(model: keras.Model) -> dict[str, keras.Variable]:
@@ -124,17 +118,12 @@ def _path_inside(layer: keras.Layer, variable: keras.Variable) -> str:
 
     The number is left out that Keras counts through a process for a variable without a name.
     """
-    path = _path_from(layer, variable)
+    _, found, path = f"/{variable.path}".partition(f"/{layer.name}/")
+    if not found:
+        own = own_variables(layer)
+        scope = own[0].path.rpartition("/")[0] if own else variable.path.partition("/")[0]
+        path = variable.path.removeprefix(f"{scope}/")
     return re.sub(r"(^|/)variable_\d+$", r"\1variable", path)
-
-
-def _path_from(layer: keras.Layer, variable: keras.Variable) -> str:
-    _, found, tail = f"/{variable.path}".partition(f"/{layer.name}/")
-    if found:
-        return tail
-    own = own_variables(layer)
-    scope = own[0].path.rpartition("/")[0] if own else variable.path.partition("/")[0]
-    return variable.path.removeprefix(f"{scope}/")
 
 
 def fill_(model: keras.Model, tensors: Mapping[str, torch.Tensor]) -> keras.Model:
@@ -187,7 +176,7 @@ def checkpoint_of(
 
     Of several networks that have them, the one of the `name` is meant.
     """
-    named = {key: v for key, v in variables.items() if key.partition("/")[0] in VGG_LAYERS}
+    named = {key: v for key, v in variables.items() if key.partition("/")[0] in LAYERS}
     shapes = {key: tuple(variable.shape) for key, variable in named.items()}
     candidates = weights.identify(shapes) or list(ARCHITECTURES.values())
     candidates = [a for a in candidates if a.name == name] or candidates

@@ -69,6 +69,7 @@ def recipe(config: DataConfig, size: Size) -> str:
     """What `fitted` does of a file as Python code, `prepared(path)`, that needs PIL and NumPy."""
     (height, width), mode = size, f"Image.Resampling.{config.interpolation.upper()}"
     tall, wide = config.resized(size, size)
+    resize = f"image = image.resize([max(1, round(edge / ratio)) for edge in image.size], {mode})"
     crop = f"""left, top = round((image.width - {width}) / 2), round((image.height - {height}) / 2)
         image = image.crop((left, top, left + {width}, top + {height}))"""
     if config.crop_mode == "squash":
@@ -76,7 +77,7 @@ def recipe(config: DataConfig, size: Size) -> str:
         steps += "" if (wide, tall) == (width, height) else f"\n        {crop}"
     elif config.crop_mode == "border":
         steps = f"""ratio = max(image.width / {wide}, image.height / {tall})
-        image = image.resize([max(1, round(edge / ratio)) for edge in image.size], {mode})
+        {resize}
         gaps = {width} - image.width, {height} - image.height
         image, top = Image.new("RGB", ({width}, {height}), {config.fill}), image
         image.paste(top, tuple(gap // 2 if gap > 0 else round(gap / 2) for gap in gaps))"""
@@ -86,7 +87,7 @@ def recipe(config: DataConfig, size: Size) -> str:
         {crop}"""
     else:
         steps = f"""ratio = min(image.width / {wide}, image.height / {tall})
-        image = image.resize([max(1, round(edge / ratio)) for edge in image.size], {mode})
+        {resize}
         {crop}"""
     return f"""import numpy as np
 from PIL import Image, ImageOps

@@ -188,12 +188,12 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if levels and isinstance(key, int):
         # PIL spreads the grey values over 0 ... 255, but not the one that is transparent.
         key = key * 255 // (levels - 1)
+    elif image.mode == "RGB" and isinstance(key, tuple) and max(key) > 255:
+        # PIL keeps the upper 8 bits of 16-bit RGB, but the transparent colour whole.
+        key = tuple(value >> 8 for value in key)
+    if key != image.info.get("transparency"):
         image = image.copy()
         image.info["transparency"] = key
-    if image.mode == "RGB" and isinstance(key, tuple) and max(key) > 255:
-        # PIL keeps the upper 8 bits of 16-bit RGB, but the transparent colour whole.
-        image = image.copy()
-        image.info["transparency"] = tuple(value >> 8 for value in key)
     if image.mode == "La":  # which PIL turns into nothing but LA
         image = image.convert("LA")
     if image.mode in ("LA", "PA", "RGBA", "RGBa") or (

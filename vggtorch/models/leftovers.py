@@ -12,19 +12,14 @@ from collections.abc import Iterable, Mapping
 from os import PathLike
 
 import keras
-import torch
 
 from vggtorch import weights
-from vggtorch.architectures import ARCHITECTURES
+from vggtorch.architectures import FEATURES, LAYERS
 from vggtorch.keras_graph import raw_value
-from vggtorch.models.filling import VGG_LAYERS, named_variables
+from vggtorch.models.filling import fill_, named_variables
 from vggtorch.models.matching import Match, match
-from vggtorch.models.rows import FEATURES
+from vggtorch.models.memory import remember_checkpoint_
 from vggtorch.weights import Checkpoint
-
-# VGG's layers in network order; those of the smaller networks are among the largest one's.
-_LARGEST = ARCHITECTURES["vgg19_bn"]
-_ORDER = [layer.name for layer in (*_LARGEST.features(), *_LARGEST.classifier())]
 
 
 def matched(
@@ -66,8 +61,8 @@ def matched(
     if partial:
         return found
     left, missing = _unexpected(found, backbone), found.missing
-    if backbone or VGG_LAYERS.issuperset(in_file):
-        missing = [key for key in missing if _layer(key) in VGG_LAYERS]
+    if backbone or set(in_file) <= set(LAYERS):
+        missing = [key for key in missing if _layer(key) in LAYERS]
     if missing or left or found.differing:
         raise ValueError(
             f"{title} does not fit the model. "
@@ -81,10 +76,10 @@ def matched(
 
 def _unexpected(found: Match, backbone: bool) -> list[str]:
     """What is in the file and neither in the model nor in a larger network that it was cut from."""
-    shared = [_ORDER.index(name) for key in found.names if (name := _layer(key)) in _ORDER]
+    shared = [LAYERS.index(name) for key in found.names if (name := _layer(key)) in LAYERS]
     beyond: set[str] = set()
     if shared:
-        beyond = {*_ORDER[: min(shared)], *_ORDER[max(shared) + 1 :]}
+        beyond = {*LAYERS[: min(shared)], *LAYERS[max(shared) + 1 :]}
     if backbone:
         return [key for key, (layer, _) in found.left.items() if layer in FEATURES]
     return [key for key, (layer, _) in found.left.items() if layer not in beyond]
@@ -99,7 +94,7 @@ def _is_expected(key: str, found: Match) -> bool:
     layer, _ = found.left[key]
     shapes = [shape for other, shape in found.left.values() if other == layer]
     ranks = sorted(len(shape) for shape in shapes)
-    return layer.endswith(tuple(VGG_LAYERS)) or ranks in ([2], [1, 2])
+    return layer.endswith(LAYERS) or ranks in ([2], [1, 2])
 
 
 def _layer(key: str) -> str:
@@ -137,21 +132,21 @@ def _advice_of_keras(source: object) -> str:
     )
 
 
-def values_for(
+def fill_from_(
     model: keras.Model,
     checkpoint: Checkpoint,
     source: str | PathLike,
     *,
-    backbone: bool,
+    classes: int,
     prefix: str = "",
-) -> dict[str, torch.Tensor]:
-    """The tensors of a checkpoint for a model that was built on the meta device, by their names.
+) -> keras.Model:
+    """Give a model that was built on the meta device a checkpoint's values; it remembers its set.
 
     Args:
         model: layers that have values keep them.
         checkpoint: what `weights.converted` gave of the source.
         source: the user's words for it.
-        backbone: the model is VGG's convolutions: the file may have any head, which is left.
+        classes: of predictions; 0 for the convolutions alone: the file may have any head.
         prefix: of the network's layers; those of the file have it, or none.
 
     Raises:
@@ -159,9 +154,10 @@ def values_for(
     """
     named = named_variables(model)
     variables = {key.removeprefix(prefix): v for key, v in named.items() if raw_value(v).is_meta}
-    found = matched(model, variables, checkpoint, source, prefix=prefix, backbone=backbone)
+    found = matched(model, variables, checkpoint, source, prefix=prefix, backbone=not classes)
     tell(found)
-    return {prefix + key: value for key, value in found.values.items()}
+    fill_(model, {prefix + key: value for key, value in found.values.items()})
+    return remember_checkpoint_(model, checkpoint, classes)
 
 
 def tell(found: Match, *, partial: bool = False) -> None:

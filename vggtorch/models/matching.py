@@ -22,8 +22,9 @@ from dataclasses import dataclass, replace
 import keras
 import torch
 
+from vggtorch.architectures import FEATURES
 from vggtorch.keras_graph import Functional, own_variables, raw_value, state_of, to_snake_case
-from vggtorch.models.rows import FEATURES, in_order
+from vggtorch.models.rows import in_order
 from vggtorch.models.torch_form import places_of, torch_rules
 from vggtorch.weights import Checkpoint, Rule, Shape
 
@@ -265,7 +266,7 @@ def _without_text(entries: list[_Entry], places: Collection[Path], wanted: str) 
     """
     ours = {path[0] for path in places if path}
     theirs = {entry.path[-1]: None for entry in entries if entry.path}
-    if FEATURES.isdisjoint(ours) or not ours.isdisjoint(theirs):
+    if ours.isdisjoint(FEATURES) or not ours.isdisjoint(theirs):
         return entries
     found = {name[: -len(end)]: None for name in theirs for end in FEATURES if name.endswith(end)}
     if not found:

@@ -128,7 +128,7 @@ def image_readers(model: keras.Model, *, flips: bool = True) -> list[Any]:
     With `flips`, also through the two operations of built-in preprocessing. Inputs that can't be
     images aren't looked at, where there are some that can.
     """
-    return _readers_and_images(graph_of(model, "preprocess"), flips)[0]
+    return _readers_and_images(model, flips)[0]
 
 
 def image_tensors(model: keras.Model) -> set[int]:
@@ -137,10 +137,11 @@ def image_tensors(model: keras.Model) -> set[int]:
     That is what enters it, behind layers that leave colours alone too, and what its built-in
     preprocessing makes of it.
     """
-    return _readers_and_images(graph_of(model, "preprocess"), True)[1]
+    return _readers_and_images(model, True)[1]
 
 
-def _readers_and_images(graph: Any, flips: bool) -> tuple[list[Any], set[int]]:
+def _readers_and_images(model: keras.Model, flips: bool) -> tuple[list[Any], set[int]]:
+    graph = graph_of(model, "preprocess")
     inputs = [tensor for tensor in graph.inputs if len(tensor.shape) == 4] or graph.inputs
     images = {id(tensor) for tensor in inputs}
     readers: dict[Any, None] = {}

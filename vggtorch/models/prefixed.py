@@ -13,10 +13,10 @@ from typing import Any
 
 import keras
 
-from vggtorch.models.filling import VGG_LAYERS, checkpoint_of, named_variables
+from vggtorch.architectures import FEATURES, LAYERS
+from vggtorch.models.filling import checkpoint_of, named_variables
 from vggtorch.models.leftovers import matched
 from vggtorch.models.matching import Match
-from vggtorch.models.rows import FEATURES
 from vggtorch.weight_sets import WEIGHT_SETS
 from vggtorch.weights import Checkpoint
 
@@ -24,7 +24,7 @@ from vggtorch.weights import Checkpoint
 def prefixes_of(model: keras.Model) -> list[str]:
     """What stands before the names of VGG's layers in a model, once for each network in it."""
     names = dict.fromkeys(key.partition("/")[0] for key in named_variables(model))
-    if not VGG_LAYERS.isdisjoint(names):
+    if not names.keys().isdisjoint(LAYERS):
         return []
     return list(
         dict.fromkeys(n.removesuffix(end) for n in names for end in FEATURES if n.endswith(end))
@@ -60,7 +60,7 @@ def networks_of(
         variables = {
             key.removeprefix(prefix): variable
             for key, variable in named_variables(model).items()
-            if key.startswith(prefix) and key.removeprefix(prefix).partition("/")[0] in VGG_LAYERS
+            if key.startswith(prefix) and key.removeprefix(prefix).partition("/")[0] in LAYERS
         }
         one = checkpoint or checkpoint_of(str(source), variables)
         try:

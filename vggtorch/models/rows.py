@@ -10,10 +10,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 
-from vggtorch.architectures import ARCHITECTURES
+from vggtorch.architectures import FEATURES
 from vggtorch.weights import NORM
-
-FEATURES = frozenset(layer.name for a in ARCHITECTURES.values() for layer in a.features())
 
 Path = tuple[str, ...]
 Shape = tuple[int, ...]

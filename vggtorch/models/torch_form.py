@@ -20,9 +20,9 @@ import torch
 from keras import layers
 
 from vggtorch import weights
+from vggtorch.architectures import FEATURES, LAYERS
 from vggtorch.keras_graph import LayerScale, calls, functional
-from vggtorch.models.filling import VGG_LAYERS, named_variables
-from vggtorch.models.rows import FEATURES
+from vggtorch.models.filling import named_variables
 from vggtorch.weights import Rule, Shape
 
 _CONVOLUTIONS = (
@@ -202,7 +202,7 @@ def in_torch_form(
 
 def _torchvision_part(tensors: Mapping[str, torch.Tensor]) -> set[str]:
     """The weights that torchvision has names for: a whole VGG, a part, or its convolutions."""
-    for names in (VGG_LAYERS, FEATURES):
+    for names in (LAYERS, FEATURES):
         part = {k: tuple(t.shape) for k, t in tensors.items() if k.split("/")[0] in names}
         if weights.identify(part):
             return set(part)

@@ -15,9 +15,8 @@ from keras import layers
 from vggtorch.architectures import ARCHITECTURES, CLASSES, Architecture, architecture_named
 from vggtorch.checks import is_whole, whole
 from vggtorch.keras_graph import device, obtain_input_shape
-from vggtorch.models.filling import fill_, path_of
-from vggtorch.models.leftovers import values_for
-from vggtorch.models.memory import remember_checkpoint_
+from vggtorch.models.filling import path_of
+from vggtorch.models.leftovers import fill_from_
 from vggtorch.models.preprocessing import as_layers
 from vggtorch.weight_sets import WEIGHT_SETS
 from vggtorch.weights import converted
@@ -25,13 +24,8 @@ from vggtorch.weights import converted
 # torchvision's and the papers' values for batch norm; Keras's own defaults are 1e-3 and 0.99.
 BATCH_NORM = {"epsilon": 1e-5, "momentum": 0.9}
 
-
 # What the pretrained classifiers take, by Keras's data format.
 SHAPES = {"channels_last": (224, 224, 3), "channels_first": (3, 224, 224)}
-
-
-def _data_format() -> str:
-    return str(keras.config.image_data_format())
 
 
 def _connect(
@@ -81,7 +75,7 @@ def _connect(
 def _check_shape(shape: Any) -> None:
     """Refuse what is no shape of an image, and channels that are open."""
     sides = list(shape) if isinstance(shape, Sequence | np.ndarray) else []
-    channels = -1 if _data_format() == "channels_last" else 0
+    channels = -1 if keras.config.image_data_format() == "channels_last" else 0
     given = [side for side in sides if side is not None]
     if shape is not None and (
         len(sides) != 3
@@ -147,14 +141,15 @@ def _constructor(plain_name: str) -> Callable[..., keras.Model]:
                 f"weights; expected 'softmax', or None for logits."
             )
         sizes = input_shape if input_tensor is None else getattr(input_tensor, "shape", (None,))[1:]
-        if published and include_top and sizes and tuple(sizes) != SHAPES[_data_format()]:
+        expected = SHAPES[keras.config.image_data_format()]
+        if published and include_top and sizes and tuple(sizes) != expected:
             raise ValueError(
                 f"Received images of {tuple(sizes)} with weights={weights!r} and include_top=True; "
-                f"this classifier reads a map of 7x7, which images of {SHAPES[_data_format()]} "
+                f"this classifier reads a map of 7x7, which images of {expected} "
                 f"give. Use include_top=False and stack a head of your own, or take other sizes by "
                 f"adaptive pooling, as torchvision does: vt.with_input(vt.insert(vgg, "
                 f"'block5_pool', keras.layers.AdaptiveAveragePooling2D(7)), {tuple(sizes)}), with "
-                f"the vgg of {SHAPES[_data_format()]}."
+                f"the vgg of {expected}."
             )
         # The checkpoint first: what can't be had should cost no time.
         checkpoint = weight_set = None
@@ -202,9 +197,8 @@ def _constructor(plain_name: str) -> Callable[..., keras.Model]:
             )
             model = keras.Model(inputs, outputs, name=name or architecture.name)
         if weights is not None and checkpoint is not None:
-            values = values_for(model, checkpoint, weights, backbone=not include_top, prefix=prefix)
-            fill_(model, values)
-            return remember_checkpoint_(model, checkpoint, classes if include_top else 0)
+            top = classes if include_top else 0
+            return fill_from_(model, checkpoint, weights, classes=top, prefix=prefix)
         return model
 
     title = plain_name.upper()
@@ -247,10 +241,8 @@ def _constructor(plain_name: str) -> Callable[..., keras.Model]:
     return build
 
 
-VGG11 = _constructor("vgg11")
-VGG13 = _constructor("vgg13")
-VGG16 = _constructor("vgg16")
-VGG19 = _constructor("vgg19")
+_PLAIN = {name: _constructor(name) for name in ("vgg11", "vgg13", "vgg16", "vgg19")}
+VGG11, VGG13, VGG16, VGG19 = _PLAIN.values()
 
 
 def constructor(architecture: str) -> Callable[..., keras.Model]:
@@ -258,6 +250,5 @@ def constructor(architecture: str) -> Callable[..., keras.Model]:
 
     Raises ValueError for a name that isn't in ARCHITECTURES.
     """
-    plain = {"vgg11": VGG11, "vgg13": VGG13, "vgg16": VGG16, "vgg19": VGG19}
     network = architecture_named(architecture)
-    return partial(plain[network.name.removesuffix("_bn")], batch_norm=network.batch_norm)
+    return partial(_PLAIN[network.name.removesuffix("_bn")], batch_norm=network.batch_norm)
