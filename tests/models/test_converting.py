@@ -8,6 +8,7 @@ import by_torchvision
 import pytest
 import torch
 
+import vggtorch as vt
 from vggtorch import models
 from vggtorch.architectures import ARCHITECTURES
 from vggtorch.weights import rules
@@ -43,3 +44,21 @@ def test_any_form_to_any(tmp_path: Path, vgg11: Path, narrow: None) -> None:
     back = torch.load(source, weights_only=True)
     assert back.keys() == expected.keys()
     assert all(torch.equal(back[key], tensor) for key, tensor in expected.items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["keras", "h5", "weights.h5"])
+def test_a_part_that_ends_within_the_classifier_is_converted_whole(
+    tmp_path: Path, form: str
+) -> None:
+    part, other = (
+        vt.truncate(vt.VGG11(weights=None, input_shape=(32, 32, 3)), "fc1") for _ in range(2)
+    )
+    vt.save_weights(part, tmp_path / "a.safetensors")
+    target = tmp_path / f"b.{form}"
+    rows = models.convert(tmp_path / "a.safetensors", target)
+    assert [row[2] for row in rows] == list(vt.named_variables(part))
+    again = vt.load_weights(other, target) if form == "weights.h5" else vt.load_model(target)
+    assert again.layers[-1].name == "fc1"
+    for ours, theirs in zip(again.get_weights(), part.get_weights(), strict=True):
+        assert (ours == theirs).all()

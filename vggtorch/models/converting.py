@@ -12,7 +12,7 @@ import keras
 import torch
 
 from vggtorch import files, paths, weights
-from vggtorch.architectures import CLASSES, GRID, WIDTHS, architecture_named
+from vggtorch.architectures import CLASSES, FEATURES, GRID, WIDTHS, architecture_named
 from vggtorch.keras_graph import warn_of_older_form
 from vggtorch.models.filling import named_variables, path_of
 from vggtorch.models.leftovers import fill_from_
@@ -78,17 +78,21 @@ def convert(
     written = _renamed(target, tensors)
     if str(target).endswith((".h5", ".keras")):
         # Keras orders these forms by the layers of a model, so one is built around the tensors.
-        grid, classes = GRID, CLASSES
-        if top := "predictions/bias" in tensors:
+        grid, classes = GRID, len(tensors.get("predictions/bias", ()))
+        if "fc1/kernel" in tensors:
             grid = isqrt(tensors["fc1/kernel"].shape[0] // WIDTHS[-1])
-            classes = len(tensors["predictions/bias"])
-        size = grid * 2 ** len(WIDTHS)
+        size, top = grid * 2 ** len(WIDTHS), list(tensors)[-1].partition("/")[0]
         with keras.device("meta"):
             model = constructor(network.name)(
-                weights=None, include_top=top, classes=classes, input_shape=(size, size, 3)
+                weights=None,
+                include_top=top not in FEATURES,
+                classes=classes or CLASSES,
+                input_shape=(size, size, 3),
             )
+            if top in ("fc1", "fc2"):
+                model = keras.Model(model.input, model.get_layer(top).output, name=model.name)
         keras_named = replace(checkpoint, form="keras", tensors=tensors)
-        fill_from_(model, keras_named, source, classes=classes if top else 0)
+        fill_from_(model, keras_named, source, classes=classes)
         _save(model, target, stacklevel=4)
     else:
         weights.write(target, written, checkpoint.weight_set, checkpoint.data_config)
