@@ -100,11 +100,8 @@ def convert(
         checkpoint.tensors, lambda read: weights.to_keras(read, checkpoint.form)
     )
     after = weights.traced(tensors, lambda read: _renamed(target, read))
-    return [
-        (name, tuple(checkpoint.tensors[name].shape), key, tuple(written[key].shape))
-        for key in after
-        for name in [before[after[key]]]
-    ]
+    names = {before[keras_key]: new for new, keras_key in after.items()}
+    return _listed(checkpoint.tensors, names, written)
 
 
 def _convert_model(
@@ -117,11 +114,18 @@ def _convert_model(
     if str(target).endswith((".pth", ".bin")):
         in_torch = partial(in_torch_form, model, timm=str(target).endswith(".bin"))
         written = in_torch(tensors)
-        names = {old: new for new, old in weights.traced(tensors, in_torch).items()}
+        traced = {old: new for new, old in weights.traced(tensors, in_torch).items()}
+        names = {key: traced[key] for key in tensors}
     _save(model, target, stacklevel=5)
+    return _listed(tensors, names, written)
+
+
+def _listed(
+    read: Mapping[str, torch.Tensor], names: Mapping[str, str], written: Mapping[str, torch.Tensor]
+) -> list[tuple[str, Shape, str, Shape]]:
+    """Name and shape of each tensor as it was read and as it was written."""
     return [
-        (old, tuple(tensors[old].shape), names[old], tuple(written[names[old]].shape))
-        for old in tensors
+        (old, tuple(read[old].shape), new, tuple(written[new].shape)) for old, new in names.items()
     ]
 
 

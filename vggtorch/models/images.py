@@ -95,7 +95,8 @@ def read_image(path: str | PathLike, gate: PixelGate | None = None) -> Image.Ima
         try:
             with _opened(file) as image:
                 pixels = _checked_size(image)
-                several = _has_frames(image)
+                # The other images of MPO are views of the same.
+                several = image.format != "MPO" and getattr(image, "is_animated", False)
                 with gate.hold(pixels) if gate else nullcontext():
                     found = to_rgb(image)
                 found.info[SEVERAL_FRAMES] = several
@@ -131,11 +132,6 @@ def _opened(file: IO[bytes]) -> Image.Image:
             f"it is damaged, or of no kind that Pillow {PIL.__version__} reads here: "
             f"{', '.join(IMAGES)}."
         ) from None
-
-
-def _has_frames(image: Image.Image) -> bool:
-    """Whether a file has other frames or pages than the first; MPO has only views of the same."""
-    return image.format != "MPO" and getattr(image, "is_animated", False)
 
 
 def _add_heif() -> None:

@@ -35,16 +35,9 @@ def matched(
     """What `match` finds, where what is left over on both sides may be, or ValueError with both.
 
     A published VGG checkpoint may go beyond a model that was cut out of its network, and knows
-    nothing of layers that the user added; apart from that every name must be on both sides.
-
-    Args:
-        model: any Keras model.
-        variables: those of its weights that shall get values.
-        checkpoint: what `weights.converted` gave of the source.
-        source: the user's words for it: the file, or a dict of tensors.
-        prefix: of the network's layers; `variables` are named without it.
-        backbone: the model is VGG's convolutions, and the file's other layers are its head.
-        partial: whatever belongs together is enough.
+    nothing of layers that the user added; apart from that every name must be on both sides. Of a
+    `backbone`, VGG's convolutions, the file's other layers are the head, which may be any. What is
+    `partial` may be whatever belongs together. `source` is what the user called the checkpoint.
     """
     found = match(model, variables, checkpoint, prefix=prefix)
     title = "The state_dict" if isinstance(source, Mapping) else repr(str(source))

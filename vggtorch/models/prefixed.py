@@ -44,13 +44,9 @@ def networks_of(
     *,
     partial: bool = False,
 ) -> list[Match]:
-    """Each network of a model under a prefix, with what belongs to it.
+    """Each network of a model under a prefix, with what belongs to it of a checkpoint.
 
-    Args:
-        model: one whose networks have prefixes.
-        source: the user's words for the checkpoint.
-        checkpoint: what is there of it; None for a weight set, of which each network has its own.
-        partial: whatever belongs together is enough.
+    That is None for a weight set, of which each network has a checkpoint of its own.
 
     Raises:
         ValueError: a network's weights aren't those of the checkpoint; names the prefix.

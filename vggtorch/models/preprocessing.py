@@ -91,7 +91,11 @@ def preprocess(
     else:
         config = weights if isinstance(weights, DataConfig) else DataConfig(weights)
     if config.weight_set is None and not config.preprocessing_inside:
-        raise ValueError(_unknown(weights))
+        model = f"The model {weights.name!r}" if isinstance(weights, keras.Model) else weights
+        raise ValueError(
+            f"{model} does not say which weight set it belongs to. Name it: "
+            f"preprocess(images, {' | '.join(map(repr, WEIGHT_SETS))})."
+        )
     wanted = config.size if size is None else _checked_size(size)
     items = images if isinstance(images, list | tuple) else [images]
     if not items:
@@ -119,14 +123,6 @@ def _checked_size(size: Any) -> Size:
     if pair[0] * pair[1] > MAX_PIXELS:
         raise ValueError(f"Received size={size!r}; expected at most {MAX_PIXELS:,} pixels.")
     return int(pair[0]), int(pair[1])
-
-
-def _unknown(weights: DataConfig | keras.Model | None) -> str:
-    what = f"The model {weights.name!r}" if isinstance(weights, keras.Model) else repr(weights)
-    return (
-        f"{what} does not say which weight set it belongs to. Name it: "
-        f"preprocess(images, {' | '.join(repr(n) for n in WEIGHT_SETS)})."
-    )
 
 
 def _pixels(image: Any, config: DataConfig, size: Size | None) -> torch.Tensor:

@@ -172,12 +172,7 @@ def _flattened(layer: keras.Layer, size: tuple[int | None, ...]) -> Shape | None
 def in_torch_form(
     model: keras.Model, tensors: Mapping[str, torch.Tensor], *, timm: bool = False
 ) -> dict[str, torch.Tensor]:
-    """A model's weights by torchvision's names (or timm's), and by `to_torch`'s where it has none.
-
-    Args:
-        model: any model.
-        tensors: its weights by the names of `named_variables`.
-        timm: by timm's names instead of torchvision's.
+    """A model's named tensors by torchvision's (or timm's) names, and to_torch's for other layers.
 
     Raises:
         ValueError: a layer whose name would be taken for something else when it is read.

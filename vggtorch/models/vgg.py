@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from numbers import Real
 from os import PathLike
@@ -12,7 +12,7 @@ import keras
 import numpy as np
 from keras import layers
 
-from vggtorch.architectures import ARCHITECTURES, CLASSES, Architecture, architecture_named
+from vggtorch.architectures import ARCHITECTURES, CLASSES, Architecture, Layer, architecture_named
 from vggtorch.checks import is_whole, whole
 from vggtorch.keras_graph import device, obtain_input_shape
 from vggtorch.models.filling import path_of
@@ -21,54 +21,44 @@ from vggtorch.models.preprocessing import as_layers
 from vggtorch.weight_sets import WEIGHT_SETS
 from vggtorch.weights import converted
 
-# torchvision's and the papers' values for batch norm; Keras's own defaults are 1e-3 and 0.99.
-BATCH_NORM = {"epsilon": 1e-5, "momentum": 0.9}
-
 # What the pretrained classifiers take, by Keras's data format.
 SHAPES = {"channels_last": (224, 224, 3), "channels_first": (3, 224, 224)}
 
 
-def _connect(
+def _features(x: keras.KerasTensor, architecture: Architecture, prefix: str) -> keras.KerasTensor:
+    """The convolutions and pools on top of an image, in keras.applications' order and names."""
+    channel_axis = -1 if keras.config.image_data_format() == "channels_last" else 1
+    activation = None if architecture.batch_norm else "relu"
+    for layer in architecture.features():
+        name = prefix + layer.name
+        if layer.kind == "conv":
+            convolution = layers.Conv2D(
+                layer.outputs, (3, 3), activation=activation, padding="same", name=name
+            )
+            x = convolution(x)
+        elif layer.kind == "batch_norm":
+            # torchvision's and the papers' values; Keras's own defaults are 0.99 and 1e-3.
+            x = layers.BatchNormalization(channel_axis, momentum=0.9, epsilon=1e-5, name=name)(x)
+            x = layers.Activation("relu", name=prefix + layer.name.replace("_bn", "_relu"))(x)
+        else:
+            x = layers.MaxPooling2D((2, 2), strides=(2, 2), name=name)(x)
+    return x
+
+
+def _classifier(
     x: keras.KerasTensor,
-    architecture: Architecture,
-    *,
-    include_top: bool,
-    pooling: str | None,
-    classes: int,
-    classifier_activation: str | Callable | None,
+    units: Iterable[Layer],
+    activation: str | Callable | None,
     dropout: float,
     prefix: str,
 ) -> keras.KerasTensor:
-    """The network's layers on top of an image tensor, in keras.applications' order and names."""
-    channel_axis = -1 if keras.config.image_data_format() == "channels_last" else 1
-    for layer in architecture.features():
-        if layer.kind == "conv":
-            x = layers.Conv2D(
-                layer.outputs,
-                (3, 3),
-                activation=None if architecture.batch_norm else "relu",
-                padding="same",
-                name=prefix + layer.name,
-            )(x)
-        elif layer.kind == "batch_norm":
-            name = prefix + layer.name
-            x = layers.BatchNormalization(channel_axis, name=name, **BATCH_NORM)(x)
-            x = layers.Activation("relu", name=prefix + layer.name.replace("_bn", "_relu"))(x)
-        else:
-            x = layers.MaxPooling2D((2, 2), strides=(2, 2), name=prefix + layer.name)(x)
-    if include_top:
-        x = layers.Flatten(name=f"{prefix}flatten")(x)
-        for layer in architecture.classifier(classes):
-            last = layer.name == "predictions"
-            activation = classifier_activation if last else "relu"
-            name = prefix + layer.name
-            x = layers.Dense(layer.outputs, activation=activation, name=name)(x)
-            if dropout and not last:
-                x = layers.Dropout(dropout, name=f"{name}_dropout")(x)
-    elif pooling == "avg":
-        x = layers.GlobalAveragePooling2D()(x)
-    elif pooling == "max":
-        x = layers.GlobalMaxPooling2D()(x)
+    """The dense layers on top of the last map."""
+    x = layers.Flatten(name=f"{prefix}flatten")(x)
+    for layer in units:
+        last, name = layer.name == "predictions", prefix + layer.name
+        x = layers.Dense(layer.outputs, activation=activation if last else "relu", name=name)(x)
+        if dropout and not last:
+            x = layers.Dropout(dropout, name=f"{name}_dropout")(x)
     return x
 
 
@@ -183,19 +173,16 @@ def _constructor(plain_name: str) -> Callable[..., keras.Model]:
                     f"Keras tensor, such as keras.Input(shape=(160, 160, 3))."
                 )
             if include_preprocessing:
-                known = weight_set or "imagenet"
-                image = as_layers(image, known, prefix)
-            outputs = _connect(
-                image,
-                architecture,
-                include_top=include_top,
-                pooling=pooling,
-                classes=classes,
-                classifier_activation=classifier_activation,
-                dropout=dropout,
-                prefix=prefix,
-            )
-            model = keras.Model(inputs, outputs, name=name or architecture.name)
+                image = as_layers(image, weight_set or "imagenet", prefix)
+            x = _features(image, architecture, prefix)
+            if include_top:
+                units = architecture.classifier(classes)
+                x = _classifier(x, units, classifier_activation, dropout, prefix)
+            elif pooling == "avg":
+                x = layers.GlobalAveragePooling2D()(x)
+            elif pooling == "max":
+                x = layers.GlobalMaxPooling2D()(x)
+            model = keras.Model(inputs, x, name=name or architecture.name)
         if weights is not None and checkpoint is not None:
             top = classes if include_top else 0
             return fill_from_(model, checkpoint, weights, classes=top, prefix=prefix)

@@ -185,9 +185,12 @@ def plain_names(tensors: Tensors, *, counters: bool = False) -> tuple[Tensors, s
         plain = {
             k: t for k, t in plain.items() if not k.startswith(tuple(f"{p}." for p in averages))
         }
+        other = f"{min(averages)}."
         note = (
             f"The state_dict holds several networks; {_listed(before)} was taken, and not "
-            f"{_listed(averages)}. To take another, load it by itself: {_alone(min(averages))}."
+            f"{_listed(averages)}. To take another, load it by itself: vt.load_weights(model, "
+            f"{{k.removeprefix('{other}'): t for k, t in state_dict.items() "
+            f"if k.startswith('{other}')}})."
         )
     if len(before) == 1 or "" in before:
         prefix = "" if "" in before else f"{min(before)}."
@@ -199,13 +202,6 @@ def plain_names(tensors: Tensors, *, counters: bool = False) -> tuple[Tensors, s
 
 def _listed(prefixes: set[str]) -> str:
     return " and ".join(repr(f"{prefix}.") for prefix in sorted(prefixes))
-
-
-def _alone(prefix: str) -> str:
-    return (
-        f"vt.load_weights(model, {{k.removeprefix('{prefix}.'): t for k, t in state_dict.items() "
-        f"if k.startswith('{prefix}.')}})"
-    )
 
 
 def _begins(tensors: Tensors, match: re.Match[str]) -> bool:
