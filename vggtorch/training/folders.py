@@ -9,7 +9,6 @@ import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -39,10 +38,11 @@ class Labelled(NamedTuple):
     stamp: tuple[int, int]
 
 
-@dataclass(frozen=True)
-class _Check:
-    digest: str = ""
-    stamp: tuple[int, int] = (0, 0)
+class _Check(NamedTuple):
+    """An image that was read, or why it could not be."""
+
+    path: Path
+    image: Labelled | None = None
     problem: str = ""
     is_missing: bool = False
     has_frames: bool = False
@@ -227,12 +227,13 @@ def read_classes(
     _tell_alike(part, classes)
     if isinstance(part, Path) and label_pattern is None:
         _tell_nested(part, classes)
-    checked = _checked([path for path, _ in images])
+    checked = _checked(images)
     bad = [check.problem for check in checked if check.problem]
     if bad:
-        message = f"{len(bad)} of {len(images)} images in {part} can't be read: {_first(bad)}"
-        pairs = zip(images, checked, strict=True)
-        missing = [path for (path, _), check in pairs if check.is_missing]
+        message = f"{len(bad)} of {len(images)} images in {part} can't be read: "
+        more = f" And {len(bad) - NAMED} more." if len(bad) > NAMED else ""
+        message += " ".join(bad[:NAMED]) + more
+        missing = [check.path for check in checked if check.is_missing]
         if isinstance(part, TablePart) and missing:
             message += (
                 f" Paths in {part.path.name} are relative to its folder, {part.path.parent}."
@@ -246,11 +247,7 @@ def read_classes(
             f"{_number(frames, 'file')} in {part} with several frames or pages: of each the first "
             f"is read.",
         )
-    good = [
-        Labelled(path, label, check.digest, check.stamp)
-        for (path, label), check in zip(images, checked, strict=True)
-        if not check.problem
-    ]
+    good = [check.image for check in checked if check.image]
     _check_filled(part, classes, {image.label for image in good})
     _tell_contradictions(part, good, classes)
     return classes, good
@@ -397,32 +394,27 @@ def _number(count: int, what: str) -> str:
     return f"{count} {what}" if count == 1 else f"{count} {what}s"
 
 
-def _first(problems: Sequence[str]) -> str:
-    """The first of many sentences, and how many more there are."""
-    more = f" And {len(problems) - NAMED} more." if len(problems) > NAMED else ""
-    return " ".join(problems[:NAMED]) + more
-
-
 def stamp_of(path: Path) -> tuple[int, int]:
     """A file's size and the time of its last change, which another content would change."""
     found = path.stat()
     return found.st_size, found.st_mtime_ns
 
 
-def _checked(paths: Sequence[Path]) -> list[_Check]:
+def _checked(images: Sequence[tuple[Path, int]]) -> list[_Check]:
     """Decode every image once, few of the large ones at a time."""
     gate = PixelGate(PIXELS_AT_ONCE)
 
-    def check(path: Path) -> _Check:
+    def check(path: Path, label: int) -> _Check:
         try:
             several = read_image(path, gate).info[SEVERAL_FRAMES]
             stamp = stamp_of(path)
-            return _Check(digest=files.sha256(path), stamp=stamp, has_frames=several)
+            image = Labelled(path, label, files.sha256(path), stamp)
+            return _Check(path, image, has_frames=several)
         except FileNotFoundError:
-            return _Check(problem=f"{path}: there is no such file.", is_missing=True)
+            return _Check(path, problem=f"{path}: there is no such file.", is_missing=True)
         except (OSError, ValueError) as error:
             reason = files.first_line(error).removeprefix("Can't read ").rstrip(".")
-            return _Check(problem=f"{reason}.")
+            return _Check(path, problem=f"{reason}.")
 
     with ThreadPoolExecutor() as pool:
-        return list(pool.map(check, paths))
+        return list(pool.map(lambda image: check(*image), images))

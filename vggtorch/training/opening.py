@@ -5,13 +5,11 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import keras
 import torch
 
-from vggtorch.paths import as_path
 from vggtorch.text import visible
 from vggtorch.training.advice import Plan, Similarity, planned
 from vggtorch.training.config import ELSEWHERE, NO_SETTINGS, TrainConfig
@@ -22,8 +20,7 @@ from vggtorch.training.heads import check_frozen, with_head
 from vggtorch.training.items import label_names
 from vggtorch.training.mixing import mixes
 from vggtorch.training.run import Images, RunData, read_data
-from vggtorch.training.splits import are_files, as_part, find_splits
-from vggtorch.training.tables import SPLITS
+from vggtorch.training.splits import are_files, as_part, splits_of
 from vggtorch.weight_sets import DataConfig
 
 NAMED = 12  # classes that the first lines list
@@ -67,21 +64,13 @@ def settle_config(
     if counts is None or not isinstance(shape, tuple) or len(shape) != 4:
         return TrainConfig(**settings)
     layers = [layer.name for layer in model.layers]
-    files = are_files(_training(train))
+    files = are_files(splits_of(train).train)
     return planned(layers, *counts, similarity, settings, are_files=files)
-
-
-def _training(train: Images) -> Any:
-    """What trains of the data: a part of a dictionary, the training part of a folder or a table."""
-    if isinstance(train, Mapping):
-        parts = {SPLITS.get(str(name).lower()): part for name, part in train.items()}
-        return parts.get("train", {})
-    return find_splits(as_path(train)).train if isinstance(train, str | Path) else train
 
 
 def _counts(train: Images, pattern: str | None) -> tuple[int, int] | None:
     """How many images and classes there are to learn from; None where the data doesn't say."""
-    part = _training(train)
+    part = splits_of(train).train
     if are_files(part):
         counts = images_by_class(as_part(part), pattern)
         return sum(counts.values()), len(counts)

@@ -28,8 +28,7 @@ from vggtorch.training.folders import NAMED, images_by_class
 from vggtorch.training.items import is_stream, label_names
 from vggtorch.training.loaders import as_source, drawn
 from vggtorch.training.optimization import Parameters, make_optimizer, trained_parameters
-from vggtorch.training.splits import Splits, are_files, as_part, find_splits, tell_beside
-from vggtorch.training.tables import SPLITS
+from vggtorch.training.splits import Splits, are_files, as_part, splits_of, tell_beside
 from vggtorch.training.telling import tell
 from vggtorch.weight_sets import DataConfig
 from vggtorch.weights import shortened
@@ -108,7 +107,9 @@ def read_data(
             raise ValueError(
                 f"Received a {type(given).__name__} as data. Pass it by its name: config=..."
             )
-    splits = _splits(train)
+    splits = splits_of(train)
+    if isinstance(train, str | Path):
+        tell_beside(Path(train))
     beside = splits.validation
     if validation is not None:
         splits = splits._replace(validation=validation)
@@ -152,8 +153,14 @@ def _check_names(splits: Splits, config: TrainConfig) -> None:
 
     known = counted(splits.train)
     for part, name in ((splits.validation, "validation"), (splits.test, "test")):
-        if part is not None:
-            _check_classes(tuple(known), tuple(counted(part)), name, may_lack=are_files(part))
+        other = () if part is None else counted(part)
+        first, second = set(known), set(other)
+        may_lack = are_files(part) and second < first  # as rare classes do
+        if first and second and list(known) != list(other) and not may_lack:
+            raise ValueError(
+                f"The classes differ: only in the training data {sorted(first - second)}, only in "
+                f"the {name} data {sorted(second - first)}. Expected the same, in the same order."
+            )
     if splits.validation is None and are_files(splits.train):
         data.check_hold_out(known, config.validation_split)
 
@@ -211,45 +218,9 @@ def _tell_of_repeats(training: Any, other: Any, name: str) -> None:
         )
 
 
-def _splits(given: Images) -> Splits:
-    """What trains, validates and tests of what the user passed as one."""
-    # A list of paths, or of images and labels as Keras takes them, is no Dataset.
-    first = given[0] if isinstance(given, list | tuple) and given else None
-    if (paths := isinstance(first, str | Path)) or hasattr(first, "__array__"):
-        raise ValueError(
-            f"Received a {type(given).__name__} of {'paths' if paths else 'arrays'}; expected "
-            + (
-                "one folder, or a table of the paths and their labels."
-                if paths
-                else "a Dataset of pairs: torch.utils.data.TensorDataset(images, labels)."
-            )
-        )
-    if isinstance(given, str | Path):
-        splits = find_splits(as_path(given))
-        tell_beside(Path(given))
-        return splits
-    if not isinstance(given, Mapping):
-        return Splits(given)
-    called = {name: SPLITS.get(str(name).lower()) for name in given}
-    unknown = [name for name, part in called.items() if part is None]
-    parts = {part: given[name] for name, part in called.items() if part is not None}
-    if unknown or "train" not in parts or len(parts) < len(given):
-        raise ValueError(
-            f"Received a dictionary of {', '.join(map(repr, given))}; expected train, and perhaps "
-            f"validation and test, each once."
-        )
-    return Splits(**parts)
-
-
 def _with_classes_of(training: Any, other: Any, name: str) -> Any:
-    """Another source with the classes of the training data, where both have names of them.
-
-    Files may lack some, as rare classes do; that is said.
-    """
-    if other is None or not (training.classes and other.classes):
-        return other
-    _check_classes(training.classes, other.classes, name, may_lack=isinstance(other, Folder))
-    if training.classes == other.classes:
+    """Another source with the classes of the training data; says which of them files lack."""
+    if other is None or not other.classes or training.classes in ((), other.classes):
         return other
     if absent := sorted(set(training.classes) - set(other.classes)):
         tell(
@@ -257,19 +228,6 @@ def _with_classes_of(training: Any, other: Any, name: str) -> Any:
             f"nothing of {'it' if len(absent) == 1 else 'them'}.",
         )
     return data.with_classes(other, training.classes)
-
-
-def _check_classes(
-    training: Sequence[str], other: Sequence[str], name: str, *, may_lack: bool
-) -> None:
-    """See that other data has the classes of the training data; files may lack some of them."""
-    first, second = set(training), set(other)
-    if not (first and second) or tuple(training) == tuple(other) or (may_lack and second < first):
-        return
-    raise ValueError(
-        f"The classes differ: only in the training data {sorted(first - second)}, only in the "
-        f"{name} data {sorted(second - first)}. Expected the same, in the same order."
-    )
 
 
 def make_accelerator(

@@ -61,6 +61,34 @@ def find_splits(data: Path) -> Splits:
     return Splits(train, held, test)
 
 
+def splits_of(given: Any) -> Splits:
+    """What trains, validates and tests of what the user passed as one."""
+    # A list of paths, or of images and labels as Keras takes them, is no Dataset.
+    first = given[0] if isinstance(given, list | tuple) and given else None
+    if (paths := isinstance(first, str | Path)) or hasattr(first, "__array__"):
+        raise ValueError(
+            f"Received a {type(given).__name__} of {'paths' if paths else 'arrays'}; expected "
+            + (
+                "one folder, or a table of the paths and their labels."
+                if paths
+                else "a Dataset of pairs: torch.utils.data.TensorDataset(images, labels)."
+            )
+        )
+    if isinstance(given, str | Path):
+        return find_splits(as_path(given))
+    if not isinstance(given, Mapping):
+        return Splits(given)
+    called = {name: SPLITS.get(str(name).lower()) for name in given}
+    unknown = [name for name, part in called.items() if part is None]
+    parts = {part: given[name] for name, part in called.items() if part is not None}
+    if unknown or "train" not in parts or len(parts) < len(given):
+        raise ValueError(
+            f"Received a dictionary of {', '.join(map(repr, given))}; expected train, and perhaps "
+            f"validation and test, each once."
+        )
+    return Splits(**parts)
+
+
 def _check_classes(data: Path, found: Mapping[str, Path], others: Sequence[str]) -> None:
     """Refuse folders that would be classes, and are parts of the data by their names.
 
