@@ -64,11 +64,7 @@ class Callback:
 
 
 def check_callbacks(callbacks: Sequence[Any]) -> None:
-    """See that each has some of Callback's methods, and no others that would never be called.
-
-    Raises:
-        ValueError: another kind of object, such as a callback of Keras.
-    """
+    """See that each has some of Callback's methods, and no others that would never be called."""
     known = [name for name in vars(Callback) if name.startswith("on_")]
     if not isinstance(callbacks, Sequence):
         raise ValueError(
@@ -91,14 +87,9 @@ def check_callbacks(callbacks: Sequence[Any]) -> None:
 
 
 def check_unfrozen(model: keras.Model, trained: Collection[int]) -> None:
-    """See that no callback has unfrozen what the optimizer doesn't have.
+    """See that no callback has unfrozen a weight that the optimizer doesn't have.
 
-    Args:
-        model: which trains.
-        trained: the indices in its `variables` of all that trains in some epoch.
-
-    Raises:
-        ValueError: there is such a weight, which would stay as it is.
+    It has those with the indices `trained` in the model's `variables`.
     """
     known = {id(model.variables[i]) for i in trained}
     if others := [v.path for v in model.trainable_variables if id(v) not in known]:
@@ -115,11 +106,7 @@ def call(callbacks: Sequence[Any], name: str, *arguments: Any) -> bool:
 
 
 def check_figures(figures: dict[str, Any], before: Collection[str]) -> None:
-    """Make plain numbers of an epoch's figures, in place.
-
-    Raises:
-        ValueError: a figure that isn't a number, or one of those `before` that is gone.
-    """
+    """Make plain numbers of an epoch's figures, in place; those of `before` must be there."""
     if gone := [name for name in before if name not in figures]:
         raise ValueError(
             f"A callback has removed {', '.join(gone)} from an epoch's figures; expected that it "

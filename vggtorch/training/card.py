@@ -63,12 +63,9 @@ def evaluations(history: History) -> Iterator[tuple[str, Any, Evaluation]]:
 
 
 def card_of(history: History, model: keras.Model, command: str) -> str:
-    """The card as Markdown, with what the hub reads of it as YAML at its head.
+    """The card of the model that is kept, as Markdown with what the hub reads as YAML at its head.
 
-    Args:
-        history: what `finetune` returned.
-        model: the one that is kept, with its preprocessing inside.
-        command: what made it, without folders of this machine.
+    `command`, which made it, is without folders of this machine.
     """
     from huggingface_hub import ModelCardData
 

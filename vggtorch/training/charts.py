@@ -49,13 +49,8 @@ def chart(
 ) -> str:
     """Named lines of (x, y) with axes, whole labels and a legend; a dashed line at `mark`.
 
-    Args:
-        lines: points in their order; a y that isn't finite is left out.
-        title: above it.
-        axis: what x is.
-        mark: the x of the dashed line.
-        whole: label whole numbers of x alone.
-        logarithmic: x, which is above 0, on a logarithmic scale with powers of ten.
+    A y that isn't finite is left out. `axis` is what x is, of which `whole` numbers alone have
+    labels, or powers of ten on a logarithmic scale.
     """
     xs = [x for line in lines.values() for x, _ in line] + ([] if mark is None else [mark])
     ys = [y for line in lines.values() for _, y in line if np.isfinite(y)]

@@ -160,16 +160,8 @@ def evaluate(
 ) -> Evaluation:
     """What a network says of every image of a source, in their order, by all processes together.
 
-    Args:
-        module: puts out logits: the model, or its part that follows cached features.
-        model: whose preprocessing the images need.
-        source: the images, or their cached features.
-        batch_size: of one process.
-        num_workers: processes that read images.
-        accelerator: accelerate.Accelerator.
-
-    Raises:
-        ValueError: labels that the model has no class for.
+    `module` puts out logits: it is the model, whose preprocessing the images need, or its part that
+    follows cached features. Labels that the model has no class for are refused.
     """
     from accelerate.utils import gather_object
 

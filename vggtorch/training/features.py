@@ -100,14 +100,9 @@ def cached_features(
     file takes that name only when it's whole, and it ends in its own SHA-256: one that was damaged
     later is made anew. Processes share the work, and the folder.
 
-    Args:
-        prefix: the frozen part of a network.
-        source: the images, or what the layers below made of them.
-        config: says where the file goes and in which precision, and how many processes read images.
-        weights: the weight set whose preprocessing the network expects.
-        copies: augmentations of each image, from 0, the plain one.
-        accelerator: accelerate.Accelerator.
-        advance: is told how many more images are done.
+    `prefix` is the frozen part of a network, which expects the preprocessing of the weight set
+    `weights`, or what follows such a part, whose features are the source. Each image has so many
+    copies, the plain one first. `advance` is told how many more images are done.
 
     Raises:
         ValueError: not enough free space, or features beyond half precision.

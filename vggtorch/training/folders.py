@@ -70,11 +70,7 @@ def _holds_results(folder: Path) -> bool:
 
 
 def check_apart(data: object, output_dir: str) -> None:
-    """See that a run doesn't go into a folder of the images, where it would be taken for a class.
-
-    Raises:
-        ValueError: it would.
-    """
+    """See that a run doesn't go into a folder of images, where it would be taken for a class."""
     if not isinstance(data, str | Path):
         return
     root, output = as_path(data).resolve(), Path(output_dir).resolve()

@@ -107,11 +107,7 @@ def _levels(base: keras.Model) -> list[keras.KerasTensor]:
 
 
 def check_frozen(before: keras.Model, model: keras.Model, config: TrainConfig) -> None:
-    """See that what is to be frozen and unfrozen is in the model, and not in what was cut away.
-
-    Raises:
-        ValueError: a layer that only the model `before` it was cut has.
-    """
+    """See that what is to be frozen and unfrozen isn't in what was cut away of `before`."""
     known = {layer.name for layer in model.layers}
     cut_away = {layer.name for layer in before.layers} - known
     stages = [f"({epoch}, {name!r})" for epoch, name in config.unfreeze if name in cut_away]

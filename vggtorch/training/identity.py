@@ -11,6 +11,7 @@ import functools
 import hashlib
 import inspect
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +37,8 @@ _ELSEWHERE = {  # settings that don't decide how a run ends
 def identity_of(config: TrainConfig, read: RunData, model: keras.Model, precision: str) -> Identity:
     """All that decides how a run ends, as plain values that a checkpoint keeps.
 
-    Args:
-        config: its settings.
-        read: its data. A Dataset is read once, from end to end, unless its attribute
-            `content_name` says what stands for its content.
-        model: the network with its new head, and the weights that it starts from.
-        precision: that the layers compute in.
+    A Dataset is read once, from end to end, unless its attribute `content_name` says what stands
+    for its content.
     """
     settings = {
         field.name: _plain(getattr(config, field.name))
@@ -88,40 +85,27 @@ def _plain(value: Any) -> Any:
 
 
 def check_identity(path: Path, content: dict[str, Any], now: Identity, model: keras.Model) -> None:
-    """See that a checkpoint is of this run.
+    """See that a checkpoint is of this run; says what differs, and how to go on.
 
     A model that has the very weights of the checkpoint may have begun with any.
-
-    Args:
-        path: the checkpoint, for the message.
-        content: what it holds.
-        now: the identity of this run.
-        model: which is to carry on.
-
-    Raises:
-        ValueError: it is of another; says what differs, and how to go on.
     """
-    before: dict[str, Any] = {name: content[name] for name in now}
-    changed = [
-        f"{name}={value!r} (was {before['config'].get(name)!r})"
-        for name, value in now["config"].items()
-        if before["config"].get(name) != value
-    ]
+
+    def others(now: Identity, before: Identity) -> Iterator[tuple[str, Any, Any]]:
+        return ((n, v, before.get(n)) for n, v in now.items() if before.get(n) != v)
+
+    changed = [f"{n}={v!r} (was {was!r})" for n, v, was in others(now["config"], content["config"])]
     changed += [
-        f"{name} {version} (was {before['versions'].get(name)})"
-        for name, version in now["versions"].items()
-        if before["versions"].get(name) != version
+        f"{n} {v} (was {was})" for n, v, was in others(now["versions"], content["versions"])
     ]
-    for name in ("weight set", "precision"):
-        if before[name] != now[name]:
-            changed.append(f"{name} {now[name]} (was {before[name]})")
-    for name in ("training images", "validation images", "batches"):
-        if before[name] != now[name]:
+    for name, value, was in others(now, content):
+        if name in ("weight set", "precision"):
+            changed.append(f"{name} {value} (was {was})")
+        elif name in ("training images", "validation images", "batches"):
             changed.append(f"other {name}")
-    if before["network"] != now["network"]:
+    if content["network"] != now["network"]:
         changed.append("another network")
     elif not _has_weights(model, content):
-        pairs = zip(before["weights"], now["weights"], strict=True)
+        pairs = zip(content["weights"], now["weights"], strict=True)
         if other := [name for (_, was), (name, digest) in pairs if was != digest]:
             changed.append(
                 f"other starting weights of {weights.shortened(other, 4)} "
@@ -152,10 +136,7 @@ def _has_weights(model: keras.Model, content: dict[str, Any]) -> bool:
 def network_digest(model: keras.Model, *, flags: bool = True, values: bool = False) -> str:
     """SHA-256 of a network: its operations and how they are connected; not the layers' names.
 
-    Args:
-        model: a Functional or Sequential model.
-        flags: which of its layers are trainable counts too.
-        values: the values of its weights count too.
+    With `flags` it counts which layers are trainable, with `values` also what the weights are.
     """
     digest = hashlib.sha256()
     number: dict[int, int] = {}  # of each tensor, in the order of their making

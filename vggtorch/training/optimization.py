@@ -178,15 +178,8 @@ def torch_class(
 ) -> Any:
     """The class of this name, however it is capitalised, of those of a kind in a module of torch.
 
-    Args:
-        setting: what names it, for the message; so are the `others` that it may be.
-        name: `AdamW`, `torch.optim.AdamW`, `adamw`.
-        module: where to look.
-        base: what they are made of.
-        others: names that stand for something else than a class.
-
-    Raises:
-        ValueError: torch has none, or one that needs more than a gradient.
+    The message names the setting, and `others` that it may be. It refuses what needs more than a
+    gradient.
     """
     kinds = {
         key.lower(): value

@@ -27,15 +27,7 @@ def galleries(
     found: Evaluation,
     count: int,
 ) -> str:
-    """Samples that were wrong, unsure and right, each beside its Grad-CAM; HTML.
-
-    Args:
-        model: which `found` is of.
-        images: in the order of `found`.
-        classes: their names.
-        found: what the model said.
-        count: how many wrong ones; of the others half as many.
-    """
+    """`count` samples that were wrong, half as many unsure and right ones, with Grad-CAM; HTML."""
     parts = []
     for title, note, indices in (
         (

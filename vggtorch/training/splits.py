@@ -178,11 +178,7 @@ def _table_splits(table: Path) -> Splits:
 
 
 def test_part(data: Path) -> Path | TablePart:
-    """Of data with splits the part that tests; else all of it.
-
-    Raises:
-        ValueError: splits of which none tests.
-    """
+    """Of data with splits the part that tests, which has to be there; else all of it."""
     if is_table(data):
         found = {row.split for row in read_rows(data)}
         if found >= {"train", "validation"} and "test" not in found:

@@ -79,9 +79,6 @@ def stoppable(processes: int) -> Iterator[Stopping]:
 
     Only in the main thread, which alone gets signals. A signal that the process ignores, as under
     nohup, stays ignored.
-
-    Args:
-        processes: how many take part in the run.
     """
     stop = Stopping(together=processes > 1)
     before = {}

@@ -25,11 +25,7 @@ KEPT = "trackers.json"  # in the run's folder: each tracker's own run, and what 
 
 
 def check_trackers(given: Sequence[Any]) -> None:
-    """See that trackers are Accelerate's, and that their packages are installed.
-
-    Raises:
-        ValueError: another name, or a package that isn't installed.
-    """
+    """See that trackers are Accelerate's, and that their packages are installed."""
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, get_available_trackers
 
     available = {str(name) for name in get_available_trackers()}
@@ -66,9 +62,6 @@ class Trackers:
 
         A run that is carried on goes on in the same run of TensorBoard, W&B and MLflow, which get
         those epochs that they lack. Another tracker begins another run, which gets all epochs.
-
-        Raises:
-            ValueError: a tracker couldn't begin.
         """
         if not (self._config.log_with and self._accelerator.is_main_process):
             return
