@@ -35,7 +35,7 @@ from vggtorch.surgery.copying import copy_
 from vggtorch.surgery.crossing import Crossing
 from vggtorch.surgery.distillation import distill_
 from vggtorch.surgery.masks import reads
-from vggtorch.surgery.splicing import Change, rebuilt, splice, splice_all
+from vggtorch.surgery.splicing import Change, rebuilt, splice
 from vggtorch.surgery.wiring import Wiring, distinct, layer_names, owner
 
 New: TypeAlias = Layer | torch.nn.Module | Sequence[Layer | torch.nn.Module]
@@ -104,7 +104,7 @@ def stack(model: keras.Model, head: New) -> Functional:
             f"({names}). Cut it to one first: truncate(model, name)."
         )
     (output,) = wiring.outputs
-    return splice(wiring, [(output, output)], _new_layers(wiring, head))
+    return splice(wiring, [(wiring, [(output, output)], _new_layers(wiring, head))])
 
 
 def insert(model: keras.Model, after: str, layers: New) -> Functional:
@@ -127,7 +127,7 @@ def insert(model: keras.Model, after: str, layers: New) -> Functional:
     place, name = wiring.find(after)
     pairs = [(t, t) for t in place.outputs_of(name)]
     added = _new_layers(wiring, layers)
-    result = splice(wiring, pairs, added, place)
+    result = splice(wiring, [(place, pairs, added)])
     forget_before_(result, place, added)
     return result
 
@@ -152,9 +152,7 @@ def remove(model: keras.Model, layers: str | Iterable[str]) -> Functional:
     for name in layer_names(layers, "remove"):
         place, own = wiring.find(name)
         named.setdefault(id(place.model), (place, []))[1].append(own)
-    return splice_all(
-        wiring, [(place, _bypasses(place, names), ()) for place, names in named.values()]
-    )
+    return splice(wiring, [(place, _bypasses(place, own), ()) for place, own in named.values()])
 
 
 def _bypasses(place: Wiring, names: Sequence[str]) -> list[tuple[Tensor, Tensor]]:
@@ -245,7 +243,7 @@ def replace(
         changes = [(place, [place.way_through(group) for group in groups], added)]
         nodes, graphs = [node for group in groups for node in group], [place]
     replaced = list(dict.fromkeys(node.operation for node in nodes))
-    result = splice_all(wiring, changes)
+    result = splice(wiring, changes)
     for graph in graphs:
         forget_preprocessing_(result, graph, replaced)
     if init == "copy":
@@ -336,7 +334,7 @@ def replace_where(
             f"replace_where finds no {what} in {model.name!r}: nothing to replace. "
             f"{wiring.listed()}"
         )
-    result = splice_all(wiring, changes)
+    result = splice(wiring, changes)
     for (place, _, new), old in zip(changes, replaced.values(), strict=True):
         forget_preprocessing_(result, place, [old])
         if init == "copy":

@@ -20,22 +20,11 @@ from vggtorch.surgery.wiring import Wiring, needed
 Change = tuple[Wiring, Sequence[tuple[Tensor, Tensor]], Sequence[Layer]]
 
 
-def splice(
-    wiring: Wiring,
-    pairs: Sequence[tuple[Tensor, Tensor]],
-    new: Sequence[Layer],
-    place: Wiring | None = None,
-) -> Functional:
-    """A new model in which whoever read one tensor of a pair reads `new` applied to the other.
+def splice(wiring: Wiring, changes: Sequence[Change]) -> Functional:
+    """A new model in which whoever read one tensor of a pair reads new layers applied to the other.
 
-    The tensors are those of `place`, a model nested in `wiring`'s, where it isn't that model
-    itself.
-    """
-    return splice_all(wiring, [(place or wiring, pairs, new)])
-
-
-def splice_all(wiring: Wiring, changes: Sequence[Change]) -> Functional:
-    """A new model with several splices: (where its tensors are, its pairs, its new layers).
+    Each change has the graph that its tensors are in, of the model or of one nested in it, then its
+    pairs and its new layers.
 
     The new layers are built only once the whole graph has been seen to fit, with copies of them
     in their place.
