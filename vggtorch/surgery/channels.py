@@ -84,8 +84,7 @@ def delete_channels(
         and (key in alive or isinstance(following.layer, keras.layers.InputLayer))
     }
     inputs, outputs = wiring.functional.input, wiring.functional.output
-    rebuild = Rebuild(wiring, _bypassed(flow, vanished))
-    rebuild.change(changed, vanished)
+    rebuild = Rebuild(wiring, _bypassed(flow, vanished), copies=changed, vanished=vanished)
     result = rebuild.model(wiring, inputs, outputs)
     config = remembered(model)
     lost = [gone[out.ids] for _, out in flow.outputs if gone[out.ids].any()]

@@ -8,9 +8,9 @@ is shared between models stays shared, because all walks have one set of copies.
 
 from __future__ import annotations
 
-import dataclasses
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import InitVar, dataclass, field, replace
 from typing import Any
 
 import keras
@@ -65,10 +65,12 @@ class MisfitError(ValueError):
         self.found, self.layer = found, layer
 
 
+@dataclass
 class Rebuild:
     """One new model in the making, with the models that are nested in it.
 
     Attributes:
+        wiring: of the old model.
         instead: by the id of an old tensor, the one read in its place and the layers between.
         weights: whether the new layers get the values of the old ones.
         names: by the id of a layer or operation, the name that its copy gets.
@@ -76,42 +78,29 @@ class Rebuild:
         shapes: of the inputs that are to have others, by the ids of the old tensors, batch
             included.
         adapt: gives the values for weights whose shapes have changed, by the old weights' ids.
-        vanished: the ids of tensors that nobody reads any more, and that are not made.
+        copies: by the id of an old layer or operation, its copy, or a layer with values of its own
+            that is called in its place.
+        vanished: the ids of tensors that are not made; Concatenate layers do without.
         starts, ends: tensors of nested models at which the new model begins and ends.
     """
 
-    def __init__(
-        self,
-        wiring: Wiring,
-        instead: Instead | None = None,
-        *,
-        weights: bool = True,
-        names: Mapping[int, str] | None = None,
-        dissolves: bool = False,
-        shapes: Mapping[int, tuple[int | None, ...]] | None = None,
-        adapt: Adapt | None = None,
-    ):
-        self.instead = dict(instead or {})
-        self.weights, self.names, self.dissolves = weights, dict(names or {}), dissolves
-        self.adapt = adapt
-        self.vanished: Collection[int] = ()
-        self.starts: Sequence[Tensor] = ()
-        self.ends: Sequence[Tensor] = ()
+    wiring: InitVar[Wiring]
+    instead: Instead = field(default_factory=dict)
+    weights: bool = True
+    names: Mapping[int, str] = field(default_factory=dict)
+    dissolves: bool = False
+    shapes: dict[int, tuple[int | None, ...]] = field(default_factory=dict)
+    adapt: Adapt | None = None
+    copies: dict[int, Any] = field(default_factory=dict)
+    vanished: Collection[int] = ()
+    starts: Sequence[Tensor] = ()
+    ends: Sequence[Tensor] = ()
+
+    def __post_init__(self, wiring: Wiring) -> None:
         self.device = next((raw_value(v).device for v in wiring.model.variables), None)
-        self.copies: dict[int, Any] = {}  # id of an old operation -> its copy
-        self._settled: set[int] = set()  # ids of old layers whose copies have their values
+        self._settled = set(self.copies)  # ids of old layers whose copies have their values
         self._values: dict[int, keras.Variable] = {}  # id of an old variable -> the new one
-        self._shapes = dict(shapes or {})
         self._followers: set[int] = set()  # ids of nested models that get inputs of other shapes
-
-    def change(self, changed: Mapping[int, Layer], vanished: Collection[int]) -> None:
-        """Let other layers be called in the place of copies, by the ids of the old ones.
-
-        Concatenate layers do without the tensors whose ids are in `vanished`.
-        """
-        self.copies.update(changed)
-        self._settled.update(changed)
-        self.vanished = vanished
 
     # Models
 
@@ -133,7 +122,7 @@ class Rebuild:
         kept = [id(t) for t in keras.tree.flatten(outputs) if id(t) not in self.instead]
         if kept != [id(t) for t in wiring.functional.outputs]:
             # Other outputs than those that the labels are the names of.
-            remember_(result, dataclasses.replace(remembered(result), label_names=()))
+            remember_(result, replace(remembered(result), label_names=()))
         return result
 
     def _tell_lost(self, wiring: Wiring) -> None:
@@ -394,8 +383,8 @@ class Rebuild:
             name = f"{old.name}_output"
             return keras.Input(batch_shape=tensor.shape, dtype=tensor.dtype, name=name)
         config = {**old.get_config(), "name": self.names.get(id(old), old.name)}
-        if id(tensor) in self._shapes:
-            config["batch_shape"] = self._shapes[id(tensor)]
+        if id(tensor) in self.shapes:
+            config["batch_shape"] = self.shapes[id(tensor)]
         made = type(old).from_config(config)
         made.trainable, made.dtype_policy = old.trainable, old.dtype_policy
         self.copies[id(old)] = made
@@ -404,9 +393,9 @@ class Rebuild:
     def _follow(self, graph: Functional, node: Node, reading: Callable[[Tensor], Tensor]) -> None:
         """Let the inputs of a nested model have the shapes of what it is now called with."""
         for inner, outer in zip(graph.inputs, call_inputs(graph, node), strict=True):
-            settled = id(producer(inner)) in self._settled  # it has its shape from `change`
+            settled = id(producer(inner)) in self._settled  # it has its shape
             if not settled and reading(outer).shape != outer.shape:
-                self._shapes[id(inner)] = reading(outer).shape
+                self.shapes[id(inner)] = reading(outer).shape
                 self._followers.add(id(node.operation))
 
     def _name_mask_(self, old: Any, new: Any) -> None:

@@ -58,12 +58,8 @@ def rebuilt(wiring: Wiring, inputs: Any, outputs: Any) -> Functional:
     They may be tensors of nested models that are called once, which are then cut to what is needed
     of them.
     """
-    rebuild = Rebuild(wiring)
-    ends = keras.tree.flatten(outputs)
-    rebuild.starts = [t for t in keras.tree.flatten(inputs) if not _made_in(wiring, t)]
-    rebuild.ends = [t for t in ends if not _made_in(wiring, t)]
-    return rebuild.model(wiring, inputs, outputs)
-
-
-def _made_in(wiring: Wiring, tensor: Tensor) -> bool:
-    return producing_call(tensor) in wiring.nodes
+    starts, ends = (
+        [t for t in keras.tree.flatten(tensors) if producing_call(t) not in wiring.nodes]
+        for tensors in (inputs, outputs)
+    )
+    return Rebuild(wiring, starts=starts, ends=ends).model(wiring, inputs, outputs)
