@@ -32,7 +32,7 @@ def _scaling_of(place: Wiring, tensor: KerasTensor) -> str | None:
     """The layer that scales what a flip has turned to BGR; None where `tensor` is no such thing."""
     if operation_kind(producer(tensor)) != "Flip":
         return None
-    readers = (node.operation for node in place.readers.get(id(tensor), ()))
+    readers = (node.operation for node, t in place.reads if t is tensor)
     return next((reader.name for reader in readers if _scales(reader)), None)
 
 

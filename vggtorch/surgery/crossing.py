@@ -17,7 +17,7 @@ from vggtorch.keras_graph import Node
 from vggtorch.surgery.built_in import with_flips
 from vggtorch.surgery.masks import reads
 from vggtorch.surgery.splicing import Change
-from vggtorch.surgery.wiring import Wiring, call_inputs, distinct, owner
+from vggtorch.surgery.wiring import Reading, Wiring, call_inputs, distinct, ways_through
 
 
 class Crossing:
@@ -49,7 +49,7 @@ class Crossing:
                 f"{self.verb} received {'/'.join(covering[0])!r} and layers in it: name the nested "
                 f"model as a whole, or its layers."
             )
-        source, result = self._borders()
+        result, source = self._borders()
         self._gone = {id(t) for node in self.replaced for t in node.outputs}
         self.changes: list[Change] = []
         self._carried: set[int] = set()  # what stands on a border for something else now
@@ -100,35 +100,23 @@ class Crossing:
         return tensor
 
     def _borders(self) -> tuple[Tensor, Tensor]:
-        """What enters the layers that go, and what leaves them."""
-        inside = set(self.replaced)
-        made = {id(t) for node in inside for t in node.outputs}
-        read: list[tuple[Node | None, Tensor, str]] = [
+        """What leaves the layers that go, and what enters them."""
+        readings: list[Reading] = [
             (node, self._plain(t), repr("/".join([*way, node.operation.name])))
             for way, node in self.order
             for t in distinct(reads(node))
         ]
-        read += [(None, self._plain(t), "the model's output") for t in self.wiring.outputs]
-        ways = {
-            "in": [(t, name) for n, t, name in read if n in inside and id(t) not in made],
-            "out": [(t, name) for n, t, name in read if n not in inside and id(t) in made],
-        }
-        found = []
-        for direction, edges in ways.items():
-            tensors = distinct(t for t, _ in edges)
-            if len(tensors) != 1:
-                listed = ", ".join(f"{owner(t)!r} -> {name}" for t, name in edges)
-                gone = ("/".join([*way, n.operation.name]) for way, n in self.order if n in inside)
-                names = ", ".join(map(repr, dict.fromkeys(gone)))
-                raise ValueError(
-                    f"{self.verb} received layers of several models, {names}, which are replaced "
-                    f"together if they have one way {direction}; they have {len(tensors)}: "
-                    f"{listed}. Name every layer between the way in and the way out; or replace "
-                    f"those of each model by layers of their own, one call after another or by "
-                    f"vt.replace_where."
-                )
-            found.append(tensors[0])
-        return found[0], found[1]
+        outputs = distinct(map(self._plain, self.wiring.outputs))
+        readings += [(None, t, "the model's output") for t in outputs]
+
+        def refusal(direction: str, layers: str, ways: str) -> str:
+            return (
+                f"{self.verb} received layers of several models, {layers}, which are replaced "
+                f"together if they have one way {direction}; they have {ways}; or replace those of "
+                f"each model by layers of their own, one call after another or by vt.replace_where."
+            )
+
+        return ways_through(readings, set(self.replaced), refusal)
 
     def _home(self, tensor: Tensor) -> tuple[str, ...]:
         """The way to the model that makes a tensor."""

@@ -28,6 +28,9 @@ from vggtorch.keras_graph import (
 )
 from vggtorch.surgery.masks import reads
 
+# Who reads a tensor (None: the model's output does), the tensor, and how messages name the reader.
+Reading = tuple[Node | None, Tensor, str]
+
 
 class Wiring:
     """The calls of a model's layers, and what can be asked of them by name.
@@ -36,6 +39,7 @@ class Wiring:
         model: the model itself.
         functional: its graph, which a Sequential model has inside.
         nodes: every call of a layer or operation, each after those whose results it takes.
+        reads: every tensor that a call reads, behind the call.
         prefix: of the full names of its layers, such as "vgg16/" for a model that is nested in the
             one that the user passed; messages speak of layers by their full names.
     """
@@ -46,10 +50,7 @@ class Wiring:
         self.outputs: list[Tensor] = self.functional.outputs
         self.nodes = calls(self.functional)
         self._own = set(self.nodes)
-        self.readers: dict[int, list[Node]] = {}
-        for node in self.nodes:
-            for tensor in distinct(reads(node)):
-                self.readers.setdefault(id(tensor), []).append(node)
+        self.reads = [(node, tensor) for node in self.nodes for tensor in distinct(reads(node))]
 
     @property
     def operations(self) -> dict[str, keras.Operation]:
@@ -246,37 +247,34 @@ class Wiring:
 
     def way_through(self, nodes: Sequence[Node]) -> tuple[Tensor, Tensor]:
         """(way out, way in) of a set of nodes; raises if there is more than one of either."""
+        readings: list[Reading] = [(node, t, repr(node.operation.name)) for node, t in self.reads]
+        readings += [(None, t, "the model's output") for t in distinct(self.outputs)]
 
-        def refusal(direction: str, number: int, edges: Iterable[str]) -> ValueError:
-            layers = ", ".join(dict.fromkeys(repr(node.operation.name) for node in nodes))
-            return ValueError(
-                f"{self.verb} needs layers with one way {direction}; {layers} have {number}: "
-                f"{', '.join(edges)}. Name every layer between the way in and the way out."
-            )
+        def refusal(direction: str, layers: str, ways: str) -> str:
+            return f"{self.verb} needs layers with one way {direction}; {layers} have {ways}."
 
-        inside = set(nodes)
-        ways_in = [
-            (t, node)
-            for node in nodes
-            for t in distinct(reads(node))
-            if producing_call(t) not in inside
-        ]
-        ways_out: list[tuple[Tensor, str]] = []
-        for tensor in (t for node in nodes for t in node.outputs):
-            for reader in self.readers.get(id(tensor), []):
-                if reader not in inside:
-                    ways_out.append((tensor, repr(reader.operation.name)))
-            if any(tensor is t for t in self.outputs):
-                ways_out.append((tensor, "the model's output"))
-        sources = distinct(t for t, _ in ways_in)
-        results = distinct(t for t, _ in ways_out)
-        if len(sources) != 1:
-            edges = (f"{owner(t)!r} -> {node.operation.name!r}" for t, node in ways_in)
-            raise refusal("in", len(sources), edges)
-        if len(results) != 1:
-            edges = (f"{owner(t)!r} -> {reader}" for t, reader in ways_out)
-            raise refusal("out", len(results), edges)
-        return results[0], sources[0]
+        return ways_through(readings, set(nodes), refusal)
+
+
+def ways_through(
+    readings: Sequence[Reading], nodes: Set[Node], refusal: Callable[[str, str, str], str]
+) -> tuple[Tensor, Tensor]:
+    """The one way out of a set of nodes and the one way in, among all that is read in their graph.
+
+    Where there isn't one, `refusal` words the error: of "in" or "out", the layers, and their ways.
+    """
+    made = {id(t) for node in nodes for t in node.outputs}
+    ways = {
+        "in": [(t, what) for n, t, what in readings if n in nodes and id(t) not in made],
+        "out": [(t, what) for n, t, what in readings if n not in nodes and id(t) in made],
+    }
+    for direction, edges in ways.items():
+        if (number := len(distinct(t for t, _ in edges))) != 1:
+            layers = ", ".join(dict.fromkeys(what for n, _, what in readings if n in nodes))
+            listed = ", ".join(f"{owner(t)!r} -> {what}" for t, what in edges)
+            advice = "Name every layer between the way in and the way out"
+            raise ValueError(refusal(direction, layers, f"{number}: {listed}. {advice}"))
+    return ways["out"][0][0], ways["in"][0][0]
 
 
 def _pruned(structure: Any, stays: Callable[[Tensor], bool]) -> Any:
