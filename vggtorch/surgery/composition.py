@@ -173,19 +173,8 @@ def _size(layers: Sequence[keras.Layer], channels_first: bool) -> tuple[int | No
 def _channels(layers: Sequence[keras.Layer]) -> int:
     """How many channels enter a chain, from the first of its layers whose weights say so."""
     for layer in layers:
-        kind = type(layer)
-        if kind is keras.layers.SeparableConv2D:
-            return layer.depthwise_kernel.shape[2]
-        if kind is keras.layers.DepthwiseConv2D:
-            return layer.kernel.shape[2]
-        if kind is keras.layers.Conv2D:
-            return layer.kernel.shape[2] * layer.groups
-        if kind is keras.layers.Dense:
-            return layer.kernel.shape[0]
-        if kind is keras.layers.BatchNormalization:
-            return layer.moving_mean.shape[0]
         if getattr(layer, "weights", None):
-            raise _not_linear(layer)
+            return _linear_parts(layer, 0)[0].kernel.shape[2]
     names = [layer.name for layer in layers]
     raise ValueError(f"None of the layers {names} has weights: there is nothing to compose.")
 
