@@ -33,14 +33,17 @@ from replacement import POOLS, cifar10, maps, photographs, preprocessed, random_
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from vggtorch.compression.choice import Option
+from vggtorch.compression.choice import Option, choice_of
 from vggtorch.compression.deletion import pairs_of
 from vggtorch.compression.factors import METHODS, Factors, Part, multiply_adds, ranks_for
-from vggtorch.compression.joint import descend_
+from vggtorch.compression.fitting import closed_forms_
+from vggtorch.compression.joint import train_
 from vggtorch.compression.networks import networks_of
 from vggtorch.compression.photographs import split
+from vggtorch.compression.progress import open_progress
 from vggtorch.compression.resuming import Notebook
-from vggtorch.compression.work import Work, open_progress
+from vggtorch.compression.trying import options_of
+from vggtorch.compression.work import Work
 
 HEADER = f"{'cosine after block':<34}" + "".join(f"{b:>8}" for b in range(1, 6))
 
@@ -153,7 +156,6 @@ def peers(args: argparse.Namespace, model: keras.Model, shown: Any, unseen: Any)
                 pairs = pairs_of(model, networks.sites, networks.depthwise, networks.taps)
                 notes = Notebook(None, model, images.shown, {})
                 work = Work(networks, networks, images, args.seed, notes, progress, pairs=pairs)
-                begun = time.monotonic()
                 result = way(work, times)
                 cost = multiply_adds_of(result, pixels[:1])
                 before = last_cosine(networks.original, result, pixels)
@@ -163,15 +165,13 @@ def peers(args: argparse.Namespace, model: keras.Model, shown: Any, unseen: Any)
                 ]  # fmt: skip
                 for p in ends:
                     p.requires_grad_(True)
-                state = descend_(
+                state = train_(
+                    work,
                     lambda x, result=result: list(result(x))[-1:],  # type: ignore
-                    ends,
                     lambda x, networks=networks: networks.maps(x)[-1:],  # type: ignore
-                    images.crops,
-                    work.checked,
-                    steps=args.steps,
-                    seconds=args.seconds - (time.monotonic() - begun),
-                    seed=args.seed + 2,
+                    ends,
+                    args.steps,
+                    args.seconds,
                 )
             after = last_cosine(networks.original, result, pixels)
             label = f"{name}, {networks.total / cost:.2f} times"
@@ -196,14 +196,14 @@ def last_cosine(original: nn.Module, result: nn.Module, images: torch.Tensor) ->
 
 def as_compress(work: Work, times: float) -> nn.Module:
     """As `compress` does it."""
-    chosen, _ = work.choice(work.options(list(METHODS)), times)
-    work.closed_forms_(chosen)
+    chosen, _ = choice_of(work, options_of(work, list(METHODS)), times)
+    closed_forms_(work, chosen)
     return work.networks.work
 
 
 def uniform(work: Work, times: float, method: str) -> nn.Module:
     """One share of its cost for each layer, the same closed forms."""
-    work.closed_forms_(uniform_options(work, times, method))
+    closed_forms_(work, uniform_options(work, times, method))
     return work.networks.work
 
 
@@ -241,7 +241,7 @@ def plain_svd(work: Work, times: float) -> nn.Module:
             Part("_rank", (s[:rank, None] * v[:rank]).unflatten(1, old.weight.shape[1:]), (0, 1)),
             Part("", u[:, :rank, None, None], ()),
         )
-        work.networks.install_({site.child: Factors("low rank", parts, old.bias).module(site)})
+        work.networks.install_({site: Factors("low rank", parts, old.bias).module(site)})
     return work.networks.work
 
 

@@ -1,12 +1,13 @@
 """A network that costs as little as is asked, and sees the same.
 
-Read `compressing` first, which has what users call. Then `sites` (what can be replaced),
-`photographs` (the images, checked, and those held out), `networks` (the original and the network in
-work, with the maps that are compared), `statistics` (what layers see, and how much an error at each
-is at the end), `rows` and `factors` (cheaper layers in closed form), `deletion` (fewer channels
-between two), `composing` (two layers as one), `choice` (which of them), `clocks` (how long they
-take), `joint` (all trained at once), `work` (all of this in its order), `building` (the Keras
-model), `resuming` and `report`.
+Read `compressing` first, which has what users call and all steps in their order. Then `sites` (what
+can be replaced), `photographs` (the images, checked, and those held out), `networks` (the original
+and the network in work, with the maps that are compared), `composing` (two layers as one),
+`statistics` (what layers see, and how much an error at each is at the end), `rows` and `factors`
+(cheaper layers in closed form), `deletion` (fewer channels between two) and `clocks` (how long they
+take). The steps work on what `work` holds: `trying` (what each layer could become), `choice` (what
+it becomes), `fitting` (closed forms), `joint` (all trained at once) and `building` (the Keras
+model). `progress` and `resuming` are what is shown and written down meanwhile, `report` the result.
 """
 
 from vggtorch.compression.compressing import compress

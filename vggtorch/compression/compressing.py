@@ -11,16 +11,20 @@ from typing import Any, Literal, get_args
 import keras
 
 from vggtorch.compression.building import built
-from vggtorch.compression.choice import Option
+from vggtorch.compression.choice import Option, choice_of, left
 from vggtorch.compression.composing import composed
 from vggtorch.compression.deletion import pairs_of
 from vggtorch.compression.factors import METHODS
+from vggtorch.compression.fitting import closed_forms_
+from vggtorch.compression.joint import train_
 from vggtorch.compression.networks import likeness, networks_of, tapped_result
 from vggtorch.compression.photographs import split
+from vggtorch.compression.progress import open_progress
 from vggtorch.compression.report import Compression, LayerChange
 from vggtorch.compression.resuming import Notebook
 from vggtorch.compression.sites import Site
-from vggtorch.compression.work import Work, open_progress
+from vggtorch.compression.trying import options_of
+from vggtorch.compression.work import Work
 from vggtorch.keras_graph import functional, graph_of
 from vggtorch.surgery import checked_effort, flatten, names_when_flat
 
@@ -140,17 +144,18 @@ def compress(
         read = (networks.sites, networks.depthwise, networks.taps)
         pairs = pairs_of(start, *read, keep) if "channels" in methods else []
         work = Work(networks, whole, photographs, seed, notes, progress, by, pairs)
-        options = work.options([method for method in methods if method in METHODS])
-        chosen, total = work.choice(options, times)
-        factors = work.closed_forms_(chosen)
+        options = options_of(work, [method for method in methods if method in METHODS])
+        chosen, total = choice_of(work, options, times)
+        factors = closed_forms_(work, chosen)
         replaced = [sites[name] for name in factors]
         before = likeness(networks, networks.work, photographs.held_out)
-        state = work.train_(replaced, steps, seconds)
-    modules = {site.name: getattr(networks.work, site.child) for site in replaced}
+        modules = {site.name: getattr(networks.work, site.child) for site in replaced}
+        trained = [p for module in modules.values() for p in module.parameters()]
+        state = train_(work, networks.work, networks.maps, trained, steps, seconds)
     result = built(start, sites, factors, modules)
     tapped = tapped_result(result, networks)
     after = likeness(networks, tapped, photographs.held_out)
-    left = total / work.speed(tapped) if by == "seconds" else work.left(chosen)
+    cost = total / work.speed(tapped) if by == "seconds" else left(work, chosen)
     first = {site.name: work.cost(site, whole) for site in whole.sites if site.name in merged}
     first = {name: option[0].cost for name, option in options.items()} | first
     between = {pair.first.name: pair.between for pair in pairs}
@@ -159,7 +164,7 @@ def compress(
         for own in whole.sites
         for site in (own, *between.get(own.name, ()))
     )
-    return result, Compression(by, total, left, rows, before, after, state.step, notes.seconds)
+    return result, Compression(by, total, cost, rows, before, after, state.step, notes.seconds)
 
 
 def _change(

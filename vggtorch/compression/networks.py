@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import keras
@@ -54,14 +55,17 @@ class Networks:
         """Where they compute."""
         return next(self.original.parameters()).device
 
-    def install_(self, modules: Mapping[str, nn.Module]) -> None:
-        """Put modules into the network in work, by the names of children."""
-        for child, module in modules.items():
-            setattr(self.work, child, module.to(self.device))
+    def install_(self, modules: Mapping[Site, nn.Module]) -> None:
+        """Put modules into the network in work, in the place of layers."""
+        for site, module in modules.items():
+            setattr(self.work, site.child, module.to(self.device))
 
-    def remove_(self, site: Site) -> None:
-        """Give the network in work the original's layer back."""
-        setattr(self.work, site.child, getattr(self.original, site.child))
+    @contextmanager
+    def trying(self, modules: Mapping[Site, nn.Module]) -> Iterator[nn.Module]:
+        """The network in work with modules in the place of the original's layers, for a while."""
+        self.install_(modules)
+        yield self.work
+        self.install_({site: getattr(self.original, site.child) for site in modules})
 
     def maps(self, x: Tensor) -> list[Tensor]:
         """The original's maps of a batch."""

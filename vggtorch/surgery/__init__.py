@@ -10,13 +10,14 @@ which `channel_flow` follows through the graph by the `channel_rules` of the lay
 get weights with which the network goes on working: `copying` (the same under other settings),
 `composition` (exact algebra of linear layers) and `distillation` (training on images without
 labels), with `region` (where the new layers sit), `examples` (what they are trained on),
-`coordinates` (in which they are trained), `schedule` (how fast) and `arguments` (images and effort,
+`coordinates` (in which they are trained), `descent` (how long) and `arguments` (images and effort,
 checked).
 """
 
 from vggtorch.surgery.arguments import checked_effort, checked_images, unfit_images
 from vggtorch.surgery.channels import deletable_channels, delete_channels
 from vggtorch.surgery.composition import Composition, compose_
+from vggtorch.surgery.descent import Descent, copies, descend_, write_
 from vggtorch.surgery.distillation import Distillation, Loss, distill_, relative_error
 from vggtorch.surgery.examples import cosines, crops, packed
 from vggtorch.surgery.freezing import freeze_, unfreeze_
@@ -24,27 +25,27 @@ from vggtorch.surgery.inputs import with_input
 from vggtorch.surgery.nesting import flatten, names_when_flat, rename
 from vggtorch.surgery.operations import insert, remove, replace, replace_where, stack, truncate
 from vggtorch.surgery.remaking import remade
-from vggtorch.surgery.schedule import progress_of, rate_at
 
 __all__ = [
     "Composition",
+    "Descent",
     "Distillation",
     "Loss",
     "checked_effort",
     "checked_images",
     "compose_",
+    "copies",
     "cosines",
     "crops",
     "deletable_channels",
     "delete_channels",
+    "descend_",
     "distill_",
     "flatten",
     "freeze_",
     "insert",
     "names_when_flat",
     "packed",
-    "progress_of",
-    "rate_at",
     "relative_error",
     "remade",
     "remove",
@@ -56,4 +57,5 @@ __all__ = [
     "unfit_images",
     "unfreeze_",
     "with_input",
+    "write_",
 ]

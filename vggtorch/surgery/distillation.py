@@ -29,6 +29,7 @@ from vggtorch.surgery.coordinates import (
     measure_moments,
     part,
 )
+from vggtorch.surgery.descent import Descent, copies, descend_, write_
 from vggtorch.surgery.examples import (
     BATCH,
     Examples,
@@ -48,7 +49,6 @@ from vggtorch.surgery.region import (
     last_product,
     next_smaller,
 )
-from vggtorch.surgery.schedule import progress_of, rate_at
 from vggtorch.surgery.views import flat_view, viewed
 from vggtorch.surgery.wiring import Wiring, layer_names, needed
 
@@ -109,16 +109,6 @@ class _Task:
     def error(self) -> float:
         """The loss over all held-out examples."""
         return float(self.loss(in_batches(self.tail, self.check.x), self.check.targets))
-
-    def weights(self) -> list[Tensor]:
-        """A copy of what the trained parameters hold now."""
-        return [p.detach().clone() for p in self.trained]
-
-    def restore_(self, weights: Sequence[Tensor]) -> None:
-        """Give the trained parameters the values of such a copy."""
-        with torch.no_grad():
-            for p, value in zip(self.trained, weights, strict=True):
-                p.copy_(value)
 
 
 def relative_error(outputs: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
@@ -245,7 +235,8 @@ def distill_(
         )
         start = _start_from_the_best_(task, _starts(region, moments))
         before = compare(held_out[:COMPARED])
-        taken = _descend_(task, coordinates_of(moments, trained), steps, begun + seconds, generator)
+        found = coordinates_of(moments, trained)
+        taken = _train_(task, found, steps, begun + seconds, generator)
         after = compare(held_out[:COMPARED])
     return Distillation(start, before, after, taken, time.monotonic() - begun)
 
@@ -331,61 +322,64 @@ def _starts(region: Region, moments: Sequence[Moments]) -> dict[str, Callable[[]
 @torch.no_grad()
 def _start_from_the_best_(task: _Task, starts: dict[str, Callable[[], object]]) -> str:
     """Write the weights whose held-out error is least; returns the name of the way to them."""
-    own, found = task.weights(), {}
-    for name, write_ in starts.items():
-        task.restore_(own)
+    own, found = copies(task.trained), {}
+    for name, write_start_ in starts.items():
+        write_(task.trained, own)
         try:
-            write_()
+            write_start_()
         except ValueError:
             continue  # a chain that can't be composed can still be imitated
-        found[name] = task.error(), task.weights()
+        found[name] = task.error(), copies(task.trained)
     best = min(found, key=lambda name: found[name][0])
-    task.restore_(found[best][1])
+    write_(task.trained, found[best][1])
     return best
 
 
-def _descend_(
+def _train_(
     task: _Task,
     coordinates: Sequence[Coordinates | Scaled],
     steps: int,
     deadline: float,
     generator: torch.Generator,
 ) -> int:
-    """Train until the steps, the time or the patience end, keep the best; returns the steps."""
+    """Train until the steps, the time or the patience end; returns the steps."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     optimizer = torch.optim.Adam([c.theta for c in coordinates], LEARNING_RATE, (0.9, 0.99))
-    best, kept, waited = task.error(), task.weights(), 0
-    begun, step = time.monotonic(), 0
+
+    def step_(rate: float) -> None:
+        for group in optimizer.param_groups:
+            group["lr"] = LEARNING_RATE * rate
+        x, targets = task.train.batch(generator)
+        gradients = torch.autograd.grad(task.loss(task.maps(x), targets), task.trained)
+        with torch.no_grad():
+            by_parameter = {id(p): g for p, g in zip(task.trained, gradients, strict=True)}
+            for c in coordinates:
+                c.take_([by_parameter[id(p)] for p in c.parameters])
+            optimizer.step()
+            for c in coordinates:
+                c.write_()
+
     text = TextColumn("distilling, held-out error {task.fields[error]:.4f}")
     bar = Progress(text, BarColumn(), TimeRemainingColumn(), console=Console(stderr=True))
+    state = Descent(best=task.error(), kept=copies(task.trained))
     with bar:
-        shown = bar.add_task("", total=1.0, error=best)
-        while step < steps and waited < PATIENCE:
-            spent = (time.monotonic() - begun) / max(deadline - begun, 1e-9)
-            if spent >= 1:
-                break
-            progress = progress_of(step, steps, spent)
-            for group in optimizer.param_groups:
-                group["lr"] = LEARNING_RATE * rate_at(step, progress)
-            x, targets = task.train.batch(generator)
-            gradients = torch.autograd.grad(task.loss(task.maps(x), targets), task.trained)
-            with torch.no_grad():
-                by_parameter = {id(p): g for p, g in zip(task.trained, gradients, strict=True)}
-                for c in coordinates:
-                    c.take_([by_parameter[id(p)] for p in c.parameters])
-                optimizer.step()
-                for c in coordinates:
-                    c.write_()
-            step += 1
-            if step % CHECK == 0:
-                error, waited = task.error(), waited + 1
-                if error < best:
-                    best, kept, waited = error, task.weights(), 0
-                bar.update(shown, completed=progress, error=best)
-        if step % CHECK and (error := task.error()) < best:
-            best, kept = error, task.weights()
-        bar.update(shown, completed=1.0, error=best)
-    task.restore_(kept)
-    return step
+        shown = bar.add_task("", total=1.0, error=state.best)
+
+        def looked(done: float) -> None:
+            bar.update(shown, completed=done, error=state.best)
+
+        descend_(
+            state,
+            task.trained,
+            step_,
+            task.error,
+            looked,
+            steps=steps,
+            seconds=deadline - time.monotonic(),
+            every=CHECK,
+            patience=PATIENCE,
+        )
+        looked(1.0)
+    return state.step
