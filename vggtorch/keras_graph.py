@@ -221,15 +221,15 @@ def operation_copy(operation: keras.Operation) -> keras.Operation:
 def without_activation(tensor: KerasTensor) -> KerasTensor:
     """What the layer that makes a symbolic tensor has computed before its activation.
 
-    The new tensor stands in the same graph, made by a copy of that layer on the layer's own
-    variables (and, where the layer is the last of a nested model, by a model on that model's own
-    layers). The layer, its model and what they know of their calls stay as they are.
+    The new tensor stands in the same graph, made by a copy of that layer on the layer's variables,
+    or of a nested model on its layers. What these know of their calls stays as it is.
     """
     call = producing_call(tensor)
     inner = functional(call.operation)
     if inner is None:
         copied = operation_copy(call.operation)
         copied.activation = keras.activations.linear
+        copied.name = copied.name.replace("/", "_")  # Keras calls no layer that is named by a path
     else:
         copied = keras.Model(inner._inputs_struct, without_activation(inner.outputs[0]))
     result = copied(*call.arguments.args, **call.arguments.kwargs)

@@ -179,12 +179,12 @@ def choose(options: Mapping[str, Sequence[Choice]], budget: float) -> dict[str, 
         place[name] += 1
     chosen = {name: hull[place[name]] for name, hull in hulls.items()}
     while True:  # give back
-        left = budget - sum(option.cost for option in chosen.values())
+        room = budget - sum(option.cost for option in chosen.values())
         better = [
             (chosen[name].error - option.error, name, option)
             for name, choices in options.items()
             for option in choices
-            if option.cost - chosen[name].cost <= left and option.error < chosen[name].error
+            if option.cost - chosen[name].cost <= room and option.error < chosen[name].error
         ]
         if not better:
             return chosen

@@ -7,7 +7,7 @@ and needs images, but no labels. The new layers alone change.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -49,7 +49,7 @@ from vggtorch.surgery.region import (
     last_product,
     next_smaller,
 )
-from vggtorch.surgery.views import flat_view, viewed
+from vggtorch.surgery.views import flat_view
 from vggtorch.surgery.wiring import Wiring, layer_names, needed
 
 CROPS = 320  # how many crops are drawn, once, if their maps take less than MEMORY
@@ -193,8 +193,7 @@ def distill_(
     new_layers = _inside(wiring, layer_names(new_layers, "distill_"))
     if match is not None:
         match = [match] if isinstance(match, str) else match
-        match = [viewed("/".join(wiring.route(name))) for name in match]
-    full_names = {viewed(path): path for path in wiring.layers_by_path()}
+        match = ["/".join(wiring.route(name)) for name in match]
     original, result = flat_view(original, "distill_"), flat_view(result, "distill_")
     array = checked_images(images, original)
     region = find_region(original, result, new_layers)
@@ -203,6 +202,12 @@ def distill_(
     trained = [v.value for layer in layers for v in layer.trainable_variables]
     if not trained:
         raise ValueError(f"The new layers {new_layers} have no trainable weights to distill into.")
+    theirs = {id(v) for v in original.variables}
+    if shared := [x.name for x in layers if any(id(v) in theirs for v in x.variables)]:
+        raise ValueError(
+            f"The original has the new layers {shared} itself, and would change with them: "
+            f"expected the network as it was, and what replace or another surgery made of it."
+        )
     if any(layer.compute_dtype == "float16" for layer in (*original.layers, *result.layers)):
         raise ValueError(
             "Received a model that computes in float16, in which the gradients of a training are "
@@ -211,19 +216,18 @@ def distill_(
     generator = torch.Generator().manual_seed(seed)
     layout = data_format(graph_of(original, "distill_"))
     held_out, shown = parts(array, layout, trained[0].device, generator)
-    compared = {n: full_names.get(n, n) for n in (*names, list(region.behind)[-1])}
-    compare = _comparison(original, result, region, compared)
+    compare = _comparison(original, result, region, [*names, list(region.behind)[-1]])
     begin = _beginning(original, result, region, names)
     wanted = [region.behind[name][0] for name in names]
     tail = part(begin[1], [region.behind[name][1] for name in names])
     with _only_trainable(trained, original, result):
         one, examples = sized_examples(original, begin[0], wanted, shown, generator)
-        check_maps([compared[name] for name in names], one.targets, wide(tail(one.x)))
+        check_maps(names, one.targets, wide(tail(one.x)))
         each = sum(t.nbytes for t in (one.x, *one.targets))
         number = max(MOMENTS, min(CROPS, steps * BATCH))  # no more than the steps will see
         train = examples(shown, max(BATCH, min(number, MEMORY // each)))
         check = examples(held_out, min(HELD_OUT, len(train.x)))
-        check_targets([compared[name] for name in names], train.targets)
+        check_targets(names, train.targets)
         task = _Task(tail, trained, loss, train, check)
         moments = measure_moments(
             tail,
@@ -260,28 +264,26 @@ def _comparison(
     original: keras.Model,
     result: keras.Model,
     region: Region,
-    names: Mapping[str, str],
+    names: Sequence[str],
 ) -> Callable[[Tensor], dict[str, float]]:
-    """A function that gives the cosines of both networks' maps, the mean over images.
-
-    `names` has, for the names of layers in the region, those that they are to be given by.
-    """
+    """A function that gives the cosines of both networks' maps, the mean over images."""
+    names = list(dict.fromkeys(names))
     deep = [
         part(model.inputs[0], [region.behind[name][i] for name in names])
         for i, model in enumerate((original, result))
     ]
 
     def means(images: Tensor) -> dict[str, float]:
-        pairs = zip(names.values(), *(in_batches(graph, images) for graph in deep), strict=True)
+        pairs = zip(names, *(in_batches(graph, images) for graph in deep), strict=True)
         return {name: float(cosines(a, b).mean()) for name, a, b in pairs}
 
     return means
 
 
 def _inside(wiring: Wiring, names: Sequence[str]) -> list[str]:
-    """The names of layers in a model's view; in the place of nested models, of all in them."""
+    """The full names of layers; in the place of nested models, of all in them."""
     layers = wiring.layers_by_path().items()
-    found: dict[str, None] = {}
+    found: list[str] = []
     for name in ("/".join(wiring.route(name)) for name in names):
         inside = [
             path
@@ -290,8 +292,8 @@ def _inside(wiring: Wiring, names: Sequence[str]) -> list[str]:
             and functional(layer) is None
             and not isinstance(layer, keras.layers.InputLayer)
         ]
-        found.update(dict.fromkeys(inside or [name]))
-    return [viewed(path) for path in found]
+        found += inside or [name]
+    return list(dict.fromkeys(found))
 
 
 def _matched(region: Region, match: Sequence[str] | None) -> list[str]:

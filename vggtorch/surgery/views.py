@@ -12,9 +12,8 @@ from vggtorch.surgery.wiring import Wiring, call_inputs, owner
 def flat_view(model: keras.Model, verb: str) -> keras.Model:
     """One graph of all layers of a model and of those nested in it, on their own variables.
 
-    The layers are called "vgg16__block5_conv3" where their full names are "vgg16/block5_conv3".
-    The model stays as it is; one without nested models is its own view. A nested model that is
-    called twice is seen twice.
+    The layers are called by their full names, "vgg16/block5_conv3". The model stays as it is; one
+    without nested models is its own view. A nested model that is called twice is seen twice.
     """
     wiring = Wiring(model, verb)
     if not wiring.nested():
@@ -24,11 +23,6 @@ def flat_view(model: keras.Model, verb: str) -> keras.Model:
     _walk(wiring, made, {})
     outputs = [made[id(t)] for t in wiring.outputs]
     return keras.Model([made[id(t)] for t in inputs], outputs, name=model.name)
-
-
-def viewed(path: str) -> str:
-    """The name in a view of the layer with a full name."""
-    return path.replace("/", "__")
 
 
 def _walk(wiring: Wiring, made: dict[int, KerasTensor], copies: dict[int, keras.Operation]) -> None:
@@ -46,7 +40,7 @@ def _walk(wiring: Wiring, made: dict[int, KerasTensor], copies: dict[int, keras.
             continue
         if id(node.operation) not in copies:
             copies[id(node.operation)] = operation_copy(node.operation)
-            copies[id(node.operation)].name = viewed(wiring.prefix + node.operation.name)
+            copies[id(node.operation)].name = wiring.prefix + node.operation.name
         call = _written(copies[id(node.operation)], node, made)
         made.update({id(t): now for t, now in zip(node.outputs, call.outputs, strict=True)})
 
