@@ -35,7 +35,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vggtorch.compression.choice import Option, choice_of
 from vggtorch.compression.deletion import pairs_of
-from vggtorch.compression.factors import METHODS, Factors, Part, multiply_adds, ranks_for
+from vggtorch.compression.factors import METHODS, Factors, multiply_adds, ranks_for
 from vggtorch.compression.fitting import closed_forms_
 from vggtorch.compression.joint import train_
 from vggtorch.compression.networks import networks_of
@@ -237,11 +237,9 @@ def plain_svd(work: Work, times: float) -> nn.Module:
         old = getattr(work.networks.original, site.child)
         u, s, v = torch.linalg.svd(old.weight.flatten(1), full_matrices=False)
         (rank,) = option.ranks
-        parts = (
-            Part("_rank", (s[:rank, None] * v[:rank]).unflatten(1, old.weight.shape[1:]), (0, 1)),
-            Part("", u[:, :rank, None, None], ()),
-        )
-        work.networks.install_({site: Factors("low rank", parts, old.bias).module(site)})
+        down = (s[:rank, None] * v[:rank]).unflatten(1, old.weight.shape[1:])
+        factors = Factors.of("low rank", [down, u[:, :rank, None, None]], old.bias)
+        work.networks.install_({site: factors.module(site)})
     return work.networks.work
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import keras
 import torch
 
-from vggtorch.compression.factors import Factors, Part, whole_vectors
+from vggtorch.compression.factors import Factors, whole_vectors
 from vggtorch.compression.rows import Rows
 from vggtorch.compression.sites import Site
 from vggtorch.keras_graph import Node, calls, graph_of
@@ -146,10 +146,10 @@ def reading(rows: Rows, kept: torch.Tensor) -> Factors:
     matrix = torch.cholesky_solve(wanted, torch.linalg.cholesky(second)).float()
     weight = matrix.T.reshape(len(y_mean), len(kept), *rows.weight.shape[2:])
     bias = y_mean - mean @ matrix
-    return Factors("channels", (Part("", weight, (0, 1)),), bias, reads=kept)
+    return Factors.of("channels", [weight], bias, reads=kept)
 
 
 def giving(weight: torch.Tensor, bias: torch.Tensor | None, kept: torch.Tensor) -> Factors:
     """The layer that gives only the channels `kept`."""
     own = None if bias is None else bias[kept]
-    return Factors("channels", (Part("", weight[kept], (0, 1)),), own, gives=kept)
+    return Factors.of("channels", [weight[kept]], own, gives=kept)

@@ -13,11 +13,13 @@ from torch import Tensor, nn
 from vggtorch.compression.rows import Rows
 from vggtorch.compression.sites import Site
 
-# Along which axes (0 rows, 1 columns) each part takes the old layer's stride and padding.
-AXES: dict[str, tuple[tuple[int, ...], ...]] = {
-    "low rank": ((0, 1), ()),
-    "separated": ((0,), (1,), ()),
-    "bottleneck": ((), (0, 1), ()),
+# Of the layers in the place of one, what is added to its name, and along which axes (0 rows,
+# 1 columns) they take its stride and padding. The last of all has the old name itself.
+PARTS: dict[str, tuple[tuple[str, tuple[int, ...]], ...]] = {
+    "low rank": (("_rank", (0, 1)), ("", ())),
+    "separated": (("_vertical", (0,)), ("_horizontal", (1,)), ("", ())),
+    "bottleneck": (("_narrow", ()), ("_core", (0, 1)), ("", ())),
+    "channels": (("", (0, 1)),),
 }
 
 
@@ -63,12 +65,26 @@ class Factors:
         return patches.flatten(1) + (0 if self.bias is None else self.bias)
 
     @classmethod
+    def of(
+        cls,
+        method: str,
+        weights: Sequence[Tensor],
+        bias: Tensor | None,
+        reads: Tensor | None = None,
+        gives: Tensor | None = None,
+    ) -> Factors:
+        """What a method puts in the place of a layer, with these weights."""
+        parts = [
+            Part(suffix if weight is not weights[-1] else "", weight, axes)
+            for weight, (suffix, axes) in zip(weights, PARTS[method], strict=False)
+        ]
+        return cls(method, tuple(parts), bias, reads, gives)
+
+    @classmethod
     def random(cls, site: Site, method: str, ranks: Sequence[int]) -> Factors:
         """Layers of these ranks with random weights, to see how long they take."""
-        kernels = [torch.randn(shape) for shape in shapes(site, method, ranks)]
-        axes = AXES[method][: len(kernels)]
-        parts = (Part("", kernel, each) for kernel, each in zip(kernels, axes, strict=True))
-        return cls(method, tuple(parts), torch.zeros(site.outputs))
+        weights = [torch.randn(shape) for shape in shapes(site, method, ranks)]
+        return cls.of(method, weights, torch.zeros(site.outputs))
 
     def module(self, site: Site) -> nn.Sequential:
         """The layers as a torch module that takes the place of the old one's."""
@@ -141,8 +157,7 @@ def low_rank(rows: Rows, rank: int) -> Factors:
     """
     down, up, bias = rows.responses.cut(rank)
     first = torch.einsum("ro,oihw->rihw", down, rows.weight)
-    parts = (Part("_rank", first, (0, 1)), Part("", up[:, :, None, None], ()))
-    return Factors("low rank", parts, bias)
+    return Factors.of("low rank", [first, up[:, :, None, None]], bias)
 
 
 def separated(rows: Rows, rank: int, second_rank: int | None = None) -> Factors:
@@ -153,13 +168,13 @@ def separated(rows: Rows, rank: int, second_rank: int | None = None) -> Factors:
     """
     outputs, inputs, height, width = rows.weight.shape
     down, matrix, bias = rows.columns.regress(rank)  # (rank, I H), (rank W, O), (O)
-    vertical = Part("_vertical", down.reshape(-1, inputs, height, 1), (0,))
+    vertical = down.reshape(-1, inputs, height, 1)
     kernel = matrix.T.reshape(outputs, -1, 1, width)
     if second_rank is None:
-        return Factors("separated", (vertical, Part("", kernel, (1,))), bias)
+        return Factors.of("separated", [vertical, kernel], bias)
     lower, up, bias = rows.columns.given(rank, matrix).cut(second_rank)
-    horizontal = Part("_horizontal", torch.einsum("ro,oihw->rihw", lower, kernel), (1,))
-    return Factors("separated", (vertical, horizontal, Part("", up[:, :, None, None], ())), bias)
+    horizontal = torch.einsum("ro,oihw->rihw", lower, kernel)
+    return Factors.of("separated", [vertical, horizontal, up[:, :, None, None]], bias)
 
 
 def bottleneck(rows: Rows, rank: int, second_rank: int) -> Factors:
@@ -172,12 +187,8 @@ def bottleneck(rows: Rows, rank: int, second_rank: int) -> Factors:
     down, matrix, _ = rows.pixels.regress(rank)  # (rank, I), (rank H W, O)
     kernel = matrix.T.reshape(outputs, -1, height, width)
     lower, up, bias = rows.pixels.given(rank, matrix).cut(second_rank)
-    parts = (
-        Part("_narrow", down[:, :, None, None], ()),
-        Part("_core", torch.einsum("ro,oihw->rihw", lower, kernel), (0, 1)),
-        Part("", up[:, :, None, None], ()),
-    )
-    return Factors("bottleneck", parts, bias)
+    core = torch.einsum("ro,oihw->rihw", lower, kernel)
+    return Factors.of("bottleneck", [down[:, :, None, None], core, up[:, :, None, None]], bias)
 
 
 # What layers of some ranks cost

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from vggtorch.keras_graph import data_format, raw_value
 from vggtorch.models import PREPROCESSING_SUFFIX, weight_set
-from vggtorch.surgery import checked_images, crops
+from vggtorch.surgery import checked_images, crops, held_out_of
 from vggtorch.weight_sets import weight_set_named
 
 CROP = 112  # height and width of the crops that layers are fitted to
-FEWEST = 20
+FEWEST = 20  # of which two are held out
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Photographs:
 
     Attributes:
         shown: those that layers are fitted to.
-        held_out: a tenth of all, two at least, that tell how good the fit is.
+        held_out: a tenth of all, that tells how good the fit is.
         size: height and width of a crop; that of the whole image where the network can't take
             less. Of what are no images, all axes behind the channels.
     """
@@ -73,15 +73,10 @@ def split(model: keras.Model, images: Any, seed: int) -> Photographs:
             f"Received a model that takes {kind}; expected one of floats, as images are."
         )
     _check_values(array, model)
-    pixels = torch.from_numpy(array)
-    if model.variables:
-        pixels = pixels.to(raw_value(model.variables[0]).device)
-    if pixels.ndim > 2 and data_format(model) == "channels_last":
-        pixels = pixels.movedim(-1, 1)  # NHWC -> NCHW view
-    order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(seed))
-    pixels = pixels[order]
-    held = max(2, len(pixels) // 10)
-    return Photographs(pixels[held:], pixels[:held], tuple(pixels.shape[2:]))
+    device = next((raw_value(v).device for v in model.variables), torch.device("cpu"))
+    generator = torch.Generator().manual_seed(seed)
+    held_out, shown = held_out_of(array, data_format(model), device, generator)
+    return Photographs(shown, held_out, tuple(shown.shape[2:]))
 
 
 def _check_values(images: np.ndarray, model: keras.Model) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from vggtorch.compression.clocks import ratio_of, seconds_of
 from vggtorch.compression.deletion import Pair, giving
-from vggtorch.compression.factors import Factors, Part, multiply_adds
+from vggtorch.compression.factors import Factors, multiply_adds
 from vggtorch.compression.networks import BATCH, Networks
 from vggtorch.compression.photographs import Photographs
 from vggtorch.compression.progress import Progress
@@ -143,4 +143,4 @@ class Work:
         if any(site is pair.first for pair in self.pairs):
             return self.giving(site, kept).module(site)
         weight = torch.randn(site.outputs, len(kept), *site.kernel)
-        return Factors(method, (Part("", weight, (0, 1)),), weight[:, 0, 0, 0], kept).module(site)
+        return Factors.of(method, [weight], torch.zeros(site.outputs), kept).module(site)

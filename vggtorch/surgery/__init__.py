@@ -19,7 +19,7 @@ from vggtorch.surgery.channels import deletable_channels, delete_channels
 from vggtorch.surgery.composition import Composition, compose_
 from vggtorch.surgery.descent import Descent, copies, descend_, write_
 from vggtorch.surgery.distillation import Distillation, Loss, distill_, relative_error
-from vggtorch.surgery.examples import cosines, crops, packed
+from vggtorch.surgery.examples import cosines, crops, held_out_of, packed
 from vggtorch.surgery.freezing import freeze_, unfreeze_
 from vggtorch.surgery.inputs import with_input
 from vggtorch.surgery.nesting import flatten, names_when_flat, rename
@@ -43,6 +43,7 @@ __all__ = [
     "distill_",
     "flatten",
     "freeze_",
+    "held_out_of",
     "insert",
     "names_when_flat",
     "packed",

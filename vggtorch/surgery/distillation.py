@@ -36,8 +36,8 @@ from vggtorch.surgery.examples import (
     check_maps,
     check_targets,
     cosines,
+    held_out_of,
     in_batches,
-    parts,
     sized_examples,
     wide,
 )
@@ -215,7 +215,7 @@ def distill_(
         )
     generator = torch.Generator().manual_seed(seed)
     layout = data_format(graph_of(original, "distill_"))
-    held_out, shown = parts(array, layout, trained[0].device, generator)
+    held_out, shown = held_out_of(array, layout, trained[0].device, generator)
     compare = _comparison(original, result, region, [*names, list(region.behind)[-1]])
     begin = _beginning(original, result, region, names)
     wanted = [region.behind[name][0] for name in names]

@@ -61,7 +61,7 @@ def packed(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x.contiguous()
 
 
-def parts(
+def held_out_of(
     images: np.ndarray, layout: str, device: torch.device, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
     """A tenth of the images, drawn at random, and the others; (N, C, H, W)."""
@@ -95,14 +95,12 @@ def sized_examples(
 
     whole = images.shape[2:]
     smaller = [min(CROP, n) for n in whole] if len(whole) == 2 else whole
-    try:
-        return examples(smaller, images, 1), partial(examples, smaller)
-    except (RuntimeError, ValueError):
-        pass
-    try:
-        return examples(whole, images, 1), partial(examples, whole)
-    except (RuntimeError, ValueError) as error:
-        raise unfit_images(original, images, error) from error
+    for size in (smaller, whole):
+        try:
+            return examples(size, images, 1), partial(examples, size)
+        except (RuntimeError, ValueError) as error:
+            failure = error
+    raise unfit_images(original, images, failure) from failure
 
 
 def check_maps(names: Sequence[str], targets: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:

@@ -213,17 +213,11 @@ def _adapted(
     if not isinstance(old, kinds) or getattr(old, "groups", 1) != 1 or len(differing) != 1:
         return None
     ((before, after),) = differing
-    place = len(before.shape) - 2
-    if any(
-        i != place and a != b
-        for i, (a, b) in enumerate(zip(before.shape, after.shape, strict=True))
-    ):
-        return None
     value = raw_value(before)
     # A quantized kernel has steps that a rule's sums and means don't fall on.
-    if (before.shape[place], after.shape[place]) not in counts or not value.is_floating_point():
+    if (before.shape[-2], after.shape[-2]) not in counts or not value.is_floating_point():
         return None
-    made = _kernel(value.detach().double().cpu().numpy(), after.shape[place], rule)
+    made = _kernel(value.detach().double().cpu().numpy(), after.shape[-2], rule)
     return {id(before): torch.as_tensor(made).to(value)}
 
 

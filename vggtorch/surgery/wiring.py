@@ -149,10 +149,7 @@ class Wiring:
 
     def nodes_named(self, name: str) -> list[Node]:
         """The nodes of one layer of this very graph: one for each call."""
-        nodes = [node for node in self.nodes if node.operation.name == name]
-        if not nodes:
-            raise self._no_such_layer(name, list(self.layers_by_path()))
-        return nodes
+        return [node for node in self.nodes if node.operation.name == name]
 
     def nodes_of(self, names: Sequence[str]) -> list[Node]:
         """The nodes of several layers, in the order they run; none of them an input."""
