@@ -36,13 +36,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from vggtorch.compression.choice import Option, choice_of
 from vggtorch.compression.deletion import pairs_of
 from vggtorch.compression.factors import METHODS, Factors, multiply_adds, ranks_for
-from vggtorch.compression.fitting import closed_forms_
+from vggtorch.compression.fitting import closed_forms_, options_of
 from vggtorch.compression.joint import train_
 from vggtorch.compression.networks import networks_of
 from vggtorch.compression.photographs import split
 from vggtorch.compression.progress import open_progress
 from vggtorch.compression.resuming import Notebook
-from vggtorch.compression.trying import options_of
 from vggtorch.compression.work import Work
 
 HEADER = f"{'cosine after block':<34}" + "".join(f"{b:>8}" for b in range(1, 6))

@@ -15,7 +15,7 @@ from vggtorch.compression.choice import Option, choice_of, left
 from vggtorch.compression.composing import composed
 from vggtorch.compression.deletion import pairs_of
 from vggtorch.compression.factors import METHODS
-from vggtorch.compression.fitting import closed_forms_
+from vggtorch.compression.fitting import closed_forms_, options_of
 from vggtorch.compression.joint import train_
 from vggtorch.compression.networks import likeness, networks_of, tapped_result
 from vggtorch.compression.photographs import split
@@ -23,7 +23,6 @@ from vggtorch.compression.progress import open_progress
 from vggtorch.compression.report import Compression, LayerChange
 from vggtorch.compression.resuming import Notebook
 from vggtorch.compression.sites import Site
-from vggtorch.compression.trying import options_of
 from vggtorch.compression.work import Work
 from vggtorch.keras_graph import functional, graph_of
 from vggtorch.surgery import checked_effort, flatten, names_when_flat

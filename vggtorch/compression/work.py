@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,7 +11,6 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
-from vggtorch.compression.clocks import ratio_of, seconds_of
 from vggtorch.compression.deletion import Pair, giving
 from vggtorch.compression.factors import Factors, multiply_adds
 from vggtorch.compression.networks import BATCH, Networks
@@ -20,12 +20,15 @@ from vggtorch.compression.resuming import Notebook
 from vggtorch.compression.rows import Rows
 from vggtorch.compression.sites import Site
 from vggtorch.compression.statistics import Seen, change, look
+from vggtorch.measuring import in_turns
+from vggtorch.surgery import packed
 
 PIXELS = 160 * 112 * 112  # of the crops that the closed forms see
 FEWEST = 64  # of these crops, however large they are
 CHECKED = 16  # crops of images that nothing is fitted to
 ROWS = 4096  # positions of each layer, at most
 MEMORY = 1 << 28  # bytes of the patches at these positions, of all layers
+REPEATS = 5  # of what is timed
 
 
 @dataclass
@@ -144,3 +147,18 @@ class Work:
             return self.giving(site, kept).module(site)
         weight = torch.randn(site.outputs, len(kept), *site.kernel)
         return Factors.of(method, [weight], torch.zeros(site.outputs), kept).module(site)
+
+
+@torch.no_grad()
+def seconds_of(module: nn.Module, shape: Sequence[int], device: torch.device) -> float:
+    """Median seconds of one image, after a warm-up; `shape` is what enters, without the batch."""
+    x, module = packed(torch.randn(1, *shape, device=device)), module.to(device)
+    return statistics.median(in_turns({"": lambda: module(x)}, REPEATS, device)[""])
+
+
+@torch.no_grad()
+def ratio_of(slow: nn.Module, fast: nn.Module, shape: Sequence[int], device: torch.device) -> float:
+    """How many times as fast one module is as another, measured in turns; the median."""
+    x = packed(torch.randn(1, *shape, device=device))
+    times = in_turns({"slow": lambda: slow(x), "fast": lambda: fast(x)}, 2 * REPEATS, device)
+    return statistics.median(a / b for a, b in zip(times["slow"], times["fast"], strict=True))

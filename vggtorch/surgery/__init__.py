@@ -4,7 +4,7 @@ Read `operations` first, which has what users call, then `wiring` (the graph of 
 be asked of it by name), `masks` (what goes with a tensor by itself), `splicing` (what reads what
 from now on), `crossing` (the same across the borders of nested models), `rebuild` (the one walk
 that makes a new model from an old one), `remaking` (one layer made again), `naming` (names of
-layers), `nesting` (nested models made one graph), `views` (seen as one), `inputs` (other sizes and
+layers), `nesting` (nested models made one graph, or seen as one), `inputs` (other sizes and
 channels), `built_in` (preprocessing inside a model) and `freezing`. `channels` deletes channels,
 which `channel_flow` follows through the graph by the `channel_rules` of the layers. How new layers
 get weights with which the network goes on working: `copying` (the same under other settings),

@@ -41,6 +41,7 @@ from vggtorch.surgery.examples import (
     sized_examples,
     wide,
 )
+from vggtorch.surgery.nesting import flat_view
 from vggtorch.surgery.region import (
     Region,
     before_activation,
@@ -49,7 +50,6 @@ from vggtorch.surgery.region import (
     last_product,
     next_smaller,
 )
-from vggtorch.surgery.views import flat_view
 from vggtorch.surgery.wiring import Wiring, layer_names, needed
 
 CROPS = 320  # how many crops are drawn, once, if their maps take less than MEMORY
