@@ -54,9 +54,6 @@ def choice_of(work: Work, options: Options, times: float) -> tuple[dict[str, Opt
     """What each layer becomes, and what the whole costs, of which 1/times is to be left.
 
     It is written down, because what was measured won't be the same again.
-
-    Raises:
-        ValueError: no choice is so cheap; says how cheap one can be.
     """
     if (known := work.notes["choice"]) is not None:
         return {name: option for name, (option,) in from_plain(known[0]).items()}, known[1]

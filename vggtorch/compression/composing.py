@@ -17,11 +17,10 @@ from vggtorch.surgery import compose_, remade, replace
 def composed(
     model: keras.Model, sites: Sequence[Site]
 ) -> tuple[keras.Model, dict[str, tuple[str, int]]]:
-    """The model with such layers composed, two at a time, and what became of them.
+    """The model with such layers composed, two at a time, or itself where there are none.
 
-    Returns:
-        The model (the same one where nothing can be composed), and for each layer that went the
-        name of the one that it is part of now, and the multiply-adds of that.
+    Beside it for each of these layers the name of the one that it is part of now, and the
+    multiply-adds of that.
     """
     costs = {site.name: site for site in sites}
     gone: dict[str, tuple[str, int]] = {}

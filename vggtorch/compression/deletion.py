@@ -75,12 +75,7 @@ def pairs_of(
 ) -> list[Pair]:
     """Convolutions whose channels only one other convolution reads; each in one pair at most.
 
-    Args:
-        model: the Keras model.
-        sites: the layers that may be changed.
-        depthwise: those that may become narrower.
-        taps: layers whose maps are compared, and so keep all their channels.
-        keep: layers that stay as they are.
+    The maps of the layers `taps` are compared, and so keep all their channels.
     """
     narrowed = {site.name: site for site in depthwise}
     by_name = {site.name: site for site in sites if not site.is_dense}

@@ -242,13 +242,9 @@ def multiply_adds(site: Site, method: str, ranks: Sequence[int]) -> int:
 
 
 def ranks_for(site: Site, method: str, share: float, lanes: int = LANES) -> list[tuple[int, ...]]:
-    """The ranks with which a method costs at most this share of what the layer costs.
+    """The ranks with which a method costs at most this share of a layer's multiply-adds.
 
-    Args:
-        site: the layer.
-        method: a name of METHODS.
-        share: of the layer's multiply-adds.
-        lanes: ranks of more than these are multiples of it.
+    Those above `lanes` are multiples of it.
     """
     if method != "low rank" and (min(site.kernel) == 1 or site.is_dense):
         return []

@@ -38,15 +38,8 @@ def train_(
 ) -> Descent:
     """Train the new layers' parameters, in place, until a network gives what the original does.
 
-    Adam, with steps of a thousandth of each weight's size at first, which fall to nothing.
-
-    Args:
-        work: has the crops to train on, those that decide, and the notes of where to go on.
-        network: with the new layers in place.
-        reference: the original.
-        trained: the new layers' parameters.
-        steps: at most.
-        seconds: at most, of the whole run.
+    Adam, with steps of a thousandth of each weight's size at first, which fall to nothing;
+    `seconds` are those of the whole run, and `work` has notes of where to go on.
     """
     if not trained:  # composing layers was enough
         return Descent()

@@ -61,12 +61,7 @@ class Photographs:
 
 
 def split(model: keras.Model, images: Any, seed: int) -> Photographs:
-    """Check images against what a model takes, and hold some of them out.
-
-    Raises:
-        ValueError: too few images, of another shape than the model takes, or of values that the
-            preprocessing of its weight set can't give.
-    """
+    """Check images against what a model takes, and hold some of them out."""
     array = checked_images(images, model, FEWEST)
     if not str(kind := model.inputs[0].dtype).startswith(("float", "bfloat")):
         raise ValueError(

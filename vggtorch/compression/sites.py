@@ -78,12 +78,8 @@ def find_sites(
 ) -> tuple[list[Site], list[Site]]:
     """What can be replaced, and depthwise convolutions, through which a channel goes by itself.
 
-    Both in the order of the computation, those of the layers `keep` left out.
-
-    Args:
-        model: the Keras model.
-        network: its torch network, channels first, after `run_once`.
-        keep: layers that stay as they are.
+    Both in the order of the computation, without the layers `keep`. `network` is the model's,
+    channels first, after `run_once`.
     """
     layers = {layer.name: layer for layer in model.layers if layer.name not in keep}
     nodes = [node for node in network.graph.nodes if node.op == "call_module"]

@@ -18,10 +18,7 @@ from vggtorch.files import first_line
 def checked_images(images: Any, original: keras.Model, fewest: int = 10) -> np.ndarray:
     """Images that are to show a network what it sees, as one float32 array.
 
-    Args:
-        images: one array or tensor, or several: images, or batches of them as a loader gives them.
-        original: the model that they are for.
-        fewest: how few of them are enough.
+    They may be one array or tensor, or several: images, or batches of them as a loader gives them.
 
     Raises:
         ValueError: they are fewer than `fewest`, all the same, of several shapes or of another than

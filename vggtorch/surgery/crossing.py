@@ -152,12 +152,7 @@ class Crossing:
         """The tensor behind the border of a nested model that is `now`, which stands before it.
 
         Where `now` doesn't cross that border, it takes the place of what the layers that go made.
-
-        Args:
-            way: to the nested model.
-            graph: that `now` is in.
-            border: tensors of that graph, and what they are on the other side.
-            now: what enters the layers that go.
+        `border` has tensors of `graph`, where `now` is, and what they are on the other side.
         """
         for near, far in border:
             if near is now:

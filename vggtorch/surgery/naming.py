@@ -31,9 +31,7 @@ def settle_names_(layers: Sequence[Layer], taken: set[str]) -> None:
 def names_by_id(wiring: Wiring, names: Mapping[str, str] | str) -> dict[int, str]:
     """What the user wants layers to be called, by their ids; checked.
 
-    Args:
-        wiring: of the model, for rename.
-        names: full or clear old names -> the layers' own new ones; or what to write before all.
+    `names` are full or clear old names -> the layers' own new ones; or what to write before all.
     """
     wanted: dict[int, str] = {}
     if not isinstance(names, Mapping | str) or not names:

@@ -49,13 +49,8 @@ def flatten(model: keras.Model) -> Functional:
 def names_when_flat(model: keras.Model, names: Iterable[str], verb: str) -> list[str]:
     """What layers are called once `flatten` has dissolved what is nested; of a model, all of its.
 
-    Args:
-        model: any model that is a graph of layers.
-        names: full names such as "vgg16/block5_conv3", or shorter ones that are clear.
-        verb: the function that is called, for errors.
-
-    Raises:
-        ValueError: a layer isn't there, or a name could be that of several.
+    Names may be full, "vgg16/block5_conv3", or shorter ones that are clear; ValueError if they
+    aren't, or if a layer isn't there.
     """
     wiring = Wiring(model, verb)
     flat = flat_names(wiring)

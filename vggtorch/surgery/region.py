@@ -35,12 +35,7 @@ class Region:
 
 
 def find_region(original: keras.Model, result: keras.Model, new_layers: Sequence[str]) -> Region:
-    """Find the one way into the new layers and the one way out, in both graphs.
-
-    Raises:
-        ValueError: there is more than one of either, a layer concerned is called twice, or a layer
-            behind the new ones isn't in the original.
-    """
+    """Find the one way into the new layers and the one way out, in both graphs."""
     calls_now = calls(graph_of(result, "distill_"))
     # The call of each layer, in the order of the network; of a shared layer the last one.
     old = {node.operation.name: node for node in calls(graph_of(original, "distill_"))}
