@@ -7,7 +7,7 @@ from PIL import Image
 from small import images, vgg
 
 from vggtorch.cli import main
-from vggtorch.compression import work
+from vggtorch.compression import joint, work
 from vggtorch.models import remember_
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -52,7 +52,7 @@ def test_interrupted_it_says_how_to_go_on(folder, capsys, monkeypatch):
         (["--checkpoints", str(folder / "work")], "interrupted; the same command goes on where"),
     ):
         with monkeypatch.context() as m:
-            m.setattr(work, "descend_", interrupted)
+            m.setattr(joint, "descend_", interrupted)
             assert main(["compress", *words, *options]) == 130
         assert f"vggtorch: {text}" in capsys.readouterr().err
     monkeypatch.setattr(work, "look", None)  # nothing is looked at again

@@ -30,8 +30,7 @@ def _channel_axis(call: Call) -> int:
 def _convolution(flow: Flow, call: Call) -> Channels:
     layer, axis = call.layer, _channel_axis(call)
     read, made = flow.read(call, axis), flow.made_by(call, layer.filters)
-    transposed = isinstance(layer, kl.Conv1DTranspose | kl.Conv2DTranspose | kl.Conv3DTranspose)
-    kernel = {-1: read, -2: made} if transposed else {-2: read, -1: made}
+    kernel = {-1: read, -2: made} if type(layer) in _TRANSPOSED else {-2: read, -1: made}
     groups = getattr(layer, "groups", 1)
     weights = {"kernel": kernel, "bias": {0: made}}
     flow.weigh(call, weights, Channels(axis, read), made, "filters", groups=groups)
@@ -88,9 +87,7 @@ def _recurrent(flow: Flow, call: Call) -> list[Channels | None]:
         "bias": {-1: gates},
     }
     flow.weigh(call, weights, Channels(2, read), made, "units", holder=layer.cell)
-    for activation in (layer.activation, getattr(layer, "recurrent_activation", None)):
-        if not _one_by_one(activation):
-            flow.held.append((made, f"an activation of {call.what} mixes them"))
+    _activate(flow, call, made)
     return [Channels(len(t.shape) - 1, made) for t in call.node.outputs]
 
 
@@ -112,11 +109,12 @@ def _prelu(flow: Flow, call: Call) -> Channels:
 
 def _activate(flow: Flow, call: Call, ids: Ids) -> None:
     """Hold what a layer makes if its activation looks at more than one channel."""
-    activation = getattr(call.layer, "activation", None)
-    if not _one_by_one(activation):
-        name = getattr(activation, "__name__", type(activation).__name__)
-        reason = f"the activation {name!r} of {call.what} isn't known to take them one by one"
-        flow.held.append((ids, reason))
+    for attribute in ("activation", "recurrent_activation"):
+        activation = getattr(call.layer, attribute, None)
+        if not _one_by_one(activation):
+            name = getattr(activation, "__name__", type(activation).__name__)
+            reason = f"the activation {name!r} of {call.what} isn't known to take them one by one"
+            flow.held.append((ids, reason))
 
 
 def _one_by_one(activation: Any) -> bool:
@@ -297,10 +295,10 @@ _SPATIAL = (
     "SpatialDropout", "UpSampling", "ZeroPadding",
 )  # fmt: skip
 
+_TRANSPOSED = (kl.Conv1DTranspose, kl.Conv2DTranspose, kl.Conv3DTranspose)
+
 _LAYERS = {
-    **dict.fromkeys(all_ranks("Conv"), Rule(_convolution, makes=True)),
-    **dict.fromkeys((kl.Conv1DTranspose, kl.Conv2DTranspose), Rule(_convolution, makes=True)),
-    kl.Conv3DTranspose: Rule(_convolution, makes=True),
+    **dict.fromkeys((*all_ranks("Conv"), *_TRANSPOSED), Rule(_convolution, makes=True)),
     **dict.fromkeys(all_ranks("DepthwiseConv"), Rule(_depthwise, makes=True)),
     **dict.fromkeys(all_ranks("SeparableConv"), Rule(_separable, makes=True)),
     **dict.fromkeys((kl.SimpleRNN, kl.GRU, kl.LSTM), Rule(_recurrent, makes=True)),

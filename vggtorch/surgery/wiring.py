@@ -120,16 +120,18 @@ class Wiring:
     def output_of(self, name: str) -> Tensor:
         """The one output of a layer at any depth, which is computed once."""
         wiring, route = self, self.route(name)
-        for step in route[:-1]:
-            times = len(wiring.nodes_named(step))
-            if times != 1:
+        for depth, step in enumerate(route, 1):
+            if (times := len(wiring.nodes_named(step))) != 1:
+                nested = depth < len(route)
+                why = f"because {wiring.prefix + step!r} is " if nested else ""
+                beside = f", or one of {self.model.name!r} itself" if nested else ""
                 raise ValueError(
-                    f"{self.verb} needs a layer with one output; {name!r} is shared, because "
-                    f"{wiring.prefix + step!r} is called {times} times, and so has {times}. Name a "
-                    f"layer before or after it, or one of {self.model.name!r} itself."
+                    f"{self.verb} needs a layer with one output; {name!r} is shared, {why}called "
+                    f"{times} times, and so has {times}. Name a layer before or after it{beside}."
                 )
-            wiring = wiring.inside(step)
-        return wiring.only_output(route[-1])
+            if depth < len(route):
+                wiring = wiring.inside(step)
+        return wiring.outputs_of(step)[0]
 
     def _no_such_layer(self, name: str, paths: Sequence[str]) -> ValueError:
         near = difflib.get_close_matches(name, paths, n=3)
@@ -174,16 +176,6 @@ class Wiring:
                 )
         return [node.outputs[0] for node in nodes]
 
-    def only_output(self, name: str) -> Tensor:
-        """The one output of a layer that is called once."""
-        tensors = self.outputs_of(name)
-        if len(tensors) != 1:
-            raise ValueError(
-                f"{self.verb} needs a layer with one output; {name!r} is shared, called "
-                f"{len(tensors)} times, and so has {len(tensors)}. Name a layer before or after it."
-            )
-        return tensors[0]
-
     def readers_of(self, nodes: Iterable[Node]) -> set[Node]:
         """These nodes and all that depend on them."""
         reached = set(nodes)
@@ -209,7 +201,7 @@ class Wiring:
         All of these may be tensors of nested models.
         """
         first = self.origin(start)
-        inside = first not in {producing_call(start)}  # in a model that is nested in this one
+        inside = first is not producing_call(start)  # in a model that is nested in this one
         behind = self.readers_of([first])
         ends = dict(zip(names, outputs, strict=True))
         for name, tensor in ends.items():
