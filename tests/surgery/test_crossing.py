@@ -133,6 +133,16 @@ def test_composed_and_distilled_across_borders():
     assert done.after["pool"] > 0.9
 
 
+def split(around=False):
+    """A model nested in another, both of whose outputs an Add reads."""
+    a = keras.Input((4, 4, 3))
+    x = conv("first", 3)(a)
+    ends = [conv("a", 3)(x), x if around else conv("b", 3)(x)]
+    inner = keras.Model(a, ends, name="inner")
+    image = keras.Input((4, 4, 3))
+    return keras.Model(image, kl.ReLU(name="last")(kl.Add(name="sum")(inner(image))))
+
+
 REFUSED = {
     "parts of two models": (
         lambda: replace(two(), ["left/conv1", "right/conv1"], kl.ReLU()),
@@ -150,6 +160,14 @@ REFUSED = {
     "a model and its layers": (
         lambda: replace(outer(), ["tower", "tower/conv1", "mean"], kl.ReLU()),
         "received 'tower' and layers in it",
+    ),
+    "two ways over one border": (
+        lambda: replace(split(), ["inner/a", "inner/b", "sum"], kl.ReLU()),
+        "cross the border of 'inner' in several places. Make one graph .*vt.flatten",
+    ),
+    "a border that one way goes around": (
+        lambda: replace(split(around=True), ["inner/a", "sum"], kl.ReLU()),
+        "cross the border of 'inner' in several places",
     ),
     "an output that another layer reads too": (
         lambda: replace(between(), ["second/in", "second/out", "flat"], kl.ReLU()),

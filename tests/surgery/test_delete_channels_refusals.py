@@ -101,6 +101,18 @@ def test_attention():
     refused(model, r"'attend' \(MultiHeadAttention\) reads them, and may mix them")
 
 
+def recurrent(activation="tanh", state=False):
+    inputs = keras.Input((5, 3))
+    x = kl.Dense(4, name="conv")(inputs)
+    start = [kl.Dense(2)(kl.Flatten()(x)) for _ in range(2 * state)] or None
+    return keras.Model(inputs, kl.LSTM(2, activation=activation, name="x")(x, initial_state=start))
+
+
+def test_recurrent_layers_that_mix_channels():
+    refused(recurrent(state=True), r"'x' \(LSTM\) .*joins 3 tensors in a way of its own")
+    refused(recurrent("softmax"), r"'softmax' of 'x' \(LSTM\) isn't known to take", "x")
+
+
 def test_weights_of_a_form_of_their_own():
     model = between(kl.Dense(3, name="x"))
     model.get_layer("x").enable_lora(2)
@@ -197,8 +209,23 @@ def test_what_is_asked_for(layer, channels, message):
     refused(between(), message, layer, channels)
 
 
-def test_one_number_will_do():
+def test_one_number_or_an_iterator_will_do():
     assert delete_channels(between(), "conv", -1).get_layer("conv").filters == 3
+    model = between(kl.Conv2D(4, 1, name="other"), lambda x: x)
+    result = delete_channels(model, ["conv", "other"], iter([0, 2]))
+    assert [result.get_layer(name).filters for name in ("conv", "other")] == [2, 2]
+
+
+def test_a_layer_that_is_named_in_two_ways():
+    model = keras.Sequential([keras.Input((4, 4, 3)), between(), kl.Dense(2)])
+    model.layers[0].name = "inner"
+    refused(model, "received the layer 'inner/conv' twice", ["conv", "inner/conv"])
+
+
+def test_long_lists_of_channels_are_cut():
+    inputs = keras.Input((4,))
+    model = keras.Model(inputs, kl.Softmax()(kl.Dense(30, name="wide")(inputs)))
+    refused(model, r"channels \[0, 1, 2, 3, 4, 5, ... 20 in all\] of 'wide'", "wide", range(20))
 
 
 def test_a_layer_that_gives_channels_no_axis_is_named_with_the_reason():

@@ -16,8 +16,7 @@ from vggtorch import cli, commands
 from vggtorch.cli import main
 from vggtorch.compression.report import Compression, LayerChange
 from vggtorch.measuring.benchmark import Bench, Result
-from vggtorch.measuring.comparison import Comparison
-from vggtorch.measuring.costs import Report, Row
+from vggtorch.measuring.costs import Comparison, Report, Row
 from vggtorch.text import table, wrapped
 from vggtorch.training.advice import Plan, planned
 from vggtorch.training.display import Display, epoch_row
