@@ -89,14 +89,6 @@ def train_(
         show(done)
 
     show(state.step / max(steps, 1))
-    descend_(
-        state,
-        trained,
-        step_,
-        error,
-        looked,
-        steps=steps,
-        seconds=seconds - (work.notes.seconds - state.seconds),
-        every=CHECK,
-    )
+    left = seconds - (work.notes.seconds - state.seconds)
+    descend_(state, trained, step_, error, looked, steps=steps, seconds=left, every=CHECK)
     return state
