@@ -222,7 +222,8 @@ def without_activation(tensor: KerasTensor) -> KerasTensor:
     """What the layer that makes a symbolic tensor has computed before its activation.
 
     The new tensor stands in the same graph, made by a copy of that layer on the layer's variables,
-    or of a nested model on its layers. What these know of their calls stays as it is.
+    or of a nested model on its layers. The layer, its model and what they know of their calls stay
+    as they are.
     """
     call = producing_call(tensor)
     inner = functional(call.operation)
