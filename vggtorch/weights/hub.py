@@ -11,7 +11,7 @@ import urllib.error
 import urllib.request
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -61,11 +61,8 @@ def from_hub(address: str) -> Path:
     from huggingface_hub import hf_hub_download
 
     name, _, file = address.rpartition("/")
-    try:
+    with suppress(OSError):  # not in its cache
         return Path(hf_hub_download(name, file, local_files_only=True))
-    except OSError:  # not in its cache
-        if offline():
-            raise
     _knock()
     with _client(Repository(name, file)):
         return Path(hf_hub_download(name, file))
@@ -104,8 +101,6 @@ def folder_from_hub(address: str, patterns: Sequence[str]) -> Path:
         )
     ask: dict[str, Any] = {"revision": wanted.revision, "allow_patterns": list(patterns)}
     try:
-        if offline():
-            raise OSError("not asked, since VGGTORCH_OFFLINE is set")
         _knock()
     except OSError as error:
         try:
@@ -148,8 +143,6 @@ def folder_to_hub(
     if wanted.file or (wanted.revision and revision):
         raise ValueError(f"Received {visible(name)!r}; expected owner/name of a repository.")
     revision = wanted.revision or revision
-    if offline():
-        raise OSError(f"Could not push to {wanted.name}: VGGTORCH_OFFLINE is set.")
     try:
         _knock()
     except OSError as error:
@@ -175,10 +168,12 @@ def _knock() -> None:
     """See that there is a way to the hub: where there is none its client tries for half a minute.
 
     Raises:
-        OSError: there is none.
+        OSError: there is none, or it is forbidden.
     """
     from huggingface_hub import constants
 
+    if offline():
+        raise OSError("VGGTORCH_OFFLINE is set")
     try:
         urllib.request.urlopen(constants.ENDPOINT, timeout=PATIENCE).close()
     except urllib.error.HTTPError:
