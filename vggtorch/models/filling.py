@@ -129,13 +129,8 @@ def _path_inside(layer: keras.Layer, variable: keras.Variable) -> str:
 def fill_(model: keras.Model, tensors: Mapping[str, torch.Tensor]) -> keras.Model:
     """Give a model that was built on the meta device its values, in place, without copying them.
 
-    Layers that have values, such as those before the user's `input_tensor`, keep them.
-
-    Args:
-        model: built under `keras.device("meta")`.
-        tensors: a tensor for each of `named_variables(model)` that has no value; the variables
-            share their memory where the tensors are already on Keras's device and of the
-            variable's dtype.
+    Layers that have values, such as those before the user's `input_tensor`, keep them. The others
+    share the memory of the tensors that are already on Keras's device and of the variable's dtype.
     """
     for key, variable in named_variables(model).items():
         if raw_value(variable).is_meta:

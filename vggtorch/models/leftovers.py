@@ -135,12 +135,8 @@ def fill_from_(
 ) -> keras.Model:
     """Give a model that was built on the meta device a checkpoint's values; it remembers its set.
 
-    Args:
-        model: layers that have values keep them.
-        checkpoint: what `weights.converted` gave of the source.
-        source: the user's words for it.
-        classes: of predictions; 0 for the convolutions alone: the file may have any head.
-        prefix: of the network's layers; those of the file have it, or none.
+    Layers that have values keep them. Without classes the model is VGG's convolutions alone, and
+    the file may have any head. The file's layers have the prefix of the network's, or none.
 
     Raises:
         ValueError: names or shapes that differ, with both lists.

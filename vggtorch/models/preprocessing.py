@@ -24,10 +24,7 @@ DEFAULT_SIZE = 224  # what the networks were trained on, where nothing else is s
 def as_layers(image: keras.KerasTensor, name: str, prefix: str = "") -> keras.KerasTensor:
     """The preprocessing of a weight set as Keras layers, which plain Keras saves and loads.
 
-    Args:
-        image: RGB of 0 to 255, (N, H, W, 3), or (N, 3, H, W) where Keras is set to channels_first.
-        name: the weight set.
-        prefix: of the layer's name.
+    The image is RGB of 0 to 255, (N, H, W, 3), or (N, 3, H, W) where Keras is set to that.
     """
     expected = weight_set_named(name)
     if expected.bgr:

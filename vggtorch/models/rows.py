@@ -23,10 +23,8 @@ def in_order(
 ) -> dict[Path, str]:
     """The checkpoint's layers -> VGG's, where all of VGG's stand in it in a row, and only once.
 
-    Args:
-        weights: of the model, "block1_conv1/kernel", with their shapes.
-        tensors: of the checkpoint in its order: the layer, the variable's name, whether the axes
-            are torch's, and the shape.
+    Of the checkpoint's tensors, in its order, there is the layer, the variable's name, whether the
+    axes are torch's, and the shape.
     """
     ours: dict[str, Layer] = {}
     for key, shape in weights.items():

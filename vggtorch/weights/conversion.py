@@ -68,14 +68,9 @@ def unmoved(torch_key: str, keras_key: str, shape: Shape) -> Rule:
 
 
 def kernel(torch_key: str, keras_key: str, shape: Shape, flattened: Shape = ()) -> Rule:
-    """The rule of a kernel, whose last two axes in Keras are the first in torch: (O, I, ...).
+    """The rule of a kernel, (..., I, O) in Keras and (O, I, ...) in torch.
 
-    Args:
-        torch_key: its name in torch.
-        keras_key: its name in Keras.
-        shape: in Keras, (..., I, O).
-        flattened: of a matrix (in, out) the map (H, W, C) that it reads, which torch flattens as
-            (C, H, W).
+    Where a matrix (in, out) reads a map (H, W, C) that is `flattened`, torch flattens (C, H, W).
     """
     axes = (*flattened, shape[-1]) if flattened else shape
     split, order = (*axes[:-3:-1], *axes[:-2]), (*range(2, len(axes)), 1, 0)
@@ -106,14 +101,7 @@ def _layer_rules(layer: Layer, grid: int) -> Iterable[Rule]:
 def rules(
     architecture: Architecture, *, include_top: bool, classes: int = CLASSES, grid: int = GRID
 ) -> list[Rule]:
-    """The rules of one network in network order.
-
-    Args:
-        architecture: an entry of ARCHITECTURES.
-        include_top: whether fc1, fc2 and predictions are among them.
-        classes: units of predictions.
-        grid: height and width of block5_pool, which fc1 flattens.
-    """
+    """The rules of one network in its order; fc1 flattens a map of `grid` by `grid` pixels."""
     layers = list(architecture.features())
     if include_top:
         layers += architecture.classifier(classes, grid)
@@ -171,12 +159,9 @@ def _candidates(shapes: Mapping[str, Shape], side: Literal["torch", "keras"]) ->
 
 
 def identify(shapes: Mapping[str, Shape]) -> list[Architecture]:
-    """The networks that Keras tensors of these names and shapes can belong to.
+    """The networks that Keras tensors of these names and shapes can belong to; none to no tensors.
 
     A part of a network, such as a truncated one, can belong to several; the smallest comes first.
-
-    Args:
-        shapes: `layer/variable` -> shape; an empty mapping belongs to none.
     """
     return [c.architecture for c in _candidates(shapes, "keras") if shapes and not c.misfits]
 
@@ -206,13 +191,7 @@ def _choose(
 def keras_to_torchvision(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Keras's named tensors as torchvision's, whole networks or parts of one.
 
-    `num_batches_tracked`, which Keras does not have, comes back as 0.
-
-    Args:
-        tensors: `layer/variable` -> tensor.
-
-    Returns:
-        A state_dict, views where possible: convolutions (O, I, 3, 3), matrices (out, in).
+    They are views where possible: convolutions (O, I, 3, 3), matrices (out, in).
 
     Raises:
         ValueError: tensors that have no place in the network, or other shapes, with both lists.

@@ -98,14 +98,10 @@ _H5_DTYPES = {
 def read_h5(
     path: Path, start: int = 0, config: str | None = None
 ) -> tuple[Tensors, Mapping[str, str]]:
-    """Keras's .weights.h5 and its legacy .h5, mapped.
+    """Keras's .weights.h5 and its legacy .h5, mapped; the form begins at byte `start` of the file.
 
     Another process finds the weights, since damaged files crash or hang the HDF5 library (hdf5.py).
-
-    Args:
-        path: the file.
-        start: where the form begins in it.
-        config: the model's configuration, where it stands elsewhere.
+    The model's configuration is in the form, or is given as `config`.
     """
     script = Path(__file__).with_name("hdf5.py")
     try:

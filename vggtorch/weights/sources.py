@@ -380,11 +380,7 @@ def write(
 ) -> None:
     """Write named tensors to a .safetensors, .pth or .bin file, whole or not at all.
 
-    Args:
-        path: its ending chooses the form.
-        tensors: name -> tensor, on any device.
-        weight_set: kept in the metadata of either form.
-        data_config: kept there too: all that a model expects of an image, as JSON.
+    The weight set, and as JSON all that a model expects of an image, stand in its metadata.
 
     Raises:
         ValueError: another ending.
