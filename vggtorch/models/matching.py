@@ -24,7 +24,7 @@ import torch
 
 from vggtorch.architectures import FEATURES
 from vggtorch.keras_graph import Functional, own_variables, raw_value, state_of, to_snake_case
-from vggtorch.models.rows import in_order
+from vggtorch.models.rows import in_order, prefixes_in
 from vggtorch.models.torch_form import places_of, torch_rules
 from vggtorch.weights import Checkpoint, Rule, Shape
 
@@ -265,19 +265,19 @@ def _without_text(entries: list[_Entry], places: Collection[Path], wanted: str) 
         ValueError: there are several such networks, and none has the `wanted` prefix.
     """
     ours = {path[0] for path in places if path}
-    theirs = {entry.path[-1]: None for entry in entries if entry.path}
+    theirs = dict.fromkeys(entry.path[-1] for entry in entries if entry.path)
     if ours.isdisjoint(FEATURES) or not ours.isdisjoint(theirs):
         return entries
-    found = {name[: -len(end)]: None for name in theirs for end in FEATURES if name.endswith(end)}
+    found = prefixes_in(theirs)
     if not found:
         return entries
     if len(found) > 1 and wanted not in found:
         listed = " and ".join(map(repr, found))
         raise ValueError(
             f"The checkpoint holds several networks, whose layers have the prefixes {listed}. "
-            f"Build the model with one of them, prefix={next(iter(found))!r}."
+            f"Build the model with one of them, prefix={found[0]!r}."
         )
-    prefix = wanted if wanted in found else next(iter(found))
+    prefix = wanted if wanted in found else found[0]
     return [
         replace(entry, path=(*entry.path[:-1], *(p.removeprefix(prefix) for p in entry.path[-1:])))
         for entry in entries

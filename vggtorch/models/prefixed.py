@@ -13,10 +13,11 @@ from typing import Any
 
 import keras
 
-from vggtorch.architectures import FEATURES, LAYERS
+from vggtorch.architectures import LAYERS
 from vggtorch.models.filling import checkpoint_of, named_variables
 from vggtorch.models.leftovers import matched
 from vggtorch.models.matching import Match
+from vggtorch.models.rows import prefixes_in
 from vggtorch.weight_sets import WEIGHT_SETS
 from vggtorch.weights import Checkpoint
 
@@ -26,9 +27,7 @@ def prefixes_of(model: keras.Model) -> list[str]:
     names = dict.fromkeys(key.partition("/")[0] for key in named_variables(model))
     if not names.keys().isdisjoint(LAYERS):
         return []
-    return list(
-        dict.fromkeys(n.removesuffix(end) for n in names for end in FEATURES if n.endswith(end))
-    )
+    return prefixes_in(names)
 
 
 def names_layers_of(model: keras.Model, checkpoint: Checkpoint) -> bool:

@@ -47,6 +47,12 @@ def in_order(
     return {path: name for (path, _), name in zip(taken, ours, strict=True)}
 
 
+def prefixes_in(names: Iterable[str]) -> list[str]:
+    """What stands before the names of VGG's convolutions among these, once for each network."""
+    found = (name.removesuffix(end) for name in names for end in FEATURES if name.endswith(end))
+    return list(dict.fromkeys(found))
+
+
 def _as_keras(layer: Layer) -> Layer:
     """The weights of a convolution or a batch norm of torch as Keras has them."""
     if "running_mean" in layer:
