@@ -29,7 +29,20 @@ import keras
 import numpy as np
 import torch
 import torch.nn.functional as F
-from replacement import POOLS, cifar10, maps, photographs, preprocessed, random_crops, row
+from replacement import (
+    ACCURACY,
+    accuracy,
+    cifar10,
+    cosines,
+    maps,
+    photographs,
+    pooled,
+    preprocessed,
+    probed,
+    random_crops,
+    row,
+    speed,
+)
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -57,15 +70,10 @@ def match(args: argparse.Namespace, model: keras.Model, shown: Any, unseen: Any)
         )
         took = time.monotonic() - begun
         print(found)
-        cosines = _cosines(maps(model, unseen, POOLS), maps(small, unseen, POOLS))
         print(HEADER)
-        row(f"{times:g} times, {found.times:.2f} in {args.by}", cosines, f"{took:.0f} s")
+        name = f"{times:g} times, {found.times:.2f} in {args.by}"
+        row(name, cosines(model, small, unseen), f"{took:.0f} s")
         small.save(args.models / f"vgg16-{times:g}.keras")
-
-
-def _cosines(before: list[torch.Tensor], after: list[torch.Tensor]) -> list[float]:
-    pairs = zip(before, after, strict=True)
-    return [float(F.cosine_similarity(a.flatten(1), b.flatten(1)).mean()) for a, b in pairs]
 
 
 def _results(args: argparse.Namespace) -> dict[str, keras.Model]:
@@ -80,64 +88,18 @@ def _results(args: argparse.Namespace) -> dict[str, keras.Model]:
 def probe(args: argparse.Namespace, model: keras.Model) -> None:
     """Logistic regression on the mean and maximum of the channels of blocks 4 and 5.
 
-    Five folds of the training images choose its regularisation, for each network and block anew.
+    By network and block.
     """
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.model_selection import GridSearchCV
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
-
-    (x, labels), (x_test, labels_test) = (
-        cifar10(args.data, part, n) for part, n in zip(("train", "test"), args.each, strict=True)
-    )
-    print(f"{len(labels)} images to train on, {len(labels_test)} to test on; +- standard error")
-    print(f"{'':<20}{'block':>6}{'accuracy':>16}{'less original':>18}")
-    right: dict[str, dict[str, np.ndarray]] = {}
+    (x, labels), (x_test, labels_test) = cifar10(args.data, args.each)
+    print(f"{'':<20}{'block':>6}{ACCURACY}")
+    original: dict[str, np.ndarray] = {}
     for name, network in {"original": model, **_results(args)}.items():
         blocks = ["block4_pool", "block5_pool"]
-        features = [
-            [
-                torch.cat([y.mean((1, 2)), y.amax((1, 2))], 1).numpy()
-                for y in maps(network, part, blocks)
-            ]
-            for part in (x, x_test)
-        ]
-        for block, train, test in zip(blocks, *features, strict=True):
-            search = GridSearchCV(
-                make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000)),
-                {"logisticregression__C": [1e-4, 1e-3, 1e-2, 1e-1]},
-                cv=5,
-            ).fit(train, labels)
-            found = search.predict(test) == labels_test
-            right.setdefault(block, {})[name] = found
-            less = found.astype(float) - right[block]["original"]
-            error = len(less) ** -0.5
-            print(
-                f"{name:<20}{block[5]:>6}{found.mean():>9.3f} +-{error * found.std():.3f}"
-                f"{less.mean():>+11.3f} +-{error * less.std():.3f}",
-                flush=True,
-            )
-
-
-def speed(args: argparse.Namespace, model: keras.Model, unseen: np.ndarray) -> None:
-    """All networks in turn, each first checked against Keras."""
-    networks = {"original": model, **_results(args)}
-    modules = {name: vt.to_torch(network).eval() for name, network in networks.items()}
-
-    def run(module: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
-        with torch.no_grad():
-            return module(x)
-
-    for batch in (1, 8):
-        images = np.resize(unseen, (batch, *unseen.shape[1:]))
-        x = torch.from_numpy(images).to(next(modules["original"].parameters()).device)
-        for name, module in modules.items():
-            expected = torch.as_tensor(networks[name].predict(images, verbose=0))
-            torch.testing.assert_close(run(module, x).cpu(), expected, rtol=1e-3, atol=1e-2)
-        calls = {name: partial(run, module, x) for name, module in modules.items()}
-        times = harness.in_turns(calls, args.repeats, x.device)
-        print(f"batch {batch} | median ms | quartiles | times the original's")
-        print("\n".join(harness.table(times, "original")))
+        vectors = (map(pooled, maps(network, part, blocks)) for part in (x, x_test))
+        for block, train, test in zip(blocks, *vectors, strict=True):
+            right, _ = probed((train, labels), (test, labels_test))
+            columns = accuracy(right, original.setdefault(block, right))
+            print(f"{name:<20}{block[5]:>6}{columns}", flush=True)
 
 
 # Other ways
@@ -308,9 +270,7 @@ def other_networks(args: argparse.Namespace) -> None:
     """Random weights, made something by a short training on the images of DATA."""
     from keras import applications
 
-    (x, labels), (x_test, labels_test) = (
-        cifar10(args.data, part, n) for part, n in zip(("train", "test"), args.each, strict=True)
-    )
+    (x, labels), (x_test, labels_test) = cifar10(args.data, args.each)
     x, x_test = x / 60, x_test / 60  # as the networks' own preprocessing has it, about
     for name in args.networks:
         keras.utils.set_random_seed(0)
@@ -374,16 +334,21 @@ def main() -> None:
     model = vt.VGG16(weights="oxford", include_top=False)
     print(harness.header(model.get_layer("block1_conv1").kernel.value.device))
     if args.question == "networks":
-        return other_networks(args)
+        other_networks(args)
+        return
     if args.question == "probe":
-        return probe(args, model)
+        probe(args, model)
+        return
     seen = photographs(args.photographs, test=False)
     unseen = preprocessed(random_crops(photographs(args.test, test=True), 40, seed=1))
     shown = preprocessed(random_crops(seen, args.images))
     print(f"{args.images} crops of {len(seen)} photographs; tested on {len(unseen)} of others")
     if args.question == "speed":
-        return speed(args, model, unseen)
-    return (match if args.question == "match" else peers)(args, model, shown, unseen)
+        networks = {"original": model, **_results(args)}
+        for batch in (1, 8):
+            speed(networks, np.resize(unseen, (batch, *unseen.shape[1:])), args.repeats, "original")
+        return
+    (match if args.question == "match" else peers)(args, model, shown, unseen)
 
 
 if __name__ == "__main__":

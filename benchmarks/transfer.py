@@ -26,7 +26,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import platform
 import resource
 import subprocess
 import sys
@@ -36,6 +35,7 @@ from pathlib import Path
 from typing import Any
 
 import vggtorch as vt  # isort: skip  (first: it selects Keras's torch backend)
+import harness
 import keras
 import numpy as np
 import torch
@@ -395,11 +395,7 @@ def main() -> None:
             json.dumps(measure(arguments.data, weights, row, by, arguments.epochs, arguments.fold))
         )
         return
-    print(
-        f"Python {platform.python_version()}, torch {torch.__version__}, "
-        f"Keras {keras.__version__}, {torch.get_num_threads()} threads, "
-        f"{time.strftime('%Y-%m-%d')}: {' '.join(sys.argv)}"
-    )
+    print(harness.header(torch.device("cpu")))
     for name in [arguments.only] if arguments.only else names:
         by = name.split(", ")[-1]
         epochs = {"fit": arguments.keras_epochs, "fastai": arguments.peer_epochs}.get(
