@@ -60,6 +60,13 @@ def _class_weight(text: str | None) -> str | tuple[float, ...] | None:
 
 
 SHORT = {"learning_rate": "--lr", "batch_size": "-b", "output_dir": "-o"}  # beside the long names
+# Types of fields on the command line that aren't TrainConfig's own, and what typer is to know.
+_OTHER_TYPES: dict[str, tuple[Any, dict[str, Any]]] = {
+    "unfreeze": (list[str], {"metavar": "EPOCH:LAYER", "callback": _stages}),
+    "class_weight": (str | None, {"metavar": "WEIGHTS", "callback": _class_weight}),
+    "optimizer": (str, {}),
+    "schedule": (str, {}),
+}
 
 
 def with_options_of_train_config(command: Callable[..., None]) -> Callable[..., None]:
@@ -68,38 +75,25 @@ def with_options_of_train_config(command: Callable[..., None]) -> Callable[..., 
     parameters = [p for p in own if p.kind is not p.VAR_KEYWORD]
     hints = typing.get_type_hints(TrainConfig)
     for field in dataclasses.fields(TrainConfig):
-        hint, default = hints[field.name], field.default
-        details: dict[str, Any] = {"help": field.metadata["help"]}
-        if field.name == "unfreeze":
-            hint, default = list[str], []
-            details |= {"metavar": "EPOCH:LAYER", "callback": _stages}
-        elif typing.get_origin(hint) is tuple:
-            hint, default = list[str], []
-            details |= {"metavar": "NAME"}
-        elif field.name in ("optimizer", "schedule"):
-            hint = str
+        hint, details = _OTHER_TYPES.get(field.name, (hints[field.name], {}))
+        default, text = field.default, field.metadata["help"]
+        if typing.get_origin(hint) is tuple:
+            hint, details = list[str], {"metavar": "NAME"}
         if hint == list[str]:
-            details["help"] += " May be given several times."
-        if field.name == "class_weight":
-            hint = str | None
-            details |= {"metavar": "WEIGHTS", "callback": _class_weight}
+            default, text = [], f"{text} May be given several times."
+        flag = "--" + field.name.replace("_", "-")
+        flags = [flag, SHORT[field.name]] if field.name in SHORT else []  # else typer makes it
         parameters.append(
             inspect.Parameter(
                 field.name,
                 inspect.Parameter.KEYWORD_ONLY,
                 default=default,
-                annotation=Annotated[hint, typer.Option(*_names(field.name), **details)],
+                annotation=Annotated[hint, typer.Option(*flags, help=text, **details)],
             )
         )
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {}
     return command
-
-
-def _names(field: str) -> list[str]:
-    """The names of an option that has a short one; none where typer makes the only one."""
-    flag = "--" + field.replace("_", "-")
-    return [flag, SHORT[field]] if field in SHORT else []
 
 
 _FIELDS = "|".join(field.name for field in dataclasses.fields(TrainConfig))

@@ -139,8 +139,7 @@ def units_of(children: Sequence[nn.Module], workspace: Workspace | None = None) 
         # Pooled first, a ReLU has a quarter of the work and keeps a quarter.
         inside = relu if pool is None else None
         both = FrozenConv2d(conv, norm, inside, workspace) if conv else None  # type: ignore
-        unit = Unit(both, relu, pool)  # type: ignore
-        units.append(unit)
+        units.append(Unit(both, relu, pool))  # type: ignore
     return units
 
 
