@@ -78,9 +78,8 @@ class LPIPS(nn.Module):
             checkpoint=checkpoint,
         )
         tensors = _linear_layers(linear)
-        widths = [self.extractor.network.get_submodule(f"block{b}_conv1").out_channels
-                  for b in range(1, 6)]  # fmt: skip
-        for i, width in enumerate(widths):
+        for i in range(len(TAPS)):
+            width = self.extractor.network.get_submodule(f"block{i + 1}_conv1").out_channels
             name = f"lin{i}.model.1.weight"
             weight = torch.as_tensor(tensors[name]) if name in tensors else None
             if weight is None or weight.shape != (1, width, 1, 1):
