@@ -89,6 +89,28 @@ def test_flatten_keeps_dtypes_training_and_the_weight_set():
     assert weight_set(rename(row, "a_")) == "oxford"
 
 
+def test_a_model_that_is_called_with_another_rank_is_not_dissolved():
+    a, x = keras.Input((4, 1)), keras.Input((4,))
+    inner = keras.Model(a, kl.Flatten()(a), name="inner")
+    with pytest.raises(ValueError, match=r"'inner': its input has the shape \(None, 4, 1\) and it"):
+        flatten(keras.Model(x, inner(x)))
+
+
+def test_what_cannot_be_told_that_it_trains_is_not_dissolved():
+    class Own(keras.Layer):
+        def __init__(self, **settings):
+            super().__init__(**settings)
+            self.drop = kl.Dropout(0.5)
+
+        def call(self, x):
+            return self.drop(x)
+
+    a, x = keras.Input((4,)), keras.Input((4,))
+    inner = keras.Model(a, Own(name="own")(a), name="inner")
+    with pytest.raises(ValueError, match="'inner', .*with training=True: own can't be told"):
+        flatten(keras.Model(x, inner(x, training=True)))
+
+
 def test_flatten_refuses_what_a_graph_of_layers_cant_be():
     steps = keras.Input((5, 3))
     inner = keras.Model(steps, kl.LSTM(2)(steps), name="inner")

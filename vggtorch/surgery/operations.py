@@ -73,7 +73,7 @@ def truncate(
         return rebuilt(wiring, wiring.inputs_of(outputs), ends)
     begin = wiring.output_of(start)
     refuse_half(wiring, begin)
-    wiring.check_cut(begin, names, outputs)
+    wiring.check_cut(begin, dict(zip(names, outputs, strict=True)))
     result = rebuilt(wiring, begin, ends)
     forget_images_(result, wiring, begin)
     return result

@@ -195,15 +195,14 @@ class Wiring:
         kept = [t for t in self.functional.inputs if producing_call(t) in used]
         return kept[0] if len(kept) == 1 else kept
 
-    def check_cut(self, start: Tensor, names: Sequence[str], outputs: Sequence[Tensor]) -> None:
-        """Raise unless every path from the inputs to `outputs` goes through `start`.
+    def check_cut(self, start: Tensor, ends: Mapping[str, Tensor]) -> None:
+        """Raise unless every path from the inputs to `ends`, by their names, goes through `start`.
 
         All of these may be tensors of nested models.
         """
         first = self.origin(start)
         inside = first is not producing_call(start)  # in a model that is nested in this one
         behind = self.readers_of([first])
-        ends = dict(zip(names, outputs, strict=True))
         for name, tensor in ends.items():
             node = self.origin(tensor)
             if tensor is start or node not in behind or (node is first and not inside):
@@ -226,13 +225,12 @@ class Wiring:
                 f"{', '.join(around)} goes around it. Start where all paths meet."
             )
         if inside:  # what goes around `start` may also do so inside of the nested model
-            read = {id(t) for node in path for t in node.input_tensors} | {id(t) for t in outputs}
+            read = {id(t) for node in path for t in node.input_tensors} | {*map(id, ends.values())}
             nested = self.inside(first.operation.name)
             pairs = zip(nested.outputs, first.outputs, strict=True)
             made = {id(outer): inner for inner, outer in pairs if id(outer) in read}
             within = {name: made.get(id(t), t) for name, t in within.items()}
-            within = {owner(t): t for t in made.values()} | within
-            nested.check_cut(start, list(within), list(within.values()))
+            nested.check_cut(start, {owner(t): t for t in made.values()} | within)
 
     def way_through(self, nodes: Sequence[Node]) -> tuple[Tensor, Tensor]:
         """(way out, way in) of a set of nodes; raises if there is more than one of either."""
