@@ -111,7 +111,9 @@ def maps(model: keras.Model, images: np.ndarray, names: list[str]) -> list[torch
     module = vt.to_torch(part).eval()
     device = next(module.parameters()).device
     with torch.no_grad():
-        parts = [module(x.to(device)) for x in torch.from_numpy(images).split(16)]
+        parts = [
+            keras.tree.flatten(module(x.to(device))) for x in torch.from_numpy(images).split(16)
+        ]
     return [torch.cat(part) for part in zip(*parts, strict=True)]
 
 
