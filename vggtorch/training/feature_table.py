@@ -23,6 +23,7 @@ from vggtorch import files, surgery
 from vggtorch.checks import whole
 from vggtorch.models import data_config
 from vggtorch.paths import as_path
+from vggtorch.training.folders import stamp_of
 from vggtorch.training.identity import network_digest
 from vggtorch.training.prediction import batches, image_files
 
@@ -137,8 +138,7 @@ def _looks(paths: Sequence[Path]) -> bytes:
     digest = hashlib.sha256()
     for path in paths:
         with contextlib.suppress(OSError):
-            found = path.stat()
-            digest.update(f"{found.st_size} {found.st_mtime_ns}".encode())
+            digest.update("{} {}".format(*stamp_of(path)).encode())
         digest.update(b"\n")
     return digest.hexdigest().encode()
 

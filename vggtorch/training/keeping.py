@@ -55,14 +55,14 @@ def save_trained(history: History, folder: str | Path, command: str | None = Non
     model = with_preprocessing(history.model)
     with files.atomic(folder / "model.keras") as temporary:
         model.save(temporary)
-    with files.atomic(folder / "classes.json") as temporary:
-        temporary.write_text(f"{json.dumps(history.classes, indent=1)}\n", encoding="utf-8")
-    with files.atomic(folder / "config.json") as temporary:
-        described = json.dumps(_configuration(model, history), indent=2)
-        temporary.write_text(f"{described}\n", encoding="utf-8")
-    with files.atomic(folder / "README.md") as temporary:
-        card = card_of(history, model, command or as_command(sys.argv))
-        temporary.write_text(card, encoding="utf-8")
+    texts = {
+        "classes.json": f"{json.dumps(history.classes, indent=1)}\n",
+        "config.json": f"{json.dumps(_configuration(model, history), indent=2)}\n",
+        "README.md": card_of(history, model, command or as_command(sys.argv)),
+    }
+    for name, text in texts.items():
+        with files.atomic(folder / name) as temporary:
+            temporary.write_text(text, encoding="utf-8")
     return model
 
 

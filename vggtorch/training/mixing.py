@@ -54,11 +54,8 @@ def mixed(
 def _chosen(config: TrainConfig, classes: int) -> v2.MixUp | v2.CutMix:
     from torchvision.transforms import v2
 
-    known = []
-    if config.mixup:
-        known.append(v2.MixUp(alpha=config.mixup, num_classes=classes))
-    if config.cutmix:
-        known.append(v2.CutMix(alpha=config.cutmix, num_classes=classes))
+    alphas = {v2.MixUp: config.mixup, v2.CutMix: config.cutmix}
+    known = [kind(alpha=alpha, num_classes=classes) for kind, alpha in alphas.items() if alpha]
     return known[0] if len(known) == 1 else known[int(torch.randint(len(known), ()))]
 
 

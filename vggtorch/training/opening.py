@@ -13,7 +13,7 @@ import torch
 from vggtorch.text import visible
 from vggtorch.training.advice import Plan, Similarity, planned
 from vggtorch.training.config import ELSEWHERE, NO_SETTINGS, TrainConfig
-from vggtorch.training.data import Folder, check_fits, images_for
+from vggtorch.training.data import Folder, check_fits, geometry_text, images_for
 from vggtorch.training.features import frozen_end
 from vggtorch.training.folders import images_by_class
 from vggtorch.training.heads import check_frozen, with_head
@@ -129,11 +129,7 @@ def first_lines(
     lines.append(f"Images: {', '.join(parts)}")
     cores = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
     lines.append(f"Device: {device}{cores}, {config.precision}")
-    height, width = images.size or (0, 0)
-    lines.append(
-        f"Input: {height}x{width}, crop mode {images.crop_mode}, crop share {images.crop_pct:g}, "
-        f"{images.interpolation}; weight set {images.weight_set or 'not known'}"
-    )
+    lines.append(f"Input: {geometry_text(images)}")
     is_frozen = frozen_end(model) is not model.inputs[0]
     if mixes(config) and config.cache and is_frozen:
         lines.append("Cached: nothing; frozen layers run in every step, as mixed images are new")

@@ -227,7 +227,9 @@ def _json_lines(file: Any, found: Iterable[Prediction]) -> None:
 def _csv_rows(file: Any, found: Iterable[Prediction]) -> None:
     rows, found = csv.writer(file), iter(found)
     # The first image that could be read says how many classes a row has.
-    before = list(_until_readable(found))
+    before: list[Prediction] = []
+    while not (before and before[-1].classes) and (one := next(found, None)):
+        before.append(one)
     classes = len(before[-1].classes) if before else 0
     numbers = ["", *(f"_{i}" for i in range(2, classes + 1))][:classes]
     header = [f"{name}{number}" for number in numbers for name in ("label", "probability")]
@@ -235,13 +237,6 @@ def _csv_rows(file: Any, found: Iterable[Prediction]) -> None:
     for one in itertools.chain(before, found):
         cells = [cell for name, share in one.classes for cell in (name, f"{share:.6g}")]
         rows.writerow([one.path, *cells, *[""] * (2 * classes - len(cells)), one.problem])
-
-
-def _until_readable(found: Iterator[Prediction]) -> Iterator[Prediction]:
-    for one in found:
-        yield one
-        if one.classes:
-            return
 
 
 def evaluate_folder(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any
@@ -16,7 +15,6 @@ from vggtorch.keras_graph import graph_of
 from vggtorch.models import held_tensors
 from vggtorch.training.balance import class_weights
 from vggtorch.training.config import TrainConfig
-from vggtorch.training.data import BatchPlan, Key
 from vggtorch.training.display import open_display
 from vggtorch.training.heads import class_names
 from vggtorch.training.mixing import mixes
@@ -24,7 +22,7 @@ from vggtorch.training.opening import read_and_fit, settle_config
 from vggtorch.training.optimization import freeze_for_, frozen_layers_kept, set_learning_rate_
 from vggtorch.training.reading import shared_batches
 from vggtorch.training.run import Images, assign_, first_state, make_accelerator
-from vggtorch.training.stages import Stage, prepare
+from vggtorch.training.stages import prepare
 from vggtorch.training.step import train_step_
 
 
@@ -111,7 +109,8 @@ def find_learning_rate(
                 stage = prepare(model, read, config, 0, accelerator, show)
                 module = accelerator.prepare_model(stage.module).train()
                 show.begin("learning rate", steps * config.batch_size)
-                keys = list(itertools.islice(_endless(stage, read.plan), steps))
+                epochs = (stage.keys(read.plan, epoch) for epoch in itertools.count())
+                keys = list(itertools.islice(itertools.chain.from_iterable(epochs), steps))
                 batches = shared_batches(
                     stage.training, keys, config.num_workers, accelerator, in_pairs=mixes(config)
                 )
@@ -136,9 +135,3 @@ def find_learning_rate(
             model.zero_grad()
             model.to(device)
     return RateSearch(tuple(rates[: len(smoothed)]), tuple(smoothed))
-
-
-def _endless(stage: Stage, plan: BatchPlan) -> Iterator[list[Key]]:
-    """What the batches consist of, over as many epochs as it takes."""
-    for epoch in itertools.count():
-        yield from stage.keys(plan, epoch)

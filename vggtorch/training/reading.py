@@ -32,16 +32,6 @@ def loaded(
         yield from batches
 
 
-def _await_signal(patience: float = 5.0) -> None:
-    """Wait for the signal of a worker's death, and drop the error that torch raises for it.
-
-    A worker's connections break a moment before the signal of its death comes. Left alone, the
-    signal would raise torch's own error later, anywhere.
-    """
-    with contextlib.suppress(RuntimeError):
-        time.sleep(patience)
-
-
 @contextlib.contextmanager
 def clear_errors(num_workers: int) -> Iterator[None]:
     """Inside, errors of the workers that read images become a ValueError that says what to do.
@@ -55,7 +45,10 @@ def clear_errors(num_workers: int) -> Iterator[None]:
         if "Caught " in str(error) or not (broken or "DataLoader worker (pid" in str(error)):
             raise
         if broken:
-            _await_signal()
+            # A worker's connections break a moment before the signal of its death comes, for which
+            # torch would raise an error of its own later, anywhere.
+            with contextlib.suppress(RuntimeError):
+                time.sleep(5)
         raise ValueError(
             f"A process that reads images was killed, for want of memory perhaps. Carry the run on "
             f"with resume=True, and fewer of them than num_workers={num_workers}."

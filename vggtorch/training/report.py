@@ -30,7 +30,7 @@ from vggtorch.training.charts import chart, curves_svg
 from vggtorch.training.checkpoints import version_text
 from vggtorch.training.config import TrainConfig
 from vggtorch.training.confusion import confusion_html
-from vggtorch.training.data import DatasetSource, Folder
+from vggtorch.training.data import DatasetSource, Folder, geometry_text
 from vggtorch.training.evaluation import Evaluation
 from vggtorch.training.loop import History
 from vggtorch.training.optimization import name_of
@@ -126,7 +126,7 @@ def write_test_report(
         OSError: the file couldn't be written.
     """
     scored = _scored(model, "test", images, images.classes, found, mistakes)
-    cards = _cards(_split_cards("test", found))
+    cards = _cards([_accuracy_card("test", found)])
     title = f"{in_html(model.name)} on {in_html(images.root.resolve().name)}"
     _write(path, _page(title, [cards, scored], command))
 
@@ -143,9 +143,7 @@ def _page(title: str, sections: Iterable[str], command: str | None) -> str:
 
 def _headline(history: History) -> str:
     """The figures that one looks for first."""
-    cards = []
-    for name, _, found in evaluations(history):
-        cards += _split_cards(name, found)
+    cards = [_accuracy_card(name, found) for name, _, found in evaluations(history)]
     kept = f"{history.kept_epoch + 1} of {len(history.epochs)}"
     which = "best" if history.config.restore_best_weights and history.validation else "last"
     cards.append((kept, f"is the {which} epoch, whose weights these are"))
@@ -153,9 +151,9 @@ def _headline(history: History) -> str:
     return _cards(cards)
 
 
-def _split_cards(name: str, found: Evaluation) -> list[tuple[str, str]]:
+def _accuracy_card(name: str, found: Evaluation) -> tuple[str, str]:
     right, images = round(found.accuracy * len(found.labels)), len(found.labels)
-    return [(f"{found.accuracy:.1%}", f"{name} accuracy, {right} of {images} images right")]
+    return f"{found.accuracy:.1%}", f"{name} accuracy, {right} of {images} images right"
 
 
 def _cards(cards: Sequence[tuple[str, str]]) -> str:
@@ -240,14 +238,7 @@ def _scored(
 
 
 def _geometry(history: History) -> str:
-    images = history.data_config
-    return (
-        f"Images were brought to {images.size[0]}x{images.size[1]}, crop mode {images.crop_mode}, "
-        f"crop share {images.crop_pct:g}, {images.interpolation}; weight set "
-        f"{in_html(images.weight_set or 'not known')}."
-        if images.size
-        else ""
-    )
+    return f"Images were brought to {in_html(geometry_text(history.data_config))}."
 
 
 def _settings(history: History) -> str:

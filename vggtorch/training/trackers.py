@@ -65,7 +65,13 @@ class Trackers:
         """
         if not (self._config.log_with and self._accelerator.is_main_process):
             return
-        settings = {name: _plain(v) for name, v in {**_settings(self._config), **about}.items()}
+        names = (field.name for field in dataclasses.fields(TrainConfig))
+        known = {n: getattr(self._config, n) for n in names if n not in ("log_with", "resume")}
+        # As all trackers take them: numbers, and all else as text.
+        settings = {
+            name: value if isinstance(value, bool | int | float) else name_of(value)
+            for name, value in {**known, **about}.items()
+        }
         before = _read(self._path) if self._config.resume else {}
         options = {}
         for name in before.keys() & set(map(str, self._config.log_with)):
@@ -201,13 +207,3 @@ def _run_of(tracker: Any) -> str | None:
 def _has_begun(tracker: Any) -> bool:
     """Whether a tracker of Accelerate's has its writer or run."""
     return hasattr(tracker, "tracker")
-
-
-def _settings(config: TrainConfig) -> dict[str, Any]:
-    found = {f.name: getattr(config, f.name) for f in dataclasses.fields(TrainConfig)}
-    return {name: value for name, value in found.items() if name not in ("log_with", "resume")}
-
-
-def _plain(value: Any) -> Any:
-    """A setting as all trackers take it: numbers, and all else as text."""
-    return value if isinstance(value, bool | int | float) else name_of(value)
