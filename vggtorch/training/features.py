@@ -19,14 +19,7 @@ from filelock import FileLock, Timeout
 from vggtorch import files, keras_graph
 from vggtorch.lowering import between
 from vggtorch.training.config import TrainConfig
-from vggtorch.training.data import (
-    DatasetSource,
-    Folder,
-    Key,
-    as_input,
-    fingerprint,
-    in_order,
-)
+from vggtorch.training.data import DatasetSource, Folder, Key, as_input, fingerprint, in_order
 from vggtorch.training.identity import network_digest
 from vggtorch.training.reading import loaded
 from vggtorch.training.telling import tell

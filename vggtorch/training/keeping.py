@@ -11,13 +11,7 @@ from typing import Any
 import keras
 
 from vggtorch import files, surgery
-from vggtorch.models import (
-    PREPROCESSING_SUFFIX,
-    as_layers,
-    data_config,
-    remember_,
-    remembered,
-)
+from vggtorch.models import PREPROCESSING_SUFFIX, as_layers, data_config, remember_, remembered
 from vggtorch.paths import as_path
 from vggtorch.text import as_command
 from vggtorch.training.card import card_of, check_history

@@ -24,19 +24,9 @@ from vggtorch.models import remember_
 from vggtorch.paths import check_run
 from vggtorch.training import checkpoints
 from vggtorch.training.balance import class_weights
-from vggtorch.training.callbacks import (
-    call,
-    check_callbacks,
-    check_figures,
-    check_unfrozen,
-)
+from vggtorch.training.callbacks import call, check_callbacks, check_figures, check_unfrozen
 from vggtorch.training.config import TrainConfig
-from vggtorch.training.data import (
-    DatasetSource,
-    Folder,
-    Source,
-    check_labels,
-)
+from vggtorch.training.data import DatasetSource, Folder, Source, check_labels
 from vggtorch.training.display import Display, open_display
 from vggtorch.training.evaluation import Evaluation, evaluate
 from vggtorch.training.folders import check_apart

@@ -11,12 +11,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from vggtorch import files
 from vggtorch.training.config import OWN_SCHEDULES, TrainConfig
-from vggtorch.training.optimization import (
-    learning_rate,
-    name_of,
-    set_learning_rate_,
-    torch_class,
-)
+from vggtorch.training.optimization import learning_rate, name_of, set_learning_rate_, torch_class
 
 
 def make_scheduler(config: TrainConfig, optimizer: Optimizer, steps: int) -> LRScheduler | None:
