@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -14,14 +15,6 @@ from vggtorch.training.data import BatchPlan, DatasetSource, Folder
 def labels_of(source: Folder | DatasetSource) -> list[int]:
     """Every image's label; of a Dataset they are known only after it was read."""
     return list(source.labels) if isinstance(source, Folder) else source.plain[1]
-
-
-def _drawn_labels(source: Folder | DatasetSource, plan: BatchPlan, epochs: int) -> list[int]:
-    """The labels of all images that train; of a Dataset as often as its sampler gives them."""
-    labels = labels_of(source)
-    if isinstance(source, Folder):
-        return labels
-    return [labels[index] for epoch in range(epochs) for batch in plan(epoch) for index in batch]
 
 
 def class_weights(
@@ -39,7 +32,11 @@ def class_weights(
     if given is None:
         return None
     if isinstance(given, str):
-        counts = _counts(_drawn_labels(source, plan, config.epochs), names)
+        labels = labels_of(source)
+        if isinstance(source, DatasetSource):  # as often as its sampler gives each
+            batches = itertools.chain.from_iterable(map(plan, range(config.epochs)))
+            labels = [labels[index] for batch in batches for index in batch]
+        counts = _counts(labels, names)
         return torch.from_numpy(counts.sum() / len(names) / counts).float()
     if isinstance(given, Mapping):
         found: dict[int, float] = {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -15,10 +15,7 @@ WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 460, 260, 62, 16, 56, 40
 
 def curves_svg(curves: dict[str, Sequence[float]], title: str) -> str:
     """A line for each named curve over the epochs 1, 2, ...; SVG text."""
-    points = {
-        name: [(float(i), value) for i, value in enumerate(values, 1)]
-        for name, values in curves.items()
-    }
+    points = {name: list(enumerate(values, 1)) for name, values in curves.items()}
     return chart(points, title, "epoch", whole=True)
 
 
@@ -39,7 +36,7 @@ def ticks(low: float, high: float, most: int = 5, *, whole: bool = False) -> lis
 
 
 def chart(
-    lines: dict[str, list[tuple[float, float]]],
+    lines: Mapping[str, Sequence[tuple[float, float]]],
     title: str,
     axis: str,
     mark: float | None = None,

@@ -117,12 +117,10 @@ def first_lines(
     drawn = f" ({each} in an epoch, by the DataLoader)" if each != len(read.training) else ""
     parts = [f"{len(read.training)} train{drawn}"]
     if read.validation is not None:
-        of = (
-            "folder"
-            if isinstance(read.training, Folder) and read.training.root.is_dir()
-            else "table"
-        )
-        same = f" (held out of the same {of})" if read.held_out else ""
+        same = ""
+        if read.held_out and isinstance(read.training, Folder):
+            is_folder = read.training.root.is_dir()
+            same = f" (held out of the same {'folder' if is_folder else 'table'})"
         parts.append(f"{len(read.validation)} validate{same}")
     if read.test is not None:
         parts.append(f"{len(read.test)} test (scored once, at the end)")

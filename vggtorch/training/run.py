@@ -167,23 +167,21 @@ def _check_names(splits: Splits, config: TrainConfig) -> None:
 
 def _tell_unused(splits: Splits, config: TrainConfig) -> None:
     """Warn of settings for images in files, where the images are no files."""
-    names = [] if are_files(splits.train) else ["augment"]
+    of_files = are_files(splits.train)
+    names = [] if of_files else ["augment"]
     names += [] if any(map(are_files, splits)) else ["label_pattern", "on_unreadable"]
-    names += (
-        [] if are_files(splits.train) or splits.validation is not None else ["validation_split"]
-    )
+    names += [] if of_files or splits.validation is not None else ["validation_split"]
     _tell_of_loaders(splits, config)
     if splits.validation is not None and config.validation_split != TrainConfig.validation_split:
         tell(
             f"Without effect: validation_split={config.validation_split!r}, as the data has images "
             f"of its own to validate on.",
         )
-    given = [n for n in names if getattr(config, n) != getattr(TrainConfig, n)]
-    if given:
+    pairs = [(name, getattr(config, name)) for name in names]
+    if given := [f"{n}={value!r}" for n, value in pairs if value != getattr(TrainConfig, n)]:
         tell(
-            f"Without effect on a Dataset: "
-            f"{', '.join(f'{name}={getattr(config, name)!r}' for name in given)}. It augments "
-            f"images itself (torchvision.transforms.v2), has labels of its own, and is split by "
+            f"Without effect on a Dataset: {', '.join(given)}. It augments images itself "
+            f"(torchvision.transforms.v2), has labels of its own, and is split by "
             f"torch.utils.data.random_split.",
         )
 
