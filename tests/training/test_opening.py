@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from torch.utils.data import TensorDataset
+from torch.utils.data import DataLoader, Subset, TensorDataset
 
 import vggtorch as vt
 from vggtorch.cli import main
@@ -184,6 +184,28 @@ def test_settings_go_before_a_config(images, config):
     )
     # A model that classifies is trained as it is.
     assert opening.settle_config(model, images, None, {}) == vt.TrainConfig()
+
+
+class Named(TensorDataset):
+    classes = ("blue", "green", "red")
+
+
+def test_advice_counts_the_images_of_a_part_and_of_a_loader():
+    data = Named(torch.zeros(6000, 1), torch.arange(6000) % 3)
+    part, model = Subset(data, range(30)), vt.VGG11(weights=None, include_top=False)
+    for given, each in ((data, 2000), (part, 10), (DataLoader(part, 6), 10)):
+        plan = opening.settle_config(model, given, None, {})
+        assert f"{each} images of each class" in str(plan)
+
+
+def test_classes_of_a_data_set_around_another_are_its_own(config):
+    class Around(Named):
+        dataset = Named()
+        classes = ("blue", "green", "violet")
+
+    parts = {"train": Named(*tiny.dataset().tensors), "val": Around(*tiny.dataset().tensors)}
+    with pytest.raises(ValueError, match=r"\['red'\], only in the validation data \['violet'\]"):
+        vt.finetune(tiny.network(), parts, config=config)
 
 
 def test_a_head_needs_to_know_the_classes(tmp_path):

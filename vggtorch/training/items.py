@@ -190,9 +190,9 @@ def as_labels(labels: Any) -> torch.Tensor:
 def label_names(dataset: Any) -> tuple[str, ...]:
     """The classes' names, where a Dataset has them as torchvision's do or as Hugging Face's do.
 
-    A part of such a Dataset, and several one behind the other, have its names too.
+    A part of such a Dataset, its DataLoader, and several one behind the other have its names too.
     """
-    if isinstance(dataset, Subset):
+    if isinstance(dataset, Subset | DataLoader):
         return label_names(dataset.dataset)
     if isinstance(dataset, ConcatDataset):
         found = {label_names(part) for part in dataset.datasets}
@@ -232,7 +232,7 @@ class Kept(Dataset):
     """What a stream gave, from its first image to its last, in memory and by index."""
 
     def __init__(self, stream: Any, images: DataConfig) -> None:
-        self.classes = label_names(stream.dataset if isinstance(stream, DataLoader) else stream)
+        self.classes = label_names(stream)
         self.items: list[tuple[Any, int]] = []
         size = 0
         for image, label in map(checked, _items(stream)):

@@ -9,6 +9,7 @@ from typing import Any
 
 import keras
 import torch
+from torch.utils.data import DataLoader
 
 from vggtorch.text import visible
 from vggtorch.training.advice import Plan, Similarity, planned
@@ -74,8 +75,7 @@ def _counts(train: Images, pattern: str | None) -> tuple[int, int] | None:
     if are_files(part):
         counts = images_by_class(as_part(part), pattern)
         return sum(counts.values()), len(counts)
-    dataset = getattr(part, "dataset", part)
-    classes = label_names(dataset)
+    dataset, classes = part.dataset if isinstance(part, DataLoader) else part, label_names(part)
     return (len(dataset), len(classes)) if classes and hasattr(dataset, "__len__") else None
 
 

@@ -149,7 +149,7 @@ def _check_names(splits: Splits, config: TrainConfig) -> None:
     def counted(given: Any) -> dict[str, int]:
         if are_files(given):
             return images_by_class(as_part(given), config.label_pattern)
-        return dict.fromkeys(label_names(getattr(given, "dataset", given)), 0)
+        return dict.fromkeys(label_names(given), 0)
 
     known = counted(splits.train)
     for part, name in ((splits.validation, "validation"), (splits.test, "test")):
