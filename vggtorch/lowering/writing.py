@@ -285,7 +285,7 @@ class _Builder:
     # Steps
 
     def _step(self, call: keras_graph.Node) -> None:
-        last = next(reversed(self.graph.nodes), None)
+        last = next(iter(reversed(self.graph.nodes)), None)
         masked = any(keras_graph.keras_mask(t) is not None for t in call.input_tensors)
         # Keras doesn't show on a nested model's output a mask that begins inside or passes through.
         hidden = any(id(t) in self.hidden for t in call.input_tensors)
