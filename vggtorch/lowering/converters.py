@@ -82,7 +82,9 @@ def _group_norm(site: Site) -> list[Piece] | None:
     channels = sizes.pop(axis - 1)
     # Torch refuses the norm of one number, and one image may be of one pixel.
     alone = layer.groups == channels and not any(n is not None and n > 1 for n in sizes)
-    if not _is_float32(site) or axis not in (1, site.rank - 1) or alone:
+    # Torch 2.11 fails at, or in, the gradient of a bias without a weight.
+    shifts = layer.center and not layer.scale
+    if not _is_float32(site) or axis not in (1, site.rank - 1) or alone or shifts:
         return None
     norm = site.module(nn.GroupNorm, layer.groups, channels, layer.epsilon)
     return [Piece(norm, "", "first" if axis != 1 else "keras")]
