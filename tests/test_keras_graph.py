@@ -163,8 +163,8 @@ def check_masks() -> None:
     tokens = keras.Input((3,), dtype="int32")
     assert keras_graph.keras_mask(kl.Embedding(5, 2, mask_zero=True)(tokens)) is not None
     assert keras_graph.keras_mask(kl.Embedding(5, 2)(tokens)) is None
-    values = kl.Embedding(5, 2, mask_zero=True)(torch.tensor([[1, 0]]))
-    assert keras_graph.keras_mask(values).tolist() == [[True, False]]
+    mask = keras_graph.keras_mask(kl.Embedding(5, 2, mask_zero=True)(torch.tensor([[1, 0]])))
+    assert mask is not None and mask.tolist() == [[True, False]]
 
 
 def check_operation_kinds() -> None:

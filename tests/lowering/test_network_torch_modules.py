@@ -70,7 +70,7 @@ def test_its_buffers_stay_one_where_the_network_is_moved():
     network._apply(torch.clone)  # what `.to()` does, without another device
     network(X)
     assert module[1].num_batches_tracked == 1
-    assert network.get_submodule("torch")[1].running_mean is module[1].running_mean
+    assert network.get_submodule("torch.1").running_mean is module[1].running_mean
     torch.testing.assert_close(network.eval()(X), model(X, training=False))
     with pytest.warns(UserWarning, match="stand alone"):
         network.double()
