@@ -66,8 +66,9 @@ def test_a_wrapped_module_is_the_child_itself():
 
 def test_its_buffers_stay_one_where_the_network_is_moved():
     model, module = wrapped()
-    network = vt.to_torch(model)
+    network, before = vt.to_torch(model), module[1].running_mean.data_ptr()
     network._apply(torch.clone)  # what `.to()` does, without another device
+    assert module[1].running_mean.data_ptr() != before
     network(X)
     assert module[1].num_batches_tracked == 1
     assert network.get_submodule("torch.1").running_mean is module[1].running_mean
