@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from itertools import product
 from typing import Any, TypeVar
 
@@ -128,14 +128,15 @@ def _fill_(work: Work, chosen: dict[str, Option], budget: float) -> None:
     room = budget - left(work, chosen)
     order = sorted(work.networks.sites, key=lambda site: -chosen[site.name].error)
     for lanes, site in product((LANES, 1), order):
-        method, ranks, cost, error = vars(chosen[site.name]).values()
+        option, method = chosen[site.name], chosen[site.name].method
         if room < SPARE * budget or method not in METHODS:
             continue
-        most = (cost + room) / site.multiply_adds
+        most = (option.cost + room) / site.multiply_adds
         for more in ranks_for(site, method, most, lanes):
-            if len(more) == len(ranks) and (now := multiply_adds(site, method, more)) > cost:
-                chosen[site.name] = Option(method, more, float(now), error)
-                room -= now - cost
+            cost = float(multiply_adds(site, method, more))
+            if len(more) == len(option.ranks) and cost > option.cost:
+                chosen[site.name] = replace(option, ranks=more, cost=cost)
+                room -= cost - option.cost
 
 
 def left(work: Work, chosen: Mapping[str, Option]) -> float:
