@@ -12,8 +12,8 @@ from .feature_table import read_features as read_features
 from .feature_table import write_features as write_features
 from .folders import images_by_class as images_by_class
 from .heads import tutorial_head as tutorial_head
+from .history import History as History
 from .keeping import save_trained as save_trained
-from .loop import History as History
 from .loop import finetune as finetune
 from .opening import settle_config as settle_config
 from .prediction import evaluate_folder as evaluate_folder

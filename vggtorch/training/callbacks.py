@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Collection, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import keras
 
 from vggtorch.training.config import TrainConfig
 from vggtorch.training.evaluation import Evaluation
+from vggtorch.training.history import History
 from vggtorch.weights import shortened
-
-if TYPE_CHECKING:
-    from vggtorch.training.loop import History
 
 
 class Callback:

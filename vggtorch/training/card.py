@@ -15,7 +15,7 @@ from vggtorch.training.checkpoints import version_text
 from vggtorch.training.data import DEFAULT_SIZE, Folder
 from vggtorch.training.evaluation import Evaluation
 from vggtorch.training.heads import ends_in_logits
-from vggtorch.training.loop import History
+from vggtorch.training.history import History
 from vggtorch.training.optimization import name_of
 from vggtorch.training.tables import SPLITS
 from vggtorch.weights import PUBLISHED, publications

@@ -16,7 +16,7 @@ from vggtorch.paths import as_path
 from vggtorch.text import as_command
 from vggtorch.training.card import card_of, check_history
 from vggtorch.training.checkpoints import version_text
-from vggtorch.training.loop import History
+from vggtorch.training.history import History
 
 
 def save_trained(history: History, folder: str | Path, command: str | None = None) -> keras.Model:

@@ -32,7 +32,7 @@ from vggtorch.training.config import TrainConfig
 from vggtorch.training.confusion import confusion_html
 from vggtorch.training.data import DatasetSource, Folder, geometry_text
 from vggtorch.training.evaluation import Evaluation
-from vggtorch.training.loop import History
+from vggtorch.training.history import History
 from vggtorch.training.optimization import name_of
 from vggtorch.training.pictures import galleries, inputs
 from vggtorch.training.rate_search import RateSearch

@@ -12,14 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from vggtorch import files
 from vggtorch.training.config import TrainConfig
+from vggtorch.training.history import History
 from vggtorch.training.optimization import name_of
 from vggtorch.training.telling import tell
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-
-    from vggtorch.training.loop import History
-
 
 KEPT = "trackers.json"  # in the run's folder: each tracker's own run, and what it has been told
 
