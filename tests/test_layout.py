@@ -1,6 +1,7 @@
 """The package's own rules: which room may import which, how a file reads, how a room is entered."""
 
 import ast
+import graphlib
 import importlib
 import re
 import sys
@@ -39,6 +40,10 @@ def home(path: Path) -> str:
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
+def dotted(path: Path) -> str:
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+
+
 def imported(path: Path) -> Iterator[str]:
     """The modules of vggtorch that a file imports anywhere, inside functions too."""
     for node in ast.walk(ast.parse(path.read_text())):
@@ -47,7 +52,9 @@ def imported(path: Path) -> Iterator[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: a relative import"
             if (node.module or "").startswith("vggtorch."):
-                yield str(node.module).removeprefix("vggtorch.")
+                module = str(node.module).removeprefix("vggtorch.")
+                inside = {f"{module}.{alias.name}" for alias in node.names} & {*map(dotted, FILES)}
+                yield from inside or {module}
         elif isinstance(node, ast.Import):
             names = (alias.name for alias in node.names if alias.name.startswith("vggtorch"))
             yield from (name.removeprefix("vggtorch").removeprefix(".") for name in names)
@@ -80,6 +87,10 @@ def test_a_file_imports_from_rooms_to_its_left_through_their_doors(path):
 
 
 @pytest.mark.slow
+def test_no_files_import_each_other_even_for_types():
+    graphlib.TopologicalSorter({dotted(path): imported(path) for path in FILES}).prepare()
+
+
 def test_importing_a_room_loads_no_room_to_its_right():
     """Tried in a copy of this process, in which vggtorch is imported anew, and before Keras."""
 
