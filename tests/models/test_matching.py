@@ -334,3 +334,29 @@ def test_a_layer_that_several_nested_models_have_is_not_guessed(tmp_path: Path) 
     both = keras.Model(inputs, keras.layers.Dense(2, name="out")(x))
     with pytest.raises(ValueError, match="Missing in the file: left/block1_conv1/kernel"):
         vt.load_weights(both, tmp_path / "flat.safetensors")
+
+
+@pytest.mark.parametrize("name", ["dense/weight", "dense.kernel"])
+def test_a_name_of_keras_with_torchs_variable_says_nothing_of_axes(name: str) -> None:
+    image = keras.Input((3,))
+    dense = keras.Model(image, layers.Dense(3, use_bias=False, name="dense")(image))
+    with pytest.raises(ValueError, match=f"Missing in the file: dense/kernel. Unexpected.*{name}"):
+        vt.load_weights(dense, {name: torch.arange(9.0).reshape(3, 3)})
+
+
+@pytest.mark.parametrize("form", ["safetensors", "pth"])
+def test_a_layer_in_a_layer_leaves_automatic_names_their_order(tmp_path: Path, form: str) -> None:
+    def made() -> keras.Model:
+        image = keras.Input((2, 3))
+        x = layers.TimeDistributed(layers.Dense(3))(image)
+        return filled(keras.Model(image, layers.Dense(2)(layers.Flatten()(x))))
+
+    path = write(made(), tmp_path / f"w.{form}")
+    keras.utils.clear_session(free_memory=False)
+    layers.Dense(1)  # has a number of its own
+    later = made()
+    for variable in later.weights:
+        variable.assign(variable * 0)
+    with pytest.warns(UserWarning, match="dense_1 is dense_2"):
+        vt.load_weights(later, path)
+    assert_same(later, made())

@@ -9,7 +9,7 @@ import pytest
 import tiny
 
 import vggtorch as vt
-from vggtorch.training import data
+from vggtorch.training import data, telling
 
 
 @pytest.mark.parametrize("call", ["read_folder", "show_batch"])
@@ -25,3 +25,11 @@ def test_a_warning_names_the_users_line(tmp_path, call):
     (warning,) = caught
     assert "Left out of" in str(warning.message)
     assert Path(warning.filename) == Path(__file__)
+
+
+def test_a_folder_whose_name_begins_as_the_packages_is_the_users():
+    beside = f"{Path(telling.PACKAGE)}-of-mine/script.py"
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        exec(compile("tell('so')", beside, "exec"), {"tell": telling.tell})
+    assert caught[0].filename == beside

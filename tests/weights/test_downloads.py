@@ -45,9 +45,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if manner == "trouble" and times < 3:
             self.send_error(503)
             return
-        if manner == "loop":
+        if manner in ("loop", "file", "ftp", "data"):
             self.send_response(302)
-            self.send_header("Location", self.path)
+            here = self.path if manner == "loop" else f"{manner.upper()}://127.0.0.1/{manner}"
+            self.send_header("Location", here)
             self.send_header("Content-Length", "0")
             self.end_headers()
             return
@@ -119,6 +120,9 @@ def test_download_ends_with_the_right_file(
         ("404", "HTTP Error 404"),
         ("500", "HTTP Error 500"),
         ("loop", "infinite loop"),
+        ("file", "Redirection to url 'FILE://127.0.0.1/file' is not allowed"),
+        ("data", "Redirection to url 'DATA://127.0.0.1/data' is not allowed"),
+        ("ftp", "the server sends on to ftp://127.0.0.1/ftp"),
         ("cut", r"broke off after \d+ of 300000 bytes"),
         ("silent", "timed out"),
         ("wrong", "served a file whose SHA-256 is .*it was deleted"),
@@ -130,6 +134,13 @@ def test_download_fails_clearly(tmp_path: Path, server: str, manner: str, messag
         downloads.download(f"{server}/{manner}/weights.pth", target, DIGEST[:8])
     assert f"/{manner}/weights.pth" in str(caught.value)
     assert not target.exists()
+
+
+@pytest.mark.parametrize("address", ["file:///etc/hostname", "ftp://127.0.0.1/a", "/a.pth", ""])
+def test_what_is_no_address_on_http_is_not_opened(tmp_path: Path, address: str) -> None:
+    with pytest.raises(OSError, match=f"^{address}: expected an address on http or https"):
+        downloads.download(address, tmp_path / "weights.pth", DIGEST)
+    assert os.listdir(tmp_path) == []
 
 
 def test_download_goes_on_in_the_next_run(tmp_path: Path, server: str) -> None:

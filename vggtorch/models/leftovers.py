@@ -44,7 +44,8 @@ def matched(
     in_file = [*(layer or key for key, (layer, _) in found.left.items())]
     in_file += map(_layer, found.names)
     in_file, in_model = _once(in_file), _once(map(_layer, [*found.missing, *found.names]))
-    if not found.names or (partial and not found.values):
+    nothing = not (found.values if partial else found.names)
+    if nothing and (partial or set(in_file).isdisjoint(in_model)):
         raise ValueError(
             f"No layer of the model is in {title}. The file has "
             f"{weights.shortened(in_file)}; the model has {weights.shortened(in_model)}. "
@@ -56,7 +57,7 @@ def matched(
     left, missing = _unexpected(found, backbone), found.missing
     if backbone or set(in_file) <= set(LAYERS):
         missing = [key for key in missing if _layer(key) in LAYERS]
-    if missing or left or found.differing:
+    if nothing or missing or left or found.differing:
         raise ValueError(
             f"{title} does not fit the model. "
             f"Missing in the file: {weights.shortened(missing) or 'none'}. "

@@ -29,6 +29,7 @@ from vggtorch.models.torch_form import places_of, torch_rules
 from vggtorch.weights import Checkpoint, Rule, Shape
 
 Path = tuple[str, ...]
+Place = tuple[bool, Path]  # whether the axes are torch's; a layer, or a layer and its variable
 Slot = tuple[str, Rule | None]  # a weight of the model, and how torch's axes become Keras's
 
 # No two of these names are ever the same weight; other names may be two names of one.
@@ -82,6 +83,14 @@ class _Entry:
         """Whether it has torch's axes: `layer/kernel` is Keras's name, `layer.weight` torch's."""
         return "/" not in self.key
 
+    @property
+    def layer(self) -> Place:
+        return self.is_torchs, self.path
+
+    @property
+    def weight(self) -> Place:
+        return self.is_torchs, (*self.path, self.name)
+
 
 Pairs = dict[str, tuple[_Entry, Rule | None]]  # a weight's name -> its tensor, how its axes move
 
@@ -106,24 +115,25 @@ def match(
     """
     layers = places_of(model)
     slots = _slots(model, variables, checkpoint, prefix)
-    places = {path[:-1] for path in slots}
+    places = {(is_torchs, path[:-1]) for is_torchs, path in slots}
     entries = [_Entry.of(key, tensor) for key, tensor in checkpoint.tensors.items()]
     if checkpoint.unnamed:
         written = _by_class(layers)
-        by_class = {written.get(path, path) for path in places}
+        by_class = {(is_torchs, written.get(path, path)) for is_torchs, path in places}
         entries = _without_prefix(entries, by_class, prefix, checkpoint.origin)
         names = {place: path for path, place in written.items()}
         entries = [replace(entry, path=names.get(entry.path, entry.path)) for entry in entries]
     else:
         entries = _without_prefix(entries, places, prefix, checkpoint.origin)
         entries = _without_text(entries, places, prefix)
-        entries = _into_models(entries, places)
+        models = {path for path, layer in layers.items() if isinstance(layer, keras.Model)}
+        entries = _into_models(entries, places, models)
     # VGG's layers, which is all that a network under a prefix has, have no automatic names.
     automatic = {} if prefix else _automatic(layers) | _inside_layers(layers, variables)
     entries, renamed = _in_order(entries, slots, places, automatic, variables)
     pairs: Pairs = {}
     for entry in entries:
-        slot = slots.get((*entry.path, entry.name)) or _nearly(entry, slots)
+        slot = slots.get(entry.weight) or _nearly(entry, slots)
         if slot is not None and slot[0] not in pairs:
             pairs[slot[0]] = entry, slot[1]
     if any(key.partition("/")[0] in FEATURES and key not in pairs for key in variables):
@@ -167,7 +177,7 @@ def _other_dtype(tensor: torch.Tensor, variable: keras.Variable) -> str | None:
     return f"has dtype {names[0]}, expected {names[1]}"
 
 
-def _nearly(entry: _Entry, slots: Mapping[Path, Slot]) -> Slot | None:
+def _nearly(entry: _Entry, slots: Mapping[Place, Slot]) -> Slot | None:
     """The weight that a tensor of torch's names belongs to but for what is no part of a name.
 
     A layer whose name torch's modules have already, such as `add`, ends in an underscore there; and
@@ -181,7 +191,11 @@ def _nearly(entry: _Entry, slots: Mapping[Path, Slot]) -> Slot | None:
 
     path = (*entry.path[:-1], entry.path[-1].rstrip("_"))
     name = plain(entry.name)
-    found = [slot for (*p, n), slot in slots.items() if (*p,) == path and plain(n) == name]
+    found = [
+        slot
+        for (is_torchs, (*p, n)), slot in slots.items()
+        if is_torchs and (*p,) == path and plain(n) == name
+    ]
     return found[0] if len(found) == 1 else None
 
 
@@ -190,18 +204,14 @@ def _slots(
     variables: Mapping[str, keras.Variable],
     checkpoint: Checkpoint,
     prefix: str,
-) -> dict[Path, Slot]:
-    """The places that a model has for tensors of Keras's names and for those of torch's.
-
-    Where both have one name for a weight, its axes are the same too.
-    """
-    slots: dict[Path, Slot] = {tuple(key.split("/")): (key, None) for key in variables}
+) -> dict[Place, Slot]:
+    """The places that a model has for tensors of Keras's names and for those of torch's."""
+    slots: dict[Place, Slot] = {(False, tuple(key.split("/"))): (key, None) for key in variables}
     torchvision = checkpoint.origin in ("torchvision", "timm")
     for rule in torch_rules(model, torchvision=torchvision):
         key = rule.keras_key.removeprefix(prefix)
         if key in variables:
-            path = tuple(rule.torch_key.removeprefix(prefix).split("."))
-            slots.setdefault(path, (key, rule))
+            slots[True, tuple(rule.torch_key.removeprefix(prefix).split("."))] = key, rule
     return slots
 
 
@@ -221,7 +231,7 @@ def _by_class(layers: Mapping[Path, keras.Layer]) -> dict[Path, Path]:
 
 
 def _without_prefix(
-    entries: list[_Entry], places: Collection[Path], wanted: str, origin: str
+    entries: list[_Entry], places: Collection[Place], wanted: str, origin: str
 ) -> list[_Entry]:
     """The entries without the name of the model around the network, or of a wrapper's attribute.
 
@@ -236,7 +246,7 @@ def _without_prefix(
 
     prefixes = {entry.path[:n] for entry in entries for n in range(len(entry.path))}
     found = {
-        prefix: len({stripped(entry.path, prefix) for entry in entries}.intersection(places))
+        prefix: len({(e.is_torchs, stripped(e.path, prefix)) for e in entries}.intersection(places))
         for prefix in sorted(prefixes | {()}, key=lambda p: (len(p), p))
     }
     most = max(found.values())
@@ -258,13 +268,13 @@ def _without_prefix(
     return [replace(entry, path=stripped(entry.path, best[0])) for entry in entries]
 
 
-def _without_text(entries: list[_Entry], places: Collection[Path], wanted: str) -> list[_Entry]:
+def _without_text(entries: list[_Entry], places: Collection[Place], wanted: str) -> list[_Entry]:
     """The entries of a network whose layers have a prefix in the file, without it.
 
     Raises:
         ValueError: there are several such networks, and none has the `wanted` prefix.
     """
-    ours = {path[0] for path in places if path}
+    ours = {path[0] for _, path in places if path}
     theirs = dict.fromkeys(entry.path[-1] for entry in entries if entry.path)
     if ours.isdisjoint(FEATURES) or not ours.isdisjoint(theirs):
         return entries
@@ -284,7 +294,9 @@ def _without_text(entries: list[_Entry], places: Collection[Path], wanted: str) 
     ]
 
 
-def _into_models(entries: list[_Entry], places: Collection[Path]) -> list[_Entry]:
+def _into_models(
+    entries: list[_Entry], places: Collection[Place], models: Collection[Path]
+) -> list[_Entry]:
     """The entries of a model that was flat, with the names of nested models where they are now.
 
     Not those of a network alone, which has its own way into the one that is nested: nobody has
@@ -292,16 +304,18 @@ def _into_models(entries: list[_Entry], places: Collection[Path]) -> list[_Entry
     """
     if all(entry.path and entry.path[-1] in FEATURES for entry in entries):
         return entries
-    inside: dict[Path, list[Path]] = {}
-    for path in places:
+    inside: dict[Place, list[Path]] = {}
+    for is_torchs, path in places:
         for n in range(1, len(path)):
-            inside.setdefault(path[n:], []).append(path)
+            if path[:n] in models:
+                inside.setdefault((is_torchs, path[n:]), []).append(path)
 
-    def nested(path: Path) -> Path:
-        found = inside.get(path, [])
-        return found[0] if path not in places and len(found) == 1 else path
+    def nested(entry: _Entry) -> _Entry:
+        found = inside.get(entry.layer, [])
+        alone = entry.layer not in places and len(found) == 1
+        return replace(entry, path=found[0]) if alone else entry
 
-    return [replace(entry, path=nested(entry.path)) for entry in entries]
+    return list(map(nested, entries))
 
 
 # Automatic names
@@ -346,8 +360,8 @@ def _number(name: str) -> int:
 
 def _in_order(
     entries: list[_Entry],
-    slots: Mapping[Path, Slot],
-    places: Collection[Path],
+    slots: Mapping[Place, Slot],
+    places: Collection[Place],
     automatic: Mapping[Path, str],
     variables: Mapping[str, keras.Variable],
 ) -> tuple[list[_Entry], list[str]]:
@@ -355,7 +369,11 @@ def _in_order(
 
     Nothing is renamed unless there are as many on both sides and all their shapes agree.
     """
-    names = _renaming({entry.path for entry in entries}, set(places), automatic, (), ())
+    names: dict[Path, str] = {}
+    for kind in (False, True):
+        theirs = {entry.path for entry in entries if entry.is_torchs is kind}
+        ours = {path for is_torchs, path in places if is_torchs is kind}
+        names |= _renaming(theirs, ours, automatic, (), ())
 
     def renamed(path: Path) -> Path:
         return tuple(names.get(path[: n + 1], path[n]) for n in range(len(path)))
@@ -364,10 +382,10 @@ def _in_order(
     for new, old in zip(after, entries, strict=True):
         if new.path == old.path:
             continue
-        if new.path not in places:
+        if new.layer not in places:
             return entries, []
         # Weights without names of their own are looked at where they are paired by place.
-        if slot := slots.get((*new.path, new.name)):
+        if slot := slots.get(new.weight):
             key, rule = slot
             expected = tuple(variables[key].shape) if rule is None else rule.torch_shape
             if new.shape != expected:
@@ -406,7 +424,7 @@ def _renaming(
 def _by_row(
     variables: Mapping[str, keras.Variable],
     entries: Iterable[_Entry],
-    slots: Mapping[Path, Slot],
+    slots: Mapping[Place, Slot],
     pairs: Pairs,
 ) -> list[str]:
     """Pair VGG's convolutions with those of a file that calls them otherwise; returns which."""
@@ -418,7 +436,8 @@ def _by_row(
         for key in [key for key in pairs if key.partition("/")[0] in FEATURES]:
             del pairs[key]
     for entry in entries:
-        if entry.path in row and (slot := slots.get((row[entry.path], entry.name))):
+        name = row.get(entry.path)
+        if name and (slot := slots.get(replace(entry, path=(name,)).weight)):
             pairs[slot[0]] = entry, slot[1]
     named = {"/".join(path): name for path, name in row.items()}
     return [f"{old} is {new}" for old, new in named.items() if old != new]
