@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -322,13 +323,24 @@ def test_layers_out_of_order_are_refused():
         compose_([second, first], new)
 
 
-@pytest.mark.slow
-def test_a_bias_that_the_new_layer_has_no_place_for_is_warned_of():
-    vgg = vt.VGG11(weights=None, include_top=False, input_shape=(32, 32, 3))
-    vgg.get_layer("block3_conv2").bias.assign(np.full(256, 0.5))
-    new = L.Conv2D(256, 5, padding="same", activation="relu", use_bias=False, name="one")
-    with pytest.warns(UserWarning, match="lost a part: 'one' has no bias.*Give it use_bias=True"):
-        vt.replace(vgg, ["block3_conv1", "block3_conv2"], new, init="compose")
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ({"use_bias": False}, "'one' has no bias, and the chain has one"),
+        ({"padding": "valid"}, "padding='valid' of 'one' gives a map of another size"),
+        ({"activation": None}, "the chain ends in relu, 'one' in linear"),
+    ],
+)
+def test_settings_by_which_the_new_layer_gives_something_else_are_warned_of(setting, said):
+    image = keras.Input((8, 8, 3))
+    settings = {"padding": "same", "activation": "relu"}
+    x = L.Conv2D(4, 3, name="a", bias_initializer="ones", **settings)(image)
+    x = L.Conv2D(5, 3, name="b", **settings)(x)
+    model = keras.Model(image, L.MaxPooling2D()(x))
+    vt.replace(model, ["a", "b"], L.Conv2D(5, 5, **settings), init="compose")  # says nothing
+    new = L.Conv2D(5, 5, name="one", **settings | setting)
+    with pytest.warns(UserWarning, match=f"{re.escape(said)}.*Other settings of 'one'"):
+        vt.replace(model, ["a", "b"], new, init="compose")
 
 
 @pytest.mark.network

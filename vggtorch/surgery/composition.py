@@ -47,6 +47,7 @@ class Composition:
             same, because the chain pads its intermediate maps with zeros, which one layer cannot.
         kernel_size: height and width of the composed kernel, before it was laid into the new one.
         lost_bias: the largest absolute value of the chain's bias, where the new layer has none.
+        settings: those of the reasons that other settings of the new layer would mend.
     """
 
     exact: bool
@@ -54,6 +55,7 @@ class Composition:
     border: int
     kernel_size: tuple[int, int]
     lost_bias: float = 0.0
+    settings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -103,22 +105,25 @@ def compose_(old_layers: Sequence[keras.Layer], new: keras.Layer) -> Composition
             )
     layers = [layer for layer in _inner(chain) if type(layer) not in SKIPPED]
     channels_first = _check_axes([*layers, new])
-    size, reasons = _size(layers, channels_first), list[str]()
+    size, reasons, settings = _size(layers, channels_first), list[str](), list[str]()
     product, border = _product(layers, size, reasons)
     last, ends_in = _activation(layers[-1]), _activation(new)
     if last != ends_in:
-        reasons.append(f"the chain ends in {_shown(last)}, {new.name!r} in {_shown(ends_in)}")
-    weights = _laid_into(new, product, size, reasons)
+        settings.append(f"the chain ends in {_shown(last)}, {new.name!r} in {_shown(ends_in)}")
+    weights = _laid_into(new, product, size, reasons, settings)
     kernel, bias = product.kernel, product.bias
     lost_bias = 0.0 if new.use_bias else float(np.abs(bias).max())
     if lost_bias:
-        reasons.append(
+        settings.append(
             f"{new.name!r} has no bias, and the chain has one: it adds up to {lost_bias:.3g} to a "
             f"channel, beside a kernel whose channels have norms up to "
             f"{np.sqrt((kernel**2).sum((0, 1, 2))).max():.3g}"
         )
     new.set_weights([weights, bias] if new.use_bias else [weights])
-    return Composition(not reasons, tuple(reasons), border, kernel.shape[:2], lost_bias)
+    reasons = [*reasons, *settings]
+    return Composition(
+        not reasons, tuple(reasons), border, kernel.shape[:2], lost_bias, tuple(settings)
+    )
 
 
 # The chain
@@ -257,6 +262,13 @@ def _pad(linear: _Linear, size: Sequence[int | None]) -> np.ndarray:
     return np.array([same_padding(n or stride, k, stride) for n, k, stride in axes])
 
 
+def _sizes(linear: _Linear, size: Sequence[int | None]) -> list[int]:
+    """Rows and columns of the output, counted from 0; a size that is open is one stride."""
+    pads = _pad(linear, size).sum(axis=1)
+    axes = zip(size, linear.strides, pads, linear.kernel.shape[:2], strict=True)
+    return [int(((n or stride) + pad - k) // stride) for n, stride, pad, k in axes]
+
+
 def _then(first: np.ndarray, strides: Sequence[int], second: np.ndarray) -> np.ndarray:
     """The kernel of two convolutions: `first` with `strides`, `second` on its output."""
     (sh, sw), (h1, w1), (h2, w2) = strides, first.shape[:2], second.shape[:2]
@@ -369,7 +381,11 @@ def _batch_norm(layer: keras.layers.BatchNormalization) -> _Linear:
 
 
 def _laid_into(
-    new: keras.Layer, product: _Linear, size: Sequence[int | None], reasons: list[str]
+    new: keras.Layer,
+    product: _Linear,
+    size: Sequence[int | None],
+    reasons: list[str],
+    settings: list[str],
 ) -> np.ndarray:
     """A composed kernel in the shape of `new`'s, each tap over the pixel that it is meant for."""
     kernel, strides = product.kernel, product.strides
@@ -404,6 +420,8 @@ def _laid_into(
         )
     own = _Linear(np.zeros(shape), np.zeros(0), strides, getattr(new, "padding", "valid"))
     first_taps = _pad(own, size)[:, 0] - _pad(product, size)[:, 0]  # where the product's are laid
+    if _sizes(own, size) != _sizes(product, size):
+        settings.append(f"padding={own.padding!r} of {new.name!r} gives a map of another size")
     laid = np.zeros(shape)
     target, source = [], []
     for axis, offset in enumerate(first_taps.tolist()):

@@ -250,11 +250,11 @@ def replace(
         copy_(replaced, added)
     elif init == "compose":
         composition = compose_(replaced, added[0])
-        if composition.lost_bias:
+        if composition.settings:
             warnings.warn(
-                f"replace with init='compose' has lost a part: "
-                f"{next(r for r in composition.reasons if 'has no bias' in r)}. Give it "
-                f"use_bias=True to keep that part.",
+                f"replace with init='compose' gives something else than the layers that it "
+                f"replaces: {'; '.join(composition.settings)}. Other settings of "
+                f"{added[0].name!r} (use_bias, padding, activation) keep that.",
                 stacklevel=2,
             )
     elif init == "distill":
