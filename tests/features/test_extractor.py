@@ -354,7 +354,7 @@ def test_models_that_have_no_features_of_one_image_are_refused(vgg):
     [
         ({}, torch.rand(3, 32, 32), r"One image is a batch of one: images\[None\]"),
         ({}, torch.rand(1, 32, 32, 3), "pass data_format='channels_last'"),
-        ({}, torch.rand(1, 1, 32, 32), r"expected \(N, 3, H, W\)"),
+        ({}, torch.rand(1, 1, 32, 32), r"\(N, 3, H, W\). They look grey: .*\(1, 3, 1, 1\)"),
         ({}, np.zeros((1, 3, 32, 32), "float32"), "expected a tensor of images"),
         ({}, torch.zeros(1, 3, 32, 32, dtype=torch.uint8), r"expected value_range=\(0, 255\)"),
         ({}, torch.zeros(1, 3, 32, 32, dtype=torch.int64), "expected uint8 or float"),

@@ -4,6 +4,7 @@ import os
 import random
 import struct
 import sys
+import warnings
 import zlib
 
 import numpy as np
@@ -135,6 +136,17 @@ def tiff(path, bits, photometric, strip):
     path.write_bytes(head + strip)
     assert len(head) == 134
     return path
+
+
+@pytest.mark.parametrize("shape", [(4, 6), (4, 6, 3)])
+def test_a_cameras_12_bits_in_16_are_warned_of(shape, tmp_path):
+    for value, count in ((4095, 1), (65535, 0)):
+        for options in ({}, {"compression": "zlib"}):
+            tifffile.imwrite(tmp_path / "a.tif", np.full(shape, value, np.uint16), **options)
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                assert preprocess(tmp_path / "a.tif", "oxford", size=4).shape == (1, 4, 4, 3)
+            assert sum("4095 * 255) and save" in str(w.message) for w in caught) == count
 
 
 def test_tiff_of_12_bits_and_with_white_as_zero(tmp_path):

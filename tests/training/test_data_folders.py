@@ -184,6 +184,16 @@ def test_classes_that_look_like_one_are_said(tmp_path, first, second):
     assert f"{first!a} and {second!a}" in said or f"{second!a} and" in said
 
 
+def test_a_folder_of_12_bits_in_16_is_said(tmp_path):
+    folder = tiny.pictures(tmp_path / "data", each=1)
+    for name, value in (("a", 300), ("b", 3600)):
+        Image.fromarray(np.full((20, 20), value, np.uint16)).save(folder / "red" / f"{name}.tif")
+    with pytest.warns(UserWarning, match=r"2 images of 16 bits in .*, with no value above 3598\. "):
+        data.read_folder(folder, 16)
+    Image.fromarray(np.full((20, 20), 65535, np.uint16)).save(folder / "red" / "white.png")
+    data.read_folder(folder, 16)  # says nothing: 16 bits are used as such
+
+
 def test_files_of_several_frames_are_counted(tmp_path):
     folder = tiny.pictures(tmp_path / "data", each=1)
     frames = [Image.new("RGB", (20, 20), colour) for colour in ("red", "blue")]

@@ -81,6 +81,9 @@ class Pixels:
                 hint = f" They look {other}: pass data_format={other!r}."
             elif images.ndim == 3:
                 hint = " One image is a batch of one: images[None]."
+            elif images.ndim == 4 and images.shape[axis] == 1:
+                repeats = tuple(self.channels if i == axis % 4 else 1 for i in range(4))
+                hint = f" They look grey: images.repeat{repeats}."
             raise ValueError(
                 f"Received images of shape {tuple(images.shape)}; expected {expected}.{hint}"
             )

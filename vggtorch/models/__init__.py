@@ -18,7 +18,15 @@ from vggtorch.models.filling import (
     settle_,
 )
 from vggtorch.models.fitting import fitted, fitted_arrays, recipe
-from vggtorch.models.images import SEVERAL_FRAMES, PixelGate, read_image, to_rgb
+from vggtorch.models.images import (
+    ADVICE_IF_DARK,
+    BRIGHTEST,
+    DARK,
+    SEVERAL_FRAMES,
+    PixelGate,
+    read_image,
+    to_rgb,
+)
 from vggtorch.models.loading import (
     PartialLoad,
     load_model,
@@ -45,6 +53,9 @@ from vggtorch.models.torch_form import rule_of
 from vggtorch.models.vgg import VGG11, VGG13, VGG16, VGG19, constructor
 
 __all__ = [
+    "ADVICE_IF_DARK",
+    "BRIGHTEST",
+    "DARK",
     "PREPROCESSING_SUFFIX",
     "SEVERAL_FRAMES",
     "VGG11",

@@ -30,6 +30,14 @@ MAX_PIXELS = 2**27  # 134 million; the cameras with the largest sensors make ima
 MAX_RATIO = 1000  # of an image's sides; resizing makes a longer strip too large for the memory
 
 SEVERAL_FRAMES = "several frames"  # in an image's `info`: whether only the first one was read
+BRIGHTEST = (
+    "brightest"  # in the `info` of an image that had 16 bits: its largest value of 0 ... 255
+)
+DARK = 64  # what one value at least reaches where 16 bits are used as such
+ADVICE_IF_DARK = (
+    "White is 65535 in 16 bits, so that a camera's 12 or 14 look nearly black. Scale all images "
+    "alike (12 bits: values / 4095 * 255) and save them with 8 bits."
+)
 
 _UPRIGHT = {  # what makes an image upright, by its EXIF orientation
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -73,7 +81,7 @@ class PixelGate:
 
 
 def read_image(path: str | PathLike, gate: PixelGate | None = None) -> Image.Image:
-    """The image in a file, as `to_rgb` makes it; `info[SEVERAL_FRAMES]` says if there are more.
+    """The image in a file, as `to_rgb` makes it; `info` has `SEVERAL_FRAMES` and `BRIGHTEST`.
 
     Args:
         path: a file of one of `IMAGES`, whatever its ending; of several frames the first is read.
@@ -97,9 +105,13 @@ def read_image(path: str | PathLike, gate: PixelGate | None = None) -> Image.Ima
                 pixels = _checked_size(image)
                 # The other images of MPO are views of the same.
                 several = image.format != "MPO" and getattr(image, "is_animated", False)
+                # PIL's name for the form that the file has its pixels in.
+                has_16_bits = ";16" in str(getattr(image, "tile", ""))
                 with gate.hold(pixels) if gate else nullcontext():
                     found = to_rgb(image)
                 found.info[SEVERAL_FRAMES] = several
+                if has_16_bits:
+                    found.info[BRIGHTEST] = int(np.max(found.getextrema()))
                 return found
         # A damaged file makes PIL raise all kinds of exceptions, RuntimeError, IndexError and
         # struct.error among them.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from os import PathLike
 from typing import Any
@@ -13,7 +14,7 @@ from PIL import Image
 
 from vggtorch.checks import is_whole, whole
 from vggtorch.models.fitting import Size, fitted, fitted_arrays
-from vggtorch.models.images import MAX_PIXELS, read_image, to_rgb
+from vggtorch.models.images import ADVICE_IF_DARK, BRIGHTEST, DARK, MAX_PIXELS, read_image, to_rgb
 from vggtorch.models.memory import PREPROCESSING_SUFFIX, data_config
 from vggtorch.weight_sets import WEIGHT_SETS, DataConfig, WeightSet, weight_set_named
 
@@ -126,6 +127,8 @@ def _pixels(image: Any, config: DataConfig, size: Size | None) -> torch.Tensor:
     """One image or array as float32 (N, H, W, 3) of 0 to 255, at the size if there is one."""
     if isinstance(image, str | PathLike | Image.Image):
         image = to_rgb(image) if isinstance(image, Image.Image) else read_image(image)
+        if image.info.get(BRIGHTEST, 255) < DARK:
+            warnings.warn(f"An image doesn't use what 16 bits hold. {ADVICE_IF_DARK}", stacklevel=3)
         image = fitted(image, config, size or (DEFAULT_SIZE, DEFAULT_SIZE))
         return torch.from_numpy(np.array(image))[None].float()
     batch = _checked_array(image)
@@ -152,6 +155,8 @@ def _checked_array(image: Any) -> torch.Tensor:
         hint = ""
         if tensor.ndim == 4 and tensor.shape[1] == 3:
             hint = " It looks channels-first: move the channels to the end."
+        elif image.ndim == 2 or tensor.shape[-1] == 1:
+            hint = " It looks grey: pass PIL images, or the channel three times."
         raise ValueError(
             f"Received images of shape {tuple(image.shape)}; "
             f"expected (H, W, 3) or (N, H, W, 3).{hint}"
@@ -159,7 +164,10 @@ def _checked_array(image: Any) -> torch.Tensor:
     if tensor.dtype == torch.uint8:
         return tensor
     if not tensor.is_floating_point():
-        raise ValueError(f"Received images of dtype {tensor.dtype}; expected uint8 or float.")
+        raise ValueError(
+            f"Received images of dtype {image.dtype}; expected uint8 or float. Scale them all "
+            f"alike, from what black and white are to 0 and 255."
+        )
     low, high = float(tensor.min()), float(tensor.max())
     if not (low >= 0 and high <= 255):
         raise ValueError(

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from vggtorch import files
-from vggtorch.models import SEVERAL_FRAMES, PixelGate, read_image
+from vggtorch.models import ADVICE_IF_DARK, BRIGHTEST, DARK, SEVERAL_FRAMES, PixelGate, read_image
 from vggtorch.paths import SUFFIXES, as_path, check_data
 from vggtorch.training.config import checked_pattern
 from vggtorch.training.tables import SPLITS, TablePart, is_table, ordered, read_rows
@@ -46,6 +46,7 @@ class _Check(NamedTuple):
     problem: str = ""
     is_missing: bool = False
     has_frames: bool = False
+    brightest: int | None = None  # of 0 ... 255, where the file has 16 bits
 
 
 def has_images(folder: Path) -> bool:
@@ -243,6 +244,12 @@ def read_classes(
             f"{_number(frames, 'file')} in {part} with several frames or pages: of each the first "
             f"is read.",
         )
+    deep = [check.brightest for check in checked if check.brightest is not None]
+    if deep and max(deep) < DARK:
+        tell(
+            f"{_number(len(deep), 'image')} of 16 bits in {part}, with no value above "
+            f"{max(deep) * 257}. {ADVICE_IF_DARK}"
+        )
     good = [check.image for check in checked if check.image]
     _check_filled(part, classes, {image.label for image in good})
     _tell_contradictions(part, good, classes)
@@ -402,10 +409,12 @@ def _checked(images: Sequence[tuple[Path, int]]) -> list[_Check]:
 
     def check(path: Path, label: int) -> _Check:
         try:
-            several = read_image(path, gate).info[SEVERAL_FRAMES]
+            info = read_image(path, gate).info
             stamp = stamp_of(path)
             image = Labelled(path, label, files.sha256(path), stamp)
-            return _Check(path, image, has_frames=several)
+            return _Check(
+                path, image, has_frames=info[SEVERAL_FRAMES], brightest=info.get(BRIGHTEST)
+            )
         except FileNotFoundError:
             return _Check(path, problem=f"{path}: there is no such file.", is_missing=True)
         except (OSError, ValueError) as error:
