@@ -103,6 +103,12 @@ def test_accelerated_without_compile() -> None:
     assert_close(model(x, training=True).detach(), twin(x, training=True).detach(), 1e-4)
 
 
+def test_other_arguments_are_taken_as_keras_takes_them() -> None:
+    model = accelerate_(small_vgg())
+    x = images(model)
+    assert_close(model(x, a_loss_weight=2.0).detach(), model(x).detach(), 1e-6)
+
+
 def test_accelerated_sequential() -> None:
     model = keras.Sequential([keras.Input((8, 8, 3)), layers.Conv2D(2, 3), layers.Flatten()])
     x = np.random.default_rng(0).normal(size=(3, 8, 8, 3))

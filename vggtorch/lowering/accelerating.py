@@ -75,19 +75,19 @@ def accelerate_(
         module = OnKeras(graph, model.name, winograd=winograd)
         run = torch.compile(module) if compile else module
 
-    def call(inputs: Any, training: bool | None = None, mask: Any = None) -> Any:
+    def call(inputs: Any, training: bool | None = None, mask: Any = None, **others: Any) -> Any:
         # The model's own `call` runs where Keras only works out shapes, with tensors that have no
-        # values, where masks come in, where `training` is left to what the layers inside were
-        # called with, where torch.jit traces the model, which must find the parameters of the
-        # layers, and where torch's hooks wait for these, which are its modules too.
+        # values, where masks or other arguments come in, where `training` is left to what the
+        # layers inside were called with, where torch.jit traces the model, which must find the
+        # parameters of the layers, and where torch's hooks wait for these, its modules too.
         set_apart = keras_graph.in_stateless_scope() or torch.jit.is_tracing()
         current = module is not None and (torch.compiler.is_compiling() or settings.are_same())
         if not (set_apart or current):
             renew()
         undecided = training is None and decides
         watched = has_global_hooks() or any(map(has_hooks, inside))
-        if set_apart or graph is None or mask is not None or undecided or watched:
-            return type(model).call(model, inputs, training=training, mask=mask)
+        if set_apart or graph is None or mask is not None or others or undecided or watched:
+            return type(model).call(model, inputs, training=training, mask=mask, **others)
         values = keras_graph.standardize_inputs(graph, inputs)
         if any(x is None or x.is_meta or keras_graph.keras_mask(x) is not None for x in values):
             return type(model).call(model, inputs, training=training, mask=mask)
