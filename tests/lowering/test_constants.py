@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import torch
@@ -126,6 +128,58 @@ def test_only_what_was_looked_at_since_the_last_change_is_taken_for_granted() ->
     assert [cache(None) for cache in caches] == [1, 1]
     assert caches[0]("other settings") == 1
     assert made == [0, 1, 1, 1]
+
+
+def in_a_thread(run: Callable[[], Any]) -> Any:
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(run).result()
+
+
+def test_threads_get_what_is_made_for_their_own_settings() -> None:
+    """Another thread asks while the first is making, with the same settings or others."""
+    tensor, found = torch.zeros(1), []
+
+    def make(settings: str) -> str:
+        if not found:
+            found.append("")
+            found[:] = [in_a_thread(lambda s=s: cache(s, s)) for s in ("a", "b")]
+        return settings
+
+    cache = ParameterCache(make, lambda: [tensor])
+    assert cache("a", "a") == "a"
+    assert found == ["a", "b"]
+    assert [cache(s, s) for s in "aba"] == ["a", "b", "a"]
+
+
+class Asks(nn.Module):
+    """Lets another thread call the network that it stands in, under autocast."""
+
+    network: Any = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        network, self.network = self.network, None
+        if network is not None:
+
+            def ask() -> Tensor:
+                with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+                    return network(torch.zeros(2, 6, 6, 2))
+
+            assert in_a_thread(ask).dtype == torch.bfloat16
+        return x
+
+
+def test_another_threads_autocast_is_its_own() -> None:
+    chain = [layers.Activation("linear", name="asks"), layers.Conv2D(4, 3)]
+    model = keras.Sequential([keras.Input((6, 6, 2)), *chain])
+    network = vt.to_torch(model)
+    network.asks = asks = Asks()
+    images = torch.randn(2, 6, 6, 2)
+    with torch.no_grad():
+        expected = network.eval()(images)
+        object.__setattr__(asks, "network", network)  # no child of itself
+        found = network(images)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
 class Writes(nn.Module):

@@ -70,12 +70,12 @@ class FrozenConv2d:
         """`workspace`: where both may be computed Winograd's way, the memory for that."""
         self.conv, self.norm = conv, norm
         self.forward = FusedConv2d(conv, norm, relu, mixed=False, workspace=workspace)
-        self.made: Any = None  # the constants of `forward` that the weight below was made for
-        self.weight: Any = None
+        # A weight, and the constants of `forward` that it was made for.
+        self.kept: tuple[Any, Any] = None, None
 
     def __call__(self, x: Tensor, bound: float | None) -> tuple[Tensor, float | None]:
         """As FusedConv2d has it."""
-        self.forward.constants.call = object()
+        self.forward.constants.call.now = object()
         return self.forward([x], [bound])
 
     @torch.no_grad()
@@ -90,8 +90,9 @@ class FrozenConv2d:
         flips = conv.stride == (1, 1) and conv.groups == 1 and min(around) >= 0
         if flips:  # the convolution that is the gradient
             options = (1, 1), around, conv.dilation, 1
-        if self.made is None or self.made is not constants.made:
-            weight: Any = self.forward.folded()[0]
+        made, (of, weight) = constants.made, self.kept
+        if made is None or made is not of:
+            weight = self.forward.folded()[0]
             if flips:
                 flipped = weight.transpose(0, 1).flip(2, 3).contiguous()
                 if workspace is None:
@@ -100,8 +101,7 @@ class FrozenConv2d:
                     weight = PreparedConv2d(lambda: (flipped, None), options)
             elif self.norm is None:  # backward is to have what forward had
                 weight = weight.clone()
-            self.made, self.weight = constants.made, weight
-        weight = self.weight
+            self.kept = made, weight
 
         def of_input(grad: Tensor) -> Tensor:
             grad = grad.contiguous(memory_format=torch.channels_last)

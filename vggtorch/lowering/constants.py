@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -95,40 +96,53 @@ def product_modes() -> tuple[Any, ...]:
     return cast, torch.backends.mkldnn.enabled
 
 
+class _Call(threading.local):
+    """The present call of a network, of which each thread may run another."""
+
+    now: object = None
+
+
 class ParameterCache:
     """What is made from the parameters and buffers of modules, made anew when one of them changes.
+
+    Threads may ask it at once, each for other settings.
 
     Args:
         make: makes it, of whatever the cache is called with besides the settings.
         parameters: what it is made from.
 
     Attributes:
-        call: what stands for the present call of a network, in which the parameters are looked at
-            once; None where they are at every use.
+        call: its `now` stands for the present call of a network, in which the parameters are looked
+            at once; None where they are at every use.
     """
 
     def __init__(self, make: Callable[..., Any], parameters: Callable[[], list[Tensor]]) -> None:
         self.make, self.parameters = make, parameters
-        self.settings: Any = None
-        self.snapshot: Snapshot | None = None
-        self.made: Any = None
-        self.call: object = None
-        self.looked_at_in: object = None
+        self.call = _Call()
+        # Settings, a snapshot, what was made, and the call that looked last: in one, for threads.
+        self.kept: tuple[Any, Snapshot | None, Any, object] = None, None, None, None
+
+    @property
+    def made(self) -> Any:
+        """What was made last."""
+        return self.kept[2]
 
     def __call__(self, settings: Any, *args: Any) -> Any:
         """What is made with these settings of the parameters as they are now."""
-        call = self.call  # which another thread may begin meanwhile
-        snapshot = self.snapshot if self.settings == settings else None
-        if snapshot is not None and self.looked_at_in is call is not None:
-            return self.made
+        call = self.call.now
+        of, snapshot, made, looked_at_in = self.kept
+        if of != settings:
+            snapshot = None
+        if snapshot is not None and looked_at_in is call is not None:
+            return made
         tensors = self.parameters()
         if snapshot is None or not snapshot.is_same(tensors):
             # First, so that what is written meanwhile is noticed at the next call.
-            self.settings, self.snapshot = settings, Snapshot(tensors)
+            snapshot = Snapshot(tensors)
             with torch.no_grad(), torch.autocast("cpu", enabled=False):
-                self.made = self.make(*args)
-        self.looked_at_in = call
-        return self.made
+                made = self.make(*args)
+        self.kept = settings, snapshot, made, call
+        return made
 
 
 class AllParameters:
@@ -142,8 +156,7 @@ class AllParameters:
 
     def __init__(self, caches: Sequence[ParameterCache], at_once: bool) -> None:
         self.caches, self.at_once = caches, at_once
-        self.snapshot: Snapshot | None = None
-        self.modes: Any = None
+        self.kept: tuple[Snapshot | None, Any] = None, None  # and the modes
 
     def look(self) -> None:
         """Begin a call of the network.
@@ -154,9 +167,10 @@ class AllParameters:
         call: object = object()
         if self.at_once:
             tensors = [tensor for cache in self.caches for tensor in cache.parameters()]
-            modes = product_modes()
-            if self.snapshot is None or modes != self.modes or not self.snapshot.is_same(tensors):
-                self.snapshot, self.modes = Snapshot(tensors), modes
-            call = self.snapshot
+            (snapshot, of), modes = self.kept, product_modes()
+            if snapshot is None or modes != of or not snapshot.is_same(tensors):
+                snapshot = Snapshot(tensors)
+                self.kept = snapshot, modes
+            call = snapshot
         for cache in self.caches:
-            cache.call = call
+            cache.call.now = call
