@@ -13,7 +13,7 @@ import tiny
 import torch
 
 import vggtorch as vt
-from vggtorch.checks import whole
+from vggtorch.checks import switch, whole
 from vggtorch.options import as_options
 
 
@@ -33,6 +33,21 @@ def test_whole_numbers_are_those_of_python_and_numpy() -> None:
     for value in (0, -1, 1.5, True, "2", None, float("nan"), np.float32(2)):
         with pytest.raises(ValueError, match=r"Received n=.*; expected a whole number from 1"):
             whole("n", value)
+
+
+def test_switches_are_true_and_false_and_nothing_else() -> None:
+    for one in (bool, int, np.bool_, np.int64, torch.tensor):
+        assert switch("s", one(True)) is True
+        assert switch("s", one(False)) is False
+    for value in (None, "False", "", 2, 1.0, [], np.array([True]), float("nan")):
+        with pytest.raises(ValueError, match=r"Received s=.*; expected True or False"):
+            switch("s", value)
+
+
+@pytest.mark.parametrize("switch", ["trainable", "checkpoint", "winograd"])
+def test_switches_of_the_extractor(model: keras.Model, switch: str) -> None:
+    with pytest.raises(ValueError, match=f"Received {switch}='no'; expected True or False"):
+        vt.FeatureExtractor(model, ["block1_conv1"], normalization=None, **{switch: "no"})
 
 
 @pytest.mark.parametrize("names", [None, 3, 1.5, True, Path("block1_conv1"), b"block1_conv1"])

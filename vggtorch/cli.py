@@ -177,8 +177,7 @@ def inspect(
     found = vt.inspect(network) if original is None else vt.compare(original, network)
     _show(found.as_text(terminal_width()))
     if draw is not None:
-        with files.atomic(draw) as temporary:
-            temporary.write_text(vt.draw(network, original), encoding="utf-8")
+        files.write_text(draw, vt.draw(network, original))
 
 
 @app.command(
@@ -239,8 +238,7 @@ def compress(
     drawing = Path(out).with_suffix(".svg")
     with files.atomic(out) as temporary:
         small.save(temporary)
-    with files.atomic(drawing) as temporary:
-        temporary.write_text(vt.draw(small, network), encoding="utf-8")
+    files.write_text(drawing, vt.draw(small, network))
     print(f"Wrote {out} and {drawing}.")
 
 

@@ -147,8 +147,7 @@ def evaluate(
         content: dict[str, Any] = {"images": len(found.labels), **numbers}
         content["classes"] = {row.name: row.__dict__ for row in rows}
         content["confusion"] = found.confusion.tolist()
-        with files.atomic(out) as temporary:
-            temporary.write_text(json.dumps(content, indent=2), encoding="utf-8")
+        files.write_text(out, json.dumps(content, indent=2))
         print(f"Wrote {visible(out)}.")
 
 

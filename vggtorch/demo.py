@@ -424,8 +424,7 @@ def run(page: str | Path = "vggtorch-demo.html") -> DemoResult:
     result = DemoResult(
         weight_set, by_pretrained, by_random, fitted, similarity, compressed, milliseconds, page
     )
-    with files.atomic(page) as temporary:
-        temporary.write_text(_page(result, photos, test[0], drawing), encoding="utf-8")
+    files.write_text(page, _page(result, photos, test[0], drawing))
     console.print(_table(result))
     console.print(f"All of it with pictures: [bold]{page}[/] ({time.monotonic() - start:.0f} s)")
     return result

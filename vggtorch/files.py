@@ -54,6 +54,12 @@ def atomic(
             temporary.unlink(missing_ok=True)
 
 
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Write a text file in UTF-8, whole or not at all; raises as `atomic` does."""
+    with atomic(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
 @contextmanager
 def naming(path: Path, *kinds: type[Exception]) -> Iterator[None]:
     """Inside, errors of writing become an OSError that names the file and what is left of it."""

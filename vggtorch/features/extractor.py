@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from vggtorch.architectures import architecture_named
+from vggtorch.checks import switch
 from vggtorch.features.frozen import with_little_kept
 from vggtorch.features.pixels import Pixels
 from vggtorch.keras_graph import Functional, graph_of
@@ -95,10 +96,9 @@ class FeatureExtractor(nn.Module):
     ) -> None:
         super().__init__()
         self.taps = _checked_taps(taps)
-        switches = {"trainable": trainable, "checkpoint": checkpoint, "winograd": winograd}
-        for switch, value in switches.items():
-            if not isinstance(value, bool):
-                raise ValueError(f"Received {switch}={value!r}; expected True or False.")
+        trainable = switch("trainable", trainable)
+        checkpoint = switch("checkpoint", checkpoint)
+        winograd = switch("winograd", winograd)
         given = isinstance(source, keras.Model)
         if given and architecture is not None:
             raise ValueError(

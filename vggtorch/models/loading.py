@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any, Literal, overload
 
 import keras
-import numpy as np
 
 from vggtorch import files, paths, weights
 from vggtorch.architectures import ARCHITECTURES
+from vggtorch.checks import switch
 from vggtorch.keras_graph import all_layers, check_model, raw_value
 from vggtorch.models.filling import checkpoint_of, named_variables, settle_
 from vggtorch.models.leftovers import matched, tell
@@ -127,8 +127,7 @@ def load_weights(
         2 of 4 weights loaded; kept as they were: block1_conv1/kernel, block1_conv1/bias
     """
     _check_built(model, "load_weights")
-    if not isinstance(partial, bool | np.bool_):
-        raise ValueError(f"Received partial={partial!r}; expected True or False.")
+    partial = switch("partial", partial)
     prefixed, variables = bool(prefixes_of(model)), named_variables(model)
     checkpoint = None  # where each network under a prefix has its own
     if isinstance(source, Mapping):

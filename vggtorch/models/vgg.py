@@ -13,7 +13,7 @@ import numpy as np
 from keras import layers
 
 from vggtorch.architectures import ARCHITECTURES, CLASSES, Architecture, Layer, architecture_named
-from vggtorch.checks import is_whole, whole
+from vggtorch.checks import is_whole, switch, whole
 from vggtorch.keras_graph import device, obtain_input_shape
 from vggtorch.models.filling import path_of
 from vggtorch.models.leftovers import fill_from_
@@ -102,14 +102,9 @@ def _constructor(plain_name: str) -> Callable[..., keras.Model]:
     ) -> keras.Model:
         if not isinstance(prefix, str) or "/" in prefix or "." in prefix:
             raise ValueError(f"Received prefix={prefix!r}; expected a text without '/' and '.'.")
-        switches = {
-            "include_top": include_top,
-            "batch_norm": batch_norm,
-            "include_preprocessing": include_preprocessing,
-        }
-        for switch, value in switches.items():
-            if isinstance(value, str):
-                raise ValueError(f"Received {switch}={value!r}; expected True or False.")
+        include_top = switch("include_top", include_top)
+        batch_norm = switch("batch_norm", batch_norm)
+        include_preprocessing = switch("include_preprocessing", include_preprocessing)
         architecture = ARCHITECTURES[plain_name + ("_bn" if batch_norm else "")]
         if pooling not in (None, "avg", "max"):
             raise ValueError(f"Received pooling={pooling!r}; expected None, 'avg' or 'max'.")

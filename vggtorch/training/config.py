@@ -15,6 +15,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from vggtorch.checks import switch
+
 Augment = Literal["none", "flip", "crop", "trivial"]
 Metric = Literal["accuracy", "top5_accuracy", "macro_f1", "auroc", "calibration_error", "loss"]
 METRICS: tuple[str, ...] = typing.get_args(Metric)
@@ -232,8 +234,8 @@ def _check_kind(name: str, value: Any, hint: Any) -> None:
             meant = _meant(value, choices)
             listed = ", ".join(map(repr, choices))
             raise ValueError(f"Received {name}={value!r}; expected one of {listed}.{meant}")
-    elif hint is bool and not (isinstance(value, int) and value in (0, 1)):
-        raise ValueError(f"Received {name}={value!r}; expected True or False.")
+    elif hint is bool:
+        switch(name, value)
     elif hint in (str, str | None) and not (isinstance(value, str | os.PathLike) and str(value)):
         raise ValueError(f"Received {name}={value!r}; expected a name.")
 

@@ -191,8 +191,7 @@ def _check_manifest(
         raise ValueError(
             f"{folder} exists and holds something else than features. Choose another path."
         )
-    with files.atomic(manifest) as temporary:
-        temporary.write_text(json.dumps(now, indent=2), encoding="utf-8")
+    files.write_text(manifest, json.dumps(now, indent=2))
 
 
 @contextlib.contextmanager

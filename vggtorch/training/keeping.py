@@ -55,8 +55,7 @@ def save_trained(history: History, folder: str | Path, command: str | None = Non
         "README.md": card_of(history, model, command or as_command(sys.argv)),
     }
     for name, text in texts.items():
-        with files.atomic(folder / name) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+        files.write_text(folder / name, text)
     return model
 
 

@@ -42,7 +42,9 @@ def plot_rates(search: RateSearch, path: str | Path) -> None:
     """Draw the loss against the learning rate, with the suggestion, as an SVG file."""
     title = f"Loss by learning rate; suggested {search.suggestion:.2g}"
     lines = {"loss": list(zip(search.rates, search.losses, strict=True))}
-    _write(path, chart(lines, title, "learning rate", search.suggestion, logarithmic=True))
+    files.write_text(
+        path, chart(lines, title, "learning rate", search.suggestion, logarithmic=True)
+    )
 
 
 def write_report(
@@ -89,7 +91,7 @@ def write_report(
         )
     sections.append(_settings(history))
     title = f"{in_html(history.model.name)}, {len(history.classes)} classes"
-    _write(path, _page(title, sections, command))
+    files.write_text(path, _page(title, sections, command))
 
 
 def write_test_report(
@@ -128,7 +130,7 @@ def write_test_report(
     scored = _scored(model, "test", images, images.classes, found, mistakes)
     cards = _cards([_accuracy_card("test", found)])
     title = f"{in_html(model.name)} on {in_html(images.root.resolve().name)}"
-    _write(path, _page(title, [cards, scored], command))
+    files.write_text(path, _page(title, [cards, scored], command))
 
 
 def _page(title: str, sections: Iterable[str], command: str | None) -> str:
@@ -257,11 +259,6 @@ def _settings(history: History) -> str:
         f"<summary>Settings at their defaults</summary><div class=wide><table class=settings>"
         f"{''.join(map(row, others))}</table></div></details></section>"
     )
-
-
-def _write(path: str | Path, text: str) -> None:
-    with files.atomic(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
 
 
 SHORT = 12  # epochs whose table is open

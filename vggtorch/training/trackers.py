@@ -119,8 +119,7 @@ class Trackers:
         """Write down what the trackers have been told, for a run that carries this one on."""
         known = {t.name: dataclasses.asdict(k) for t, k in self._told if k.run is not None}
         if known:
-            with files.atomic(self._path) as temporary:
-                temporary.write_text(json.dumps(known, indent=2), encoding="utf-8")
+            files.write_text(self._path, json.dumps(known, indent=2))
 
     def end(self, status: str) -> None:
         """End each tracker's run as MLflow calls it: FINISHED, FAILED or KILLED."""
