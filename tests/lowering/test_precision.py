@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from precision import needs_bfloat16
 from small_vgg import assert_close, images, on_keras, small_vgg
 
+import vggtorch as vt
 from vggtorch.lowering import fused, kernels
 
 
@@ -135,3 +136,47 @@ def test_a_few_rows_of_inference_are_not_worth_a_cast_of_the_weight(
     assert used == [(inside, inside)] and y.dtype == torch.bfloat16
     kernel, bias = (torch.as_tensor(w).to(inside) for w in model.get_weights())
     assert_close(y.float(), (x.to(inside) @ kernel + bias).float(), 1e-2)
+
+
+def _pair(first: str, second: str) -> list[keras.KerasTensor]:
+    return [keras.Input((8, 8, 3), dtype=dtype) for dtype in (first, second)]
+
+
+@pytest.mark.parametrize("operation", [keras.ops.add, keras.ops.multiply, keras.ops.arctan2])
+@pytest.mark.parametrize("head", ["none", "conv", "add", "operation", "nested"])
+def test_an_operation_on_float64_computes_as_keras_does(operation: Any, head: str) -> None:
+    inputs = _pair("float64", "float32")
+    y = operation(*inputs)
+    if head == "add":
+        y = keras.layers.Add()([y, inputs[1]])
+    elif head == "operation":
+        y = keras.layers.Dense(2)(keras.ops.subtract(y, 0.5))
+    elif head == "nested":
+        image = keras.Input((8, 8, 3))
+        y = keras.Model(image, keras.layers.Conv2D(2, 3)(image))(y)
+    elif head == "conv":
+        y = keras.layers.Conv2D(2, 3)(y)
+    model = keras.Model(inputs, y)
+    given = torch.rand(2, 8, 8, 3, dtype=torch.float64), torch.rand(2, 8, 8, 3)
+    expected, found = model(given), vt.to_torch(model)(*given)
+    assert found.dtype == expected.dtype
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float64", "int32", "uint8"])
+@pytest.mark.parametrize("reader", ["rescaling", "conv", "flatten", "operation", "pool", "nested"])
+def test_what_enters_is_cast_to_its_inputs_dtype_as_keras_does(dtype: str, reader: str) -> None:
+    image = keras.Input((8, 8, 3), dtype=dtype)
+    calls = {
+        "rescaling": keras.layers.Rescaling(0.5),
+        "conv": lambda x: keras.layers.Conv2D(2, 3)(keras.layers.Rescaling(1.0)(x)),
+        "flatten": keras.layers.Flatten(),
+        "operation": lambda x: keras.ops.multiply(x, 2),
+        "pool": keras.layers.MaxPooling2D(),
+        "nested": keras.Sequential([keras.Input((8, 8, 3)), keras.layers.Rescaling(0.5)]),
+    }
+    model = keras.Model(image, calls[reader](image))
+    given = torch.rand(2, 8, 8, 3) * 100
+    expected, found = model(given), vt.to_torch(model)(given)
+    assert found.dtype == expected.dtype
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)

@@ -32,7 +32,7 @@ def dtype_of(tensor: keras.KerasTensor) -> str:
     return str(layer.compute_dtype if known else tensor.dtype)
 
 
-def one_dtype(call: keras_graph.Node) -> str | None:
+def one_dtype(call: keras_graph.Node, dtype_of: Callable[[Any], str]) -> str | None:
     """The float dtype of all tensors around a call; None where they, or numbers of axes, differ."""
     ranks = {len(t.shape) for t in call.input_tensors}
     dtype, *others = {dtype_of(t) for t in (*call.input_tensors, *call.outputs)}

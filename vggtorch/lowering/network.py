@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+import keyword
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -144,3 +146,21 @@ def _unpickled(
     of_code = ("_code", "_lineno_map", "_prologue_start", "_graphmodule_cls_name")
     vars(network).update({k: v for k, v in arguments[0].items() if k not in of_code})
     return network
+
+
+@cache
+def names_in_use() -> set[str]:
+    """What the code of `forward` calls its network, and what each network has of its own."""
+    graph = torch.fx.Graph()
+    graph.output(None)
+    return {"self", *vars(TorchNetwork(nn.Module(), graph))}
+
+
+def identifier(name: str, taken: Sequence[str] = ()) -> str:
+    """A name that Python takes for an argument or a class, and that the code doesn't use."""
+    name = "".join(c if c.isalnum() else "_" for c in name)
+    if not name.isidentifier() or keyword.iskeyword(name) or name in ("self", "torch"):
+        name = f"_{name}"
+    while name in taken:
+        name += "_"
+    return name

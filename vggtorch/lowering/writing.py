@@ -12,7 +12,7 @@ import operator
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cache, reduce
+from functools import reduce
 from itertools import takewhile
 from typing import Any
 
@@ -33,7 +33,7 @@ from vggtorch.lowering.calls import (
 )
 from vggtorch.lowering.converters import convert
 from vggtorch.lowering.layer_modules import KerasLayer, Permute
-from vggtorch.lowering.network import TorchNetwork
+from vggtorch.lowering.network import TorchNetwork, identifier, names_in_use
 from vggtorch.lowering.settings import Settings, graph_to_read, has_other_code
 from vggtorch.lowering.sites import Axes, Piece, Site
 from vggtorch.lowering.ties import Ties
@@ -232,12 +232,13 @@ class _Builder:
         self.names: dict[tuple[int, int, str], list[str]] = {}  # of layers' modules
         self.nested: dict[int, str] = {}  # names of models inside
         self.hidden: set[int] = set()  # tensors that may carry a mask which they don't show
+        self.wider: set[int] = set()  # that may be float64 where Keras says otherwise
 
     def build(self, name: str) -> TorchNetwork:
         inputs = {id(tensor): tensor for tensor in self.model.inputs}
         names: list[str] = []
         for tensor in inputs.values():
-            names.append(_identifier(keras_graph.producer(tensor).name, names))
+            names.append(identifier(keras_graph.producer(tensor).name, names))
             node = self.graph.placeholder(names[-1])
             axes = "first" if self.outer == "first" and len(tensor.shape) > 2 else "keras"
             node.meta |= {"rank": len(tensor.shape), "axes": axes}
@@ -252,7 +253,7 @@ class _Builder:
         found = [outputs[id(t)] for t in keras.tree.flatten(structure)]
         self.graph.output(keras.tree.pack_sequence_as(structure, found))  # dicts in Keras's order
         self.graph.lint()
-        return TorchNetwork(self.root, self.graph, class_name=_identifier(name))
+        return TorchNetwork(self.root, self.graph, class_name=identifier(name))
 
     # Values
 
@@ -296,7 +297,13 @@ class _Builder:
             module = KerasLayer(call, None if self.common.share else self.common.copies)
             name, several = self._add(call.operation.name, module), len(call.outputs) > 1
             paths = [(i,) if several else () for i in range(len(call.outputs))]
-            self._call_module(call, name, [dtype_of(t) for t in call.input_tensors], paths)
+            inputs = [self._to(t, "keras") for t in call.input_tensors]
+            self._call_module(call, name, inputs, paths)
+        # torch computes in float64 where one value is that, which Keras's rules don't know of.
+        if not isinstance(call.operation, keras.Layer) and any(
+            self._dtype(t) in ("float64", "float") for t in call.input_tensors
+        ):
+            self.wider |= {id(t) for t in call.outputs if t.dtype != "float64"}
         for node in takewhile(lambda node: node is not last, reversed(self.graph.nodes)):
             node.meta["layer"] = call.operation.name
 
@@ -330,7 +337,7 @@ class _Builder:
         layer, tensors, pieces = call.operation, call.input_tensors, self.common.pieces
         if len(tensors) != 1 or len(call.outputs) != 1:
             return False
-        rank, dtype = len(tensors[0].shape), dtype_of(tensors[0])
+        rank, dtype = len(tensors[0].shape), self._dtype(tensors[0])
         key = (id(layer), rank, dtype)
         if key not in pieces:
             pieces[key] = convert(Site(layer, tensors, self.common.ties, self.common.share, dtype))
@@ -364,17 +371,29 @@ class _Builder:
         those that a Normalization gets.
         """
         layer, (tensor,) = call.operation, call.input_tensors
-        given, wanted = dtype_of(tensor), layer.compute_dtype
+        given, wanted = self._dtype(tensor), layer.compute_dtype
         floats = layer.autocast and "float" in given and "float" in wanted
         casts = floats or type(layer) is layers.Normalization
         return self._to(tensor, axes, wanted if casts else given)
 
-    def _to(self, tensor: keras.KerasTensor, axes: str, dtype: str) -> torch.fx.Node:
-        """A Keras tensor's value in this dtype."""
-        node = self.value(tensor, axes)
-        if dtype_of(tensor) == dtype:
-            return node
-        return self.graph.call_method("to", (node, keras_graph.torch_dtype(dtype)))
+    def _to(self, tensor: Any, axes: str, dtype: str | None = None) -> torch.fx.Node:
+        """A Keras tensor's value in the dtype in which it is computed with, if that is known.
+
+        Keras casts what enters a model to its Input's dtype. Where all is in that one, or it is
+        the default, it is left to torch, so that the network can be converted to another.
+        """
+        node, given = self.value(tensor, axes), self._dtype(tensor)
+        casts = [] if dtype in (None, given) else [dtype]
+        enters = isinstance(keras_graph.producer(tensor), layers.InputLayer)
+        if enters and given != keras.config.floatx() and (dtype != given or "float" not in given):
+            casts.insert(0, given)
+        for name in casts:
+            node = self.graph.call_method("to", (node, keras_graph.torch_dtype(name)))
+        return node
+
+    def _dtype(self, tensor: keras.KerasTensor) -> str:
+        """The dtype of a Keras tensor's value, "float" where it is known when the network runs."""
+        return "float" if id(tensor) in self.wider else dtype_of(tensor)
 
     def _axes(self, axes: Axes, layer: Any) -> str:
         """The order of axes that a module wants; in a channels_first layer both are the same."""
@@ -403,7 +422,7 @@ class _Builder:
     def _merge(self, call: keras_graph.Node) -> bool:
         """Write down a sum, product, concatenation and the like of several tensors."""
         layer, tensors = call.operation, call.input_tensors
-        if len(tensors) < 2 or one_dtype(call) != layer.compute_dtype:
+        if len(tensors) < 2 or one_dtype(call, self._dtype) != layer.compute_dtype:
             return False
         axes = self._cheapest(tensors)
         values = [self.value(t, axes) for t in tensors]
@@ -425,10 +444,11 @@ class _Builder:
         """Write down an operator between tensors and numbers."""
         kind, args = keras_graph.operation_kind(call.operation), call.arguments.args
         known = all(isinstance(a, keras.KerasTensor | int | float) for a in args)
-        if kind not in _OPERATORS or call.arguments.kwargs or not known or not one_dtype(call):
+        known = known and kind in _OPERATORS and not call.arguments.kwargs
+        if not (known and one_dtype(call, self._dtype)):
             return False
         axes = self._cheapest(call.input_tensors)
-        values = (self.value(a, axes) if isinstance(a, keras.KerasTensor) else a for a in args)
+        values = (self._to(a, axes) if isinstance(a, keras.KerasTensor) else a for a in args)
         node = self.graph.call_function(_OPERATORS[kind], tuple(values))
         self._set(call.outputs[0], axes, node)
         return True
@@ -442,21 +462,17 @@ class _Builder:
             network = _Builder(inner, self.common).build(model.name)
             self.nested[id(model)] = self._add(model.name, network)
         # It begins with a cast to the dtypes that it was built with.
-        dtypes = [tensor.dtype for tensor in inner.inputs]
+        pairs = zip(call.input_tensors, inner.inputs, strict=True)
+        inputs = [self._to(tensor, "keras", entry.dtype) for tensor, entry in pairs]
         paths = keras.tree.flatten_with_path(returned(inner))
-        self._call_module(call, self.nested[id(model)], dtypes, [path for path, _ in paths])
+        self._call_module(call, self.nested[id(model)], inputs, [path for path, _ in paths])
         return True
 
     def _call_module(
-        self,
-        call: keras_graph.Node,
-        name: str,
-        dtypes: Sequence[str],
-        paths: Sequence[Sequence[Any]],
+        self, call: keras_graph.Node, name: str, inputs: list[torch.fx.Node], paths: Sequence[Any]
     ) -> None:
-        """Call a child with inputs of these dtypes; `paths`: where in what it gives outputs are."""
-        inputs = zip(call.input_tensors, dtypes, strict=True)
-        node = self.graph.call_module(name, tuple(self._to(t, "keras", d) for t, d in inputs))
+        """Call a child with these inputs; `paths`: where in what it gives outputs are."""
+        node = self.graph.call_module(name, tuple(inputs))
         for tensor, path in zip(call.outputs, paths, strict=True):
             part = node
             for key in path:
@@ -468,7 +484,7 @@ class _Builder:
         name = name.replace(".", "_").replace("/", "_")
         while (
             keyword.iskeyword(name)
-            or name in _names_in_use()
+            or name in names_in_use()
             or hasattr(self.root, name)
             or hasattr(TorchNetwork, name)
         ):
@@ -477,24 +493,6 @@ class _Builder:
         return name
 
 
-@cache
-def _names_in_use() -> set[str]:
-    """What the code of `forward` calls its network, and what each network has of its own."""
-    graph = torch.fx.Graph()
-    graph.output(None)
-    return {"self", *vars(TorchNetwork(nn.Module(), graph))}
-
-
 def _channels_last(rank: int) -> tuple[int, ...]:
     """The axes of (N, C, ...) in the order (N, ..., C)."""
     return (0, *range(2, rank), 1)
-
-
-def _identifier(name: str, taken: Sequence[str] = ()) -> str:
-    """A name that Python takes for an argument or a class, and that the code doesn't use."""
-    name = "".join(c if c.isalnum() else "_" for c in name)
-    if not name.isidentifier() or keyword.iskeyword(name) or name in ("self", "torch"):
-        name = f"_{name}"
-    while name in taken:
-        name += "_"
-    return name
