@@ -8,6 +8,7 @@ import http.server
 import multiprocessing
 import os
 import random
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -17,9 +18,11 @@ import pytest
 from checkpoint_files import (
     small_state,
 )
+from huggingface_hub import constants
 
 from vggtorch import files
 from vggtorch.weights import downloads, sources
+from vggtorch.weights.hub import _knock
 from vggtorch.weights.published import PUBLISHED
 
 CONTENT = random.Random(0).randbytes(300_000)
@@ -264,3 +267,31 @@ def test_eight_processes_cost_one_download(tmp_path: Path, server: str) -> None:
     with multiprocessing.get_context("fork").Pool(8) as pool:
         assert pool.starmap(_find_from, arguments) == [CONTENT] * 8
     assert _Handler.asked == [("slow", None)]
+
+
+@pytest.mark.parametrize("answer", [b"nonsense\r\n\r\n", b"HTTP/1.1 200 OK\r\nA: " + b"a" * 99_999])
+def test_what_is_no_hub_is_named_as_one_that_cannot_be_reached(
+    monkeypatch: pytest.MonkeyPatch, answer: bytes
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def serve() -> None:
+            connection, _ = listening.accept()
+            with connection:
+                connection.recv(1 << 16)
+                connection.sendall(answer)
+
+        threading.Thread(target=serve, daemon=True).start()
+        monkeypatch.setenv("VGGTORCH_OFFLINE", "0")
+        address = f"http://127.0.0.1:{listening.getsockname()[1]}"
+        monkeypatch.setattr(constants, "ENDPOINT", address)
+        with pytest.raises(OSError, match=f"{address} can't be reached"):
+            _knock()
+
+
+def test_an_endpoint_that_is_no_address_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VGGTORCH_OFFLINE", "0")
+    for address in ("http://[::1", "hub"):
+        monkeypatch.setattr(constants, "ENDPOINT", address)
+        with pytest.raises(OSError, match="can't be reached"):
+            _knock()

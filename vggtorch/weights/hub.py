@@ -6,6 +6,7 @@ The client keeps what it has fetched, knows the token (`hf auth login`, HF_TOKEN
 
 from __future__ import annotations
 
+import http.client
 import re
 import urllib.error
 import urllib.request
@@ -178,7 +179,7 @@ def _knock() -> None:
         urllib.request.urlopen(constants.ENDPOINT, timeout=PATIENCE).close()
     except urllib.error.HTTPError:
         pass  # an answer
-    except OSError as error:
+    except (OSError, http.client.HTTPException, ValueError) as error:
         reason = files.first_line(getattr(error, "reason", None) or error)
         raise OSError(f"{constants.ENDPOINT} can't be reached ({reason})") from error
 
