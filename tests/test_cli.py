@@ -1,6 +1,8 @@
 import dataclasses
 import re
 import shlex
+import sys
+import warnings
 from typing import Any
 
 import pytest
@@ -100,10 +102,11 @@ def test_weights_lists_what_is_known_and_here(arguments, capsys):
 
 @pytest.mark.slow
 def test_export_writes_what_a_keras_file_computes(tmp_path, capsys):
-    model = tiny.network()
+    model = models.remember_(tiny.network(), "oxford")
     model.save(tmp_path / "tiny.keras")
     assert main(["export", str(tmp_path / "tiny.keras"), str(tmp_path / "tiny.pt2")]) == 0
-    assert "Wrote" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "Wrote" in said and "takes images preprocessed for oxford, not raw ones" in said
     x = torch.rand(3, 16, 16, 3) * 255
     found = torch.export.load(tmp_path / "tiny.pt2").module()(x)
     torch.testing.assert_close(found, model(x), rtol=1e-4, atol=1e-5)
@@ -161,6 +164,17 @@ def mistakes():
     for command, message in MISTAKES:
         marks = [pytest.mark.network] if "--weights oxford" in command else []
         yield pytest.param(command, message, marks=marks)
+
+
+def test_a_warning_is_shown_once_in_a_run(monkeypatch, capsys):
+    def app(*_, **__):  # what Python writes of warnings, which pytest takes for itself
+        for _ in range(2):
+            sys.stderr.write(warnings.formatwarning("Left out.", UserWarning, __file__, 1))
+
+    monkeypatch.setattr(cli, "app", app)
+    for _ in range(2):
+        assert main([]) == 0
+        assert capsys.readouterr().err == "vggtorch: Left out.\n"
 
 
 @pytest.mark.parametrize(("command", "message"), list(mistakes()))

@@ -60,6 +60,8 @@ TYPED = [
     ("predict run photos --architecture vgg16", "--architecture vgg16 with the model run, which"),
     ("predict vgg11 photos --architecture vgg16", "--architecture vgg16 with the model vgg11"),
     ("features run photos --weights oxford", "--weights oxford with the model run, which says"),
+    ("features run photos --image-size 64", "--image-size 64 with the model run, which says"),
+    ("compress vgg11 photos --times 2 --out a.keras --image-size 64", "Add --no-top, or leave"),
     ("export run a.onnx --weights oxford", "--weights oxford with the model run, which says that"),
     ("compress run photos --times 2 --out a.keras --no-top", "--no-top with the model run, which"),
     ("finetune ''", "Received an empty name; expected a path. This folder's is '.'."),

@@ -17,7 +17,15 @@ import typer
 
 import vggtorch as vt
 from vggtorch import commands, files, paths, training_commands
-from vggtorch.options import ArchitectureName, Model, Weights, as_options, is_given, wrong_usage
+from vggtorch.options import (
+    ArchitectureName,
+    ImageSize,
+    Model,
+    Weights,
+    as_options,
+    is_given,
+    wrong_usage,
+)
 from vggtorch.text import LONGEST_MESSAGE, table, terminal_width, visible, visible_lines
 from vggtorch.training import Interrupted, Terminated
 
@@ -209,9 +217,15 @@ def compress(
     ] = None,
     weights: Weights = "imagenet",
     top: Annotated[bool, typer.Option(help="An architecture with its classifier.")] = True,
+    image_size: ImageSize = None,
 ) -> None:
     """A network that costs less and sees the same; writes it and a drawing, prints a table."""
-    commands.refuse_for_models(context, model, ("weights", "top"))
+    commands.refuse_for_models(context, model, ("weights", "top", "image_size"))
+    if top and image_size is not None:
+        raise ValueError(
+            f"Received image_size={image_size} with the classifier, which takes images of 224. "
+            f"Add --no-top, or leave the size out."
+        )
     paths.check_model(model)
     paths.check_weights(weights)
     paths.check_images([folder])
@@ -227,7 +241,7 @@ def compress(
     network = commands.network(model, weights, include_top=top)
     try:
         small, found = vt.compress(
-            network, times, vt.preprocess(chosen, network),
+            network, times, vt.preprocess(chosen, network, size=image_size),
             by=by, keep=keep or [], seconds=seconds, seed=seed, folder=checkpoints,
         )  # fmt: skip
     except KeyboardInterrupt as stop:
@@ -278,8 +292,15 @@ def export(
     paths.check_model(model)
     paths.check_weights(weights)
     paths.check_out(path, paths.EXPORTED, "")
-    vt.export(commands.network(model, weights), path)
+    network = commands.network(model, weights)
+    vt.export(network, path)
     _show(f"Wrote {path}.")
+    config = vt.data_config(network)
+    if config.weight_set is not None and not config.preprocessing_inside:
+        _show(
+            f"It takes images preprocessed for {config.weight_set}, not raw ones; data_config in "
+            f"its metadata says how."
+        )
 
 
 app.command(
@@ -352,7 +373,15 @@ def _in_words(error: Exception) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status, 0 if all went well and 2 for a wrong usage."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    plain, warnings.formatwarning = warnings.formatwarning, warning_line  # type: ignore[assignment]
+    shown = {""}
+
+    def line_once(*warning: Any) -> str:
+        line = warning_line(*warning)
+        is_new = line not in shown
+        shown.add(line)
+        return line * is_new
+
+    plain, warnings.formatwarning = warnings.formatwarning, line_once  # type: ignore[assignment]
     debug = "--debug" in arguments
     _take_any_character(sys.stdout)
     try:

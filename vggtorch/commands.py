@@ -15,7 +15,7 @@ import typer
 import vggtorch as vt
 from vggtorch import files, paths
 from vggtorch.architectures import ARCHITECTURES
-from vggtorch.options import Architecture, Model, Weights, is_given
+from vggtorch.options import Architecture, ImageSize, Model, Weights, is_given
 from vggtorch.text import figure_text, table, terminal_width, visible, visible_lines
 
 if TYPE_CHECKING:
@@ -163,17 +163,22 @@ def extract_features(
         Literal["avg", "max", "none"], typer.Option(help="Of feature maps, to one value a channel.")
     ] = "avg",
     weights: Weights = "imagenet",
+    image_size: ImageSize = None,
     batch_size: BatchSize = 32,
     shard_size: Annotated[int, typer.Option(help="Images in one file of the data set.")] = 1024,
 ) -> None:
     """A layer's output for any number of images; goes on where it was, also under torchrun."""
-    refuse_for_models(context, model, ("weights",))
+    refuse_for_models(context, model, ("weights", "image_size"))
     paths.check_model(model)
     paths.check_weights(weights)
     _check_order(images)
     paths.check_images(images)
-    trunk = network(model, weights, include_top=False)
+    from vggtorch.training import geometry_text
+
+    trunk = network(model, weights, include_top=False, size=image_size)
     process, processes = (int(os.environ.get(n, d)) for n, d in (("RANK", 0), ("WORLD_SIZE", 1)))
+    if process == 0:
+        print(f"Input: {geometry_text(vt.data_config(trunk))}")
     problems = vt.write_features(
         trunk,
         images,
@@ -264,12 +269,15 @@ def _is_model(name: str) -> bool:
     return known or any(Path(name, kept).is_file() for kept in ("model.keras", "last.pt"))
 
 
-def network(name: str, weights: str, *, include_top: bool = True) -> keras.Model:
-    """A pretrained network by its name, or what else stands for a model."""
+def network(
+    name: str, weights: str, *, include_top: bool = True, size: int | None = None
+) -> keras.Model:
+    """A pretrained network by its name, for images of a size if given, or what else is a model."""
     from vggtorch.models import constructor, model_from_name
 
     if name in ARCHITECTURES:
-        return constructor(name)(weights=weights, include_top=include_top)
+        shape = None if size is None else (size, size, 3)
+        return constructor(name)(weights=weights, include_top=include_top, input_shape=shape)
     return model_from_name(name)
 
 

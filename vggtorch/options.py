@@ -29,6 +29,10 @@ Model = Annotated[
 Weights = Annotated[
     str, typer.Option(help="An architecture's weights: a weight set's name or a path.")
 ]
+ImageSize = Annotated[
+    int | None,
+    typer.Option(help="Height and width that images are brought to for an architecture; else 224."),
+]
 
 
 def is_given(context: typer.Context, name: str) -> bool:

@@ -449,6 +449,24 @@ def test_a_network_that_puts_out_logits_predicts_their_probabilities(run, photos
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("narrow")
+def test_features_of_a_network_at_a_size_of_the_users(photos, tmp_path, capsys):
+    vgg = vt.VGG11(weights=None, include_top=False, input_shape=(48, 48, 3))
+    remember_(vgg, "oxford")
+    vt.save_weights(vgg, tmp_path / "a.safetensors")
+    words = f"features vgg11 {photos / 'red'} --layer block3_pool --pooling none --image-size 48"
+    out = tmp_path / "f"
+    assert main([*words.split(), "--weights", str(tmp_path / "a.safetensors"), "-o", str(out)]) == 0
+    said = capsys.readouterr().out
+    assert "Input: 48x48, crop mode center, crop share 0.875, bilinear; weight set oxford" in said
+    found = vt.read_features(out)
+    expected = vt.truncate(vgg, "block3_pool").predict(vt.preprocess(list(found.paths), vgg))
+    np.testing.assert_allclose(
+        found.values, expected.reshape(len(expected), -1), rtol=1e-3, atol=1e-3
+    )
+
+
+@pytest.mark.slow
 def test_damaged_features_are_named(run, photos, tmp_path):
     model, out = keras.saving.load_model(run / "model.keras"), tmp_path / "features"
     vt.write_features(model, [photos / "red" / "0.png"], out, layer="block2_pool")

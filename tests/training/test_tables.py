@@ -174,7 +174,7 @@ def test_the_commands_take_tables_and_patterns(table, tmp_path, capsys):
     [
         (
             "a.png,cat\na.png,dog\n",
-            r"a\.png stands twice in .*, as 'cat' and, in line 2, 'dog'\.",
+            r"a\.png stands twice in .*, as 'cat' and, in line 2, 'dog'\. .*folder/a\.png",
         ),
         ("path,label\na.png,\n", r"Line 2 of .*csv has label=''; expected one name"),
         ("path,label\na.png,x,y\n", r"Line 2 of .* has 3 cells; expected 2\. Put names"),
@@ -268,6 +268,7 @@ def test_files_of_a_table_that_are_not_there_are_named_and_where_they_were_looke
     [
         (lambda path: path.replace("/", "\\"), r"1\.png is there: write slashes instead of backsl"),
         (lambda path: path.removesuffix(".png"), r"1\.png is there: write the files' endings\."),
+        (lambda path: path.removeprefix("data/"), r"1\.png is there: write that folder before"),
         (lambda path: f"~/{path}", r"Write the home folder's path instead of ~\."),
         (lambda path: f"a\0{path}", r"'[^']*a\\x00[^']*': a file's name holds no null char"),
     ],

@@ -34,8 +34,9 @@ def freeze_(model: keras.Model, until: str | None = None) -> keras.Model:
 def unfreeze_(model: keras.Model, since: str | None = None) -> keras.Model:
     """Unfreeze the layer `since` and all that depends on it; everything if None. Returns `model`.
 
-    Works in place. `since` may be a layer inside a nested model, by its full name
-    ("left/block4_pool") or by its own where no other nested model has a layer of that name.
+    Works in place; compile the model anew before `fit`, since Keras's optimizer knows the variables
+    that were trainable at its first step alone. `since` may be a layer inside a nested model, by
+    its full name ("left/block4_pool") or by its own where no other has a layer of that name.
 
     >>> import vggtorch as vt
     >>> vgg = vt.VGG16(weights=None, include_top=False, input_shape=(32, 32, 3))

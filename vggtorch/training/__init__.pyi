@@ -5,6 +5,7 @@ from .callbacks import Callback as Callback
 from .config import ELSEWHERE as ELSEWHERE
 from .config import NO_SETTINGS as NO_SETTINGS
 from .config import TrainConfig as TrainConfig
+from .data import geometry_text as geometry_text
 from .data import read_folder as read_folder
 from .evaluation import Evaluation as Evaluation
 from .feature_table import FeatureTable as FeatureTable

@@ -85,7 +85,7 @@ def images_for(model: keras.Model, config: TrainConfig) -> DataConfig:
 
 def geometry_text(images: DataConfig) -> str:
     """What images are brought to, in words."""
-    height, width = images.size or (0, 0)
+    height, width = images.size or (DEFAULT_SIZE, DEFAULT_SIZE)
     return (
         f"{height}x{width}, crop mode {images.crop_mode}, crop share {images.crop_pct:g}, "
         f"{images.interpolation}; weight set {images.weight_set or 'not known'}"

@@ -233,8 +233,9 @@ def read_classes(
         missing = [check.path for check in checked if check.is_missing]
         if isinstance(part, TablePart) and missing:
             message += (
-                f" Paths in {part.path.name} are relative to its folder, {part.path.parent}."
-                f"{_written_otherwise(missing[0])}"
+                f" Paths in {part.path.name} are relative to its folder, "
+                f"{part.path.parent.absolute()}."
+                f"{_written_otherwise(missing[0], part.path.parent)}"
             )
         if on_unreadable == "stop":
             raise ValueError(f"{message} Mend or remove them, or pass on_unreadable='skip'.")
@@ -256,8 +257,8 @@ def read_classes(
     return classes, good
 
 
-def _written_otherwise(path: Path) -> str:
-    """A hint at the file that is meant: with slashes, with its ending, in the home folder."""
+def _written_otherwise(path: Path, folder: Path) -> str:
+    """A hint at the file that is meant: with slashes, its ending, its folder or the home folder."""
     slashed = Path(str(path).replace("\\", "/"))
     if slashed != path and slashed.is_file():
         return f" {slashed} is there: write slashes instead of backslashes."
@@ -265,6 +266,9 @@ def _written_otherwise(path: Path) -> str:
         ended = [p for p in sorted(path.parent.glob(f"{glob.escape(path.name)}.*")) if p.is_file()]
         if ended:
             return f" {ended[0]} is there: write the files' endings."
+        name = os.path.relpath(path, folder)
+        if inside := next(folder.glob(f"*/{glob.escape(name)}"), None):
+            return f" {inside} is there: write that folder before the names."
     if "~" in path.parts:
         return " Write the home folder's path instead of ~."
     return ""

@@ -87,7 +87,8 @@ def read_rows(path: Path) -> list[Row]:
             was, now = (f"{r.label!r}{r.split and f' ({r.split})'}" for r in (before, row))
             raise ValueError(
                 f"{row.path} stands twice in {path}, as {was} and, in line {line}, {now}. Expected "
-                f"one label and one split."
+                f"one label and one split. Files of one name in several folders need the folder "
+                f"before it: folder/{row.path.name}."
             )
         twice += before is not row
     if not rows:
@@ -115,7 +116,8 @@ def _row(table: Path, line: int, cells: Mapping[str, Any]) -> Row:
         if isinstance(value, list | dict | float) or value is None or not str(value).strip():
             raise ValueError(
                 f"Line {line} of {table} has {meaning}={value!r}; expected "
-                f"{'the path of an image' if meaning == 'path' else 'one name'}."
+                f"{'the path of an image' if meaning == 'path' else 'one name'}. Fill it in, or "
+                f"leave the line out."
             )
     split = str(cells.get("split", cells.get("is_valid", ""))).strip().lower()
     known = IS_VALID if "is_valid" in cells else SPLITS
@@ -141,7 +143,8 @@ def _meanings(table: Path, names: Iterable[str]) -> dict[str, str]:
         raise ValueError(
             f"{table} has the columns {', '.join(map(repr, names))}; expected one of paths and "
             f"one of labels, named path and label (or {', '.join(COLUMNS['path'][1:])}; "
-            f"{', '.join(COLUMNS['label'][1:])}), and perhaps one named split."
+            f"{', '.join(COLUMNS['label'][1:])}), and perhaps one named split. "
+            f"Rename them in the table."
         )
     if others := [name for name in names if name not in found]:
         shown = [repr(name) if name.strip() else "one without a name" for name in others]
