@@ -109,6 +109,16 @@ def test_other_arguments_are_taken_as_keras_takes_them() -> None:
     assert_close(model(x, a_loss_weight=2.0).detach(), model(x).detach(), 1e-6)
 
 
+def test_a_nested_augmentation_is_as_random_as_in_keras() -> None:
+    """Keras's layers that augment do so where nobody says whether the model trains."""
+    image = keras.Input((4, 4, 1))
+    augmentation = keras.Sequential([layers.RandomFlip()])
+    model = accelerate_(keras.Model(image, layers.Flatten()(augmentation(image))))
+    x = np.random.default_rng(0).normal(size=(32, 4, 4, 1)).astype("float32")
+    assert not np.array_equal(model(x).numpy(), x.reshape(32, 16))
+    assert np.array_equal(model.predict(x, verbose=0), x.reshape(32, 16))
+
+
 def test_accelerated_sequential() -> None:
     model = keras.Sequential([keras.Input((8, 8, 3)), layers.Conv2D(2, 3), layers.Flatten()])
     x = np.random.default_rng(0).normal(size=(3, 8, 8, 3))

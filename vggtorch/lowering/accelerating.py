@@ -112,14 +112,17 @@ def accelerate_(
 def _decides(layer: keras.Layer) -> bool:
     """Whether a layer may train where nobody says whether the model does.
 
-    Keras's own don't, but a `TorchModuleWrapper` does, and so may the user's layers.
+    Keras's own don't, but for those that augment images; a `TorchModuleWrapper` does, and so may
+    the user's layers.
     """
-    wraps = isinstance(layer, keras.layers.TorchModuleWrapper)
-    of_keras = type(layer).__module__.startswith("keras.") and not wraps
-    if of_keras or not keras_graph.reads_training(layer):
+    if not keras_graph.reads_training(layer):
         return False
     argument = inspect.signature(layer.call).parameters.get("training")
-    return argument is None or argument.default is not False
+    default = None if argument is None else argument.default
+    wraps = isinstance(layer, keras.layers.TorchModuleWrapper)
+    if type(layer).__module__.startswith("keras.") and not wraps:
+        return default is True
+    return default is not False
 
 
 class _Mode:
