@@ -86,7 +86,7 @@ def read_pickle(path: Path) -> tuple[Tensors, Mapping[str, str]]:
 
 # HDF5
 
-H5_TIMEOUT = 20.0  # seconds
+H5_TIMEOUT = 60.0  # seconds; it is done in one where the machine has nothing else to do
 H5_UNSUPPORTED = 3  # exit status of hdf5.py: the file is whole, and nothing that is read here
 _H5_DTYPES = {
     "<f2": torch.float16, "bfloat16": torch.bfloat16, "<f4": torch.float32, "<f8": torch.float64,
@@ -113,7 +113,9 @@ def read_h5(
             check=False,
         )
     except subprocess.TimeoutExpired:
-        raise ValueError(f"its structure was not understood in {H5_TIMEOUT} s") from None
+        raise ValueError(
+            f"its structure was not understood in {H5_TIMEOUT} s; if the machine is busy, try again"
+        ) from None
     if done.returncode < 0:
         raise ValueError("the HDF5 library crashes on it")
     if done.returncode > 0:
