@@ -252,3 +252,28 @@ def test_a_weight_that_no_layer_reads_is_not_dropped_without_a_word():
         ):
             assert len(call().weights) == 2
     assert len(vt.stack(around, keras.layers.ReLU()).weights) == 3  # a layer that stays what it is
+
+
+class _Drops(keras.layers.Layer):
+    """As Keras's MLP-Mixer example has it: two Sequential models, built when they are called."""
+
+    def __init__(self, **settings):
+        super().__init__(**settings)
+        first, second = keras.layers.Dense(4), keras.layers.Dense(4)
+        self.first = keras.Sequential([first, keras.layers.Dropout(0.5)])
+        self.second = keras.Sequential([second, keras.layers.Dropout(0.5)])
+
+    def build(self, shape):
+        self.built = True
+
+    def call(self, x):
+        return self.second(self.first(x))
+
+
+def test_sequential_models_inside_of_a_layer_are_built_when_it_is_called():
+    image = keras.Input((4,))
+    model = keras.Model(image, _Drops(name="drops")(image))
+    new = vt.rename(model, "p_")
+    assert [w.shape for w in new.weights] == [w.shape for w in model.weights]
+    x = keras.ops.ones((2, 4))
+    assert keras.ops.all(new(x) == model(x))

@@ -95,9 +95,13 @@ def _give_seeds_(old: Layer, new: Layer) -> None:
     """Let `new` draw at random where `old` does.
 
     A Dropout has a seed generator only if its rate was above 0 when it was made, so that one whose
-    rate was changed to 0 later has one that its config knows nothing of.
+    rate was changed to 0 later has one that its config knows nothing of. A Sequential model inside
+    has an InputLayer only once it is built.
     """
-    for source, target in zip(all_layers(old), all_layers(new), strict=False):
+    found = (
+        [x for x in all_layers(y) if type(x) is not keras.layers.InputLayer] for y in (old, new)
+    )
+    for source, target in zip(*found, strict=False):
         if seed_generators(source) and not seed_generators(target):
             for key, value in vars(source).items():
                 if isinstance(value, keras.random.SeedGenerator):
