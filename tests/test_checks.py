@@ -39,15 +39,17 @@ def test_switches_are_true_and_false_and_nothing_else() -> None:
     for one in (bool, int, np.bool_, np.int64, torch.tensor):
         assert switch("s", one(True)) is True
         assert switch("s", one(False)) is False
-    for value in (None, "False", "", 2, 1.0, [], np.array([True]), float("nan")):
+    wrong: list[Any] = [None, "False", "", 2, 1.0, [], np.array([True]), float("nan")]
+    for value in wrong:
         with pytest.raises(ValueError, match=r"Received s=.*; expected True or False"):
             switch("s", value)
 
 
 @pytest.mark.parametrize("switch", ["trainable", "checkpoint", "winograd"])
 def test_switches_of_the_extractor(model: keras.Model, switch: str) -> None:
+    wrong: Any = {switch: "no"}
     with pytest.raises(ValueError, match=f"Received {switch}='no'; expected True or False"):
-        vt.FeatureExtractor(model, ["block1_conv1"], normalization=None, **{switch: "no"})
+        vt.FeatureExtractor(model, ["block1_conv1"], normalization=None, **wrong)
 
 
 @pytest.mark.parametrize("names", [None, 3, 1.5, True, Path("block1_conv1"), b"block1_conv1"])

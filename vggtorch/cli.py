@@ -373,13 +373,14 @@ def _in_words(error: Exception) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status, 0 if all went well and 2 for a wrong usage."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    shown = {""}
+    shown = set[str]()
 
     def line_once(*warning: Any) -> str:
         line = warning_line(*warning)
-        is_new = line not in shown
+        if line in shown:
+            return ""
         shown.add(line)
-        return line * is_new
+        return line
 
     plain, warnings.formatwarning = warnings.formatwarning, line_once  # type: ignore[assignment]
     debug = "--debug" in arguments

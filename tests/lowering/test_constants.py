@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import pytest
@@ -137,12 +138,12 @@ def in_a_thread(run: Callable[[], Any]) -> Any:
 
 def test_threads_get_what_is_made_for_their_own_settings() -> None:
     """Another thread asks while the first is making, with the same settings or others."""
-    tensor, found = torch.zeros(1), []
+    tensor, found = torch.zeros(1), list[str]()
 
     def make(settings: str) -> str:
         if not found:
             found.append("")
-            found[:] = [in_a_thread(lambda s=s: cache(s, s)) for s in ("a", "b")]
+            found[:] = [in_a_thread(partial(cache, s, s)) for s in ("a", "b")]
         return settings
 
     cache = ParameterCache(make, lambda: [tensor])

@@ -323,3 +323,9 @@ def test_what_it_refuses() -> None:
         torch.func.vmap(engine)(x[None])
     with FlopCounterMode(display=False), pytest.raises(RuntimeError, match="can't be traced"):
         engine(x)
+
+
+def test_inputs_of_the_other_layout_are_refused() -> None:
+    model = small_vgg()
+    with pytest.raises(ValueError, match="look channels_first: pass data_format='channels_first'"):
+        vt.optimize_for_inference(model)(torch.rand(2, 3, 16, 16))

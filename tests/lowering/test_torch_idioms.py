@@ -465,3 +465,18 @@ def test_quantization_aware_training_with_torchs_own_norms(
         found.append([gradient, quantization.convert(whole.eval())(x)])
     for ours, theirs in zip(*found, strict=True):
         assert_close(ours.detach(), theirs.detach(), 5e-2)
+
+
+@pytest.mark.parametrize(("size", "given"), [((8, 12), (8, 12)), ((None, None), (9, 9))])
+def test_an_error_of_the_other_layout_says_how_to_have_it(size: Any, given: tuple) -> None:
+    image = keras.Input((*size, 3))
+    model = keras.Model(image, layers.Conv2D(2, 3)(image))
+    other = torch.rand(2, 3, *given)
+    hint = r"make it by vt\.to_torch\(model, data_format='channels_{}'\)"
+    with pytest.raises(RuntimeError, match=hint.format("first")):
+        to_torch(model)(other)
+    with pytest.raises(RuntimeError, match=hint.format("last")):
+        to_torch(model, data_format="channels_first")(other.permute(0, 2, 3, 1))
+    with pytest.raises(RuntimeError) as error:
+        to_torch(model)(torch.rand(2, *given, 4))
+    assert not hasattr(error.value, "__notes__")

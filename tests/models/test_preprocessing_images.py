@@ -141,8 +141,9 @@ def tiff(path, bits, photometric, strip):
 @pytest.mark.parametrize("shape", [(4, 6), (4, 6, 3)])
 def test_a_cameras_12_bits_in_16_are_warned_of(shape, tmp_path):
     for value, count in ((4095, 1), (65535, 0)):
-        for options in ({}, {"compression": "zlib"}):
-            tifffile.imwrite(tmp_path / "a.tif", np.full(shape, value, np.uint16), **options)
+        for compression in (None, "zlib"):
+            values = np.full(shape, value, np.uint16)
+            tifffile.imwrite(tmp_path / "a.tif", values, compression=compression)
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
                 assert preprocess(tmp_path / "a.tif", "oxford", size=4).shape == (1, 4, 4, 3)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
@@ -62,6 +62,15 @@ def fits(given: Any, model: keras.Function) -> bool:
         except (TypeError, ValueError):
             return False
     return [len(t.shape) for t in flat] == [len(t.shape) for t in wanted]
+
+
+def in_layout(shape: Sequence[int | None], layout: str) -> tuple[int | None, ...]:
+    """A shape with the axis of channels moved: "first" from the end, "last" to it, or not."""
+    moved = list(shape)
+    if layout in ("first", "last") and len(moved) > 2:
+        old, new = (-1, 1) if layout == "first" else (1, len(moved) - 1)
+        moved.insert(new, moved.pop(old))
+    return tuple(moved)
 
 
 def returned(model: keras.Function) -> Any:

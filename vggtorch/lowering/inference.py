@@ -185,6 +185,11 @@ class InferenceEngine:
                     f"Use vt.to_torch(model), or call it under torch.no_grad()."
                 )
             checked.append(x if self._half is None else cast_from(self._half, x))
+        if layout := self._plan.layout_meant(checked):
+            raise ValueError(
+                f"Received inputs of the shapes {[tuple(x.shape) for x in checked]}, which look "
+                f"{layout}: pass data_format={layout!r} to optimize_for_inference."
+            )
         return checked
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -54,7 +54,15 @@ class TorchNetwork(torch.fx.GraphModule):
             plan = self._current_plan()
             inputs = args if plan is None else plan.in_order(args, kwargs)
             if plan is not None and plan.takes(inputs):
-                return plan(inputs)
+                try:
+                    return plan(inputs)
+                except RuntimeError as error:
+                    if layout := plan.layout_meant(inputs):
+                        error.add_note(
+                            f"The network has another layout than these inputs. For theirs, make "
+                            f"it by vt.to_torch(model, data_format={layout!r})."
+                        )
+                    raise
         return super().__call__(*args, **kwargs)
 
     def is_watched(self) -> bool:

@@ -74,6 +74,7 @@ class Plan:
         inputs = [node for node in graph.nodes if node.op == "placeholder"]
         self.names = [str(node.target) for node in inputs]
         self.ranks = [node.meta.get("rank") for node in inputs]
+        self.shapes = [node.meta.get("shape") for node in inputs]
         self.children = [
             (parent, name, child, type(child))
             for parent in root.modules()
@@ -120,6 +121,17 @@ class Plan:
         ):
             return False
         return _have_plain_weights(self.weighted)
+
+    def layout_meant(self, inputs: Sequence[Tensor]) -> str | None:
+        """The data_format of inputs that have another than the network's, as far as shapes tell."""
+        for x, shape in zip(inputs, self.shapes, strict=True):
+            if shape is None or x.ndim < 3 or _has_shape(x, shape):
+                continue
+            if _has_shape(x.movedim(1, -1), shape):
+                return "channels_first"
+            if _has_shape(x.movedim(-1, 1), shape):
+                return "channels_last"
+        return None
 
     def is_watched(self) -> bool:
         """Whether somebody looks on when modules run, or has given one of them another forward."""
@@ -202,6 +214,10 @@ def _settings(module: nn.Module) -> tuple[Any, Any]:
     """How a module is set up whose work the steps do in a form made for that."""
     weight = module._parameters.get("weight")
     return _SETTINGS[type(module)](module), None if weight is None else weight.shape
+
+
+def _has_shape(x: Tensor, shape: Sequence[int | None]) -> bool:
+    return all(m in (None, n) for n, m in zip(x.shape, shape, strict=True))
 
 
 def _is_plain(x: Any) -> bool:

@@ -26,6 +26,7 @@ from vggtorch.lowering.calls import (
     MERGES,
     dtype_of,
     fits,
+    in_layout,
     is_plain,
     masks_inside,
     one_dtype,
@@ -241,7 +242,8 @@ class _Builder:
             names.append(identifier(keras_graph.producer(tensor).name, names))
             node = self.graph.placeholder(names[-1])
             axes = "first" if self.outer == "first" and len(tensor.shape) > 2 else "keras"
-            node.meta |= {"rank": len(tensor.shape), "axes": axes}
+            shape = in_layout(tensor.shape, self.outer)
+            node.meta |= {"rank": len(tensor.shape), "axes": axes, "shape": shape}
             if self.outer == "last" and len(tensor.shape) > 2:
                 node = self._permuted(node, len(tensor.shape), to_first=True)
             self.values[id(tensor)] = {axes: node}
