@@ -11,7 +11,6 @@ that several rooms compute by stand at the end: padding "same" and batch norm.
 from __future__ import annotations
 
 import contextlib
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -29,6 +28,7 @@ from keras.src.ops.node import Node
 from keras.src.saving.serialization_lib import SafeModeScope
 from keras.src.utils.naming import to_snake_case as to_snake_case
 
+from vggtorch.telling import tell
 from vggtorch.weight_sets import WEIGHT_SETS, DataConfig
 
 # Models that remember what they expect of an image
@@ -78,7 +78,7 @@ class _ImageModel(Functional):
 
     def save(self, filepath: Any, *args: Any, **kwargs: Any) -> Any:
         """As Keras has it; its older form loses what this class remembers, unless we load it."""
-        warn_of_older_form(filepath, self.data_config, stacklevel=3)
+        warn_of_older_form(filepath, self.data_config)
         return super().save(filepath, *args, **kwargs)
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
@@ -87,14 +87,13 @@ class _ImageModel(Functional):
         return _unpickled, (method.__name__, content)
 
 
-def warn_of_older_form(filepath: Any, config: DataConfig, stacklevel: int) -> None:
+def warn_of_older_form(filepath: Any, config: DataConfig) -> None:
     """Say what Keras's own reader of a whole model in HDF5 leaves out, where it is written."""
     if str(filepath).endswith((".h5", ".hdf5")) and config != DataConfig():
-        warnings.warn(
+        tell(
             f"keras.saving.load_model reads {filepath} without what the model remembers of its "
             f"images ({config.weight_set or 'their size and labels'}); vt.load_model keeps it, and "
-            f"so does every reader of a .keras file.",
-            stacklevel=stacklevel,
+            f"so does every reader of a .keras file."
         )
 
 

@@ -279,6 +279,11 @@ def test_the_first_of_several_frames_is_read(suffix, tmp_path):
     with Image.open(path) as opened:
         assert getattr(opened, "n_frames", 1) == 2
     np.testing.assert_allclose(pixel(path), RED, atol=12)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        preprocess(path, "oxford", size=8)
+    said = ["An image file has several frames or pages, of which the first is read."]
+    assert [str(w.message) for w in caught] == (said if suffix != "mpo" else [])
 
 
 def test_heic_is_read_or_says_what_it_takes(tmp_path, monkeypatch):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import os
 import re
-import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -21,6 +20,7 @@ from vggtorch.keras_graph import Functional, graph_of
 from vggtorch.keras_graph import data_format as layout_of
 from vggtorch.lowering import TorchNetwork, to_torch
 from vggtorch.models import constructor, data_config, weight_set
+from vggtorch.telling import tell
 from vggtorch.weight_sets import WEIGHT_SETS, WeightSet, weight_set_named
 
 # How papers and other projects name the layers of VGG, behind a nested model's name or alone.
@@ -147,11 +147,10 @@ class FeatureExtractor(nn.Module):
             self._is_checked = True
             if not self.trainable and any(p.requires_grad for p in self.network.parameters()):
                 self.network.requires_grad_(False)
-                warnings.warn(
+                tell(
                     "The weights of this extractor were unfrozen, by the module that it is part of "
                     "or with the layers of its Keras model. They stay frozen here: make it with "
-                    "trainable=True to train them.",
-                    stacklevel=2,
+                    "trainable=True to train them."
                 )
         x = self.pixels.normalise(images)
         weight = next((p for p in self.network.parameters() if p.is_floating_point()), None)

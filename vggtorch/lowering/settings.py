@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -12,6 +11,7 @@ import torch
 
 from vggtorch import keras_graph
 from vggtorch.lowering.calls import WRITTEN
+from vggtorch.telling import tell
 
 # A layer, its attributes, how many these are, those that count as they were, what gets the values
 # of these at once, and what it got.
@@ -91,11 +91,10 @@ class Settings:
                 changed.append(f"{model.name}.{'call' if same else 'layers'}")
         vars(self).update(vars(Settings(self._layers)))
         if changed:
-            warnings.warn(
+            tell(
                 f"{', '.join(changed)} changed in Keras after to_torch, and the torch network "
                 f"keeps what it was written with: call to_torch again to have it, or train the "
-                f"Keras model under accelerate_, which follows.",
-                stacklevel=6,
+                f"Keras model under accelerate_, which follows."
             )
 
     def __deepcopy__(self, memo: Any) -> Settings:

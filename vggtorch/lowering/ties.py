@@ -9,7 +9,6 @@ moved) is carried to the other at the network's next call, or when its parameter
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakValueDictionary
@@ -23,6 +22,7 @@ from torch.nn.modules.module import (
 )
 
 from vggtorch import keras_graph
+from vggtorch.telling import tell
 from vggtorch.weights import Rule
 
 _PLAIN = Tensor, nn.Parameter  # not a subclass, such as quantized or sharded tensors
@@ -161,12 +161,11 @@ class Ties:
         changed = [tie for tie in self.pairs if tie.has_changed()]
         parted = [tie for tie in changed if not tie.can_hold()]
         if parted:
-            warnings.warn(
+            tell(
                 f"{len(parted)} weights of the torch network, {parted[0].variable.path} first, now "
                 f"have another dtype or form than their Keras variables, or no values, or are not "
                 f"one tensor in all places: from here on they stand alone, and the Keras model "
-                f"keeps the weights that it had.",
-                stacklevel=2,
+                f"keeps the weights that it had."
             )
             self.pairs = [tie for tie in self.pairs if tie not in parted]
         for tie in changed:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import keyword
 import operator
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
@@ -38,6 +37,7 @@ from vggtorch.lowering.network import TorchNetwork, identifier, names_in_use
 from vggtorch.lowering.settings import Settings, graph_to_read, has_other_code
 from vggtorch.lowering.sites import Axes, Piece, Site
 from vggtorch.lowering.ties import Ties
+from vggtorch.telling import tell
 
 
 def to_torch(
@@ -179,11 +179,10 @@ def _warn_of_penalties(model: keras.Model) -> None:
     layers_inside = keras_graph.all_layers(model)
     penalised += [x.name for x in layers_inside if x.activity_regularizer is not None]
     if penalised:
-        warnings.warn(
+        tell(
             f"{model.name!r} has regularizers ({penalised[0]!r} first, {len(penalised)} in all), "
             f"whose penalties the torch network doesn't know: in a torch loop use the optimizer's "
-            f"weight_decay, or train by Keras's fit.",
-            stacklevel=3,
+            f"weight_decay, or train by Keras's fit."
         )
 
 

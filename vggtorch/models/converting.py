@@ -93,7 +93,7 @@ def convert(
                 model = keras.Model(model.input, model.get_layer(top).output, name=model.name)
         keras_named = replace(checkpoint, form="keras", tensors=tensors)
         fill_from_(model, keras_named, source, classes=classes)
-        _save(model, target, stacklevel=4)
+        _save(model, target)
     else:
         weights.write(target, written, checkpoint.weight_set, checkpoint.data_config)
     before = weights.traced(
@@ -116,7 +116,7 @@ def _convert_model(
         written = in_torch(tensors)
         traced = {old: new for new, old in weights.traced(tensors, in_torch).items()}
         names = {key: traced[key] for key in tensors}
-    _save(model, target, stacklevel=5)
+    _save(model, target)
     return _listed(tensors, names, written)
 
 
@@ -129,11 +129,11 @@ def _listed(
     ]
 
 
-def _save(model: keras.Model, target: str | PathLike, stacklevel: int) -> None:
+def _save(model: keras.Model, target: str | PathLike) -> None:
     """Write a model whole where the ending is that of Keras's forms, and else its weights."""
     if str(target).endswith(ENDINGS) or not str(target).endswith(MODELS):
         save_weights(model, target)
         return
     with files.atomic(target) as temporary:
         keras.saving.save_model(model, temporary)
-    warn_of_older_form(target, remembered(model), stacklevel)
+    warn_of_older_form(target, remembered(model))

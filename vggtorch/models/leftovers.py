@@ -7,7 +7,6 @@ with both lists, and the message names the ways on.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Mapping
 from os import PathLike
 
@@ -19,6 +18,7 @@ from vggtorch.keras_graph import raw_value
 from vggtorch.models.filling import fill_, named_variables
 from vggtorch.models.matching import Match, match
 from vggtorch.models.memory import remember_checkpoint_
+from vggtorch.telling import tell
 from vggtorch.weights import Checkpoint
 
 
@@ -145,27 +145,25 @@ def fill_from_(
     named = named_variables(model)
     variables = {key.removeprefix(prefix): v for key, v in named.items() if raw_value(v).is_meta}
     found = matched(model, variables, checkpoint, source, prefix=prefix, backbone=not classes)
-    tell(found)
+    tell_of(found)
     fill_(model, {prefix + key: value for key, value in found.values.items()})
     return remember_checkpoint_(model, checkpoint, classes)
 
 
-def tell(found: Match, *, partial: bool = False) -> None:
+def tell_of(found: Match, *, partial: bool = False) -> None:
     """Warn of what a user may not expect; what a `partial` load left stands in its report."""
     if found.checkpoint.note:
-        warnings.warn(found.checkpoint.note, stacklevel=4)
+        tell(found.checkpoint.note)
     if found.renamed:
-        warnings.warn(
+        tell(
             f"Names differ and were matched by their order, since all shapes agree: "
-            f"{weights.shortened(found.renamed)}.",
-            stacklevel=4,
+            f"{weights.shortened(found.renamed)}."
         )
     left = [key for key in found.left if not _is_expected(key, found)]
     if left and not partial:
         layers = _once(found.left[key][0] or key for key in left)
-        warnings.warn(
+        tell(
             f"These layers of the file are not Dense layers of a head, and were left: "
             f"{weights.shortened(layers)}. If one of them stands "
-            f"between the convolutions, those compute something else without it.",
-            stacklevel=4,
+            f"between the convolutions, those compute something else without it."
         )

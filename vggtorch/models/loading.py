@@ -20,7 +20,7 @@ from vggtorch.architectures import ARCHITECTURES
 from vggtorch.checks import switch
 from vggtorch.keras_graph import all_layers, check_model, raw_value
 from vggtorch.models.filling import checkpoint_of, named_variables, settle_
-from vggtorch.models.leftovers import matched, tell
+from vggtorch.models.leftovers import matched, tell_of
 from vggtorch.models.matching import Match
 from vggtorch.models.memory import (
     data_config,
@@ -31,6 +31,7 @@ from vggtorch.models.memory import (
 from vggtorch.models.prefixed import names_layers_of, networks_of, prefixes_of
 from vggtorch.models.torch_form import in_torch_form
 from vggtorch.models.vgg import constructor
+from vggtorch.telling import tell
 from vggtorch.weight_sets import WEIGHT_SETS, DataConfig
 
 Source = str | PathLike | Mapping[str, Any]
@@ -145,7 +146,7 @@ def load_weights(
 def _loaded_(model: keras.Model, networks: list[Match], partial: bool) -> keras.Model | PartialLoad:
     """Give a model what was found for it, all of it or, with `partial`, a part."""
     for one in networks:
-        tell(one, partial=partial)
+        tell_of(one, partial=partial)
     for one in networks:
         for key, value in one.values.items():
             one.variables[key].assign(value)
@@ -184,10 +185,9 @@ def _remember_anew(model: keras.Model, checkpoint: weights.Checkpoint, labelled:
     if network is not model and weight_set(model) is not None:
         remember_checkpoint_(model, checkpoint, classes)
     if checkpoint.weight_set is None and before is not None:
-        warnings.warn(
+        tell(
             f"The file does not say which weight set its weights belong to, so {network.name!r} no "
-            f"longer remembers {before!r}: name it, preprocess(images, {before!r}), if they do.",
-            stacklevel=4,
+            f"longer remembers {before!r}: name it, preprocess(images, {before!r}), if they do."
         )
 
 
@@ -354,10 +354,7 @@ def _remembering(model: keras.Model, path: Path) -> keras.Model:
     try:
         checkpoint = weights.read(path, whole_numbers=True)
     except ValueError as error:
-        warnings.warn(
-            f"What {path} may say of the images that the model expects can't be read: {error}",
-            stacklevel=3,
-        )
+        tell(f"What {path} may say of the images that the model expects can't be read: {error}")
         return model
     remember_checkpoint_(network, checkpoint, _classes(model) if network is model else 0)
     return model

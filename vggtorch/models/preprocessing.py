@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from os import PathLike
 from typing import Any
@@ -14,8 +13,17 @@ from PIL import Image
 
 from vggtorch.checks import is_whole, whole
 from vggtorch.models.fitting import Size, fitted, fitted_arrays
-from vggtorch.models.images import ADVICE_IF_DARK, BRIGHTEST, DARK, MAX_PIXELS, read_image, to_rgb
+from vggtorch.models.images import (
+    ADVICE_IF_DARK,
+    BRIGHTEST,
+    DARK,
+    MAX_PIXELS,
+    SEVERAL_FRAMES,
+    read_image,
+    to_rgb,
+)
 from vggtorch.models.memory import PREPROCESSING_SUFFIX, data_config
+from vggtorch.telling import tell
 from vggtorch.weight_sets import WEIGHT_SETS, DataConfig, WeightSet, weight_set_named
 
 Images = np.ndarray | torch.Tensor | Image.Image | str | PathLike
@@ -128,7 +136,9 @@ def _pixels(image: Any, config: DataConfig, size: Size | None) -> torch.Tensor:
     if isinstance(image, str | PathLike | Image.Image):
         image = to_rgb(image) if isinstance(image, Image.Image) else read_image(image)
         if image.info.get(BRIGHTEST, 255) < DARK:
-            warnings.warn(f"An image doesn't use what 16 bits hold. {ADVICE_IF_DARK}", stacklevel=3)
+            tell(f"An image doesn't use what 16 bits hold. {ADVICE_IF_DARK}")
+        if image.info.get(SEVERAL_FRAMES):
+            tell("An image file has several frames or pages, of which the first is read.")
         image = fitted(image, config, size or (DEFAULT_SIZE, DEFAULT_SIZE))
         return torch.from_numpy(np.array(image))[None].float()
     batch = _checked_array(image)

@@ -6,7 +6,6 @@ model that has lost only one of them is wrong without a word.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -22,6 +21,7 @@ from vggtorch.models import (
     weight_set,
 )
 from vggtorch.surgery.wiring import Wiring, call_inputs
+from vggtorch.telling import tell
 
 
 def _scales(operation: Any) -> bool:
@@ -79,11 +79,10 @@ def forget_preprocessing_(result: keras.Model, place: Wiring, gone: Iterable[Any
     models = _models_on_the_way(result, place)
     name = weight_set(models[-1])
     if name is not None:
-        warnings.warn(
+        tell(
             f"{place.verb} took out {place.prefix + scaling[0]!r}, the preprocessing inside "
             f"{place.model.name!r}. The result no longer remembers its weight set {name!r}: "
-            f"preprocess() can't know what the new layers do to an image.",
-            stacklevel=3,
+            f"preprocess() can't know what the new layers do to an image."
         )
     for model in models:
         remember_(model, None)
@@ -101,11 +100,10 @@ def forget_before_(result: keras.Model, place: Wiring, added: Sequence[Any]) -> 
     for model in models:
         remember_(model, None)
     if name is not None:
-        warnings.warn(
+        tell(
             f"{place.verb} put {added[0].name!r} before all that reads the images of "
             f"{place.model.name!r}. The result no longer remembers its weight set {name!r}: if it "
-            f"is still to get what that expects, name it: preprocess(images, {name!r}).",
-            stacklevel=3,
+            f"is still to get what that expects, name it: preprocess(images, {name!r})."
         )
 
 
@@ -122,11 +120,10 @@ def forget_images_(result: keras.Model, wiring: Wiring, start: KerasTensor) -> N
     for graph in graphs:
         remember_(graph.model, None)
     if name is not None:
-        warnings.warn(
+        tell(
             f"{wiring.verb} starts at {producer(start).name!r}, so the result reads what that puts "
             f"out, and no images. It no longer remembers its weight set {name!r}: preprocess what "
-            f"goes into the first part.",
-            stacklevel=3,
+            f"goes into the first part."
         )
 
 

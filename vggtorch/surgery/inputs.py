@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
@@ -28,6 +27,7 @@ from vggtorch.surgery.operations import remove
 from vggtorch.surgery.rebuild import MisfitError, Rebuild
 from vggtorch.surgery.remaking import state
 from vggtorch.surgery.wiring import Wiring, owner
+from vggtorch.telling import tell
 
 Shape: TypeAlias = Sequence[int | None]
 Rule: TypeAlias = Literal["mean", "sum", "zero", "repeat"] | Callable[[np.ndarray, int], np.ndarray]
@@ -113,12 +113,11 @@ def with_input(
     for graph in Wiring(result, "with_input").all_graphs():
         remember_(graph.model, None)
     if known is not None:
-        warnings.warn(
+        tell(
             f"{model.name!r} expected the preprocessing of {known!r}, which is for RGB. With other "
             f"channels it no longer remembers it{', and it is taken out' if built_in else ''}: "
             f"preprocess the images yourself, the first three channels as before by "
-            f"vt.preprocess(rgb, {known!r}).",
-            stacklevel=2,
+            f"vt.preprocess(rgb, {known!r})."
         )
     return result
 

@@ -13,7 +13,6 @@ automatic name is taken is renamed; one whose chosen name is taken is an error.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, TypeAlias
 
@@ -37,6 +36,7 @@ from vggtorch.surgery.distillation import distill_
 from vggtorch.surgery.masks import reads
 from vggtorch.surgery.splicing import Change, rebuilt, splice
 from vggtorch.surgery.wiring import Wiring, distinct, layer_names, owner
+from vggtorch.telling import tell
 
 New: TypeAlias = Layer | torch.nn.Module | Sequence[Layer | torch.nn.Module]
 
@@ -251,11 +251,10 @@ def replace(
     elif init == "compose":
         composition = compose_(replaced, added[0])
         if composition.settings:
-            warnings.warn(
+            tell(
                 f"replace with init='compose' gives something else than the layers that it "
                 f"replaces: {'; '.join(composition.settings)}. Other settings of "
-                f"{added[0].name!r} (use_bias, padding, activation) keep that.",
-                stacklevel=2,
+                f"{added[0].name!r} (use_bias, padding, activation) keep that."
             )
     elif init == "distill":
         distill_(model, result, [place.prefix + layer.name for layer in added], images)

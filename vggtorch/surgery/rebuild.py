@@ -8,7 +8,6 @@ is shared between models stays shared, because all walks have one set of copies.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import InitVar, dataclass, field, replace
 from typing import Any
@@ -47,6 +46,7 @@ from vggtorch.surgery.remaking import (
     where,
 )
 from vggtorch.surgery.wiring import Wiring, call_inputs, holds, needed, owner
+from vggtorch.telling import tell
 
 Adapt = Callable[[Layer, Layer], dict[int, torch.Tensor] | None]
 Instead = dict[int, tuple[Tensor, Sequence[Layer]]]
@@ -129,11 +129,10 @@ class Rebuild:
         """Warn of weights that a model of the user's class holds itself, which no layer reads."""
         own = own_variables(wiring.model)
         if own and self.weights:
-            warnings.warn(
+            tell(
                 f"{wiring.model.name!r} ({type(wiring.model).__name__}) holds weights itself, "
                 f"{', '.join(variable.name for variable in own)}, which none of its layers reads: "
-                f"the result is a graph of its layers, and does without.",
-                stacklevel=4,
+                f"the result is a graph of its layers, and does without."
             )
 
     def _walk(

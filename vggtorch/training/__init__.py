@@ -11,9 +11,9 @@ size), `heads` (new layers on top), `identity` (what makes a run the run that it
 time), `callbacks` (what users call in between), `trackers` (Accelerate's, which keep the figures),
 `features` (frozen layers run once), `stages` (what trains between two changes of what is frozen),
 `step` (one optimizer step), `mixing` (mixup and cutmix), `evaluation` (how well it does),
-`temperature` (how sure it may be), `checkpoints` (their file), `stopping` (Ctrl-C), `display` (the
-progress bar) and `telling` (warnings). Around the loop stand `advice` (a configuration by rules of
-thumb), `rate_search` (a learning rate), `batch_view` (what the network sees), `charts`, `report`,
+`temperature` (how sure it may be), `checkpoints` (their file), `stopping` (Ctrl-C) and `display`
+(the progress bar). Around the loop stand `advice` (a configuration by rules of thumb),
+`rate_search` (a learning rate), `batch_view` (what the network sees), `charts`, `report`,
 `pictures` and `confusion` (the page), `keeping` and `card` (the model, and what it says of itself).
 What is done with a trained model stands in `prediction` (classes of many images, scores on a test
 set), `feature_table` (a layer's output as Parquet) and `publishing` (the Hugging Face hub).

@@ -13,11 +13,11 @@ from torch.nn import functional as F
 
 from vggtorch import keras_graph
 from vggtorch.lowering import between
+from vggtorch.telling import tell
 from vggtorch.training.data import Source, check_labels, in_order
 from vggtorch.training.heads import logits_network
 from vggtorch.training.reading import loaded
 from vggtorch.training.step import network_input
-from vggtorch.training.telling import tell
 
 
 @dataclass(frozen=True)

@@ -18,11 +18,11 @@ from filelock import FileLock, Timeout
 
 from vggtorch import files, keras_graph
 from vggtorch.lowering import between
+from vggtorch.telling import tell
 from vggtorch.training.config import TrainConfig
 from vggtorch.training.data import DatasetSource, Folder, Key, as_input, fingerprint, in_order
 from vggtorch.training.identity import network_digest
 from vggtorch.training.reading import loaded
-from vggtorch.training.telling import tell
 
 
 def frozen_end(model: keras.Model) -> keras.KerasTensor:

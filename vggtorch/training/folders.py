@@ -15,9 +15,9 @@ from typing import Literal, NamedTuple
 from vggtorch import files
 from vggtorch.models import ADVICE_IF_DARK, BRIGHTEST, DARK, SEVERAL_FRAMES, PixelGate, read_image
 from vggtorch.paths import SUFFIXES, as_path, check_data
+from vggtorch.telling import tell
 from vggtorch.training.config import checked_pattern
 from vggtorch.training.tables import SPLITS, TablePart, is_table, ordered, read_rows
-from vggtorch.training.telling import tell
 from vggtorch.weights import shortened
 
 PIXELS_AT_ONCE = 2**26  # decoded at the same time while a folder is checked; about half a GB

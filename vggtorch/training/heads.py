@@ -9,9 +9,9 @@ from vggtorch import surgery
 from vggtorch.keras_graph import calls, graph_of, producer, without_activation
 from vggtorch.lowering import OnKeras, between
 from vggtorch.models import remember_, remembered
+from vggtorch.telling import tell
 from vggtorch.training.config import TrainConfig
 from vggtorch.training.data import seeded
-from vggtorch.training.telling import tell
 from vggtorch.weights import shortened
 
 

@@ -16,8 +16,8 @@ from PIL import Image
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset, Subset
 
 from vggtorch.models import fitted, to_rgb
+from vggtorch.telling import tell
 from vggtorch.text import visible
-from vggtorch.training.telling import tell
 from vggtorch.weight_sets import DataConfig
 
 IMAGES = ("image", "img", "pixel_values", "jpg", "jpeg", "png", "webp", "pil")

@@ -20,6 +20,7 @@ from vggtorch.keras_graph import all_layers
 from vggtorch.lowering import has_fused_ops
 from vggtorch.models import held_tensors, settle_
 from vggtorch.paths import as_path
+from vggtorch.telling import tell
 from vggtorch.training import checkpoints, data
 from vggtorch.training.balance import balanced, labels_of
 from vggtorch.training.config import Augment, TrainConfig
@@ -29,7 +30,6 @@ from vggtorch.training.items import is_stream, label_names
 from vggtorch.training.loaders import as_source, drawn
 from vggtorch.training.optimization import Parameters, make_optimizer, trained_parameters
 from vggtorch.training.splits import Splits, are_files, as_part, splits_of, tell_beside
-from vggtorch.training.telling import tell
 from vggtorch.weight_sets import DataConfig
 from vggtorch.weights import shortened
 

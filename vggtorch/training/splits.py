@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from vggtorch.paths import TABLES, as_path
+from vggtorch.telling import tell
 from vggtorch.training.folders import NAMED, has_images, subfolders
 from vggtorch.training.tables import SPLITS, TablePart, is_table, read_rows
-from vggtorch.training.telling import tell
 from vggtorch.weights import shortened
 
 # What parts of the data are called elsewhere, of which it isn't plain what they are for.

@@ -11,13 +11,13 @@ import keras
 import torch
 from torch.nn import functional as F
 
+from vggtorch.telling import tell
 from vggtorch.training.config import TrainConfig
 from vggtorch.training.data import arithmetic_of, as_input, check_labels, seeded
 from vggtorch.training.mixing import mixed
 from vggtorch.training.optimization import update_average_
 from vggtorch.training.reading import Batch
 from vggtorch.training.run import RunState
-from vggtorch.training.telling import tell
 
 
 def train_step_(

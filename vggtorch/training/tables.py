@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from vggtorch.paths import SUFFIXES, TABLES, check_data
+from vggtorch.telling import tell
 from vggtorch.text import visible
-from vggtorch.training.telling import tell
 from vggtorch.weights import shortened
 
 JSON = frozenset({".jsonl", ".ndjson"})

@@ -6,9 +6,9 @@ import keras
 import torch
 
 from vggtorch.keras_graph import calls, graph_of
+from vggtorch.telling import tell
 from vggtorch.training.evaluation import Evaluation
 from vggtorch.training.heads import last_layer
-from vggtorch.training.telling import tell
 
 LIMITS = (1e-2, 1e2)  # of what logits are divided by
 

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vggtorch import files
+from vggtorch.telling import tell
 from vggtorch.training.config import TrainConfig
 from vggtorch.training.history import History
 from vggtorch.training.optimization import name_of
-from vggtorch.training.telling import tell
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import warnings
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
@@ -21,6 +20,7 @@ from typing import Any
 import filelock
 
 from vggtorch import files
+from vggtorch.telling import tell
 from vggtorch.weights import conversion, safetensors, sources
 from vggtorch.weights.published import PUBLISHED
 from vggtorch.weights.sources import Checkpoint
@@ -59,7 +59,7 @@ def converted(source: str | os.PathLike | Mapping[str, Any]) -> Checkpoint:
             found = _read_copy(copy)  # another process may have been faster
             return found or _make_copy(path, copy)
     except OSError as error:
-        warnings.warn(f"Loading stays slow: {error}", stacklevel=2)
+        tell(f"Loading stays slow: {error}")
     found = _in_keras_form(sources.read(path, whole_numbers=True))
     # Some are mapped from the user's file, which may change; those of the model must not.
     return replace(found, tensors={key: tensor.clone() for key, tensor in found.tensors.items()})

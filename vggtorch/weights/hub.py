@@ -10,7 +10,6 @@ import http.client
 import re
 import urllib.error
 import urllib.request
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any, NamedTuple
 
 from vggtorch import files
 from vggtorch.paths import HUB
+from vggtorch.telling import tell
 from vggtorch.text import visible
 from vggtorch.weights.downloads import offline
 
@@ -112,10 +112,9 @@ def folder_from_hub(address: str, patterns: Sequence[str]) -> Path:
                 f"cache, {constants.HF_HUB_CACHE}."
             ) from error
         if not offline():
-            warnings.warn(
+            tell(
                 f"{constants.ENDPOINT} can't be reached, so {address} is what was fetched before, "
-                f"commit {kept.name[:12]}.",
-                stacklevel=2,
+                f"commit {kept.name[:12]}."
             )
         return kept
     with _client(wanted):
