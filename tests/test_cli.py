@@ -167,9 +167,8 @@ def mistakes():
 
 
 def test_a_warning_is_shown_once_in_a_run(monkeypatch, capsys):
-    def app(
-        *arguments, **settings
-    ):  # what Python writes of warnings, which pytest takes for itself
+    def app(*args, **kwargs):
+        """Write what Python does of warnings, which pytest takes for itself."""
         for _ in range(2):
             sys.stderr.write(warnings.formatwarning("Left out.", UserWarning, __file__, 1))
 

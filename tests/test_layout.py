@@ -89,11 +89,11 @@ def test_a_file_imports_from_rooms_to_its_left_through_their_doors(path):
         assert not inside, f"import from vggtorch.{room}, which says what others may use"
 
 
-@pytest.mark.slow
 def test_no_files_import_each_other_even_for_types():
     graphlib.TopologicalSorter({dotted(path): imported(path) for path in FILES}).prepare()
 
 
+@pytest.mark.slow
 def test_importing_a_room_loads_no_room_to_its_right():
     """Tried in a copy of this process, in which vggtorch is imported anew, and before Keras."""
 

@@ -163,6 +163,19 @@ def test_an_operation_on_float64_computes_as_keras_does(operation: Any, head: st
     torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.parametrize("layer", [keras.layers.Flatten(), keras.layers.Reshape((-1,))])
+@pytest.mark.parametrize(
+    "operation", [lambda x: keras.ops.greater(x, 0.5), lambda x: keras.ops.argmax(x, 1)]
+)
+def test_what_an_operation_on_float64_gives_besides_floats_stays_what_it_is(
+    operation: Any, layer: Any
+) -> None:
+    image = keras.Input((4, 3), dtype="float64")
+    model = keras.Model(image, layer(operation(image)))
+    x = torch.rand(2, 4, 3, dtype=torch.float64)
+    torch.testing.assert_close(vt.to_torch(model)(x), model(x), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float64", "int32", "uint8"])
 @pytest.mark.parametrize("reader", ["rescaling", "conv", "flatten", "operation", "pool", "nested"])
 def test_what_enters_is_cast_to_its_inputs_dtype_as_keras_does(dtype: str, reader: str) -> None:

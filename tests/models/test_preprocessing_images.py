@@ -147,7 +147,15 @@ def test_a_cameras_12_bits_in_16_are_warned_of(shape, tmp_path):
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
                 assert preprocess(tmp_path / "a.tif", "oxford", size=4).shape == (1, 4, 4, 3)
-            assert sum("4095 * 255) and save" in str(w.message) for w in caught) == count
+                with Image.open(tmp_path / "a.tif") as opened:
+                    preprocess(opened, "oxford", size=4)
+                    assert "brightest" not in opened.info
+            assert sum("4095 * 255) and save" in str(w.message) for w in caught) == 2 * count
+
+
+def test_so_is_an_image_of_pils_own():
+    with pytest.warns(UserWarning, match="doesn't use what 16 bits hold"):
+        preprocess(Image.fromarray(np.full((4, 4), 4095, np.uint16)), "oxford", size=4)
 
 
 def test_tiff_of_12_bits_and_with_white_as_zero(tmp_path):

@@ -301,10 +301,10 @@ class _Builder:
             inputs = [self._to(t, "keras") for t in call.input_tensors]
             self._call_module(call, name, inputs, paths)
         # torch computes in float64 where one value is that, which Keras's rules don't know of.
-        if not isinstance(call.operation, keras.Layer) and any(
-            self._dtype(t) in ("float64", "float") for t in call.input_tensors
-        ):
-            self.wider |= {id(t) for t in call.outputs if t.dtype != "float64"}
+        wide = {self._dtype(t) for t in call.input_tensors} & {"float64", "float"}
+        if wide and not isinstance(call.operation, keras.Layer):
+            floats = (t for t in call.outputs if "float" in t.dtype and t.dtype != "float64")
+            self.wider |= set(map(id, floats))
         for node in takewhile(lambda node: node is not last, reversed(self.graph.nodes)):
             node.meta["layer"] = call.operation.name
 

@@ -30,9 +30,7 @@ MAX_PIXELS = 2**27  # 134 million; the cameras with the largest sensors make ima
 MAX_RATIO = 1000  # of an image's sides; resizing makes a longer strip too large for the memory
 
 SEVERAL_FRAMES = "several frames"  # in an image's `info`: whether only the first one was read
-BRIGHTEST = (
-    "brightest"  # in the `info` of an image that had 16 bits: its largest value of 0 ... 255
-)
+BRIGHTEST = "brightest"  # in the `info` of one that had 16 bits: its largest value of 0 ... 255
 DARK = 64  # what one value at least reaches where 16 bits are used as such
 ADVICE_IF_DARK = (
     "White is 65535 in 16 bits, so that a camera's 12 or 14 look nearly black. Scale all images "
@@ -81,7 +79,7 @@ class PixelGate:
 
 
 def read_image(path: str | PathLike, gate: PixelGate | None = None) -> Image.Image:
-    """The image in a file, as `to_rgb` makes it; `info` has `SEVERAL_FRAMES` and `BRIGHTEST`.
+    """The image in a file, as `to_rgb` makes it; `info[SEVERAL_FRAMES]` says if there are more.
 
     Args:
         path: a file of one of `IMAGES`, whatever its ending; of several frames the first is read.
@@ -105,13 +103,9 @@ def read_image(path: str | PathLike, gate: PixelGate | None = None) -> Image.Ima
                 pixels = _checked_size(image)
                 # The other images of MPO are views of the same.
                 several = image.format != "MPO" and getattr(image, "is_animated", False)
-                # PIL's name for the form that the file has its pixels in.
-                has_16_bits = ";16" in str(getattr(image, "tile", ""))
                 with gate.hold(pixels) if gate else nullcontext():
                     found = to_rgb(image)
                 found.info[SEVERAL_FRAMES] = several
-                if has_16_bits:
-                    found.info[BRIGHTEST] = int(np.max(found.getextrema()))
                 return found
         # A damaged file makes PIL raise all kinds of exceptions, RuntimeError, IndexError and
         # struct.error among them.
@@ -180,7 +174,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     Grey values of 16 bits are scaled from 0 ... 65535, those of 12 bits in a TIFF file from
     0 ... 4095. 32-bit and floating-point values are scaled from the range that a TIFF file's
     SMinSampleValue and SMaxSampleValue state, and refused without them. What is transparent shows
-    `BACKGROUND`, white.
+    `BACKGROUND`, white. The `info` of an image that had 16 bits has its `BRIGHTEST` value.
 
     Raises:
         ValueError: more than `MAX_PIXELS` pixels, or values whose range can't be known.
@@ -188,6 +182,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
     _checked_size(image)
     _check_tiff(image)
     levels = _grey_levels(image)
+    # A file's form of pixels, which PIL makes 8 bits of in colours, is told by its tiles alone.
+    has_16_bits = ";16" in f"{image.mode} {getattr(image, 'tile', '')}"
     image.load()
     orientation = _orientation(image)
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
@@ -212,7 +208,12 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode != "RGB":
         image = image.convert("RGB")
     upright = _UPRIGHT.get(orientation)
-    return image if upright is None else image.transpose(upright)
+    if upright is not None:
+        image = image.transpose(upright)
+    if has_16_bits:
+        image = image.copy()  # it may be the user's own
+        image.info[BRIGHTEST] = int(np.max(image.getextrema()))
+    return image
 
 
 def _check_tiff(image: Image.Image) -> None:
