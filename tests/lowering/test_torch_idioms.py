@@ -480,3 +480,7 @@ def test_an_error_of_the_other_layout_says_how_to_have_it(size: Any, given: tupl
     with pytest.raises(RuntimeError) as error:
         to_torch(model)(torch.rand(2, *given, 4))
     assert not hasattr(error.value, "__notes__")
+    around = keras.Model(image, model(image))
+    with pytest.raises(RuntimeError) as error:
+        to_torch(around)(other)
+    assert len(error.value.__notes__) == 1

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -337,7 +338,8 @@ def test_settings_by_which_the_new_layer_gives_something_else_are_warned_of(sett
     x = L.Conv2D(4, 3, name="a", bias_initializer="ones", **settings)(image)
     x = L.Conv2D(5, 3, name="b", **settings)(x)
     model = keras.Model(image, L.MaxPooling2D()(x))
-    vt.replace(model, ["a", "b"], L.Conv2D(5, 5, **settings), init="compose")  # says nothing
+    with warnings.catch_warnings(action="error", category=UserWarning):
+        vt.replace(model, ["a", "b"], L.Conv2D(5, 5, **settings), init="compose")
     new = L.Conv2D(5, 5, name="one", **settings | setting)
     with pytest.warns(UserWarning, match=f"{re.escape(said)}.*Other settings of 'one'"):
         vt.replace(model, ["a", "b"], new, init="compose")

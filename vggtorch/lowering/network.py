@@ -57,7 +57,8 @@ class TorchNetwork(torch.fx.GraphModule):
                 try:
                     return plan(inputs)
                 except RuntimeError as error:
-                    if layout := plan.layout_meant(inputs):
+                    said = hasattr(error, "__notes__")  # by a network that is nested in this one
+                    if not said and (layout := plan.layout_meant(inputs)):
                         error.add_note(
                             f"The network has another layout than these inputs. For theirs, make "
                             f"it by vt.to_torch(model, data_format={layout!r})."
