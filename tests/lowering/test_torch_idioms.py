@@ -484,3 +484,12 @@ def test_an_error_of_the_other_layout_says_how_to_have_it(size: Any, given: tupl
     with pytest.raises(RuntimeError) as error:
         to_torch(around)(other)
     assert len(error.value.__notes__) == 1
+
+
+def test_an_error_of_another_dtype_says_how_to_cast() -> None:
+    image = keras.Input((8, 8, 3), dtype="bfloat16")
+    model = keras.Model(image, layers.Conv2D(2, 3, dtype="bfloat16")(image))
+    network, images = to_torch(model), torch.rand(2, 8, 8, 3)
+    with pytest.raises(RuntimeError, match=r"torch\.float32 .*over images\.to\(torch\.bfloat16\)"):
+        network(images)
+    assert network(images.to(torch.bfloat16)).dtype == torch.bfloat16

@@ -322,3 +322,11 @@ def test_a_convolution_named_fc1_is_loaded_as_it_was_saved(tmp_path):
     vt.save_weights(first, tmp_path / "own.safetensors")
     vt.load_weights(second, tmp_path / "own.safetensors")
     np.testing.assert_array_equal(first.get_weights()[0], second.get_weights()[0])
+
+
+@pytest.mark.parametrize("top", [True, False])
+def test_published_weights_of_other_channels_point_at_with_input(top):
+    with pytest.raises(ValueError, match=r"reads 3 channels\..*vt\.with_input\(vgg, channels=1"):
+        vt.VGG16(input_shape=(64, 64, 1), include_top=top)
+    with pytest.raises(ValueError, match=r"with_input\(vgg, channels=4"):
+        vt.VGG16(weights="oxford", input_tensor=keras.Input((64, 64, 4)), include_top=top)

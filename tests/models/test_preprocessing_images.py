@@ -195,7 +195,11 @@ def test_tiff_files_that_pillow_reads_wrongly_or_not_at_all_are_refused(tmp_path
     path = written(planes.astype(np.uint16) * 257, **separate, compression="deflate")
     np.testing.assert_array_equal(read_image(path), colours)
     path = written(planes.astype(np.uint16) * 257, **separate)
-    with pytest.raises(ValueError, match="a plane for each colour and more than 8 bits, without"):
+    with pytest.raises(ValueError, match="a plane for each colour and more than 8 bits in"):
+        read_image(path)
+    two = {"photometric": "minisblack", "planarconfig": "separate", "extrasamples": [0]}
+    path = written(planes[:2].astype(np.uint16) * 257, **two)
+    with pytest.raises(ValueError, match="a plane for each colour and more than 8 bits in"):
         read_image(path)
     for compression in ("deflate", None):
         path = written(np.array([[-3, 3]], np.int8), compression=compression)

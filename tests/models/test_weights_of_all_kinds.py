@@ -231,3 +231,19 @@ def test_a_layer_that_is_never_called_is_no_hindrance(tmp_path: Path) -> None:
     vt.save_weights(before, tmp_path / "a.pth")
     vt.load_weights(after, tmp_path / "a.pth")
     assert torch.equal(held(after)[0], held(before)[0])
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_wrapper_and_its_clone_take_each_other_s_files(form: str, tmp_path: Path) -> None:
+    """In a clone, Keras's names of a wrapper's weights begin with the layers inside."""
+    inputs = keras.Input((5, 4))
+    model = keras.Model(inputs, layers.Bidirectional(layers.LSTM(3), name="both")(inputs))
+    clone = keras.models.clone_model(model)
+    for given, taking in ((model, clone), (clone, model)):
+        vt.save_weights(with_other_values(given), tmp_path / f"a{form}")
+        for variable in taking.variables:
+            variable.assign(keras.ops.zeros_like(variable))
+        vt.load_weights(taking, tmp_path / f"a{form}")
+        assert list(vt.named_variables(given)) == list(vt.named_variables(taking))
+        for a, b in zip(given.get_weights(), taking.get_weights(), strict=True):
+            np.testing.assert_array_equal(a, b)

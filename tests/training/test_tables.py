@@ -180,6 +180,7 @@ def test_the_commands_take_tables_and_patterns(table, tmp_path, capsys):
         ("path,label\na.png,x,y\n", r"Line 2 of .* has 3 cells; expected 2\. Put names"),
         ("path,label,split\na.png,x,hold\n", r"the split 'hold'; expected one of train, training"),
         ("name,breed\na,b\n", r"has the columns 'name', 'breed'; expected one of paths and one of"),
+        ("path,cat,dog\na,0,1\n", r"of one column for each class make one of names"),
         ("path,file,label\na,b,c\n", r"has the columns 'path', 'file', 'label'; expected one of"),
         ("path,label,split\na.png,x,test\n", r"No row of .* has the split train, only test"),
         ("a.png,cat\nb.png,cat\n", r"labels\.csv has one class alone, 'cat'"),

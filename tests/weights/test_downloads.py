@@ -295,3 +295,12 @@ def test_an_endpoint_that_is_no_address_is_named(monkeypatch: pytest.MonkeyPatch
         monkeypatch.setattr(constants, "ENDPOINT", address)
         with pytest.raises(OSError, match="can't be reached"):
             _knock()
+
+
+def test_a_hub_that_sends_on_to_another_scheme_is_not_followed(
+    server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VGGTORCH_OFFLINE", "0")
+    monkeypatch.setattr(constants, "ENDPOINT", f"{server}/ftp/hub")
+    with pytest.raises(OSError, match="can't be reached .*the server sends on to ftp://"):
+        _knock()

@@ -57,12 +57,9 @@ class TorchNetwork(torch.fx.GraphModule):
                 try:
                     return plan(inputs)
                 except RuntimeError as error:
-                    said = hasattr(error, "__notes__")  # by a network that is nested in this one
-                    if not said and (layout := plan.layout_meant(inputs)):
-                        error.add_note(
-                            f"The network has another layout than these inputs. For theirs, make "
-                            f"it by vt.to_torch(model, data_format={layout!r})."
-                        )
+                    if not hasattr(error, "__notes__"):  # of a network that is nested in this one
+                        for note in plan.notes_of(inputs):
+                            error.add_note(note)
                     raise
         return super().__call__(*args, **kwargs)
 

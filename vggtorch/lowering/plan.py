@@ -6,7 +6,7 @@ others use gradients of our own. Both go through the batch in groups of images.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from operator import attrgetter
 from typing import Any, cast
 
@@ -132,6 +132,22 @@ class Plan:
             if _has_shape(x.movedim(-1, 1), shape):
                 return "channels_last"
         return None
+
+    def notes_of(self, inputs: Sequence[Tensor]) -> Iterator[str]:
+        """What may be wrong with inputs that torch has raised an error for, and what to do."""
+        if layout := self.layout_meant(inputs):
+            yield (
+                f"The network has another layout than these inputs. For theirs, make it by "
+                f"vt.to_torch(model, data_format={layout!r})."
+            )
+        wanted = {m.weight.dtype for m in self.weighted if m.weight is not None}
+        given = {x.dtype for x in inputs}
+        if len(wanted) == len(given) == 1 and wanted != given:
+            dtypes = *given, *wanted
+            yield (
+                "The inputs are {0} and the network's weights {1}; Keras would cast them, and torch "
+                "doesn't: hand over images.to({1}).".format(*dtypes)
+            )
 
     def is_watched(self) -> bool:
         """Whether somebody looks on when modules run, or has given one of them another forward."""

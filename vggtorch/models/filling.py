@@ -120,9 +120,11 @@ def _path_inside(layer: keras.Layer, variable: keras.Variable) -> str:
     """
     _, found, path = f"/{variable.path}".partition(f"/{layer.name}/")
     if not found:
-        own = own_variables(layer)
-        scope = own[0].path.rpartition("/")[0] if own else variable.path.partition("/")[0]
-        path = variable.path.removeprefix(f"{scope}/")
+        own, (first, _, rest) = own_variables(layer), variable.path.partition("/")
+        if own:
+            path = variable.path.removeprefix(own[0].path.rpartition("/")[0] + "/")
+        else:  # layers that a clone of a wrapper got built have no name of the wrapper before theirs
+            path = variable.path if first in {part.name for part in all_layers(layer)} else rest
     return re.sub(r"(^|/)variable_\d+$", r"\1variable", path)
 
 

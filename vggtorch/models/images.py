@@ -230,12 +230,13 @@ def _check_tiff(image: Image.Image) -> None:
             "it has signed values, and nothing says which of them are black and white. Scale them "
             "to 0 ... 255 and save them without a sign."
         )
-    # Without compression PIL takes the bytes of such planes for pixels.
-    has_planes = tags.get(_PLANES) == _SEPARATE and len(image.getbands()) > 1
-    if has_planes and max(np.ravel(tags.get(_BITS, 8))) > 8 and tags.get(_COMPRESSION, 1) == 1:
+    # Without compression PIL takes the bytes of such planes for pixels, and two planes it can't read.
+    bits = np.ravel(tags.get(_BITS, 8))  # of each plane
+    is_deep = tags.get(_PLANES) == _SEPARATE and max(bits) > 8
+    if is_deep and (len(bits) == 2 or (len(bits) > 1 and tags.get(_COMPRESSION, 1) == 1)):
         raise ValueError(
-            "it has a plane for each colour and more than 8 bits, without compression, which "
-            "Pillow reads wrongly. Save it with 8 bits."
+            "it has a plane for each colour and more than 8 bits in a form which Pillow doesn't "
+            "read rightly. Save it with 8 bits."
         )
 
 

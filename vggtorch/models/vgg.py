@@ -127,6 +127,13 @@ def _constructor(plain_name: str) -> Callable[..., keras.Model]:
             )
         sizes = input_shape if input_tensor is None else getattr(input_tensor, "shape", (None,))[1:]
         expected = SHAPES[keras.config.image_data_format()]
+        channels = expected.index(3)
+        if published and len(sizes or ()) == 3 and sizes[channels] not in (3, None):
+            raise ValueError(
+                f"Received images of {tuple(sizes)} with weights={weights!r}, whose first kernel "
+                f"reads 3 channels. Build the network with 3 and change it: "
+                f"vt.with_input(vgg, channels={sizes[channels]}, rule=...)."
+            )
         if published and include_top and sizes and tuple(sizes) != expected:
             raise ValueError(
                 f"Received images of {tuple(sizes)} with weights={weights!r} and include_top=True; "

@@ -144,7 +144,8 @@ def _meanings(table: Path, names: Iterable[str]) -> dict[str, str]:
             f"{table} has the columns {', '.join(map(repr, names))}; expected one of paths and "
             f"one of labels, named path and label (or {', '.join(COLUMNS['path'][1:])}; "
             f"{', '.join(COLUMNS['label'][1:])}), and perhaps one named split. "
-            f"Rename them in the table."
+            f"Rename them in the table; of one column for each class make one of names (in pandas, "
+            f"table[classes].idxmax(axis=1))."
         )
     if others := [name for name in names if name not in found]:
         shown = [repr(name) if name.strip() else "one without a name" for name in others]

@@ -147,6 +147,11 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
+def opened(request: urllib.request.Request | str, timeout: float) -> Any:
+    """The response to a request, on http and https wherever the server sends on to."""
+    return urllib.request.build_opener(_Redirects).open(request, timeout=timeout)
+
+
 def _opened(request: urllib.request.Request) -> Any:
     """The response to a request, whose headers have come within PATIENCE.
 
@@ -156,8 +161,7 @@ def _opened(request: urllib.request.Request) -> Any:
 
     def ask() -> None:
         try:
-            opener = urllib.request.build_opener(_Redirects)
-            found.put(opener.open(request, timeout=TIMEOUT))
+            found.put(opened(request, TIMEOUT))
         except BaseException as error:
             found.put(error)
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import http.client
 import re
 import urllib.error
-import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -19,7 +18,7 @@ from vggtorch import files
 from vggtorch.paths import HUB
 from vggtorch.telling import tell
 from vggtorch.text import visible
-from vggtorch.weights.downloads import offline
+from vggtorch.weights.downloads import offline, opened
 
 PATIENCE = 10.0  # seconds until the hub must have answered
 
@@ -175,7 +174,7 @@ def _knock() -> None:
     if offline():
         raise OSError("VGGTORCH_OFFLINE is set")
     try:
-        urllib.request.urlopen(constants.ENDPOINT, timeout=PATIENCE).close()
+        opened(constants.ENDPOINT, PATIENCE).close()
     except urllib.error.HTTPError:
         pass  # an answer
     except (OSError, http.client.HTTPException, ValueError) as error:
