@@ -30,6 +30,7 @@ def arrays(model, x):
     return [y.detach().to(torch.float64).numpy() for y in values]
 
 
+@pytest.mark.filterwarnings("ignore:.* has regularizers:UserWarning")
 @pytest.mark.parametrize("seed", range(NETWORKS))
 def test_a_random_network_is_compressed_or_refused(seed, monkeypatch, tmp_path):
     drawn = Drawn(seed)

@@ -119,7 +119,7 @@ def test_averaged_weights_are_what_is_kept(images, config):
     x, y = folder[[(i, 0) for i in range(len(folder))]]
     loss = keras.losses.SparseCategoricalCrossentropy()(y, model(x.float(), training=False))
     best = history.epochs[history.kept_epoch]
-    np.testing.assert_allclose(best["val_loss"], float(loss), rtol=1e-4)
+    np.testing.assert_allclose(best["val_loss"], loss.item(), rtol=1e-4)
 
 
 @pytest.mark.slow

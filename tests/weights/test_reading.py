@@ -57,6 +57,7 @@ def test_state_dict_inside_a_training_checkpoint(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:keras.saving.load_model reads:UserWarning")
 @pytest.mark.parametrize("ending", ["weights.h5", "keras", "h5", "legacy"])
 def test_every_form_of_keras(tmp_path: Path, keras_model: keras.Model, ending: str) -> None:
     expected = keras_tensors(keras_model)
