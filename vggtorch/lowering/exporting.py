@@ -39,8 +39,9 @@ def export(model: keras.Model, path: str | PathLike, *, data_format: str | None 
     """Write a model for inference; any batch size and any image size that the model itself takes.
 
     It takes what the model takes: images that `preprocess` has made ready, unless the model was
-    built with `include_preprocessing`. What was written is run at a second batch size and image size, for one small image and at odd
-    sizes, and must give what the model gives; ONNX in ONNX Runtime, where that is installed.
+    built with `include_preprocessing`. What was written is run at a second batch size and image
+    size, for one small image and at odd sizes, and must give what the model gives; ONNX in ONNX
+    Runtime, where that is installed.
 
     Args:
         model: what `to_torch` takes; its inputs keep their names, shapes and dtypes.

@@ -143,10 +143,10 @@ class Plan:
         wanted = {m.weight.dtype for m in self.weighted if m.weight is not None}
         given = {x.dtype for x in inputs}
         if len(wanted) == len(given) == 1 and wanted != given:
-            dtypes = *given, *wanted
+            (have,), (want,) = given, wanted
             yield (
-                "The inputs are {0} and the network's weights {1}; Keras would cast them, and torch "
-                "doesn't: hand over images.to({1}).".format(*dtypes)
+                f"The inputs are {have} and the network's weights {want}; Keras would cast them, "
+                f"and torch doesn't: hand over images.to({want})."
             )
 
     def is_watched(self) -> bool:

@@ -123,7 +123,7 @@ def _path_inside(layer: keras.Layer, variable: keras.Variable) -> str:
         own, (first, _, rest) = own_variables(layer), variable.path.partition("/")
         if own:
             path = variable.path.removeprefix(own[0].path.rpartition("/")[0] + "/")
-        else:  # layers that a clone of a wrapper got built have no name of the wrapper before theirs
+        else:  # in a clone of a wrapper the names of the layers inside may come first
             path = variable.path if first in {part.name for part in all_layers(layer)} else rest
     return re.sub(r"(^|/)variable_\d+$", r"\1variable", path)
 

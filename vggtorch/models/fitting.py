@@ -94,7 +94,7 @@ from PIL import Image, ImageOps
 
 def prepared(path):
     image = ImageOps.exif_transpose(Image.open(path))
-    assert image.mode[0] not in "IF", f"save {{path}} with 8 bits: of 16, np.uint8(values / 257 + 0.5)"
+    assert image.mode[0] not in "IF", f"save {{path}} with 8 bits, np.uint8(a / 257 + 0.5) of 16"
     white = Image.new("RGBA", image.size, "white")  # seen where an image is transparent
     image = Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
     if image.size != ({width}, {height}):

@@ -230,7 +230,7 @@ def _check_tiff(image: Image.Image) -> None:
             "it has signed values, and nothing says which of them are black and white. Scale them "
             "to 0 ... 255 and save them without a sign."
         )
-    # Without compression PIL takes the bytes of such planes for pixels, and two planes it can't read.
+    # Without compression PIL takes the bytes of such planes for pixels; two it can't read at all.
     bits = np.ravel(tags.get(_BITS, 8))  # of each plane
     is_deep = tags.get(_PLANES) == _SEPARATE and max(bits) > 8
     if is_deep and (len(bits) == 2 or (len(bits) > 1 and tags.get(_COMPRESSION, 1) == 1)):
