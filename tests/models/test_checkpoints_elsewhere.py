@@ -174,6 +174,15 @@ def test_two_networks_of_torch_go_where_their_names_are(
     assert model.get_layer("head").get_weights()[0][0, 0] == 1
     one = vgg11(network, weights=tmp_path / "a.pth", prefix="right_")
     assert_computes(one, network)
+    towers = [vgg11(network, prefix=prefix) for prefix in ("left_", "right_")]
+    both = keras.Model([t.input for t in towers], [t.output for t in towers])
+    del state["head.weight"]
+    vt.load_weights(both, state)
+    assert_computes(towers[1], network)
+    np.testing.assert_array_equal(towers[0].get_weights()[1], state["left.features.0.bias"])
+    state["left.head.weight"] = torch.ones(2, 128)
+    with pytest.raises(ValueError, match="prefix 'left_': .*Unexpected.*: left.head.weight. Sh"):
+        vt.load_weights(both, state)
     with pytest.raises(ValueError, match=r"nested in the model, .*model.get_layer\(name\)"):
         vt.load_weights(model, network.state_dict())
 

@@ -7,7 +7,8 @@ networks gives each prefix the one of its name: to `left_` what is `left/...` or
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from os import PathLike
 from typing import Any
 
@@ -51,13 +52,16 @@ def networks_of(
         ValueError: a network's weights aren't those of the checkpoint; names the prefix.
     """
     found = []
-    for prefix in prefixes_of(model):
+    prefixes = prefixes_of(model)
+    for prefix in prefixes:
         variables = {
             key.removeprefix(prefix): variable
             for key, variable in named_variables(model).items()
             if key.startswith(prefix) and key.removeprefix(prefix).partition("/")[0] in LAYERS
         }
         one = checkpoint or checkpoint_of(str(source), variables)
+        if not partial:  # which says what no network has taken
+            one = _without_others(one, prefix, [p for p in prefixes if p != prefix])
         try:
             found.append(matched(model, variables, one, source, prefix=prefix, partial=partial))
         except ValueError as error:
@@ -66,3 +70,13 @@ def networks_of(
                 f"{title} does not fit the network with the prefix {prefix!r}: {error}"
             ) from error
     return found
+
+
+def _without_others(checkpoint: Checkpoint, prefix: str, others: Iterable[str]) -> Checkpoint:
+    """A checkpoint of several networks without those that have the names of other prefixes."""
+    parts = {key: re.split(r"[./]", key) for key in checkpoint.tensors}
+    if not any(prefix.rstrip("_.-") in names for names in parts.values()):
+        return checkpoint
+    gone = {other.rstrip("_.-") for other in others}
+    kept = {k: t for k, t in checkpoint.tensors.items() if gone.isdisjoint(parts[k])}
+    return replace(checkpoint, tensors=kept)
