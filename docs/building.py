@@ -5,6 +5,7 @@ MkDocs calls the functions whose names begin with `on_`.
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import re
 import tempfile
@@ -64,11 +65,13 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Fill in what pages ask for: the help of every command, and links out of docs/."""
     if "<!-- commands -->" in markdown:
         markdown = markdown.replace("<!-- commands -->", commands_help())
+    if "<!-- settings -->" in markdown:
+        markdown = markdown.replace("<!-- settings -->", settings_table())
     for mark, name in (("<!-- benchmarks -->", "README.md"), ("<!-- tried -->", "tried.md")):
         if mark in markdown:
             _, text = (ROOT / "benchmarks" / name).read_text().split("\n", 1)  # less the title
-            for there, here in (("](README.md)", "](speed.md)"), ("](../docs/", "](")):
-                text = text.replace(there, here)
+            text = re.sub(r"\[README(\.md)?\]\(README\.md\)", "[Speed](speed.md)", text)
+            text = text.replace("](../docs/", "](")
             markdown = markdown.replace(mark, text)
     return markdown
 
@@ -261,10 +264,18 @@ def commands_help() -> str:
     parts = []
     for name in sorted(names):
         result = CliRunner().invoke(
-            app, [name, "--help"], env={"COLUMNS": "92", "TERM": "dumb"}, prog_name="vggtorch"
+            app, [name, "--help"], env={"TERM": "dumb"}, prog_name="vggtorch", terminal_width=92
         )
         if result.exit_code:
             raise RuntimeError(f"vggtorch {name} --help: {result.output}")
         text = re.sub(r"\x1b\[[0-9;]*m", "", result.output).strip()
         parts.append(f"## vggtorch {name}\n\n```text\n{text}\n```\n")
     return "\n".join(parts)
+
+
+def settings_table() -> str:
+    """The fields of TrainConfig, as Markdown."""
+    rows = ["| setting | default | what it does |", "|---|---|---|"]
+    for field in dataclasses.fields(vt.TrainConfig):
+        rows.append(f"| `{field.name}` | `{field.default!r}` | {field.metadata['help']} |")
+    return "\n".join(rows)

@@ -1,5 +1,6 @@
 """Every code block of the pages in docs/ runs in order as it stands there; links and menu hold."""
 
+import importlib
 import re
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 import yaml
 from blocks import BLOCK, run_blocks
 
+import vggtorch as vt
 from vggtorch.surgery import distillation
 
 ROOT = Path(__file__).parent.parent
@@ -37,6 +39,27 @@ def test_the_page_of_commands_has_the_help_of_each(monkeypatch):
     page = building.on_page_markdown((DOCS / "command-line.md").read_text(), page=None)
     for name in ("finetune", "compress", "lr_find", "weights"):
         assert f"\n## vggtorch {name}\n\n```text\nUsage: vggtorch {name} " in page
+
+
+def test_the_api_has_every_public_name_and_setting(monkeypatch):
+    monkeypatch.syspath_prepend(DOCS)
+    import building
+
+    text = "".join(page.read_text() for page in DOCS.glob("api/*.md"))
+    shown = re.findall(r"^::: vggtorch\.(\w+)$|`vt\.(\w+)`", text, re.MULTILINE)
+    assert {name for names in shown for name in names if name} == set(vt.__all__)
+    for path in re.findall(r"^::: vggtorch\.(.+\..+)$", text, re.MULTILINE):
+        room, name = path.split(".")
+        assert hasattr(importlib.import_module(f"vggtorch.{room}"), name)
+    table = building.on_page_markdown((DOCS / "api" / "training.md").read_text(), page=None)
+    assert "| `epochs` | `10` | Passes over the training images. |" in table
+
+
+def test_the_help_on_its_page_is_as_wide_as_the_page(monkeypatch):
+    monkeypatch.syspath_prepend(DOCS)
+    import building
+
+    assert max(map(len, building.commands_help().splitlines())) > 84
 
 
 def test_pictures_are_drawn_from_tables_that_are_there(monkeypatch):

@@ -28,6 +28,7 @@ from vggtorch.options import (
 )
 from vggtorch.text import LONGEST_MESSAGE, table, terminal_width, visible, visible_lines
 from vggtorch.training import Interrupted, Terminated
+from vggtorch.weight_sets import WEIGHT_SETS
 
 Cost = Literal["multiply-adds", "seconds"]
 
@@ -118,7 +119,7 @@ def convert(
     epilog=_examples("weights", "weights fetch vgg16-397923af.pth", "weights verify"),
 )
 def _weights(context: typer.Context) -> None:
-    """Known checkpoints: list them (also without ACTION), fetch one, verify those that are here."""
+    """Known checkpoints: list them (also without COMMAND), fetch one, verify what is here."""
     if context.invoked_subcommand is None:
         list_weights()
 
@@ -228,6 +229,12 @@ def compress(
         )
     paths.check_model(model)
     paths.check_weights(weights)
+    if top and weights in WEIGHT_SETS:
+        from vggtorch.weights import publications
+
+        rows = publications(weights, model)
+        if rows and not any(row.include_top for row in rows):
+            raise ValueError(f"Weight set {weights!r} has no classifier. Add --no-top.")
     paths.check_images([folder])
     paths.check_out(out, (".keras",))
     if images < 1:

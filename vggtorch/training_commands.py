@@ -24,8 +24,8 @@ Data = Annotated[
     str,
     typer.Argument(
         metavar="DATA",
-        help="A folder with one folder for each class, or with train, val, test; or a .csv or "
-        ".jsonl file of paths and labels, and splits perhaps.",
+        help="A folder with one folder for each class, or with train, val, test; or a .csv, "
+        ".tsv or .jsonl file of paths and labels, and splits perhaps.",
     ),
 ]
 PretrainedWeights = Annotated[

@@ -135,5 +135,6 @@ class FixedLinear(FusedLinear):
         if self.dtype is not None:
             x = x.to(self.dtype)
         elif x.dtype != self.prepared[0].dtype:
-            raise ValueError(f"Received {x.dtype} where {self.prepared[0].dtype} is expected.")
+            wanted = self.prepared[0].dtype
+            raise ValueError(f"Received {x.dtype}; expected {wanted}: cast it, x.to({wanted}).")
         return self._activated(kernels.linear(x, *self.prepared))

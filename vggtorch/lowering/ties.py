@@ -162,10 +162,10 @@ class Ties:
         parted = [tie for tie in changed if not tie.can_hold()]
         if parted:
             tell(
-                f"{len(parted)} weights of the torch network, {parted[0].variable.path} first, now "
-                f"have another dtype or form than their Keras variables, or no values, or are not "
-                f"one tensor in all places: from here on they stand alone, and the Keras model "
-                f"keeps the weights that it had."
+                f"Weights of the torch network ({parted[0].variable.path} first, {len(parted)} in "
+                f"all) now have another dtype or form than their Keras variables, or no values, or "
+                f"are not one tensor in all places: from here on they stand alone, and the Keras "
+                f"model keeps the weights that it had."
             )
             self.pairs = [tie for tie in self.pairs if tie not in parted]
         for tie in changed:

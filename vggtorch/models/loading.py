@@ -99,8 +99,9 @@ def load_weights(
     Args:
         model: any Keras model with VGG's layers, or the one that a file was saved from.
         source: `imagenet`, `features`, `oxford`, the path of a checkpoint of any form (Keras's
-            .weights.h5, .keras and .h5, .safetensors, PyTorch's), or a state_dict: a dict of
-            tensors, arrays or variables by torchvision's names, those of `to_torch`, or Keras's.
+            .weights.h5, .keras and .h5, .safetensors, PyTorch's, ONNX), `hf://owner/name/file`, or
+            a state_dict: a dict of tensors, arrays or variables by torchvision's names, those of
+            `to_torch`, or Keras's.
         partial: load whatever names and shapes agree for, and say what was left.
 
     Returns:

@@ -199,7 +199,8 @@ def _constructor(plain_name: str) -> Callable[..., keras.Model]:
 
     Args:
         include_top: whether flatten, fc1, fc2 and predictions are included.
-        weights: `imagenet`, `features`, `oxford`, the path of a checkpoint, or None for random.
+        weights: `imagenet`, `features`, `oxford`, the path of a checkpoint, `hf://owner/name/file`,
+            or None for random.
         input_tensor: a Keras tensor to use as the image, (N, H, W, 3) in channels-last.
         input_shape: (H, W, 3), at least 32x32; without a top, H and W may be None.
         pooling: without a top: None for the feature map, `avg` or `max` for its mean or maximum.

@@ -176,7 +176,7 @@ def distill_(
         match: layers of both networks whose outputs are to agree; by default the next three that
             make the map smaller (pools, strides).
         loss: of these layers' outputs (N, C, H, W) and the original's, in the order of their
-            computation; the default did as well as any that was tried (benchmarks/README.md).
+            computation; the default did as well as any that was tried (benchmarks/tried.md).
         steps: optimizer steps at most; by then the learning rate has fallen to nothing.
         seconds: wall-clock time at most; by then the learning rate has fallen to nothing as well.
         seed: decides the held-out images, the crops and their order.

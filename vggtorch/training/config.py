@@ -167,7 +167,8 @@ class TrainConfig:
         None, "Of resizing; by default the model's, which is bilinear where it says none."
     )
     augment: Augment = _option(
-        "none", "Mirror images; crop them at random too; TrivialAugment on top (folders only)."
+        "none",
+        "flip mirrors images at random, crop cuts them too, trivial adds TrivialAugment (files).",
     )
     on_unreadable: Literal["skip", "stop"] = _option(
         "stop", "Stop at an image of a folder that can't be read, or skip it."

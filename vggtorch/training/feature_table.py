@@ -201,7 +201,7 @@ def _whole(path: Path) -> Iterator[None]:
         yield
     except ValueError as error:  # pyarrow's errors of content are such, and json's
         raise ValueError(
-            f"{path} is damaged ({files.first_line(error)}). Delete it; write_features makes it "
+            f"{path} is damaged ({files.first_line(error)}). Delete it; the same call makes it "
             f"again."
         ) from error
 

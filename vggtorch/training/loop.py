@@ -87,7 +87,7 @@ def finetune(
         model: a Functional or Sequential Keras model. With `config.head` a new model is made of it;
             without, it is trained in place.
         train: a folder with a subfolder for each class, or with `train`, `val` and `test` that
-            have them; a .csv or .jsonl file of paths, labels and perhaps splits; a Dataset or
+            have them; a .csv, .tsv or .jsonl file of paths, labels, perhaps splits; a Dataset or
             DataLoader of (image, label) or of dictionaries with both, such as Hugging Face's; or a
             dictionary of such data with the names train, validation and test. An image of a Dataset
             is a PIL image; or uint8, RGB and of the model's size; or floating point and ready for

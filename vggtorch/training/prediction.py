@@ -255,7 +255,7 @@ def evaluate_folder(
 
     Args:
         model: ends in probabilities or logits; it remembers its classes and what it expects.
-        folder: of images that nothing was chosen by; or a .csv or .jsonl file of paths and labels.
+        folder: of images that nothing was chosen by; or a table of paths and labels.
         batch_size: images at a time.
         num_workers: processes that read images.
         label_pattern: regular expression whose first group, in a file's name, is the label.
