@@ -9,6 +9,7 @@ from numbers import Real
 from typing import Any, Literal, get_args
 
 import keras
+import torch
 
 from vggtorch.compression.building import built
 from vggtorch.compression.choice import Option, choice_of, left
@@ -30,6 +31,7 @@ from vggtorch.surgery import checked_effort, flatten, names_when_flat
 By = Literal["multiply-adds", "seconds"]
 
 
+@torch.inference_mode(False)  # it learns, in whatever mode it is called
 def compress(
     model: keras.Model,
     times: float,

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vggtorch.compression.rows import Rows
+from vggtorch.compression.rows import NEW, Rows
 from vggtorch.compression.sites import Site
 
 # Of the layers in the place of one, what is added to its name, and along which axes (0 rows,
@@ -83,8 +83,8 @@ class Factors:
     @classmethod
     def random(cls, site: Site, method: str, ranks: Sequence[int]) -> Factors:
         """Layers of these ranks with random weights, to see how long they take."""
-        weights = [torch.randn(shape) for shape in shapes(site, method, ranks)]
-        return cls.of(method, weights, torch.zeros(site.outputs))
+        weights = [torch.randn(shape, **NEW) for shape in shapes(site, method, ranks)]
+        return cls.of(method, weights, torch.zeros(site.outputs, **NEW))
 
     def module(self, site: Site) -> nn.Sequential:
         """The layers as a torch module that takes the place of the old one's."""
@@ -93,13 +93,12 @@ class Factors:
             outputs, inputs, *size = part.weight.shape
             bias = self.bias if part is self.parts[-1] else None
             stride, padding = geometry(site, part.axes)
+            options = {"bias": bias is not None, **NEW}
             child: nn.Linear | nn.Conv2d
             if site.is_dense:
-                child = nn.Linear(inputs, outputs, bias=bias is not None)
+                child = nn.Linear(inputs, outputs, **options)
             else:
-                child = nn.Conv2d(
-                    inputs, outputs, (size[0], size[1]), stride, padding, bias=bias is not None
-                )
+                child = nn.Conv2d(inputs, outputs, (size[0], size[1]), stride, padding, **options)
             with torch.no_grad():
                 child.weight.copy_(part.weight.reshape(child.weight.shape))
                 if bias is not None:

@@ -24,7 +24,7 @@ def distance(outputs: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
     errors = []
     for y, t in zip(outputs, targets, strict=True):
         errors.append(((y - t).flatten(1) * to_unit_size(t)).square().sum(1).mean())
-    weights = DEEPER ** torch.arange(len(errors), device=errors[0].device)
+    weights = DEEPER ** errors[0].new_tensor(range(len(errors)))
     return torch.stack(errors) @ weights / weights.sum()
 
 

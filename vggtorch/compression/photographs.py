@@ -39,9 +39,9 @@ class Photographs:
         """Squares at random places of the images in turn, or of random ones if there are more."""
         source = self.held_out if held_out else self.shown
         if number >= len(source):
-            which = torch.arange(number) % len(source)
+            which = torch.arange(number, device="cpu") % len(source)
         else:
-            which = torch.randperm(len(source), generator=generator)[:number]
+            which = torch.randperm(len(source), generator=generator, device="cpu")[:number]
         return crops(source, which, self.size, generator)
 
     def cropped(self, network: nn.Module) -> Photographs:

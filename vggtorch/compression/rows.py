@@ -7,10 +7,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
+# What the closed forms compute in, whatever the user's own defaults are.
+NEW: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
 FLOOR = 0.03  # of the mean of a metric's eigenvalues, below which none of them falls
 
 
@@ -102,7 +105,7 @@ class Basis:
         x = (self.seen @ down).transpose(1, 2).flatten(1)  # (N, rank P)
         self.mean, self.x = x.mean(0), x - x.mean(0)
         size, noise = len(x), self.rows.noise
-        second = noise * torch.kron(down.T @ down, torch.eye(parts))
+        second = noise * torch.kron(down.T @ down, torch.eye(parts, **NEW))
         wanted = noise * torch.einsum("dr,dpo->rpo", down, self.kernel).flatten(0, 1)
         self.second = second + self.x.T @ self.x / size
         self.wanted = wanted + self.x.T @ (self.rows.outputs - self.rows.outputs.mean(0)) / size
@@ -154,7 +157,7 @@ class Responses:
         kernel, old = kernel.double(), old.double()
         second = x.T @ x / len(x) + rows.noise * kernel.T @ kernel
         wanted = x.T @ y / len(x) + rows.noise * kernel.T @ old
-        damped = second + (1e-9 * second.trace() + 1e-30) * torch.eye(len(second))
+        damped = second + (1e-9 * second.trace() + 1e-30) * torch.eye(len(second), **NEW)
         matrix = torch.cholesky_solve(wanted, torch.linalg.cholesky(damped)) @ root.double()
         _, vectors = torch.linalg.eigh(matrix.T @ second @ matrix)
         self.vectors, self.matrix = vectors.flip(1).float(), matrix.float()  # (O, O)

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vggtorch.compression.rows import NEW
 from vggtorch.compression.sites import Site
 
 
@@ -56,8 +57,8 @@ def _draw(site: Site, y: Tensor, count: int, generator: torch.Generator) -> Any:
     """Random positions of a map (N, O, H, W), or rows of a Dense layer's output; all if few."""
     size = y.shape[:-1] if site.is_dense else (len(y), *y.shape[2:])
     total = prod(size)
-    drawn = torch.randint(total, (count,), generator=generator)
-    flat = drawn if count < total else torch.arange(total)
+    drawn = torch.randint(total, (count,), generator=generator, device="cpu")
+    flat = drawn if count < total else torch.arange(total, device="cpu")
     return flat if site.is_dense else torch.unravel_index(flat, size)
 
 
@@ -129,10 +130,10 @@ def look(
     with _removed_after([child.register_forward_hook(watch(site)) for child, site in pairs]):
         for batch in batches:
             x = batch.detach().requires_grad_(True)
-            total = torch.zeros((), device=x.device)
+            total = x.new_zeros(())
             for y in network(x)[-ends:]:
                 flat = y.flatten(1)
-                drawn = torch.randn(flat.shape, generator=noise).to(x.device)
+                drawn = torch.randn(flat.shape, generator=noise, **NEW).to(x.device)
                 total = total + (flat * to_unit_size(y.detach()) * drawn).sum()
             total.backward()
             tick()

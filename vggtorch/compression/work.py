@@ -17,7 +17,7 @@ from vggtorch.compression.networks import BATCH, Networks
 from vggtorch.compression.photographs import Photographs
 from vggtorch.compression.progress import Progress
 from vggtorch.compression.resuming import Notebook
-from vggtorch.compression.rows import Rows
+from vggtorch.compression.rows import NEW, Rows
 from vggtorch.compression.sites import Site
 from vggtorch.compression.statistics import Seen, change, look
 from vggtorch.measuring import in_turns
@@ -142,23 +142,23 @@ class Work:
         """Layers of these ranks in a site's place, with random weights."""
         if method != "channels":
             return Factors.random(site, method, ranks).module(site)
-        kept = torch.arange(ranks[0])
+        kept = torch.arange(ranks[0], device="cpu")
         if any(site is pair.first for pair in self.pairs):
             return self.giving(site, kept).module(site)
-        weight = torch.randn(site.outputs, len(kept), *site.kernel)
-        return Factors.of(method, [weight], torch.zeros(site.outputs), kept).module(site)
+        weight = torch.randn(site.outputs, len(kept), *site.kernel, **NEW)
+        return Factors.of(method, [weight], torch.zeros(site.outputs, **NEW), kept).module(site)
 
 
 @torch.no_grad()
 def seconds_of(module: nn.Module, shape: Sequence[int], device: torch.device) -> float:
     """Median seconds of one image, after a warm-up; `shape` is what enters, without the batch."""
-    x, module = packed(torch.randn(1, *shape, device=device)), module.to(device)
+    x, module = packed(torch.randn(1, *shape, **NEW).to(device)), module.to(device)
     return statistics.median(in_turns({"": lambda: module(x)}, REPEATS, device)[""])
 
 
 @torch.no_grad()
 def ratio_of(slow: nn.Module, fast: nn.Module, shape: Sequence[int], device: torch.device) -> float:
     """How many times as fast one module is as another, measured in turns; the median."""
-    x = packed(torch.randn(1, *shape, device=device))
+    x = packed(torch.randn(1, *shape, **NEW).to(device))
     times = in_turns({"slow": lambda: slow(x), "fast": lambda: fast(x)}, 2 * REPEATS, device)
     return statistics.median(a / b for a, b in zip(times["slow"], times["fast"], strict=True))

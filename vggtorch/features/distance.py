@@ -98,7 +98,7 @@ class LPIPS(nn.Module):
                 f"Received images of shapes {tuple(images.shape)} and {tuple(others.shape)}; "
                 f"expected as many of one size."
             )
-        total = torch.zeros((), device=images.device)
+        total = images.new_zeros(())
         first = self.extractor.pixels.channels_first
         for i, tap in enumerate(TAPS):
             a, b = first(features[tap]), first(wanted[tap])

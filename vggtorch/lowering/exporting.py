@@ -157,8 +157,9 @@ class _Input:
         whole = [given.get(i, size[0]) if n is None else n for i, n in enumerate(self.shape)]
         # Random whole numbers would run out of an embedding's table.
         if not self.dtype.is_floating_point:
-            return torch.zeros(whole, dtype=self.dtype)
-        return torch.rand(whole, generator=torch.Generator().manual_seed(0)).to(self.dtype)
+            return torch.zeros(whole, dtype=self.dtype, device="cpu")
+        generator = torch.Generator().manual_seed(0)
+        return torch.rand(whole, generator=generator, device="cpu").to(self.dtype)
 
 
 def _name_axes_(model: Any, inputs: Sequence[_Input]) -> None:

@@ -113,7 +113,7 @@ def _check(model: keras.Model, dtype: torch.dtype | None) -> None:
             f"{sorted(found)}. It can be chosen for a model in float32; others compute as their "
             f"policies say: leave dtype out."
         )
-    if dtype == torch.bfloat16 and not kernels.has_fused_ops(torch.zeros(1), dtype):
+    if dtype == torch.bfloat16 and not kernels.has_fused_ops(torch.zeros(1, device="cpu"), dtype):
         raise ValueError(
             "Received dtype=torch.bfloat16, which this CPU, or this build of torch, has no fast "
             "kernels for. Leave dtype out."

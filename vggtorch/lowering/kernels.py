@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils._device import DeviceContext
 
 # glibc maps allocations of this size and unmaps them when they are freed, so each one faults its
 # pages in again (its largest threshold for mmap, see `man mallopt`).
@@ -32,10 +33,18 @@ def is_intercepted() -> bool:
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()
         or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._len_torch_function_stack() > 0
+        or _modes_of_functions() > 0
         or torch._C._functorch.maybe_current_level() is not None  # torch.func
         or forward_ad._current_level >= 0
     )
+
+
+def _modes_of_functions() -> int:
+    """How many modes see each function, but for torch.device, which changes new tensors alone."""
+    count = torch._C._len_torch_function_stack()
+    if count and type(torch._C._get_function_stack_at(0)) is DeviceContext:
+        count -= 1
+    return count
 
 
 def stands_for_many(x: Tensor) -> bool:
@@ -273,7 +282,7 @@ class ReusedMemory:
         nbytes = torch.Size(shape).numel() * dtype.itemsize
         with self.lock:
             if self.memory is None or self.memory.nbytes != nbytes:
-                self.memory = torch.empty(nbytes, dtype=torch.uint8).numpy()
+                self.memory = torch.empty(nbytes, dtype=torch.uint8, device="cpu").numpy()
                 self.users = sys.getrefcount(self.memory)
             elif sys.getrefcount(self.memory) > self.users:
                 return None

@@ -94,6 +94,10 @@ class Site:
             known.places.append((module, name))
         else:
             value, rule = keras_graph.raw_value(variable), rule_of(self.layer, variable)
+            if value.is_inference() and self.share:  # of a model made in inference mode
+                keras_graph.set_value_(variable, value.clone(), value.requires_grad)
+                keras_graph.track_variables_(self.layer)
+                value = keras_graph.raw_value(variable)
             tensor = rule.to_torch(value.detach()).contiguous()
             if not self.share and tensor.data_ptr() == value.data_ptr():
                 tensor = tensor.clone()

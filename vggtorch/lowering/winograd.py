@@ -48,7 +48,7 @@ class Transform:
 
     def matrix(self, name: str, dtype: torch.dtype, *, both: bool) -> Tensor:
         """One of them for one axis, or for both at once: rows and columns are pairs then."""
-        one = torch.tensor(getattr(self, name), dtype=torch.float64)
+        one = torch.tensor(getattr(self, name), dtype=torch.float64, device="cpu")
         return (torch.kron(one, one) if both else one).to(dtype)
 
 
@@ -91,11 +91,11 @@ class Workspace:
 
     def take(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """An uninitialised tensor, valid until the next of this name is taken."""
-        memory, count = vars(self.local), math.prod(shape)
+        memory, nbytes = vars(self.local), math.prod(shape) * dtype.itemsize
         held = memory.get(name)
-        if held is None or held.nbytes < count * dtype.itemsize:
-            held = memory[name] = torch.empty(count * dtype.itemsize, dtype=torch.uint8)
-        return held[: count * dtype.itemsize].view(dtype).view(*shape)
+        if held is None or held.nbytes < nbytes:
+            held = memory[name] = torch.empty(nbytes, dtype=torch.uint8, device="cpu")
+        return held[:nbytes].view(dtype).view(*shape)
 
     def release(self) -> None:
         """Let go of this thread's memory, until it is asked for again."""
@@ -177,9 +177,8 @@ class Filtering:
         m, (n, _, height, width) = self.m, x.shape
         high, wide = _tiles(x.shape, padding, m)
         out_height, out_width = height + 2 * padding[0] - 2, width + 2 * padding[1] - 2
-        shape = n, kernels.shape[2], m * high, m * wide
-        result = torch.empty(shape, dtype=x.dtype, memory_format=torch.channels_last)
-        pixels = result.permute(0, 2, 3, 1)
+        pixels = x.new_empty((n, m * high, m * wide, kernels.shape[2]))
+        result = pixels.permute(0, 3, 1, 2)  # NHWC -> NCHW view
         for images, rows in self._chunks(n, high, wide, max(kernels.shape[1:])):
             part = self._windows(x[images], rows, wide, padding, workspace)
             target = pixels[images, m * rows.start : m * rows.stop]

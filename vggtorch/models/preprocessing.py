@@ -156,9 +156,10 @@ def _checked_array(image: Any) -> torch.Tensor:
     if isinstance(image, np.ndarray) and image.dtype.kind not in "biufc":
         raise ValueError(f"Received images of dtype {image.dtype}; expected uint8 or float.")
     # torch takes arrays with positive strides that it may write to; others are copied.
-    tensor = torch.as_tensor(
-        np.require(image, requirements=["C", "W"]) if isinstance(image, np.ndarray) else image
-    )
+    if isinstance(image, torch.Tensor):
+        tensor = image
+    else:
+        tensor = torch.from_numpy(np.require(image, requirements=["C", "W"]))
     if tensor.ndim == 3:
         tensor = tensor[None]
     if tensor.ndim != 4 or tensor.shape[-1] != 3 or 0 in tensor.shape:
@@ -198,9 +199,9 @@ def _normalise(batch: torch.Tensor, expected: WeightSet) -> torch.Tensor:
         batch = batch.flip(-1)
     if expected.scale != 1:
         batch = batch / expected.scale
-    batch = batch - torch.tensor(expected.mean, device=batch.device)
+    batch = batch - batch.new_tensor(expected.mean)
     if expected.std != (1.0, 1.0, 1.0):
-        batch = batch / torch.tensor(expected.std, device=batch.device)
+        batch = batch / batch.new_tensor(expected.std)
     return batch
 
 
@@ -236,7 +237,9 @@ def decode_predictions(
         raise ValueError(f"Received categories={categories!r}; expected a list of names by index.")
     categories, top = list(categories), whole("top", top)
     try:
-        scores = torch.as_tensor(probabilities).detach().cpu().float()
+        if not isinstance(probabilities, torch.Tensor):  # NumPy has bfloat16 from Keras alone
+            probabilities = torch.from_numpy(np.array(probabilities, "float32"))
+        scores = probabilities.detach().cpu().float()
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(
             f"Received predictions of type {type(probabilities).__name__}; expected an array or "

@@ -103,7 +103,8 @@ class Moments:
         wanted = len(_matrix(self.product, self.product.kernel)) // 4 + 512
         for i in range(len(x)):  # patches overlap, so those of a whole batch take much memory
             rows = _patches(self.product, x[i : i + 1].double())
-            kept = torch.randperm(len(rows), generator=generator)[:wanted].to(rows.device)
+            kept = torch.randperm(len(rows), generator=generator, device="cpu")[:wanted]
+            kept = kept.to(rows.device)
             rows = rows[kept]
             self.count += len(rows)
             self.patches = self.patches + rows.T @ rows

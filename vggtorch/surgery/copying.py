@@ -92,7 +92,7 @@ def _fitting(giver: _Place, taker: _Place) -> list[torch.Tensor] | None:
     elif not _alike(old, new):
         return None
     if getattr(new, "use_bias", False) and not getattr(old, "use_bias", True):
-        values.append(torch.zeros(new.weights[-1].shape))
+        values.append(values[0].new_zeros(new.weights[-1].shape))
     fits = [tuple(v.shape) for v in values] == [tuple(w.shape) for w in new.weights]
     return values if fits else None
 

@@ -138,6 +138,7 @@ def _only_trainable(trained: Sequence[Tensor], *models: keras.Model) -> Iterator
             p.requires_grad_(flag)
 
 
+@torch.inference_mode(False)  # it learns, in whatever mode it is called
 def distill_(
     original: keras.Model,
     result: keras.Model,

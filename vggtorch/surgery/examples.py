@@ -27,7 +27,8 @@ class Examples:
 
     def batch(self, generator: torch.Generator) -> tuple[Tensor, list[Tensor]]:
         """A batch drawn at random."""
-        which = torch.randint(len(self.x), (BATCH,), generator=generator).to(self.x.device)
+        which = torch.randint(len(self.x), (BATCH,), generator=generator, device="cpu")
+        which = which.to(self.x.device)
         return self.x[which], [t[which] for t in self.targets]
 
 
@@ -46,7 +47,7 @@ def wide(maps: Sequence[Tensor]) -> list[Tensor]:
 def crops(images: Tensor, which: Tensor, size: Sequence[int], generator: torch.Generator) -> Tensor:
     """Parts (number, C, *size) at random places of the images whose numbers are in `which`."""
     starts = [
-        torch.randint(whole - part + 1, (len(which),), generator=generator).tolist()
+        torch.randint(whole - part + 1, (len(which),), generator=generator, device="cpu").tolist()
         for whole, part in zip(images.shape[2:], size, strict=True)
     ]
     drawn = [
@@ -68,7 +69,8 @@ def held_out_of(
     pixels = torch.from_numpy(images).to(device)
     if pixels.ndim > 2 and layout == "channels_last":
         pixels = pixels.movedim(-1, 1)  # NHWC -> NCHW view
-    pixels = pixels[torch.randperm(len(pixels), generator=generator).to(device)]
+    order = torch.randperm(len(pixels), generator=generator, device="cpu")
+    pixels = pixels[order.to(device)]
     return pixels[: len(pixels) // 10], pixels[len(pixels) // 10 :]
 
 
@@ -88,7 +90,7 @@ def sized_examples(
     enter = None if begin is original.inputs[0] else part(original.inputs[0], [begin])
 
     def examples(size: Sequence[int], images: Tensor, number: int) -> Examples:
-        which = torch.randint(len(images), (number,), generator=generator)
+        which = torch.randint(len(images), (number,), generator=generator, device="cpu")
         x = crops(images, which, size, generator)
         x = x if enter is None else in_batches(enter, x)[0]
         return Examples(x, in_batches(reference, x))

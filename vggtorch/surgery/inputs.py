@@ -217,7 +217,7 @@ def _adapted(
     if (before.shape[-2], after.shape[-2]) not in counts or not value.is_floating_point():
         return None
     made = _kernel(value.detach().double().cpu().numpy(), after.shape[-2], rule)
-    return {id(before): torch.as_tensor(made).to(value)}
+    return {id(before): torch.from_numpy(np.asarray(made)).to(value)}
 
 
 def _check_constants(result: keras.Model) -> None:
@@ -349,7 +349,7 @@ def _in_place(node: Node, images: Sequence[KerasTensor], axis: int) -> bool:
 
     def made_up(tensor: KerasTensor) -> torch.Tensor:
         shape = [2 if i == 0 else n or 16 for i, n in enumerate(tensor.shape)]
-        values = torch.rand(shape, generator=generator) * 255
+        values = torch.rand(shape, generator=generator, device="cpu") * 255
         return values.to(torch_dtype(tensor.dtype)).to(device())
 
     def run(values: dict[int, torch.Tensor]) -> torch.Tensor:

@@ -53,13 +53,13 @@ def class_weights(
                     f"twice."
                 )
             found[int(index)] = float(weight)
-        return torch.tensor([found.get(index, 1.0) for index in range(len(names))])
-    if len(given) != len(names):
+        given = [found.get(index, 1.0) for index in range(len(names))]
+    elif len(given) != len(names):
         raise ValueError(
             f"Received class_weight={given!r}, {len(given)} numbers for {len(names)} classes. "
             f"Expected one for each, in the order {', '.join(names)}."
         )
-    return torch.tensor(given, dtype=torch.float32)
+    return torch.tensor(given, dtype=torch.float32, device="cpu")
 
 
 def _counts(labels: Sequence[int], names: Sequence[str]) -> np.ndarray:

@@ -60,6 +60,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
+@torch.inference_mode(False)  # it learns, in whatever mode it is called
 def finetune(
     model: keras.Model,
     train: Images,

@@ -9,6 +9,7 @@ from numbers import Real
 from typing import Any
 
 import keras
+import torch
 
 from vggtorch.checks import whole
 from vggtorch.keras_graph import graph_of
@@ -40,6 +41,7 @@ class RateSearch:
         return self.rates[lowest] / 10
 
 
+@torch.inference_mode(False)  # it learns, in whatever mode it is called
 def find_learning_rate(
     model: keras.Model,
     train: Images,

@@ -335,7 +335,8 @@ def first_state(
     device, policies = accelerator.device, {layer.compute_dtype for layer in all_layers(model)}
     instead = "dtype='float32' of the model" if "bfloat16" in policies else "precision='fp32'"
     is_bf16 = accelerator.mixed_precision == "bf16" or "bfloat16" in policies
-    if is_bf16 and device.type == "cpu" and not has_fused_ops(torch.empty(0), torch.bfloat16):
+    x = torch.empty(0, device=device)
+    if is_bf16 and device.type == "cpu" and not has_fused_ops(x, torch.bfloat16):
         tell(
             f"This CPU has no instructions for bfloat16, so that training in it takes several "
             f"times as long as in float32: {instead} is faster.",

@@ -208,7 +208,9 @@ def with_counters(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     for key, tensor in state.items():
         counted[key] = tensor
         if key.endswith(".running_var"):
-            counted[f"{key.removesuffix('running_var')}num_batches_tracked"] = torch.tensor(0)
+            counted[f"{key.removesuffix('running_var')}num_batches_tracked"] = tensor.new_tensor(
+                0
+            ).long()
     return counted
 
 

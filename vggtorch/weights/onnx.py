@@ -190,6 +190,6 @@ def _tensor(buffer: memoryview) -> torch.Tensor:
     if len(shape) > 8 or math.prod(shape) * dtype.itemsize != len(raw):
         raise ValueError(f"initializer {name} has shape {shape} but {len(raw)} bytes")
     if not len(raw):
-        return torch.empty(shape, dtype=dtype)
+        return torch.empty(shape, dtype=dtype, device="cpu")
     # A copy: the file is mapped for reading alone, and a weight must be one that can be trained.
     return torch.frombuffer(bytearray(raw), dtype=dtype).reshape(shape)

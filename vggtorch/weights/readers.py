@@ -133,7 +133,7 @@ def read_h5(
         begin, length = start + offset, math.prod(shape) * dtype.itemsize
         if begin < 0 or begin + length > size:
             raise ValueError(f"{key} claims more values than are stored")
-        values = torch.empty(0, dtype=dtype)
+        values = torch.empty(0, dtype=dtype, device="cpu")
         if length:  # on a storage of its own: a copy of it must not take the whole file along
             values.set_(storage[begin : begin + length])
         tensors[key] = values.reshape(shape)

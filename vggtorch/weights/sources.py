@@ -275,7 +275,7 @@ def from_memory(state: Mapping[str, Any]) -> Checkpoint:
 def _of_numpy(name: str, array: np.ndarray) -> torch.Tensor:
     """A copy of an array, in the byte order of this machine."""
     try:
-        return torch.tensor(array.astype(array.dtype.newbyteorder("=")))
+        return torch.from_numpy(array.astype(array.dtype.newbyteorder("=")))
     except TypeError as error:
         raise ValueError(f"{name!r} is an array of {array.dtype}, expected numbers.") from error
 
