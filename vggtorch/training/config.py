@@ -168,7 +168,7 @@ class TrainConfig:
     )
     augment: Augment = _option(
         "none",
-        "flip mirrors images at random, crop cuts them too, trivial adds TrivialAugment (files).",
+        "Of images in files: flip mirrors at random, crop crops too, trivial adds TrivialAugment.",
     )
     on_unreadable: Literal["skip", "stop"] = _option(
         "stop", "Stop at an image of a folder that can't be read, or skip it."
