@@ -6,6 +6,7 @@ import copy
 import pickle
 import warnings
 from collections.abc import Callable
+from operator import neg
 from typing import Any
 
 import keras
@@ -13,11 +14,11 @@ import pytest
 import torch
 from keras import layers
 from small_vgg import FUSED, assert_close, images, on_keras, operations, small_vgg
-from torch import nn
+from torch import cat, nn
 from torch.nn.utils import parametrize, prune
 from torch.optim.swa_utils import AveragedModel
 
-from vggtorch.lowering import TorchNetwork, kernels, to_torch
+from vggtorch.lowering import TorchNetwork, kernels, optimize_for_inference, to_torch
 from vggtorch.lowering.plan import Plan
 
 
@@ -76,6 +77,38 @@ def graph_edit(network: Any) -> None:
         if node.target == "block1_conv1_relu":
             node.target = "block2_relu1"
     network.block2_relu1 = nn.Tanh()
+    network.recompile()
+
+
+def written_behind(make: Callable[[torch.fx.Graph, torch.fx.Node], torch.fx.Node]) -> Any:
+    """An edit that puts what `make` writes of a ReLU's value into that one's place."""
+
+    def edit(network: Any) -> None:
+        network.two = nn.Buffer(torch.tensor(2.0))
+        relu = next(node for node in network.graph.nodes if node.target == "block2_relu1")
+        users = list(relu.users)
+        with network.graph.inserting_before(relu.next):
+            made = make(network.graph, relu)
+        for user in users:
+            user.replace_input_with(relu, made)
+        network.recompile()
+
+    return edit
+
+
+def joined(*axis: int) -> Any:
+    return written_behind(
+        lambda graph, x: graph.call_function(cat, ([x, graph.call_function(neg, (x,))], *axis))
+    )
+
+
+def module_with_options(network: Any) -> None:
+    class Times(nn.Module):
+        def forward(self, x: torch.Tensor, by: float = 1.0) -> torch.Tensor:
+            return x * by
+
+    network.block2_relu1 = Times()
+    next(n for n in network.graph.nodes if n.target == "block2_relu1").kwargs = {"by": 3.0}
     network.recompile()
 
 
@@ -143,6 +176,16 @@ EDITS: dict[str, Callable[[Any], Any]] = {
     "another forward": double_forward,
     "another way to convolve": double_convolution,
     "another graph": graph_edit,
+    "a function of nothing": written_behind(
+        lambda graph, x: graph.call_function(torch.add, (x, graph.call_function(torch.ones, (1,))))
+    ),
+    "a tensor": written_behind(
+        lambda graph, x: graph.call_function(torch.mul, (x, graph.get_attr("two")))
+    ),
+    "images joined": joined(0),
+    "images joined by a negative axis": joined(-4),
+    "images joined by default": joined(),
+    "a module's options": module_with_options,
     "weights outside": weight_outside,
     "adapter of a convolution": lambda network: adapter(network, "block1_conv1"),
     "adapter of the last": lambda network: adapter(network, "block2_conv1"),
@@ -243,6 +286,27 @@ def test_wrong_shapes_are_refused_as_torch_refuses_them() -> None:
                 run(torch.zeros(shape))
             messages.append(str(refusal.value))
         assert messages[0] == messages[1]
+
+
+def test_arguments_that_it_has_not_are_refused() -> None:
+    model, x = small_vgg(), images()
+    network, engine = to_torch(model).eval(), optimize_for_inference(model)
+    for name in ("mask", model.inputs[0].name):
+        with pytest.raises(TypeError, match=name):
+            network(x, **{name: x})
+        with pytest.raises(ValueError, match="Expected the inputs"):
+            engine(x, **{name: x})
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR")
+def test_a_sparse_weight_is_multiplied_with() -> None:
+    image = keras.Input((8,))
+    network: Any = to_torch(keras.Model(image, layers.Dense(4, name="fc")(image)), share=False)
+    x = torch.randn(2, 8)
+    with torch.no_grad():
+        expected = network(x)
+        network.fc.weight = nn.Parameter(network.fc.weight.to_sparse_csr(), requires_grad=False)
+        assert_close(network(x), expected)
 
 
 @pytest.mark.parametrize("training", [False, True])

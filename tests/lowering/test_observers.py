@@ -60,6 +60,23 @@ def test_gradients_of_a_hooked_map() -> None:
     assert found[0].shape == (4, 8, 16, 16) and found[0].any()
 
 
+@pytest.mark.parametrize("of_all", [False, True])
+@pytest.mark.parametrize("kind", ["forward", "forward_pre", "full_backward", "full_backward_pre"])
+def test_each_kind_of_hook_is_called(kind: str, of_all: bool) -> None:
+    network, seen = to_torch(small_vgg()), []
+    relu: Any = network.block2_relu1
+    if of_all:
+        register: Any = getattr(torch.nn.modules.module, f"register_module_{kind}_hook")
+    else:
+        register = getattr(relu, f"register_{kind}_hook")
+    hook = register(lambda module, *_: seen.append(module))
+    try:
+        network(images()).square().sum().backward()
+    finally:
+        hook.remove()
+    assert relu in seen
+
+
 @pytest.mark.parametrize("training", [False, True])
 def test_operations_are_counted(training: bool) -> None:
     """A count of floating-point operations must not miss fused ones."""

@@ -187,7 +187,11 @@ def test_a_padding_that_two_take_is_made_once() -> None:
 
 
 @pytest.mark.parametrize("activation, inside", [("relu", True), (None, False)])
-@pytest.mark.parametrize("pads, fits", [(1, True), (2, False), (((0, 1), (0, 1)), False)])
+@pytest.mark.parametrize(
+    "pads, fits",
+    [(1, True), (2, False), (((0, 1), (0, 0)), False), (((0, 0), (1, 0)), False),
+     (((2, 2), (1, 1)), False), (((1, 1), (2, 2)), False)],
+)  # fmt: skip
 def test_a_pool_pads_by_itself_what_is_not_negative(
     activation: str | None, inside: bool, pads: Any, fits: bool
 ) -> None:
@@ -198,6 +202,34 @@ def test_a_pool_pads_by_itself_what_is_not_negative(
     model, engine, runs = engine_and_kinds(build)
     assert any(isinstance(run, nn.ZeroPad2d) for run in runs) is not (inside and fits)
     check(model, engine)
+
+
+def of_the_image(x: Any) -> Any:
+    return layers.MaxPooling2D(3, 2)(layers.ZeroPadding2D(1)(x))
+
+
+def of_another_pool(x: Any) -> Any:
+    return of_the_image(layers.MaxPooling2D(2, 1)(x))
+
+
+def of_means(x: Any) -> Any:
+    x = layers.Conv2D(4, 3, activation="relu")(x)
+    return layers.AveragePooling2D(3, 2)(layers.ZeroPadding2D(1)(x))
+
+
+@pytest.mark.parametrize("build", [of_the_image, of_another_pool, of_means])
+def test_other_pools_are_padded_before(build: Build) -> None:
+    model, engine, runs = engine_and_kinds(build)
+    assert any(isinstance(run, nn.ZeroPad2d) for run in runs)
+    check(model, engine)
+
+
+def test_a_pool_of_the_very_input_is_padded_before() -> None:
+    image = keras.Input((8, 8, 4))
+    model = keras.Model(image, of_the_image(image))
+    network, x = vt.to_torch(model, data_format="channels_first").eval(), torch.randn(2, 8, 8, 4)
+    found = network(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+    torch.testing.assert_close(found, model(x, training=False))
 
 
 def narrowing(x: Any) -> Any:
@@ -229,11 +261,16 @@ CHANGES: dict[str, Callable[[Any], None]] = {
     "one number as a dilation": change("depthwise", "dilation", 1),
     "more around": change("pad", "padding", (2, 1, 0, 1)),
     "nothing around": change("pad", "padding", (0, 0, 0, 0)),
+    "a cut": change("pad", "padding", (-1, -1, -1, -1)),
     "ones around": change("pad", "value", 1.0),
     "ones around a pool": change("pool_pad", "value", 9.0),
     "NaN around": change("pad", "value", torch.nan),
     "more around a pool": change("pool_pad", "padding", (2, 2, 1, 1)),
-    "a pool": change("pool", "kernel_size", (2, 2)),
+    "a pool": change("pool", "kernel_size", 2),
+    "a pool that rounds up": change("pool", "ceil_mode", True),
+    "a pool's own padding": change("pool", "padding", 1),
+    "a pool's dilation": change("pool", "dilation", 2),
+    "zeros around a stride": change("down", "padding", (1, 1)),
     "limits": change("six", "max_val", 0.1),
     "an epsilon": change("bn", "eps", 1.0),
     "a wider kernel": lambda network: setattr(
@@ -253,11 +290,11 @@ SAY_THE_SAME = {"one number as another's", "a padding", "one number as a dilatio
 @pytest.mark.parametrize("name", CHANGES)
 def test_a_network_follows_what_its_steps_were_made_for(name: str, data_format: str | None) -> None:
     keras.utils.set_random_seed(0)
-    image = keras.Input((13, 14, 3))
+    image = keras.Input((17, 18, 3))
     network: Any = vt.to_torch(
         randomise(keras.Model(image, narrowing(image))), data_format=data_format
     ).eval()
-    x = torch.randn(3, 3, 13, 14) if data_format else torch.randn(3, 13, 14, 3)
+    x = torch.randn(3, 3, 17, 18) if data_format else torch.randn(3, 17, 18, 3)
     found, expected = [], []
     with torch.no_grad():
         for _ in range(2):

@@ -6,6 +6,7 @@ They may be viewed in other shapes, and written to before backward.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import keras
 import pytest
@@ -82,3 +83,23 @@ def test_maps_may_be_viewed_and_written_to(
                 found.append([])
         for one, other in zip(*found, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("write", [torch.relu_, lambda y: y.mul_(3)], ids=["relu_", "mul_"])
+def test_an_activation_of_the_users_may_write_to_what_it_gets(
+    write: Callable[[torch.Tensor], torch.Tensor],
+) -> None:
+    image = keras.Input((8, 8, 3))
+    pooled = layers.MaxPooling2D()(layers.Conv2D(4, 3, activation="relu", name="a")(image))
+    written = layers.GlobalAveragePooling2D()(layers.Activation(write)(pooled))
+    network: Any = to_torch(keras.Model(image, written))
+    x = torch.randn(2, 8, 8, 3)
+    found = network(x)
+    expected = write(nn.functional.max_pool2d(network.a(x.permute(0, 3, 1, 2)).relu(), 2))
+    weight = network.a.weight
+    expected = expected.mean((2, 3))
+    torch.testing.assert_close(found, expected)
+    for one, other in zip(
+        *(torch.autograd.grad(y.square().sum(), weight) for y in (found, expected)), strict=True
+    ):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)

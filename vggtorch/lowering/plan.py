@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from vggtorch.lowering.fused import TrainedLinear
 from vggtorch.lowering.fusing import Ways
 from vggtorch.lowering.kernels import is_intercepted
-from vggtorch.lowering.layer_modules import KerasLayer, Place, SharedDropout
+from vggtorch.lowering.layer_modules import KerasLayer, Place
 from vggtorch.lowering.running import run_segments
 from vggtorch.lowering.steps import (
     CONVOLUTIONS,
@@ -107,20 +107,17 @@ class Plan:
 
     def in_order(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Sequence[Any]:
         """The inputs one after the other; none where they aren't what the network takes."""
-        if not kwargs:
-            return args
         named = self.names[len(args) :]
         return (*args, *map(kwargs.get, named)) if set(named) == set(kwargs) else ()
 
     def takes(self, inputs: Sequence[Any]) -> bool:
         """Whether these inputs run the fast way: plain tensors, while nobody looks on."""
-        if self.is_watched():
-            return False
-        if len(inputs) != len(self.ranks) or any(
-            not _is_plain(x) or x.ndim != rank for x, rank in zip(inputs, self.ranks, strict=True)
-        ):
-            return False
-        return _have_plain_weights(self.weighted)
+        return (
+            not self.is_watched()
+            and _are_plain(inputs)
+            and [x.ndim for x in inputs] == self.ranks
+            and _have_plain_weights(self.weighted)
+        )
 
     def layout_meant(self, inputs: Sequence[Tensor]) -> str | None:
         """The data_format of inputs that have another than the network's, as far as shapes tell."""
@@ -210,11 +207,9 @@ def _is_settled(step: Step, grad: bool) -> bool:
         changes = run.learns
     elif kind is KerasLayer:
         changes = run.training and isinstance(run.operation[0], keras.Layer)
-    elif kind in DROPOUTS or kind is SharedDropout:
-        changes = run.training
     elif kind in STATELESS:
         changes = False
-    else:  # a module of the user's
+    else:  # a dropout, or a module of the user's
         changes = any(m.training for m in run.modules())
     if changes or not grad:
         return not changes
@@ -236,10 +231,6 @@ def _has_shape(x: Tensor, shape: Sequence[int | None]) -> bool:
     return all(m in (None, n) for n, m in zip(x.shape, shape, strict=True))
 
 
-def _is_plain(x: Any) -> bool:
-    return isinstance(x, Tensor) and _are_plain([x])
-
-
 def _have_plain_weights(modules: Sequence[nn.Module]) -> bool:
     """Whether their weights are where their classes put them, and tensors on the CPU."""
     tensors = [t for m in modules for t in (*m._parameters.values(), *m._buffers.values())]
@@ -248,7 +239,8 @@ def _have_plain_weights(modules: Sequence[nn.Module]) -> bool:
     )
 
 
-def _are_plain(tensors: Sequence[Tensor]) -> bool:
+def _are_plain(tensors: Sequence[Any]) -> bool:
+    """Whether all are tensors on the CPU, of torch's own two classes, with numbers in a row."""
     return (
         set(map(type, tensors)) <= {Tensor, nn.Parameter}
         and {device.type for device in set(map(_DEVICE, tensors))} <= {"cpu"}

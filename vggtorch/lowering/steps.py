@@ -203,9 +203,9 @@ def is_by_image(step: Step, kinds: tuple[type, ...]) -> bool:
     """Whether images don't meet in a step."""
     if not isinstance(step.run, Call):
         return type(step.run) in kinds or (type(step.run) is KerasFunction and step.run.is_by_image)
-    target, (args, kwargs) = step.run.target, step.run.arguments
+    target, (args, _) = step.run.target, step.run.arguments
     if target is torch.cat:
-        return not kwargs and len(args) == 2 and args[1] != 0
+        return len(args) == 2 and args[1] > 0
     if isinstance(target, Method):
         if target.name == "permute":
             return args[1] == 0

@@ -133,7 +133,7 @@ def _pair(number: Any) -> Pair:
 def _padding_conv(pad: nn.ZeroPad2d, fused: FusedConv2d) -> PaddingConv2d | None:
     """The two as one; None where the convolution can't pad so, or takes longer then."""
     conv = fused.conv
-    if conv.padding != (0, 0) or conv.padding_mode != "zeros" or not _has_pairs(conv):
+    if conv.padding != (0, 0) or not _has_pairs(conv):
         return None
     left, right, top, bottom = cast(tuple[int, ...], pad.padding)
     padding = max(top, bottom), max(left, right)
