@@ -178,7 +178,8 @@ def as_labels(labels: Any) -> torch.Tensor:
     if found.ndim != 1:
         raise ValueError(
             f"The Dataset's labels have the shape {tuple(found.shape)}; expected one number from 0 "
-            f"for each image. Of one-hot labels, `labels.argmax(-1)` is that."
+            f"for each image. Of one-hot labels, `labels.argmax(-1)` is that; images are mixed by "
+            f"mixup=0.2 or cutmix=1.0, not in the Dataset."
         )
     right = (found >= 0) & (found == found.double().round())  # which NaN isn't either
     if not bool(right.all()):
