@@ -135,6 +135,21 @@ def test_a_model_whose_call_was_replaced_is_refused(use: Callable[[keras.Model],
         use(vgg)
 
 
+class Checked(keras.Model):
+    """With a `__call__` of its own, as KerasHub's classifiers have."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return super().__call__(*args, **kwargs)
+
+
+def test_the_graph_alone_of_a_class_with_code_of_its_own_is_taken() -> None:
+    vgg = small_vgg()
+    model, x = Checked(vgg.inputs, vgg.outputs), images(vgg)
+    with pytest.raises(ValueError, match=r"graph alone: keras\.Model\(model\.inputs, model\.outp"):
+        to_torch(model)
+    assert_close(to_torch(keras.Model(model.inputs, model.outputs)).eval()(x), vgg(x))
+
+
 @pytest.mark.parametrize("nested", [False, True])
 def test_layers_that_a_sequential_model_gets_or_loses(nested: bool) -> None:
     inner = keras.Sequential([keras.Input((4,)), layers.Dense(3, name="a")], name="inner")

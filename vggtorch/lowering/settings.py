@@ -126,8 +126,8 @@ def graph_to_read(model: Any, verb: str) -> keras.Function:
     if has_other_code(model):
         raise ValueError(
             f"The `call` of {model.name!r}, or of its class, was replaced by code that isn't "
-            f"Keras's, which {verb} would leave out. Take that back first, or put it into a layer "
-            f"of the model."
+            f"Keras's, which {verb} would leave out. Take that back first, put it into a layer of "
+            f"the model, or hand over the graph alone: keras.Model(model.inputs, model.outputs)."
         )
     return graph
 
