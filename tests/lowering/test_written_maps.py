@@ -103,3 +103,22 @@ def test_an_activation_of_the_users_may_write_to_what_it_gets(
         *(torch.autograd.grad(y.square().sum(), weight) for y in (found, expected)), strict=True
     ):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_a_relu_of_a_view_leaves_the_images_as_they_were() -> None:
+    image = keras.Input((4, 4, 3))
+    network = to_torch(keras.Model(image, layers.ReLU()(layers.Flatten()(image)))).eval()
+    x = torch.randn(2, 4, 4, 3)
+    before = x.clone()
+    with torch.no_grad():
+        torch.testing.assert_close(network(x), x.relu().flatten(1))
+    assert torch.equal(x, before)
+
+
+def test_a_pool_of_what_may_be_negative_takes_the_largest() -> None:
+    image = keras.Input((9, 8, 3))
+    convolved = layers.Conv2D(4, 1, bias_initializer=keras.initializers.Constant(-9))(image)
+    model = keras.Model(image, layers.MaxPooling2D()(convolved))
+    x = torch.rand(2, 9, 8, 3)
+    with torch.no_grad():
+        torch.testing.assert_close(to_torch(model).eval()(x), model(x, training=False))

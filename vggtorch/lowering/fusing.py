@@ -117,7 +117,7 @@ class Ways:
         result: list[Step] = []
         absorbed = set()
         sums: dict[int, tuple[Step, Any, int]] = {}  # a convolution that waits for its addition
-        positive: set[int] = set()  # values behind a convolution's ReLU
+        positive: set[int] = set()  # values behind a ReLU
 
         def after(step: Step, *kinds: Any) -> Step | None:
             found = only_use.get(step.output)
@@ -125,7 +125,7 @@ class Ways:
 
         def add(first: Step, kind: Any, norm: Any, end: Step, *others: int) -> None:
             """Add a fused step for all from the first to the end, and the ReLU behind that."""
-            six = () if others or kind not in CONVOLUTIONS else (nn.ReLU6,)
+            six = () if others else (nn.ReLU6,)
             activation = None
             if found := after(end, nn.ReLU, *six):
                 activation, end = found.run, found
@@ -137,7 +137,7 @@ class Ways:
             else:
                 run = self._once(FusedLinear, first.run, activation, kind is MixedLinear)
             result.append(Step(run, (*first.inputs, *others), end.output))
-            if activation is not None and kind in CONVOLUTIONS:
+            if activation is not None:
                 positive.add(end.output)
 
         for step in steps:
