@@ -41,6 +41,23 @@ def same_to_the_second_order(ours: Any, torchs: Any, inputs: list[Tensor]) -> No
         assert actual.stride() == expected.stride()
 
 
+@pytest.mark.parametrize("size", [(2, 8, 1, 1), (2, 1, 3, 3), (1, 8, 1, 3), (2, 8, 3, 3)])
+@pytest.mark.parametrize("activation", ["none", "relu"])
+def test_a_map_of_one_pixel_or_channel_is_added_too(size: Any, activation: str) -> None:
+    """Which torch 2.11's operation for it refuses."""
+    if not kernels.has_fused_ops(torch.zeros(1), torch.float32):
+        pytest.skip("no kernels of oneDNN here")
+    other = torch.randn(size).to(memory_format=torch.channels_last)
+    x = torch.randn(size[0], 6, *size[2:]).to(memory_format=torch.channels_last)
+    weight, bias = torch.randn(size[1], 6, 1, 1), torch.randn(size[1])
+    expected = F.conv2d(x, weight, bias) + other
+    expected = expected if activation == "none" else expected.relu()
+    options: Any = (1, 1), (0, 0), (1, 1), 1
+    for kernel in (weight, kernels.prepared_weight(weight, x.shape, *options)):
+        found = kernels.conv2d(x, kernel, bias, *options, activation, other)
+        torch.testing.assert_close(found, expected)
+
+
 @pytest.mark.parametrize("large", [0, kernels.LARGE_BYTES])
 def test_product_has_torchs_gradients(large: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "LARGE_BYTES", large)

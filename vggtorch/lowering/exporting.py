@@ -89,10 +89,11 @@ def export(model: keras.Model, path: str | PathLike, *, data_format: str | None 
     with torch.no_grad():
         program = torch.export.export(network, images, dynamic_shapes=dynamic)
     # torch takes a size that isn't 1 while it traces for one that never is, and guards it, because
-    # the strides of a map of one pixel say nothing of its memory format. No operation here depends
-    # on that format, so these guards go; `_check` runs a small image.
-    guards = [guard for guard in program._guards_code if not guard.endswith(" != 1")]
-    program._guards_code = guards
+    # the strides of a map of one pixel say nothing of its memory format; torch 2.11 also guards
+    # whether a pool reaches the last pixel. No operation here depends on either, so these guards
+    # go; `_check` runs a small image and odd ones.
+    unneeded = re.compile(r" != 1$|% \d+\) [!=]= 0$")
+    program._guards_code = [code for code in program._guards_code if not unneeded.search(code)]
     others = [
         tuple(x.example(batch, size).to(device) for x in inputs)
         for batch, size in ((3, CHECKED), (1, SMALL), (2, ODD))

@@ -133,6 +133,10 @@ def conv2d(
     bias = _in_a_row(bias)
     if other is None:
         return torch.ops.mkldnn._convolution_pointwise(x, weight, bias, *options, name, numbers, "")
+    if other.is_contiguous() and other.is_contiguous(memory_format=torch.channels_last):
+        # Maps of one pixel or one channel, in either layout, are refused by torch 2.11.
+        y = conv2d(x, weight, bias, stride, padding, dilation, groups).add_(other)
+        return y if activation == "none" else y.relu_()
     unary = None if activation == "none" else name
     return torch.ops.mkldnn._convolution_pointwise.binary(
         x, other, weight, bias, *options, "add", 1.0, unary, numbers, ""
