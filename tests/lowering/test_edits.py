@@ -6,7 +6,7 @@ import copy
 import pickle
 import warnings
 from collections.abc import Callable
-from operator import neg
+from operator import neg, sub
 from typing import Any
 
 import keras
@@ -96,10 +96,16 @@ def written_behind(make: Callable[[torch.fx.Graph, torch.fx.Node], torch.fx.Node
     return edit
 
 
-def joined(*axis: int) -> Any:
-    return written_behind(
-        lambda graph, x: graph.call_function(cat, ([x, graph.call_function(neg, (x,))], *axis))
-    )
+def a_computed_zero(graph: torch.fx.Graph, x: torch.fx.Node) -> torch.fx.Node:
+    return graph.call_function(sub, (graph.call_method("dim", (x,)), 4))
+
+
+def joined(*axis: Any) -> Any:
+    def write(graph: torch.fx.Graph, x: torch.fx.Node) -> torch.fx.Node:
+        number = (n(graph, x) if callable(n) else n for n in axis)
+        return graph.call_function(cat, ([x, graph.call_function(neg, (x,))], *number))
+
+    return written_behind(write)
 
 
 def module_with_options(network: Any) -> None:
@@ -184,6 +190,7 @@ EDITS: dict[str, Callable[[Any], Any]] = {
     ),
     "images joined": joined(0),
     "images joined by a negative axis": joined(-4),
+    "images joined by a computed axis": joined(a_computed_zero),
     "images joined by default": joined(),
     "a module's options": module_with_options,
     "weights outside": weight_outside,
@@ -296,17 +303,6 @@ def test_arguments_that_it_has_not_are_refused() -> None:
             network(x, **{name: x})
         with pytest.raises(ValueError, match="Expected the inputs"):
             engine(x, **{name: x})
-
-
-@pytest.mark.filterwarnings("ignore:Sparse CSR")
-def test_a_sparse_weight_is_multiplied_with() -> None:
-    image = keras.Input((8,))
-    network: Any = to_torch(keras.Model(image, layers.Dense(4, name="fc")(image)), share=False)
-    x = torch.randn(2, 8)
-    with torch.no_grad():
-        expected = network(x)
-        network.fc.weight = nn.Parameter(network.fc.weight.to_sparse_csr(), requires_grad=False)
-        assert_close(network(x), expected)
 
 
 @pytest.mark.parametrize("training", [False, True])

@@ -23,7 +23,7 @@ from small_vgg import (
     step,
 )
 
-from vggtorch.lowering import kernels
+from vggtorch.lowering import kernels, to_torch
 
 
 def test_the_parameters_are_the_keras_models_own() -> None:
@@ -212,3 +212,18 @@ def test_evaluation_sees_weights_that_were_written_through_data() -> None:
         after = lowered.eval()(x)
     assert not torch.equal(before, after)
     assert_close(after, model(x, training=False).detach())
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR")
+def test_a_sparse_weight_is_multiplied_with() -> None:
+    image = keras.Input((8,))
+    network: Any = to_torch(
+        keras.Model(image, keras.layers.Dense(4, name="fc")(image)), share=False
+    )
+    x = torch.randn(2, 8)
+    with torch.no_grad():
+        expected = network(x)
+        network.fc.weight = torch.nn.Parameter(
+            network.fc.weight.to_sparse_csr(), requires_grad=False
+        )
+        assert_close(network(x), expected)

@@ -205,7 +205,7 @@ def is_by_image(step: Step, kinds: tuple[type, ...]) -> bool:
         return type(step.run) in kinds or (type(step.run) is KerasFunction and step.run.is_by_image)
     target, (args, _) = step.run.target, step.run.arguments
     if target is torch.cat:
-        return len(args) == 2 and args[1] > 0
+        return len(args) == 2 and type(args[1]) is int and args[1] > 0
     if isinstance(target, Method):
         if target.name == "permute":
             return args[1] == 0
