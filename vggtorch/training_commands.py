@@ -43,7 +43,7 @@ Advise = Annotated[
 # What a search for a learning rate doesn't follow, and what changes nothing in what is drawn of a
 # batch. They are said and not refused, so that the options of `finetune` may stay.
 _UNSEARCHED = (
-    "learning_rate", "schedule", "warmup", "resume", "patience", "monitor", "metrics",
+    "epochs", "learning_rate", "schedule", "warmup", "resume", "patience", "monitor", "metrics",
     "restore_best_weights", "temperature_scaling", "ema_decay", "checkpoint_steps", "log_with",
 )  # fmt: skip
 _UNDRAWN = (

@@ -81,9 +81,9 @@ def test_the_command_draws_its_suggestion(tmp_path, capsys, images, monkeypatch)
     )
     drawing = xml.etree.ElementTree.parse(tmp_path / "lr_find.svg").getroot()
     assert f"suggested {expected.suggestion:.2g}" in "".join(drawing.itertext())
-    unused = ["--lr", "0.1", "--restore-best-weights"]
+    unused = ["--lr", "0.1", "--restore-best-weights", "--epochs", "2"]
     assert main(["lr_find", str(images), *options, *few, *unused]) == 0
-    said = "Without effect on the search: --learning-rate, --restore-best-weights."
+    said = "Without effect on the search: --epochs, --learning-rate, --restore-best-weights."
     assert said in capsys.readouterr().out
     assert main(["lr_find", str(images), *options, "--steps", "1"]) == 1
     assert "--steps 1; expected a whole number from 2" in capsys.readouterr().err
