@@ -210,6 +210,16 @@ def test_a_copy_of_another_dtype_says_nothing() -> None:
     assert network.lstm.lstm_cell_kernel.dtype == torch.float64
 
 
+def test_what_is_frozen_here_stays_so_where_its_memory_is_replaced() -> None:
+    network = vt.to_torch(model_of())
+    network.conv.weight.requires_grad_(False)
+    vector = nn.utils.parameters_to_vector(network.parameters())
+    nn.utils.vector_to_parameters(2 * vector, network.parameters())
+    learn = {name for name, p in network.named_parameters() if p.requires_grad}
+    assert learn == {"conv.bias", "out.weight", "out.bias"}
+    assert torch.equal(nn.utils.parameters_to_vector(network.parameters()), 2 * vector)
+
+
 def test_state_dict_has_what_keras_has_replaced():
     model = model_of()
     network = vt.to_torch(model)

@@ -73,7 +73,7 @@ class Settings:
             f"{layer.path or layer.name}.{name.removeprefix('_')}"
             for layer, own, _, was, *_ in self._taken
             for name, value in was.items()
-            if not _is_equal(own.get(name), value)
+            if not (_is_equal(own.get(name), value) or _is_of_variables(own.get(name), layer))
         ]
         changed += [
             f"{path}.{name}"
@@ -183,3 +183,9 @@ def _is_equal(new: Any, old: Any) -> bool:
     """Whether a setting is what it was; of weights and layers only the same object is."""
     plain = (bool, int, float, str, tuple, list, dict, keras.DTypePolicy)
     return new is old or (isinstance(old, plain) and type(new) is type(old) and bool(new == old))
+
+
+def _is_of_variables(new: Any, layer: keras.Layer) -> bool:
+    """Whether a tensor stands on a variable of the layer, as what a Normalization adapts does."""
+    values = map(keras_graph.raw_value, layer.variables)
+    return isinstance(new, torch.Tensor) and new.data_ptr() in {v.data_ptr() for v in values}
