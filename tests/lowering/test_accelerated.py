@@ -73,6 +73,14 @@ def test_accelerated_compiled() -> None:
     np.testing.assert_allclose(actual["loss"], expected["loss"], rtol=1e-3)
 
 
+@pytest.mark.parametrize("compile", [False, True])
+def test_torch_compiles_where_it_is_asked_to(compile: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[torch.nn.Module] = []
+    monkeypatch.setattr(torch, "compile", lambda module: compiled.append(module) or module)
+    accelerate_(small_vgg(), compile=compile)
+    assert len(compiled) == compile
+
+
 def test_accelerated_models_save_clone_and_can_be_cut(tmp_path: Path) -> None:
     model = accelerate_(small_vgg())
     x = images(model)
@@ -107,6 +115,29 @@ def test_other_arguments_are_taken_as_keras_takes_them() -> None:
     model = accelerate_(small_vgg())
     x = images(model)
     assert_close(model(x, a_loss_weight=2.0).detach(), model(x).detach(), 1e-6)
+
+
+def test_masks_that_come_in_are_used() -> None:
+    image = keras.Input((4, 3))
+    model = accelerate_(keras.Model(image, layers.GlobalAveragePooling1D()(image)))
+    x, mask = torch.rand(2, 4, 3), torch.tensor([[True, True, False, False], [True] * 3 + [False]])
+    expected = torch.stack([x[0, :2].mean(0), x[1, :3].mean(0)])
+    assert_close(model(x), x.mean(1))
+    assert_close(model(x, mask=mask), expected)
+    x[~mask] = -1.0
+    assert_close(model(layers.Masking(-1.0)(x)), expected)
+
+
+def test_an_input_may_be_left_out() -> None:
+    class Sum(layers.Layer):
+        def call(self, x: Any, y: Any = None) -> Any:
+            return x if y is None else x + y
+
+    first, second = keras.Input((3,)), keras.Input((3,), optional=True)
+    model = accelerate_(keras.Model([first, second], Sum()(first, second)))
+    x = torch.rand(2, 3)
+    assert_close(model([x, None]), x)
+    assert_close(model([x, x]), 2 * x)
 
 
 def test_a_nested_augmentation_is_as_random_as_in_keras() -> None:

@@ -77,6 +77,13 @@ def test_checkpointing_is_copied():
         assert how(network).meta["checkpoint"]
 
 
+def test_the_pickle_of_a_compiled_network_is_one_that_is_not(network):
+    network.compile(backend="eager")
+    twin = pickled(network)
+    torch.testing.assert_close(twin(X), network(X))
+    assert not twin.is_watched() and network.is_watched()  # its modules run, which torch compiles
+
+
 def test_a_network_without_batch_norm_is_scripted():
     i = keras.Input((8, 8, 3))
     x = L.MaxPooling2D()(L.Conv2D(4, 3, activation="relu")(i))

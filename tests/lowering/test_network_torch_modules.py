@@ -78,6 +78,18 @@ def test_its_buffers_stay_one_where_the_network_is_moved():
     assert module[1].running_mean.dtype == torch.float32
 
 
+def test_a_buffer_that_one_side_has_not_stays_the_others():
+    module = nn.Linear(3, 3)
+    module.register_buffer("ours", None)
+    module.register_buffer("theirs", torch.ones(3))
+    i = keras.Input((3,))
+    network = vt.to_torch(keras.Model(i, L.TorchModuleWrapper(module, output_shape=(None, 3), name="linear")(i)))
+    network.linear.ours, network.linear.theirs = torch.zeros(3), None
+    network.to("cpu")
+    assert module.ours is None and torch.equal(module.theirs, torch.ones(3))
+    assert torch.equal(network.linear.ours, torch.zeros(3)) and network.linear.theirs is None
+
+
 def test_its_buffers_move_with_what_keras_runs():
     i = keras.Input((5, 4))
     x = L.TorchModuleWrapper(nn.BatchNorm1d(5), output_shape=(None, 5, 4))(L.Masking()(i))

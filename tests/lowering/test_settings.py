@@ -125,6 +125,15 @@ def test_code_that_a_library_puts_into_a_class_counts(kind: type, name: str) -> 
         assert_close(accelerated(x, training=False), before)
 
 
+def test_code_that_a_library_puts_into_a_models_class_counts() -> None:
+    vgg = accelerate_(model())
+    x = images(vgg)
+    before = vgg(x)
+    with patched(type(vgg), "call", 3.0):
+        assert_close(vgg(x), 3.0 * before)
+    assert_close(vgg(x), before)
+
+
 def test_the_code_of_a_nested_model_may_be_replaced() -> None:
     image = keras.Input((4,))
     inner = keras.Sequential([keras.Input((4,)), layers.Dense(4)], name="inner")
