@@ -74,7 +74,9 @@ def test_accelerated_compiled() -> None:
 
 
 @pytest.mark.parametrize("compile", [False, True])
-def test_torch_compiles_where_it_is_asked_to(compile: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torch_compiles_where_it_is_asked_to(
+    compile: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     compiled: list[torch.nn.Module] = []
     monkeypatch.setattr(torch, "compile", lambda module: compiled.append(module) or module)
     accelerate_(small_vgg(), compile=compile)

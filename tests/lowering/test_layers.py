@@ -240,6 +240,7 @@ def test_merges(merge: type) -> None:
     assert_close(as_torch(model, x), model(x))
 
 
+@pytest.mark.filterwarnings("ignore:You passed `rms_scaling=True`")
 def test_layers_set_to_what_only_keras_does() -> None:
     image = keras.Input((6, 4, 3))
     outputs = [
@@ -249,6 +250,9 @@ def test_layers_set_to_what_only_keras_does() -> None:
         layers.GroupNormalization(3, axis=2, epsilon=0.1)(layers.Permute((1, 3, 2))(image)),
         layers.GroupNormalization(3, dtype="float64")(image),  # Keras computes in float32
         layers.GroupNormalization(-1)(layers.Flatten()(image)),  # one number in each group
+        layers.GroupNormalization(-1)(layers.GlobalAveragePooling2D(keepdims=True)(image)),
+        layers.LayerNormalization(rms_scaling=True)(image),
+        layers.Rescaling([1.0, 2.0, 3.0])(layers.GlobalMaxPooling2D()(image)),
         layers.RMSNormalization(axis=[1, 2, 3])(image),
         layers.PReLU("uniform", shared_axes=[1])(image),
         layers.Rescaling(np.ones((4, 3)), 1.0)(image),
@@ -257,6 +261,29 @@ def test_layers_set_to_what_only_keras_does() -> None:
     x = images(model)
     for actual, expected in zip(on_keras(model)(x), model(x), strict=True):
         assert_close(actual.detach(), expected.detach())
+
+
+def test_group_norm_of_maps_of_any_size() -> None:
+    image = keras.Input((None, None, 3))
+    model = keras.Model(image, layers.GroupNormalization(-1)(image))
+    for size in (4, 1):
+        x = torch.randn(2, size, size, 3)
+        assert_close(on_keras(model)(x).detach(), model(x).detach())
+
+
+@pytest.mark.parametrize("kind", [layers.Dropout, layers.SpatialDropout2D])
+def test_dropout_with_a_seed_draws_what_keras_does(kind: type) -> None:
+    image, x = keras.Input((4, 4, 8)), torch.ones(2, 4, 4, 8)
+    first, second = (keras.Model(image, kind(0.5, seed=7)(image)) for _ in range(2))
+    assert torch.equal(vt.to_torch(first).train()(x), second(x, training=True))
+
+
+def test_dropout_of_a_noise_shape() -> None:
+    image = keras.Input((4, 4, 8))
+    dropout = layers.Dropout(0.5, noise_shape=(None, 1, 1, None))(image)
+    y = vt.to_torch(keras.Model(image, dropout)).train()(torch.ones(16, 4, 4, 8))
+    assert torch.equal(y, y[:, :1, :1].expand_as(y))
+    assert set(y.unique().tolist()) == {0.0, 2.0}
 
 
 def test_layers_of_any_name() -> None:

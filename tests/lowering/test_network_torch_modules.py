@@ -1,5 +1,6 @@
 """torch's modules inside of Keras models: children like any others, their tensors shared."""
 
+import copy
 import warnings
 
 import vggtorch as vt  # isort: skip  (first: it selects Keras's torch backend)
@@ -83,7 +84,9 @@ def test_a_buffer_that_one_side_has_not_stays_the_others():
     module.register_buffer("ours", None)
     module.register_buffer("theirs", torch.ones(3))
     i = keras.Input((3,))
-    network = vt.to_torch(keras.Model(i, L.TorchModuleWrapper(module, output_shape=(None, 3), name="linear")(i)))
+    network = vt.to_torch(
+        keras.Model(i, L.TorchModuleWrapper(module, output_shape=(None, 3), name="linear")(i))
+    )
     network.linear.ours, network.linear.theirs = torch.zeros(3), None
     network.to("cpu")
     assert module.ours is None and torch.equal(module.theirs, torch.ones(3))
@@ -192,6 +195,9 @@ def hook(module):
 EDITS = (momentum, activation, one_more, weight, statistics, forward, parametrized, pruned)
 
 
+STATISTICS = "1.running_mean", "1.running_var", "1.num_batches_tracked"
+
+
 def of_three():
     torch.manual_seed(0)
     module = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.ReLU())
@@ -234,6 +240,17 @@ def test_edits_of_the_module_are_warned_of_once_and_taken_by_the_next_network(ed
         torch.testing.assert_close(vt.to_torch(model, share=share).eval()(X), edited)
 
 
+def test_running_the_keras_model_is_no_edit_of_the_module():
+    model, module = of_three()
+    network = vt.to_torch(model)
+    module.register_full_backward_hook(lambda *_: None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for training in (True, False):
+            model(X, training=training)
+            network(X)
+
+
 def test_a_frozen_module_trains_its_statistics_as_in_keras():
     means = []
     for run in ("keras", "accelerated", "torch"):
@@ -248,3 +265,16 @@ def test_a_frozen_module_trains_its_statistics_as_in_keras():
         means.append(module[1].running_mean)
     assert means[0].any()
     torch.testing.assert_close(means[1:], [means[0]] * 2)
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_what_is_the_modules_own_and_what_is_shared(share):
+    model, module = of_three()
+    module[0].register_parameter("late", nn.Parameter(torch.ones(2)))  # Keras doesn't know it
+    before, network = copy.deepcopy(module.state_dict()), vt.to_torch(model, share=share).train()
+    network(X)
+    network.torch[0].weight = nn.Parameter(torch.zeros(3, 4))
+    with torch.no_grad():
+        network.torch[0].late.zero_()
+    changed = {name for name, value in module.state_dict().items() if (value != before[name]).any()}
+    assert changed == ({"0.weight", "0.late", *STATISTICS} if share else set())

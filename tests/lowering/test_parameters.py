@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.multiprocessing
 import torch.nn.functional as F
+from keras import layers
 from small_vgg import (
     FUSED,
     assert_close,
@@ -30,14 +31,27 @@ def test_the_parameters_are_the_keras_models_own() -> None:
     model = small_vgg()
     values = model.get_weights()
     module = on_keras(model)
-    ours = {id(p) for p in (*module.parameters(), *module.buffers())}
-    assert ours == {id(v.value) for v in model.variables}
+    assert {id(p) for p in module.parameters()} == {id(v.value) for v in model.trainable_variables}
+    assert {id(b) for b in module.buffers()} == {id(v.value) for v in model.non_trainable_variables}
     assert "block1_conv1/kernel" in module.state_dict()
     for value, expected in zip(model.get_weights(), values, strict=True):
         np.testing.assert_array_equal(value, expected)
     for name in ("block1_conv1", "block2_conv1"):
         assert model.get_layer(name).kernel.value.permute(3, 2, 0, 1).is_contiguous()
     assert model.get_layer("fc1").kernel.value.t().is_contiguous()
+
+
+def test_two_nested_models_may_have_a_layer_of_one_name() -> None:
+    x = image = keras.Input((4,))
+    for _ in range(3):
+        x = keras.Model(inner := keras.Input((4,)), layers.BatchNormalization(name="norm")(inner))(
+            x
+        )
+    model = keras.Model(image, x)
+    assert len({v.path for v in model.variables}) == 4
+    module = on_keras(model)
+    assert {id(p) for p in module.parameters()} == {id(v.value) for v in model.trainable_variables}
+    assert {id(b) for b in module.buffers()} == {id(v.value) for v in model.non_trainable_variables}
 
 
 def test_trained_from_either_side() -> None:
