@@ -36,7 +36,8 @@ def test_batch_norm_over_two_processes_is_that_of_all_their_images(
     options: dict[str, bool], shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Both have the same images here, so that the sum over processes is twice what one has."""
-    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: tensor.mul_(2))
+    sums: list[torch.Tensor] = []
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda x: sums.append(x.mul_(2)))
     image = keras.Input(shape)
     model = randomise(keras.Model(image, layers.BatchNormalization(**options)(image)))
     x, weight = torch.randn(5, *shape), torch.randn(5, *shape)
@@ -47,6 +48,7 @@ def test_batch_norm_over_two_processes_is_that_of_all_their_images(
         mine = x.repeat(count, *(1 for _ in shape)).requires_grad_()
         y = network(mine)
         (y * weight.repeat(count, *(1 for _ in shape))).sum().backward()
+        assert len(sums) == 5  # three forward and two backward, by one of the two networks
         grads = [2 / count * p.grad for p in network.parameters()]
         results.append([y[:5], mine.grad[:5], *network.buffers(), *grads])
     torch.testing.assert_close(*results)

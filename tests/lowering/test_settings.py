@@ -127,15 +127,15 @@ def test_code_that_a_library_puts_into_a_class_counts(kind: type, name: str) -> 
 def test_code_that_a_library_puts_into_a_models_class_counts() -> None:
     vgg = accelerate_(model())
     x = images(vgg)
-    before = vgg(x)
+    before = vgg(x, training=False)
     with patched(type(vgg), "call", 3.0):
-        assert_close(vgg(x), 3.0 * before)
-    assert_close(vgg(x), before)
+        assert_close(vgg(x, training=False), 3.0 * before)
+    assert_close(vgg(x, training=False), before)
 
 
 def test_the_code_of_a_nested_model_may_be_replaced() -> None:
     image = keras.Input((4,))
-    inner = keras.Sequential([keras.Input((4,)), layers.Dense(4)], name="inner")
+    inner = keras.Sequential([keras.Input((4,)), layers.Dense(4, name="dense")], name="inner")
     outer, x = keras.Model(image, inner(image)), torch.rand(2, 4)
     accelerate_(outer)
     network = to_torch(outer)
@@ -144,6 +144,9 @@ def test_the_code_of_a_nested_model_may_be_replaced() -> None:
     assert_close(outer(x), expected)
     assert_close(to_torch(outer)(x), expected)
     with pytest.warns(UserWarning, match="inner.call changed in Keras after to_torch"):
+        assert_close(network(x), expected / 3.0)
+    inner.get_layer("dense").activation = keras.activations.tanh
+    with pytest.warns(UserWarning, match="^inner/dense.activation changed"):
         assert_close(network(x), expected / 3.0)
 
 

@@ -70,7 +70,7 @@ def accelerate_(
             return
         inside = keras_graph.all_layers(model, include_self=False)
         decides = any(map(_decides, inside)) or any(
-            call.arguments.kwargs.get("training") is not None for call in keras_graph.calls(graph)
+            call.arguments.kwargs.get("training") for call in keras_graph.calls(graph)
         )
         module = OnKeras(graph, model.name, winograd=winograd)
         run = torch.compile(module) if compile else module
