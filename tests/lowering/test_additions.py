@@ -157,3 +157,13 @@ def test_no_output_is_larger_than_its_bound(activation: Any) -> None:
     conv, x = torch.nn.Conv2d(4, 8, 3), 5 * torch.randn(2, 4, 8, 8)
     y, bound = FusedConv2d(conv, None, activation, mixed=False)([x], [float(x.abs().max())])
     assert bound is None or bound >= y.abs().max() > 1
+
+
+@pytest.mark.parametrize("block", FUSED)
+@torch.no_grad()
+def test_additions_behind_winograds_way(block: Callable[[Any], Any], winograd_always: None) -> None:
+    model, x = model_of(block), torch.randn(3, 9, 9, 4)
+    expected = model(x, training=False)
+    network, engine = vt.to_torch(model, winograd=True), vt.optimize_for_inference
+    for run in (network.eval(), engine(model, winograd=True)):
+        assert (run(x) - expected).norm() <= 1e-5 * expected.norm()

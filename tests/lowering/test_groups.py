@@ -114,7 +114,9 @@ def test_what_stands_where_groups_begin(build: Callable[[Any], Any], checkpoint:
     both_train(make, x, checkpoint=checkpoint)
     model = make()
     with torch.no_grad():
-        torch.testing.assert_close(on_keras(model).eval()(x), model(x, training=False))
+        expected = model(x, training=False)
+        torch.testing.assert_close(on_keras(model).eval()(x), expected)
+        assert on_keras(model).eval()(x[:0]).shape == (0, *expected.shape[1:])
     assert torch.equal(x, before)
 
 
@@ -174,6 +176,13 @@ def through_a_waist(image: Any) -> Any:
     return layers.Conv2D(24, 1)(layers.Conv2D(2, 1)(x))
 
 
+def around_a_convolution(image: Any) -> Any:
+    """Where the maps are smaller first, the large one is needed once more."""
+    x = layers.Conv2D(8, 3, padding="same")(image)
+    small = layers.Conv2D(8, 2, strides=2)(x)
+    return layers.Add()([small, layers.Conv2D(8, 2, strides=2)(x)])
+
+
 @pytest.mark.parametrize(
     "build, room, count, groups",
     [
@@ -182,6 +191,7 @@ def through_a_waist(image: Any) -> Any:
         (strided, 32 << 10, 5, [3, 3, 2, 2, 5]),
         (strided, 64 << 10, 5, [5, 5, 5]),
         (through_a_waist, 16 << 10, 4, [1, 1, 1] * 4 + [2, 2]),
+        (around_a_convolution, 16 << 10, 4, [2, 2, 2] * 2),
     ],
 )
 def test_where_maps_are_smaller_groups_are_larger(

@@ -329,3 +329,15 @@ def test_inputs_of_the_other_layout_are_refused() -> None:
     model = small_vgg()
     with pytest.raises(ValueError, match="look channels_first: pass data_format='channels_first'"):
         vt.optimize_for_inference(model)(torch.rand(2, 3, 16, 16))
+
+
+@needs_onednn
+def test_another_number_of_features_is_refused() -> None:
+    image = keras.Input((6,))
+    engine = vt.optimize_for_inference(keras.Model(image, layers.Dense(4)(image)))
+    for shape in ((2, 7), (2, 6), (2, 5), (0, 7)):
+        if shape[1] == 6:
+            assert engine(torch.randn(shape)).shape == (2, 4)
+            continue
+        with pytest.raises(ValueError, match=f"Received {shape[1]} features; expected 6"):
+            engine(torch.randn(shape))

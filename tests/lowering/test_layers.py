@@ -323,3 +323,23 @@ def test_subclasses_and_layers_with_a_call_of_their_own_run_as_they_are() -> Non
     x = images(model)
     for actual, expected in zip(on_keras(model)(x), model(x), strict=True):
         assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("shape", [(5,), (5, 5), (4, 5), (5, 4, 5)])
+def test_products_of_rows_and_of_maps(shape: tuple[int, ...], training: bool) -> None:
+    """Also where another axis is as long as the last."""
+    keras.utils.set_random_seed(0)
+    image = keras.Input(shape)
+    hidden = layers.Dense(5, activation="relu6", use_bias=False)(image)
+    model = keras.Model(image, layers.Dense(3, activation="relu")(hidden))
+    x, found = 20 * torch.randn(2, *shape), []
+    for run in (on_keras(model).train(training), lambda x: model(x, training=training)):
+        y = run(x)
+        kernels = [v.value for v in model.trainable_variables]
+        found.append([y, *torch.autograd.grad(y.square().sum(), kernels)])
+    for actual, expected in zip(*found, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-4)
+    with torch.no_grad():
+        for run in (on_keras(model).eval(), vt.optimize_for_inference(model)):
+            assert_close(run(x), found[1][0].detach())

@@ -117,3 +117,45 @@ def test_evaluation_of_a_diverged_model_is_not_finite() -> None:
     model.compile(loss="sparse_categorical_crossentropy")
     assert np.isnan(model.evaluate(x.numpy(), np.arange(4), verbose=0))
     assert np.isnan(model.predict(x, verbose=0)).all()
+
+
+def of_two(*weights: float) -> np.ndarray:
+    """A 1x1 kernel from two channels to one."""
+    return np.array(weights).reshape(1, 1, 2, 1)
+
+
+def test_a_batch_norm_that_overflows_with_the_weights_alone() -> None:
+    """Its scale times them is infinite, while it gets zeros."""
+    image = keras.Input((4, 4, 2))
+    conv, norm = layers.Conv2D(1, 1, use_bias=False), layers.BatchNormalization()
+    model = keras.Model(image, layers.ReLU()(norm(conv(image))))
+    conv.kernel.assign(of_two(1e10, -1e10))
+    norm.gamma.assign([1e30])
+    norm.beta.assign([1.0])
+    assert (same_as_keras(model, torch.ones(2, 4, 4, 2)) == 1).all()
+
+
+@pytest.mark.parametrize("bias", [np.nan, np.inf, -np.inf, 3e38])
+def test_a_bias_that_is_large_or_no_number(bias: float) -> None:
+    image = keras.Input((4, 4, 2))
+    first, second = (layers.Conv2D(n, 1, activation="relu") for n in (2, 1))
+    model = keras.Model(image, second(first(image)))
+    first.bias.assign([bias, abs(bias)])
+    second.kernel.assign(of_two(10.0, -10.0))
+    same_as_keras(model, torch.ones(2, 4, 4, 2))
+
+
+@pytest.mark.parametrize("larger", ["scale", "pad"])
+def test_what_makes_numbers_larger_between_two_convolutions(larger: str) -> None:
+    """In the second they are infinities of both signs."""
+    x = image = keras.Input((4, 4, 2))
+    x = layers.Conv2D(2, 1, activation="relu", kernel_initializer="ones")(x)
+    x = layers.Rescaling(1e38, name="scale")(x) if larger == "scale" else x
+    x = layers.ZeroPadding2D(1, name="pad")(x)
+    model = keras.Model(image, layers.Conv2D(1, 1, activation="relu", name="last")(x))
+    model.get_layer("last").kernel.assign(of_two(10.0, -10.0))
+    network = on_keras(model).eval().network
+    if larger == "pad":
+        network.pad.value = 3e38
+    with torch.no_grad():
+        assert network(torch.ones(2, 4, 4, 2)).isnan().any()

@@ -278,3 +278,48 @@ def test_what_is_the_modules_own_and_what_is_shared(share):
         network.torch[0].late.zero_()
     changed = {name for name, value in module.state_dict().items() if (value != before[name]).any()}
     assert changed == ({"0.weight", "0.late", *STATISTICS} if share else set())
+
+
+def behind_a_relu(pool):
+    """A network of one convolution and this pool, and what its convolution gives."""
+    i = keras.Input((None, None, 3))
+    x = L.MaxPooling2D(2, name="pool")(L.Conv2D(4, 2, activation="relu", name="conv")(i))
+    network = vt.to_torch(keras.Model(i, x), share=False)
+    network.pool = pool
+    conv = network.conv
+    return network, lambda x: torch.conv2d(x.permute(0, 3, 1, 2), conv.weight, conv.bias).relu()
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize(
+    "options",
+    [{"kernel_size": 3}, {"stride": 1}, {"padding": 1}, {"dilation": 2}, {"ceil_mode": True}],
+)
+def test_a_pool_behind_a_relu_is_what_it_is_set_to(options, grad):
+    new = nn.MaxPool2d(**{"kernel_size": 2, "stride": 2, **options})
+    changed = nn.MaxPool2d(2)
+    for pool in (new, changed):
+        network, maps = behind_a_relu(pool)
+        x = torch.randn(2, 8, 8, 3)
+        with torch.set_grad_enabled(grad):
+            if pool is changed:
+                network(x)
+                vars(pool).update(options)
+            found, expected = network(x), pool(maps(x)).permute(0, 2, 3, 1)
+            torch.testing.assert_close(found, expected)
+            if grad:
+                weight = network.conv.weight
+                grads = [torch.autograd.grad(y.square().sum(), weight) for y in (found, expected)]
+                torch.testing.assert_close(*grads)
+
+
+def test_a_map_too_small_for_its_pool_is_refused_as_torch_refuses_it():
+    network, maps = behind_a_relu(nn.MaxPool2d(2))
+    with torch.no_grad():
+        for size in ((3, 2), (2, 3)):
+            x = torch.randn(2, *size, 3)
+            with pytest.raises(RuntimeError) as torchs:
+                network.pool(maps(x))
+            with pytest.raises(RuntimeError) as ours:
+                network(x)
+            assert str(torchs.value) in str(ours.value)

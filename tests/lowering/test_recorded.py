@@ -213,3 +213,18 @@ def test_inputs_of_all_kinds() -> None:
             torch.testing.assert_close(found, model(images, training=False), rtol=1e-5, atol=1e-6)
         assert not found.requires_grad
     assert graphs(engine)
+
+
+@pytest.mark.parametrize("between", ["linear", "relu", "relu6", "sigmoid"])
+def test_what_is_convolved_is_added_behind_another_addition(between: str) -> None:
+    """With both additions in one graph oneDNN ends the process."""
+    keras.utils.set_random_seed(0)
+    x = image = keras.Input((9, 9, 4))
+    for _ in range(2):
+        y = layers.AveragePooling2D(3, 1, padding="same")(x)
+        y = layers.Activation(between)(layers.Conv2D(4, 3, padding="same")(x) + y)
+        x = layers.ReLU()(y + x)
+    model, x = keras.Model(image, x), torch.randn(3, 9, 9, 4)
+    engine = vt.optimize_for_inference(model)
+    for part in (x, x[:1], x):
+        torch.testing.assert_close(engine(part), model(part, training=False), rtol=1e-5, atol=1e-5)

@@ -132,6 +132,9 @@ class FixedLinear(FusedLinear):
             bias = None if self.linear.bias is None else self.linear.bias.to(dtype)
             self.prepared = weight, bias
             del self.linear
+        features, wanted_features = x.shape[-1], self.prepared[0].shape[1]
+        if features != wanted_features:
+            raise ValueError(f"Received {features} features; expected {wanted_features}.")
         if self.dtype is not None:
             x = x.to(self.dtype)
         elif x.dtype != self.prepared[0].dtype:

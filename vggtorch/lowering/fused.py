@@ -149,7 +149,7 @@ class FusedConv2d(Bounded):
         dtype, options, (prepared, gain, offset) = form
         x, *others = (t.to(dtype).contiguous(memory_format=torch.channels_last) for t in inputs)
         # The bounds of many layers multiply up, so numbers are looked at before they are too large.
-        out = math.inf if None in bounds else sum_bound(bounds, gain, offset)
+        out = sum_bound(bounds, gain, offset)
         if not out < SAFE:
             out = sum_bound([float(magnitude(t)) for t in (x, *others)], gain, offset)
         if not out < SAFE:  # also where it is NaN
@@ -173,8 +173,8 @@ class FusedConv2d(Bounded):
 
     def parameters(self) -> list[Tensor]:
         """What its constants are made from."""
-        weight = self.conv._parameters.get("weight")  # which is faster than by its attribute
-        tensors = [self.conv.weight if weight is None else weight, self.conv.bias]
+        # Which is faster than by its attribute; a weight elsewhere never gets here.
+        tensors = [self.conv._parameters["weight"], self.conv.bias]
         if self.norm is not None:
             tensors += (*self.norm._parameters.values(), *self.norm._buffers.values())
         return [tensor for tensor in tensors if tensor is not None]
@@ -375,8 +375,8 @@ class PairMaxPool2d(Bounded):
     ) -> tuple[Tensor, float | None]:
         (x,), (bound,) = inputs, bounds
         integers = INTEGERS.get(x.dtype)
-        usual = bound is not None and x.ndim == 4 and min(x.shape[2:]) >= 2
-        if integers is None or not (usual and self.takes(self.pool)):  # somebody may change it
+        # Only of what a convolution has given of images is a bound known.
+        if integers is None or bound is None or min(x.shape[2:]) < 2:
             return self.pool(x), bound
         bits = x.permute(0, 2, 3, 1).view(integers)
         high, wide = x.shape[2] // 2, x.shape[3] // 2

@@ -130,6 +130,15 @@ def _is_recordable(step: Step, inputs: list[Any]) -> bool:
     return kind_of(step) in _MODULES
 
 
+def _adds_convolved(step: Step, before: list[Step]) -> bool:
+    """Whether a step adds what a convolution before it takes.
+
+    In one graph conv(x) + y + x ends the process: oneDNN takes both into the convolution.
+    """
+    convolved = {other.inputs[0] for other in before if isinstance(other.run, FixedConv2d)}
+    return kind_of(step) in ADDITIONS and not convolved.isdisjoint(step.inputs)
+
+
 def _bound(step: Step, bounds: list[float]) -> float:
     """How large the numbers can be that a step gives for inputs with these bounds."""
     if isinstance(step.run, FixedConv2d):
@@ -173,7 +182,8 @@ def _stretches(steps: list[Step], values: dict[int, Any]) -> list[Stretch]:
     """
     stretches = [Stretch(recordable=False)]
     for step in steps:
-        recordable = _is_recordable(step, [values[i] for i in step.inputs])
+        inputs = [values[i] for i in step.inputs]
+        recordable = _is_recordable(step, inputs) and not _adds_convolved(step, stretches[-1].steps)
         if recordable is not stretches[-1].recordable:
             stretches.append(Stretch(recordable))
         stretches[-1].add(step, values)
