@@ -79,8 +79,13 @@ def test_accelerated_compiled() -> None:
 def test_torch_compiles_where_it_is_asked_to(
     compile: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    compiled: list[torch.nn.Module] = []
-    monkeypatch.setattr(torch, "compile", lambda module: compiled.append(module) or module)
+    compiled = []
+
+    def note(module: torch.nn.Module) -> torch.nn.Module:
+        compiled.append(module)
+        return module
+
+    monkeypatch.setattr(torch, "compile", note)
     accelerate_(small_vgg(), compile=compile)
     assert len(compiled) == compile
 

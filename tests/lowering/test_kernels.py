@@ -52,7 +52,7 @@ def test_a_map_of_one_pixel_or_channel_is_added_too(size: Any, activation: str) 
     weight, bias = torch.randn(size[1], 6, 1, 1), torch.randn(size[1])
     expected = F.conv2d(x, weight, bias) + other
     expected = expected if activation == "none" else expected.relu()
-    options: Any = (1, 1), (0, 0), (1, 1), 1
+    options = (1, 1), (0, 0), (1, 1), 1
     for kernel in (weight, kernels.prepared_weight(weight, x.shape, *options)):
         found = kernels.conv2d(x, kernel, bias, *options, activation, other)
         torch.testing.assert_close(found, expected)

@@ -45,7 +45,7 @@ def test_batch_norm_over_two_processes_is_that_of_all_their_images(
     for count in (1, 2):
         network: Any = to_torch(model, share=False).train()
         synchronize_(network, count == 1)
-        mine = x.repeat(count, *(1 for _ in shape)).requires_grad_()
+        mine: Any = x.repeat(count, *(1 for _ in shape)).requires_grad_()
         y = network(mine)
         (y * weight.repeat(count, *(1 for _ in shape))).sum().backward()
         assert len(sums) == 5  # three forward and two backward, by one of the two networks

@@ -19,6 +19,12 @@ from small_vgg import assert_close, images, small_vgg
 
 from vggtorch.lowering import accelerate_, optimize_for_inference, to_torch
 
+
+def one_beside_an_equal_one(m: Any) -> None:
+    m.get_layer("block1_conv1").padding = "".join(("sa", "me"))
+    m.get_layer("dropout").rate = 0.25
+
+
 CHANGES: dict[str, tuple[Callable[[keras.Model], object], str]] = {
     "activation": (
         lambda m: setattr(m.get_layer("block1_conv1"), "activation", keras.activations.tanh),
@@ -45,10 +51,7 @@ CHANGES: dict[str, tuple[Callable[[keras.Model], object], str]] = {
         "block1_conv1.strides",
     ),
     "one beside an equal one": (
-        lambda m: [
-            setattr(m.get_layer("block1_conv1"), "padding", "".join(("sa", "me"))),
-            setattr(m.get_layer("dropout"), "rate", 0.25),
-        ],
+        one_beside_an_equal_one,
         "dropout.rate",
     ),
 }
