@@ -62,7 +62,6 @@ TYPED = [
     ("features run photos --weights oxford", "--weights oxford with the model run, which says"),
     ("features run photos --image-size 64", "--image-size 64 with the model run, which says"),
     ("compress vgg11 photos --times 2 --out a.keras --image-size 64", "Add --no-top, or leave"),
-    ("compress vgg16 photos --times 2 --out a.keras --weights oxford", "classifier. Add --no-top."),
     ("export run a.onnx --weights oxford", "--weights oxford with the model run, which says that"),
     ("compress run photos --times 2 --out a.keras --no-top", "--no-top with the model run, which"),
     ("finetune ''", "Received an empty name; expected a path. This folder's is '.'."),

@@ -229,16 +229,16 @@ def compress(
         )
     paths.check_model(model)
     paths.check_weights(weights)
+    paths.check_images([folder])
+    paths.check_out(out, (".keras",))
+    if images < 1:
+        raise ValueError(f"Received --images {images}; expected 20 at least, better a few hundred.")
     if top and weights in WEIGHT_SETS:
         from vggtorch.weights import publications
 
         rows = publications(weights, model)
         if rows and not any(row.include_top for row in rows):
             raise ValueError(f"Weight set {weights!r} has no classifier. Add --no-top.")
-    paths.check_images([folder])
-    paths.check_out(out, (".keras",))
-    if images < 1:
-        raise ValueError(f"Received --images {images}; expected 20 at least, better a few hundred.")
     from vggtorch.training import image_files
 
     found_there = image_files([folder])

@@ -101,3 +101,11 @@ def test_what_it_refuses_it_says_in_words_of_options(folder, capsys):
     ):
         assert main(["compress", *command]) == 1
         assert text in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_weight_set_without_a_classifier_is_refused_at_once(folder, capsys):
+    photos, out = str(folder / "photos"), str(folder / "small.keras")
+    command = ["compress", "vgg16", photos, "--times", "2", "--out", out, "--weights", "oxford"]
+    assert main(command) == 1
+    assert "Weight set 'oxford' has no classifier. Add --no-top." in capsys.readouterr().err

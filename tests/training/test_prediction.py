@@ -475,7 +475,7 @@ def test_damaged_features_are_named(run, photos, tmp_path):
         lambda: vt.read_features(out),
         lambda: vt.write_features(model, [photos / "red" / "0.png"], out, layer="block2_pool"),
     ):
-        with pytest.raises(ValueError, match=r"part-000000\.parquet is damaged \(.*Delete it; wri"):
+        with pytest.raises(ValueError, match=r"part-000000\.parquet is damaged \(.*Delete it; the"):
             look()
     (out / "part-000000.parquet").unlink()
     vt.write_features(model, [photos / "red" / "0.png"], out, layer="block2_pool")

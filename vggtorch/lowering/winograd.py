@@ -177,8 +177,11 @@ class Filtering:
         m, (n, _, height, width) = self.m, x.shape
         high, wide = _tiles(x.shape, padding, m)
         out_height, out_width = height + 2 * padding[0] - 2, width + 2 * padding[1] - 2
-        pixels = x.new_empty((n, m * high, m * wide, kernels.shape[2]))
-        result = pixels.permute(0, 3, 1, 2)  # NHWC -> NCHW view
+        shape = n, kernels.shape[2], m * high, m * wide
+        new: Any = {"dtype": x.dtype, "device": x.device}
+        # No view, since autograd refuses to let views from its functions be written to.
+        result = torch.empty(shape, memory_format=torch.channels_last, **new)
+        pixels = result.permute(0, 2, 3, 1)
         for images, rows in self._chunks(n, high, wide, max(kernels.shape[1:])):
             part = self._windows(x[images], rows, wide, padding, workspace)
             target = pixels[images, m * rows.start : m * rows.stop]

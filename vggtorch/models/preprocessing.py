@@ -238,7 +238,10 @@ def decode_predictions(
     categories, top = list(categories), whole("top", top)
     try:
         if not isinstance(probabilities, torch.Tensor):  # NumPy has bfloat16 from Keras alone
-            probabilities = torch.from_numpy(np.array(probabilities, "float32"))
+            array = np.array(probabilities)
+            if array.dtype == object:  # None would be NaN
+                raise TypeError(array.dtype)
+            probabilities = torch.from_numpy(array.astype("float32"))
         scores = probabilities.detach().cpu().float()
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(
