@@ -299,3 +299,22 @@ def test_values_twice_and_inputs_among_the_outputs(tmp_path, ending):
     if ending == ".onnx":
         found = onnxruntime.InferenceSession(path).get_outputs()
         assert [one.name for one in found] == ["y", "other_", "y_", "image_"]
+
+
+def test_a_size_that_the_models_own_code_asks_for_stays_guarded(tmp_path):
+    """Which no size that is tried has, so that the file would else give other numbers there."""
+
+    class Doubled(keras.layers.Layer):
+        def call(self, x):
+            return 2 * x if x.shape[1] is not None and x.shape[1] % 100 == 0 else x
+
+        def compute_output_shape(self, shape):
+            return shape
+
+    image = keras.Input((None, 40, 3))
+    model = keras.Model(image, layers.MaxPooling2D(2)(Doubled()(image)))
+    vt.export(model, tmp_path / "model.pt2")
+    run = torch.export.load(tmp_path / "model.pt2").module()
+    assert run(torch.ones(2, 202, 40, 3)).max() == model(torch.ones(2, 202, 40, 3)).max() == 1
+    with pytest.raises(AssertionError, match="Guard failed"):
+        run(torch.ones(2, 200, 40, 3))

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import keras
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves  # in the order of a dict, as exported files have it
@@ -90,9 +91,10 @@ def export(model: keras.Model, path: str | PathLike, *, data_format: str | None 
         program = torch.export.export(network, images, dynamic_shapes=dynamic)
     # torch takes a size that isn't 1 while it traces for one that never is, and guards it, because
     # the strides of a map of one pixel say nothing of its memory format; torch 2.11 also guards
-    # whether a pool reaches the last pixel. No operation here depends on either, so these guards
-    # go; `_check` runs a small image and odd ones.
-    unneeded = re.compile(r" != 1$|% \d+\) [!=]= 0$")
+    # whether a pool, by its stride, reaches the last pixel. No operation here depends on either,
+    # so these guards go, and no others; `_check` runs a small image and odd ones.
+    strides = {str(s) for m in network.modules() for s in np.ravel(getattr(m, "stride", 1))}
+    unneeded = re.compile(rf" != 1$|% ({'|'.join(map(re.escape, strides))})\) [!=]= 0$")
     program._guards_code = [code for code in program._guards_code if not unneeded.search(code)]
     others = [
         tuple(x.example(batch, size).to(device) for x in inputs)

@@ -208,9 +208,8 @@ def with_counters(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     for key, tensor in state.items():
         counted[key] = tensor
         if key.endswith(".running_var"):
-            counted[f"{key.removesuffix('running_var')}num_batches_tracked"] = tensor.new_tensor(
-                0
-            ).long()
+            count = tensor.new_zeros((), dtype=torch.int64)
+            counted[f"{key.removesuffix('running_var')}num_batches_tracked"] = count
     return counted
 
 
